@@ -1,0 +1,52 @@
+# `make demo` shows FedMira at work, `make test` is what CI runs; CONTRIBUTING.md explains the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# Tests never reach a model hub, and two workers with one thread each do not fight for the cores.
+QUIET_HUB := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1
+
+.PHONY: install install-base demo check test test-slow pretrain clean
+
+install: .venv/.installed-dev
+
+install-base: .venv/.installed-base
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# The stamps depend on the venv only by order: its own time stamp says nothing about what is installed in it.
+.venv/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e ".[dev]"
+	touch .venv/.installed-base .venv/.installed-dev
+
+.venv/.installed-base: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e .
+	touch .venv/.installed-base
+
+# Any earlier installation will do: a demo must not start to download because a file was touched.
+demo:
+	@test -e .venv/.installed-base || $(MAKE) --no-print-directory install-base
+	$(BIN)/fedmira run demo
+
+# Installs nothing; pytest comes last so that its summary is the last line.
+check:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(QUIET_HUB) $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test:
+	@$(MAKE) --no-print-directory install
+	@$(MAKE) --no-print-directory check
+
+test-slow:
+	$(QUIET_HUB) $(BIN)/python -m pytest -m slow
+
+pretrain:
+	$(BIN)/python -m fedmira.bundled.pretrain
+
+# Leaves .venv/ and runs/ alone: one is slow to make, the other is yours.
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

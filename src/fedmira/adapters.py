@@ -1,0 +1,188 @@
+"""Adapters as flat rows: one row per client, one Layout that names every slice of it.
+
+Mean, mix, norm, clip, hash, checkpoint and wire format are operations on rows; stacked LoRA layers read leaves
+([K, r, in] and [K, out, r]) as views. Axes: K clients, S sampled clients, P adapter parameters per client, r rank.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedmira.errors import ShapeError
+
+ALIGN = 16  # floats: 64 bytes, so that parts and rows start on a cache line
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One factor of one adapted module inside a row: A is [r, in], B is [out, r]."""
+
+    module: str
+    factor: Literal["A", "B"]
+    shape: tuple[int, int]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named stretch of a row (`lora`, `private`, `variate`, ...) with its own rank and duties.
+
+    travels: sent to and from the server; trained: its leaves receive gradients; served: active in the forward pass.
+    """
+
+    name: str
+    rank: int
+    leaves: tuple[Leaf, ...]
+    start: int
+    stop: int
+    travels: bool = True
+    trained: bool = True
+    served: bool = True
+
+    def pairs(self) -> Iterator[tuple[Leaf, Leaf]]:
+        """Yield (A, B) for each adapted module, in the base model's order."""
+        yield from zip(self.leaves[::2], self.leaves[1::2], strict=True)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of a row, in order; `size` is P, padding included."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        return self.parts[-1].stop
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers of one client at full rank, alignment padding not counted."""
+        return sum(leaf.shape[0] * leaf.shape[1] for part in self.parts for leaf in part.leaves)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over every name, shape and offset: two sides of a wire compare it before they exchange rows."""
+        spec = [
+            [
+                part.name,
+                part.rank,
+                part.travels,
+                [[leaf.module, leaf.factor, *leaf.shape, leaf.start] for leaf in part.leaves],
+            ]
+            for part in self.parts
+        ]
+        return hashlib.sha256(json.dumps(spec).encode()).hexdigest()
+
+    def part(self, name: str) -> Part:
+        for part in self.parts:
+            if part.name == name:
+                return part
+        raise ShapeError(f"no part '{name}' in this layout: it has {[part.name for part in self.parts]}")
+
+    def rank_mask(self, ranks: Tensor) -> Tensor:
+        """Return a bool mask [K, P]: False where a client of rank r_k < r has no parameter (and in padding)."""
+        mask = torch.zeros(len(ranks), self.size, dtype=torch.bool)
+        for part in self.parts:
+            own = torch.arange(part.rank)[None, :] < ranks[:, None]  # [K, r]
+            for leaf in part.leaves:
+                keep = own[:, :, None] if leaf.factor == "A" else own[:, None, :]
+                mask[:, leaf.start : leaf.stop] = keep.expand(-1, *leaf.shape).reshape(len(ranks), -1)
+        return mask
+
+
+def lora_layout(shapes: Sequence[tuple[str, int, int]], rank: int, *, name: str = "lora") -> Layout:
+    """Lay out one LoRA part: for each (module, in, out) the leaves A [r, in] and B [out, r], in that order.
+
+    Raises ShapeError if there is no module or the rank is below 1.
+    """
+    if rank < 1 or not shapes:
+        raise ShapeError(f"rank {rank} over {len(shapes)} modules: need rank >= 1 and at least one adapted module")
+    leaves: list[Leaf] = []
+    offset = 0
+    for module, fan_in, fan_out in shapes:
+        for factor, shape in (("A", (rank, fan_in)), ("B", (fan_out, rank))):
+            leaf = Leaf(module, "A" if factor == "A" else "B", shape, offset)
+            leaves.append(leaf)
+            offset = leaf.stop
+    return Layout((Part(name, rank, tuple(leaves), 0, -(-offset // ALIGN) * ALIGN),))
+
+
+@dataclass(frozen=True, eq=False)
+class Adapters:
+    """One flat row per client: rows [K, P] float32, ranks [K] int64 (each <= the layout's), scale [K] = alpha / r_k."""
+
+    layout: Layout
+    rows: Tensor
+    ranks: Tensor
+    scale: Tensor
+
+    def __post_init__(self) -> None:
+        if self.rows.ndim != 2 or self.rows.shape[1] != self.layout.size:
+            raise ShapeError(f"rows are {tuple(self.rows.shape)}: this layout needs [K, {self.layout.size}]")
+        if len(self.ranks) != len(self.rows) or len(self.scale) != len(self.rows):
+            raise ShapeError(
+                f"{len(self.rows)} rows with {len(self.ranks)} ranks and {len(self.scale)} scales: need one each"
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, ids: Tensor) -> "Adapters":
+        """Copy the rows of `ids` [n] in that order."""
+        return Adapters(self.layout, self.rows[ids], self.ranks[ids], self.scale[ids])
+
+    def head(self, count: int) -> "Adapters":
+        """View the first `count` clients; writing to the view writes to these rows."""
+        return Adapters(self.layout, self.rows[:count], self.ranks[:count], self.scale[:count])
+
+    def with_rows(self, rows: Tensor) -> "Adapters":
+        return replace(self, rows=rows)
+
+    def leaf(self, leaf: Leaf) -> Tensor:
+        """View one factor of all clients: [K, r, in] or [K, out, r]."""
+        return self.rows[:, leaf.start : leaf.stop].view(len(self), *leaf.shape)
+
+    def product(self, module: str, part: str = "lora") -> Tensor:
+        """Return the update of one module, scale_k B_k A_k, as [K, out, in]."""
+        for first, second in self.layout.part(part).pairs():
+            if first.module == module:
+                return self.scale[:, None, None] * (self.leaf(second) @ self.leaf(first))
+        raise ShapeError(f"module '{module}' has no adapter in this layout")
+
+    def mask_(self) -> "Adapters":
+        """Zero, in place, every padded pair beyond a client's own rank; a no-op when all ranks are full."""
+        if bool((self.ranks < max(part.rank for part in self.layout.parts)).any()):
+            self.rows.mul_(self.layout.rank_mask(self.ranks).to(self.rows.device))
+        return self
+
+
+def start_adapters(layout: Layout, ranks: Tensor, alpha: float, generator: torch.Generator) -> Adapters:
+    """Draw the common start: every client gets the same A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, cut to its rank.
+
+    The bound is PEFT's (kaiming_uniform with a = sqrt 5). ranks [K]; rows [K, P] float32.
+    Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
+    """
+    row = torch.zeros(1, layout.size)
+    for part in layout.parts:
+        for leaf in part.leaves:
+            if leaf.factor == "A":
+                bound = 1 / math.sqrt(leaf.shape[1])
+                draw = torch.rand(leaf.shape, generator=generator)
+                row[0, leaf.start : leaf.stop] = ((2 * draw - 1) * bound).flatten()
+    adapters = Adapters(layout, row.repeat(len(ranks), 1), ranks, alpha / ranks.to(torch.float32))
+    return adapters.mask_()
+
+
+def norms(rows: Tensor) -> Tensor:
+    """Return the 2-norm of every row [K] in float64, so that large rows do not overflow."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)

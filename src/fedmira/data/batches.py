@@ -1,0 +1,256 @@
+"""Turn clients' records into token ids, and token ids into batches with a leading client axis.
+
+Axes: S clients of a batch, B examples per client, T tokens. Loss is taken on the answer and the end of text only.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmira.data.formats import Record
+from fedmira.data.partition import Client
+from fedmira.errors import DataError, ShapeError, nearest
+
+NO_LOSS = -100  # the label that cross-entropy leaves out, as in transformers
+
+_TASK = "Below is an instruction that describes a task"
+_REQUEST = "Write a response that appropriately completes the request."
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer; every tokenizer of transformers has it."""
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, return_attention_mask: bool, verbose: bool
+    ) -> Mapping[str, list[list[int]]]: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenised example: prompt, answer and end of text, at most `max_length` ids."""
+
+    ids: tuple[int, ...]
+    prompt_length: int  # labels start here; at least 1, for there must be a token to predict from
+    answers: tuple[str, ...]  # for scoring
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What was cut or dropped to keep within `max_length`; counts of examples, which add up."""
+
+    examples: int = 0  # all examples seen, dropped ones too
+    prompts_cut: int = 0  # lost prompt tokens at the start
+    answers_cut: int = 0  # lost the end of the answer, so end with no end of text
+    dropped: int = 0  # had no room for a single token to train on
+
+    def __add__(self, other: "Truncation") -> "Truncation":
+        return Truncation(
+            self.examples + other.examples,
+            self.prompts_cut + other.prompts_cut,
+            self.answers_cut + other.answers_cut,
+            self.dropped + other.dropped,
+        )
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """A client with its examples as token ids."""
+
+    id: str
+    name: str
+    group: str | None
+    columns: Mapping[str, str]
+    train: tuple[Encoded, ...]
+    validation: tuple[Encoded, ...]
+    test: tuple[Encoded, ...]
+    truncation: Truncation  # over all three splits
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens with a label in the training examples: answers and ends of text."""
+        return sum(len(example.ids) - example.prompt_length for example in self.train)
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of the training examples, prompts too."""
+        return sum(len(example.ids) for example in self.train)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples of S clients, padded on the right to one shape."""
+
+    ids: Tensor  # [S, B, T] int64
+    labels: Tensor  # [S, B, T] int64, NO_LOSS on prompts and padding; not shifted: labels[t] is ids[t]
+    lengths: Tensor  # [S, B] int64; 0 = an empty example that fills up a client with fewer
+
+
+def render(record: Record, template: str) -> str:
+    """Return the prompt's text.
+
+    "alpaca": the two preambles of Stanford Alpaca, with and without an input; "none": the instruction, then the input
+    on a line of its own if there is one. White space alone is no input.
+    Raises DataError for an unknown template.
+    Source: tatsu-lab/stanford_alpaca train.py, PROMPT_DICT; the last line break as in tloen/alpaca-lora.
+    """
+    given = bool(record.input.strip())
+    if template == "none":
+        return f"{record.instruction}\n{record.input}" if given else record.instruction
+    if template != "alpaca":
+        known = ["alpaca", "none"]
+        raise DataError(f"data.template '{template}' is unknown{nearest(template, known)}; known: {', '.join(known)}")
+    if given:
+        return (
+            f"{_TASK}, paired with an input that provides further context. {_REQUEST}\n\n"
+            f"### Instruction:\n{record.instruction}\n\n### Input:\n{record.input}\n\n### Response:\n"
+        )
+    return f"{_TASK}. {_REQUEST}\n\n### Instruction:\n{record.instruction}\n\n### Response:\n"
+
+
+def encode_client(client: Client, tokenizer: Tokenizer, *, template: str, max_length: int) -> ClientData:
+    """Tokenise all records of a client, cutting prompts at their start so that answers stay whole.
+
+    An example is prompt ids, the first answer's ids, end of text. Where that is more than `max_length`, prompt ids go
+    first, from the start but after what the tokenizer itself puts first (BOS); one always stays. An answer that is
+    still too long loses its end, and the end of text.
+    Raises DataError: a tokenizer without an end of text, max_length below 1, or no training example left.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise DataError("the tokenizer has no end-of-text token (eos_token), so answers could not end; set one")
+    if max_length < 1:
+        raise DataError(f"data.max_length = {max_length}: must be at least 1")
+    records = [*client.train, *client.validation, *client.test]
+    prompts, opening = _prompts([render(record, template) for record in records], tokenizer, end)
+    answers = _tokenize([record.answers[0] for record in records], tokenizer, special=False)
+    fitted = [
+        _fit(prompt, [*answer, end], opening=opening, max_length=max_length, texts=record.answers)
+        for prompt, answer, record in zip(prompts, answers, records, strict=True)
+    ]
+    after_train = len(client.train)
+    after_validation = after_train + len(client.validation)
+    splits = (fitted[:after_train], fitted[after_train:after_validation], fitted[after_validation:])
+    train, validation, test = (tuple(example for example, _ in part if example is not None) for part in splits)
+    if not train:
+        raise DataError(
+            f"client '{client.name}': no training example keeps a token to train on at data.max_length = {max_length} "
+            f"({len(client.train)} dropped); raise it"
+        )
+    return ClientData(
+        id=client.id,
+        name=client.name,
+        group=client.group,
+        columns=client.columns,
+        train=train,
+        validation=validation,
+        test=test,
+        truncation=sum((counts for _, counts in fitted), Truncation()),
+    )
+
+
+def _tokenize(texts: list[str], tokenizer: Tokenizer, *, special: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose=False: the warning about the model's longest sequence is premature, examples are cut afterwards
+    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _prompts(texts: list[str], tokenizer: Tokenizer, end: int) -> tuple[list[list[int]], int]:
+    """Return each prompt's ids without an added end of text, and how many ids the tokenizer puts before the text.
+
+    What it adds is found by encoding one text with and without: BOS and EOS may be the same id (GPT-2), so that an
+    id alone does not tell which of them it is. A prompt without any id becomes one end of text.
+    """
+    prompts = _tokenize(texts, tokenizer, special=True)
+    added = _tokenize([""], tokenizer, special=True)[0]
+    closing = int(len(added) > 1 and added[-1] == end)
+    opening = len(added) - closing
+    for probe in [*texts, "a", "."]:
+        plain = _tokenize([probe], tokenizer, special=False)[0]
+        full = _tokenize([probe], tokenizer, special=True)[0]
+        starts = [start for start in range(len(full)) if full[start : start + len(plain)] == plain]
+        if plain and starts:
+            opening, closing = starts[0], len(full) - starts[0] - len(plain)
+            break
+    for prompt in prompts:
+        for _ in range(closing):
+            if len(prompt) > opening and prompt[-1] == end:
+                prompt.pop()
+        if not prompt:
+            prompt.append(end)
+    return prompts, opening
+
+
+def _fit(
+    prompt: Sequence[int], answer: Sequence[int], *, opening: int, max_length: int, texts: tuple[str, ...]
+) -> tuple[Encoded | None, Truncation]:
+    """Cut one example to max_length. Returns None if no answer token is left, and what was cut."""
+    kept = answer[: max_length - 1]
+    room = max_length - len(kept)
+    if not kept:
+        return None, Truncation(examples=1, dropped=1)
+    cut = len(prompt) > room
+    if cut:
+        first = prompt[: min(opening, room)]
+        prompt = [*first, *prompt[len(prompt) - (room - len(first)) :]]
+    example = Encoded((*prompt, *kept), len(prompt), texts)
+    return example, Truncation(1, int(cut), int(len(kept) < len(answer)))
+
+
+def collate(
+    examples: Sequence[Sequence[Encoded]], *, pad_id: int, batch_size: int | None = None, multiple: int = 8
+) -> Batch:
+    """Stack S clients' examples: B = batch_size, or the longest list; T = the longest example, up to a multiple.
+
+    Raises ShapeError if there is no client, or a list is longer than `batch_size`.
+    """
+    longest = max((len(own) for own in examples), default=0)
+    size = max(longest, 1) if batch_size is None else batch_size
+    if not examples or longest > size:
+        raise ShapeError(
+            f"{len(examples)} clients with up to {longest} examples: need a client, and at most {size} examples each"
+        )
+    width = max((len(example.ids) for own in examples for example in own), default=1)
+    shape = (len(examples), size, -(-width // multiple) * multiple)
+    # filled in numpy: assigning short lists to tensors costs ten times as much
+    ids = np.full(shape, pad_id, dtype=np.int64)
+    labels = np.full(shape, NO_LOSS, dtype=np.int64)
+    lengths = np.zeros(shape[:2], dtype=np.int64)
+    for client, own in enumerate(examples):
+        for place, example in enumerate(own):
+            length = len(example.ids)
+            ids[client, place, :length] = example.ids
+            labels[client, place, example.prompt_length : length] = example.ids[example.prompt_length :]
+            lengths[client, place] = length
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(lengths))
+
+
+def local_batches(
+    count: int, *, seed: int, round: int, key: int, batch_size: int, steps: int | None, epochs: int | None
+) -> list[np.ndarray]:
+    """Return the indices of the training examples of each local step, the same wherever the client runs.
+
+    Epoch e is default_rng([seed, round, key, e]).permutation(count), cut into batches, the last one smaller; `epochs`
+    of them, or the first `steps` batches of as many as it takes. key: client_key of the client.
+    Raises DataError unless there is an example, and exactly one of steps and epochs, at least 1.
+    """
+    length = steps if epochs is None else epochs
+    if count < 1 or batch_size < 1 or (steps is None) == (epochs is None) or length is None or length < 1:
+        raise DataError(
+            f"local batches of {batch_size} from {count} examples, steps = {steps}, epochs = {epochs}: need "
+            "an example, a batch size of at least 1, and exactly one of steps and epochs, at least 1"
+        )
+    per_epoch = -(-count // batch_size)
+    passes = length if epochs is not None else -(-length // per_epoch)
+    batches: list[np.ndarray] = []
+    for epoch in range(passes):
+        order = np.random.default_rng([seed, round, key, epoch]).permutation(count)
+        batches += [order[start : start + batch_size] for start in range(0, count, batch_size)]
+    return batches if steps is None else batches[:steps]

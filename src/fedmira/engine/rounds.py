@@ -1,0 +1,339 @@
+"""The only round loop: sample, send, train, admit, merge, measure, make durable.
+
+Everything that differs between methods is in the Method; everything a method must not know is here.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmira.adapters import Adapters, Layout, start_adapters
+from fedmira.config import Config
+from fedmira.data.batches import ClientData
+from fedmira.engine.gate import admit, check_change
+from fedmira.engine.journal import Ledger, commit, restore
+from fedmira.engine.phase import Training, local_phase
+from fedmira.evaluation.measure import measure_answers, measure_loss
+from fedmira.methods.base import Change, Clock, Message, Method
+from fedmira.model.load import Base
+from fedmira.optim import Optimizer, adamw, sgd
+from fedmira.runs import Result, RoundRecord, RunFolder, View
+
+log = logging.getLogger(__name__)
+
+Observer = Callable[[str, Mapping[str, object]], None]  # (event, facts): round | scoring
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """What all runs of a study share. ranks [K]; cohort: clients trained in one pass."""
+
+    config: Config
+    base: Base
+    clients: tuple[ClientData, ...]
+    layout: Layout
+    ranks: Tensor
+    cohort: int
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Every client at one moment. validation [K] in nats; test: metric -> [K]. None = the client has no such split."""
+
+    validation: Sequence[float | None]
+    test: Mapping[str, Sequence[float | None]]
+
+
+def make_optimizer(config: Config) -> Optimizer:
+    """Build the clients' optimizer from the config's training section."""
+    training = config.training
+    if training.optimizer == "sgd":
+        return sgd(momentum=training.momentum, weight_decay=training.weight_decay)
+    return adamw(betas=training.betas, eps=training.eps, weight_decay=training.weight_decay)
+
+
+def common_start(federation: Federation, seed: int, clients: int) -> Adapters:
+    """Draw the start that every client shares; `clients` rows, of which more than one only for personal methods."""
+    ranks = federation.ranks if clients == len(federation) else federation.ranks.amax().expand(clients)
+    stream = torch.Generator().manual_seed(seed)
+    return start_adapters(federation.layout, ranks, federation.config.lora.lora_alpha, stream)
+
+
+def score_start(federation: Federation, observer: Observer) -> Scores:
+    """Score the untouched base on every client: B = 0 at the common start, so no method or seed changes it."""
+    start = common_start(federation, 0, 1)
+    everyone = range(len(federation))
+    return _score(federation, lambda ids: start.take(torch.zeros_like(ids)), everyone, observer)
+
+
+def run_rounds(
+    federation: Federation,
+    method: Method,
+    schedule: Sequence[np.ndarray],
+    folder: RunFolder,
+    *,
+    seed: int,
+    start: Scores,
+    observer: Observer,
+) -> Callable[[Tensor], Adapters]:
+    """Carry one method with one seed from the newest checkpoint to the last round; return its adapters by client.
+
+    Each round ends with its line of metrics.jsonl and then its checkpoint; a crash loses at most the round under way.
+    """
+    config = federation.config
+    training = _training(config, seed)
+    clients = len(federation)
+    adapters = common_start(federation, seed, clients if method.personal else 1)
+    validation = torch.tensor([math.nan if value is None else value for value in start.validation], dtype=torch.float64)
+    ledger = Ledger(method.init(adapters, Clock(0)), validation)
+    restore(folder, ledger)
+    folder.cut_back(ledger.round)
+    view = _view(method)
+    names = [client.id for client in federation.clients]
+    if ledger.round == 0:
+        folder.append(None, _results(names, 0, view, start))
+    else:
+        log.info("resumed after round %d", ledger.round)
+
+    def serve(ids: Tensor) -> Adapters:
+        return method.serve(ledger.state, ledger.memory, ids)
+
+    for number in range(ledger.round + 1, config.federation.rounds + 1):
+        record = _one_round(federation, method, ledger, folder, schedule[number - 1], training=training, serve=serve)
+        observer("round", {"record": record, "rounds": config.federation.rounds})
+    ever = sorted({int(k) for ids in schedule[: config.federation.rounds] for k in ids})
+    final = _final_scores(federation, method, ledger, serve, ever, start, observer)
+    test = Scores([None] * clients, final)
+    folder.append(None, [row for row in _results(names, ledger.round, view, test) if row.split == "test"])
+    return serve
+
+
+def _one_round(
+    federation: Federation,
+    method: Method,
+    ledger: Ledger,
+    folder: RunFolder,
+    sampled: np.ndarray,
+    *,
+    training: Training,
+    serve: Callable[[Tensor], Adapters],
+) -> RoundRecord:
+    """One round, from sampling to a durable checkpoint."""
+    began = time.monotonic()
+    config = federation.config
+    number = ledger.round + 1
+    clock = Clock(number, learning_rate=training.learning_rate)
+    ids = torch.from_numpy(sampled)
+    chosen = [federation.clients[k] for k in sampled]
+    given = method.send(ledger.state, ids, clock)
+    blank = Adapters(
+        federation.layout, given.rows, federation.ranks[ids], config.lora.lora_alpha / federation.ranks[ids].float()
+    )
+    kept = ledger.recall(ids, None if training.keep_optimizer else _private(ledger, training))
+    phase = local_phase(
+        federation.base,
+        method,
+        chosen,
+        blank,
+        given,
+        kept,
+        training=training,
+        clock=clock,
+        cohort=federation.cohort,
+    )
+    weights = torch.tensor([float(len(client.train)) for client in chosen], dtype=torch.float64)
+    trained = time.monotonic()
+    places, refused = admit(ids, phase.returned, weights, federation.layout)
+    answered = ids[places]
+    uploads = Message(
+        phase.returned.rows[places], {name: value[places] for name, value in phase.returned.scalars.items()}
+    )
+    change = Change(answered, uploads.rows)  # nobody answered: nothing changes
+    if len(answered):
+        change = method.merge(ledger.state, answered, uploads, weights[places], clock)
+        check_change(change, method.name)
+    if method.personal:
+        change = _masked(change, federation)
+    merged = time.monotonic()
+    before = _losses_of(federation, blank.take(places).with_rows(uploads.rows), ids, answered)
+    drop = () if training.keep_optimizer else training.optimizer.keys
+    ledger.remember(answered, {k: v[places] for k, v in phase.memory.items() if k not in drop}, len(federation))
+    ledger.apply(change)
+    ledger.round = number
+    due = number % config.evaluation.every == 0 or number == config.federation.rounds
+    same = method.personal and torch.equal(change.ids, ids) and torch.equal(change.rows, uploads.rows)
+    after = before if same else _validate(federation, method, ledger, serve, ids, due)
+    if same:
+        _note(ledger, ids.tolist(), before)
+    mean = _mean([value for value in ledger.validation.tolist() if not math.isnan(value)]) if due else None
+    names = [client.id for client in chosen]
+    record = RoundRecord(
+        round=number,
+        clients=names,
+        answered=[federation.clients[int(k)].id for k in answered],
+        train_loss=phase.losses.tolist(),
+        steps=phase.steps.tolist(),
+        loss_before=before,
+        loss_after=after,
+        validation_loss=mean,
+        bytes_up=phase.returned.bytes_each * len(ids),
+        bytes_down=given.bytes_each * len(ids),
+        seconds_training=trained - began,
+        seconds_merge=merged - trained,
+        seconds=time.monotonic() - began,
+        tokens=phase.tokens,
+        notes=dict(change.notes),
+        refused={federation.clients[k].id: reason for k, reason in refused.items()},
+    )
+    for name, reason in record.refused.items():
+        log.warning("round %d: the upload of client '%s' was refused: %s", number, name, reason)
+    view = _view(method)
+    rows: list[Result] = []
+    if due:
+        everyone = [None if math.isnan(value) else value for value in ledger.validation.tolist()]
+        rows = _results([client.id for client in federation.clients], number, view, Scores(everyone, {}))
+    folder.append(record, rows)
+    commit(folder, ledger, change, ids)
+    return record
+
+
+def _training(config: Config, seed: int) -> Training:
+    section = config.training
+    return Training(
+        optimizer=make_optimizer(config),
+        learning_rate=section.learning_rate,
+        batch_size=section.batch_size,
+        local_steps=section.local_steps,
+        local_epochs=section.local_epochs,
+        max_grad_norm=section.max_grad_norm,
+        keep_optimizer=section.keep_optimizer,
+        dropout=config.lora.lora_dropout,
+        seed=seed,
+    )
+
+
+def _private(ledger: Ledger, training: Training) -> list[str]:
+    """Names of what a method itself keeps, without the optimizer's moments."""
+    return [name for name in ledger.memory if name not in training.optimizer.keys]
+
+
+def _masked(change: Change, federation: Federation) -> Change:
+    """Zero what a merge put beyond a client's own rank."""
+    ranks = federation.ranks[change.ids]
+    rows = Adapters(federation.layout, change.rows, ranks, ranks.float()).mask_().rows
+    return replace(change, rows=rows)
+
+
+def _losses_of(federation: Federation, uploads: Adapters, ids: Tensor, answered: Tensor) -> list[float | None]:
+    """Validation loss of the sampled clients, each with the row it returned; None for a refused upload."""
+    where = {int(k): position for position, k in enumerate(answered)}
+    values = measure_loss(
+        federation.base,
+        lambda some: uploads.take(torch.tensor([where[int(k)] for k in some])),
+        federation.clients,
+        answered.tolist(),
+        split="validation",
+        cohort=federation.cohort,
+    )
+    return [values[where[int(k)]] if int(k) in where else None for k in ids]
+
+
+def _validate(
+    federation: Federation,
+    method: Method,
+    ledger: Ledger,
+    serve: Callable[[Tensor], Adapters],
+    ids: Tensor,
+    due: bool,
+) -> list[float | None]:
+    """Bring ledger.validation up to date; return the sampled clients' losses after the merge.
+
+    Personal methods change the sampled clients only, so the others' losses stand. A shared model changes everybody's,
+    and everybody is scored when a validation is due.
+    """
+    scored = list(range(len(federation))) if due and not method.personal else ids.tolist()
+    values = measure_loss(
+        federation.base, serve, federation.clients, scored, split="validation", cohort=federation.cohort
+    )
+    _note(ledger, scored, values)
+    by_client = dict(zip(scored, values, strict=True))
+    return [by_client[int(k)] for k in ids]
+
+
+def _note(ledger: Ledger, ids: Sequence[int], values: Sequence[float | None]) -> None:
+    for k, value in zip(ids, values, strict=True):
+        ledger.validation[k] = math.nan if value is None else value
+
+
+def _final_scores(
+    federation: Federation,
+    method: Method,
+    ledger: Ledger,
+    serve: Callable[[Tensor], Adapters],
+    ever: Sequence[int],
+    start: Scores,
+    observer: Observer,
+) -> Mapping[str, Sequence[float | None]]:
+    """Test every client with the adapter it would use now; never-sampled ones of a personal method are at the start."""
+    if not method.personal:
+        return _score(federation, serve, range(len(federation)), observer).test
+    scores = _score(federation, serve, ever, observer).test
+    whole = {metric: list(values) for metric, values in start.test.items()}
+    for metric, values in scores.items():
+        for k, value in zip(ever, values, strict=True):
+            whole[metric][k] = value
+    return whole
+
+
+def _score(
+    federation: Federation, serve: Callable[[Tensor], Adapters], ids: Sequence[int], observer: Observer
+) -> Scores:
+    config = federation.config.evaluation
+    common = {"cohort": federation.cohort}
+    loss = measure_loss(federation.base, serve, federation.clients, ids, split="test", **common)
+    validation = measure_loss(federation.base, serve, federation.clients, ids, split="validation", **common)
+    test: dict[str, Sequence[float | None]] = {"loss": loss}
+    written = [metric for metric in config.metrics if metric != "loss"]
+    if written:
+        answers = measure_answers(
+            federation.base,
+            serve,
+            federation.clients,
+            ids,
+            split="test",
+            metrics=written,
+            max_new_tokens=config.max_new_tokens,
+            max_examples=config.max_examples,
+            progress=lambda done: observer("scoring", {"done": done, "clients": len(ids)}),
+            **common,
+        )
+        test |= {metric: [scores[metric] for scores in answers] for metric in written}
+    return Scores(validation, test)
+
+
+def _view(method: Method) -> View:
+    """Whose adapter the numbers are about: each client's own, or the one that all share."""
+    return "personal" if method.personal else "global"
+
+
+def _results(names: Sequence[str], number: int, view: View, scores: Scores) -> list[Result]:
+    rows = [
+        Result(name, number, view, "validation", "loss", value)
+        for name, value in zip(names, scores.validation, strict=True)
+    ]
+    for metric, values in scores.test.items():
+        rows += [Result(name, number, view, "test", metric, value) for name, value in zip(names, values, strict=True)]
+    return rows
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,211 @@
+"""Task graphs: who is similar to whom, and the Laplacian step that pulls similar clients together.
+
+A graph is a sparse matrix A [K, K] of non-negative similarities with an empty diagonal. For clients `ids` of a round:
+
+    normalise the round's own subgraph, A~ = A_SS | D^-1 A_SS | D^-1/2 A_SS D^-1/2      (none | row | symmetric)
+    L = diag(A~ 1) - A~                                     rows of L sum to 0, so equal clients stay equal
+    W_S <- W_S - c L W_S,  c = eta x lambda                 (simultaneous: all differences from the uploads)
+
+Source: MIRA (arXiv:2410.15524), equations 3, 4 and 8; normalisation is ours. Negative similarities are refused.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sparse
+from scipy.sparse.linalg import eigsh
+
+from fedmira.errors import MethodError
+
+Array = np.ndarray
+NORMALISATIONS = ("none", "row", "symmetric")
+_DENSE = 1024  # subgraphs up to this size get exact dense eigenvalues
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Similarities of K clients. weights: CSR [K, K], non-negative, diagonal empty; kind and note for reports."""
+
+    weights: sparse.csr_array
+    kind: str
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.weights.shape[0] != self.weights.shape[1]:
+            raise MethodError(f"graph: found a {self.weights.shape} matrix, need one row and one column per client")
+        if not np.isfinite(self.weights.data).all() or (self.weights.data < 0).any():
+            worst = self.weights.data.min() if len(self.weights.data) else 0.0
+            raise MethodError(
+                f"graph: similarities must be finite and >= 0 (smallest found: {worst:g}); "
+                "a negative one would push clients apart without bound"
+            )
+
+    @property
+    def clients(self) -> int:
+        return self.weights.shape[0]
+
+    @property
+    def symmetric(self) -> bool:
+        difference = abs(self.weights - self.weights.T)
+        return difference.nnz == 0 or float(difference.max()) < 1e-12
+
+    def subgraph(self, ids: Array) -> Array:
+        """Return the dense similarities [S, S] among `ids`."""
+        return self.weights[ids][:, ids].toarray()
+
+    def neighbours(self, ids: Array) -> Array:
+        """Return the ids outside `ids` that some client of `ids` is joined to, ascending."""
+        joined = np.unique(self.weights[ids].indices)
+        return np.setdiff1d(joined, ids)
+
+
+def from_matrix(matrix: Array, *, kind: str, note: str = "") -> Graph:
+    """Make a Graph from a dense [K, K] array; the diagonal is dropped."""
+    values = np.array(matrix, dtype=np.float64)
+    np.fill_diagonal(values, 0.0)
+    return Graph(sparse.csr_array(values), kind, note)
+
+
+def uniform_graph(clients: int) -> Graph:
+    """Every pair of clients equally similar: a_kl = 1."""
+    return from_matrix(np.ones((clients, clients)), kind="uniform")
+
+
+def random_graph(clients: int, *, seed: int) -> Graph:
+    """The recipe of MIRA's and FedU's code: b ~ U(0,1)^{KxK}, a = (b + b^T) / 2, entries below 0.25 become 0."""
+    draw = np.random.default_rng([seed, 0x6D697261]).random((clients, clients))
+    values = (draw + draw.T) / 2
+    values[values < 0.25] = 0.0
+    return from_matrix(values, kind="random", note=f"seed {seed}")
+
+
+def group_graph(groups: Sequence[str]) -> Graph:
+    """Clients of the same group are joined with a_kl = 1, others not at all."""
+    names = {name: index for index, name in enumerate(dict.fromkeys(groups))}
+    codes = np.array([names[group] for group in groups])
+    member = sparse.csr_array((np.ones(len(codes)), (np.arange(len(codes)), codes)), shape=(len(codes), len(names)))
+    joined = sparse.csr_array(member @ member.T)
+    joined.setdiag(0)
+    joined.eliminate_zeros()
+    return Graph(joined, "groups", f"{len(names)} groups")
+
+
+def file_graph(path: str | Path, ids: Sequence[str]) -> Graph:
+    """Read similarities from CSV with the columns client, neighbour, weight (header row), by client id.
+
+    A pair given once counts both ways; given both ways, each direction keeps its own weight.
+    Raises MethodError with file and line for an unknown client, a weight that is no number or below 0, a missing file.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise MethodError(f"graph file '{path}' not found (current folder: {Path.cwd()})")
+    index = {name: position for position, name in enumerate(ids)}
+    given: dict[tuple[int, int], float] = {}
+    lines = source.read_text(encoding="utf-8-sig").splitlines()
+    if not lines or [cell.strip() for cell in lines[0].split(",")] != ["client", "neighbour", "weight"]:
+        raise MethodError(f"{path}:1: the first line must be 'client,neighbour,weight'")
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.strip():
+            continue
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) != 3:
+            raise MethodError(f"{path}:{number}: found {len(cells)} cells, need client,neighbour,weight")
+        unknown = [cell for cell in cells[:2] if cell not in index]
+        if unknown:
+            raise MethodError(f"{path}:{number}: no client '{unknown[0]}'; ids are listed in clients.json of a run")
+        try:
+            weight = float(cells[2])
+        except ValueError:
+            raise MethodError(f"{path}:{number}: weight '{cells[2]}' is no number") from None
+        given[index[cells[0]], index[cells[1]]] = weight
+    rows, columns, values = [], [], []
+    for (first, second), weight in given.items():
+        pairs = [(first, second)] if (second, first) in given else [(first, second), (second, first)]
+        for row, column in pairs:
+            if row != column:
+                rows.append(row)
+                columns.append(column)
+                values.append(weight)
+    matrix = sparse.csr_array((values, (rows, columns)), shape=(len(ids), len(ids)), dtype=np.float64)
+    return Graph(matrix, "file", str(path))
+
+
+def normalise(weights: Array, kind: str, *, columns: Array | None = None) -> Array:
+    """Return A~ of dense similarities [S, N]; a client without neighbours keeps a row of zeros.
+
+    columns: degrees of the column clients [N], needed by "symmetric" where the rows are only some of the clients.
+    """
+    if kind == "none":
+        return weights
+    degrees = weights.sum(axis=1)
+    if kind == "row":
+        return weights * _inverse(degrees)[:, None]
+    return weights * _inverse(np.sqrt(degrees))[:, None] * _inverse(np.sqrt(degrees if columns is None else columns))
+
+
+def _inverse(values: Array) -> Array:
+    return np.divide(1.0, values, out=np.zeros_like(values), where=values > 0)
+
+
+def laplacian(weights: Array) -> Array:
+    """L = diag(A~ 1) - A~ of normalised similarities [S, S]."""
+    return np.diag(weights.sum(axis=1)) - weights
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """The pull of one round: A~ is within [S, S] and outside [S, N]; neighbours [N]: stored clients joined to ids."""
+
+    ids: Array
+    within: Array
+    neighbours: Array
+    outside: Array
+
+    @property
+    def degree(self) -> Array:
+        """A~ 1 [S]: c x degree is the fraction by which a client moves towards its neighbours' mean."""
+        return self.within.sum(axis=1) + self.outside.sum(axis=1)
+
+
+def couple(graph: Graph, ids: Array, *, kind: str, stored: bool) -> Coupling:
+    """Restrict the graph to a round, then normalise: among the sampled only, or with every stored neighbour too.
+
+    stored=False: A~ on ids x ids. stored=True: rows of ids against all their neighbours, normalised together.
+    """
+    if not stored:
+        return Coupling(ids, normalise(graph.subgraph(ids), kind), np.empty(0, dtype=np.int64), np.empty((len(ids), 0)))
+    others = graph.neighbours(ids)
+    everyone = np.concatenate([ids, others])
+    subgraph = graph.weights[everyone][:, everyone]
+    size = len(ids)
+    whole = normalise(subgraph[:size].toarray(), kind, columns=subgraph.sum(axis=1))
+    return Coupling(ids, whole[:, :size], others, whole[:, size:])
+
+
+def largest_eigenvalue(coupling: Coupling) -> float:
+    """The largest eigenvalue of L_SS = diag(A~ 1) - A~_SS, the operator that a round applies to the sampled clients.
+
+    Row normalisation is similar to a symmetric matrix where A is symmetric, so eigenvalues are real there; elsewhere
+    the largest modulus is returned.
+    """
+    operator = np.diag(coupling.degree) - coupling.within
+    if len(operator) > _DENSE and np.allclose(operator, operator.T):
+        return float(eigsh(sparse.csr_array(operator), k=1, return_eigenvectors=False)[0])
+    if np.array_equal(operator, operator.T):
+        return float(np.linalg.eigvalsh(operator)[-1])
+    return float(np.abs(np.linalg.eigvals(operator)).max())
+
+
+def largest_coupling(graph: Graph, couplings: Sequence[Coupling]) -> float:
+    """The coupling c below which every round of the schedule contracts.
+
+    Symmetric graphs: c x lambda_max(L_SS) < 2 over all rounds. Asymmetric graphs: c x max row sum <= 1, so that a round
+    stays a weighted mean. Infinite when no round joins anybody.
+    """
+    if graph.symmetric:
+        worst = max((largest_eigenvalue(coupling) for coupling in couplings), default=0.0)
+        return 2 / worst if worst > 0 else float("inf")
+    worst = max((float(coupling.degree.max(initial=0.0)) for coupling in couplings), default=0.0)
+    return 1 / worst if worst > 0 else float("inf")

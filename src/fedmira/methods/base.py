@@ -1,0 +1,171 @@
+"""What a method is: a record of functions over rows with a leading client axis, the same in simulation and at a site.
+
+Letters: K clients, S sampled clients, P adapter parameters per client. A method file holds both halves of one paper, a
+small `Settings` and `build(settings, cohort) -> Method`; nothing is inherited and nothing is registered.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+
+from fedmira.adapters import Adapters, Layout
+from fedmira.config import Strict
+from fedmira.graph import Graph
+
+Memory = dict[str, Tensor]  # what a client keeps and never sends; every tensor has a leading client axis
+
+
+class Settings(Strict):
+    """Base of every method's own settings: strict, frozen, YAML names by alias."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a run is: round (1-based; 0 = the start), local step (0-based) of `steps`, learning rate of the clients."""
+
+    round: int
+    step: int = 0
+    steps: int = 0
+    learning_rate: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """What is known of the federation before it starts. schedule: sampled client positions per round.
+
+    columns: per client, the data columns with one value (for graphs by group).
+    """
+
+    ids: tuple[str, ...]
+    examples: tuple[int, ...]
+    columns: tuple[Mapping[str, str], ...]
+    schedule: tuple[np.ndarray, ...]
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """What crosses the wire for S clients: rows [S, P] of the parts that travel, and declared scalars [S]."""
+
+    rows: Tensor
+    scalars: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def bytes_each(self) -> int:
+        """Payload of one client's message in bytes (float32 rows as they are sent; headers not counted)."""
+        return self.rows.shape[1] * self.rows.element_size() + 8 * len(self.scalars)
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What the server keeps between rounds. adapters: [K, P] where the method is personal, else [1, P]."""
+
+    adapters: Adapters
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What a merge decided. rows [n, P] replace the rows `ids` [n] of State.adapters; shared replaces State.shared.
+
+    notes: numbers for the round's record. Only the engine applies a Change, once it is durable.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    shared: Mapping[str, Tensor] | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+# The client's optimizer over rows, clipping included: (adapters, gradient, memory), changed in place and returned.
+Update = Callable[[Adapters, Tensor, Memory], tuple[Adapters, Memory]]
+# Losses [S] and gradient rows [S, P] on the step's batch; the gradient is a buffer that the next call overwrites.
+Gradient = Callable[[Adapters], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Tools:
+    """Functions and facts that a client half may use, so that a new method needs no new signature.
+
+    rng(name): a generator per client, from run seed, round and client key, never from a position in the batch.
+    """
+
+    clock: Clock
+    grad: Gradient
+    update: Update
+    rng: Callable[[str], Sequence[np.random.Generator]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A federated method as a value. Client functions see [S, ...] and return new values or their own arguments."""
+
+    name: str
+    init: Callable[[Adapters, Clock], State]
+    send: Callable[[State, Tensor, Clock], Message]
+    merge: Callable[[State, Tensor, Message, Tensor, Clock], Change]
+    serve: Callable[[State, Memory, Tensor], Adapters]
+    personal: bool  # every client has its own row on the server
+    uses_weights: bool  # example counts enter the merge
+    begin: Callable[[Adapters, Memory, Message, Tools], tuple[Adapters, Memory]] = (
+        lambda adapters, memory, given, tools: (
+            adapters,
+            memory,
+        )
+    )
+    step: Callable[[Adapters, Memory, Message, Tools], tuple[Adapters, Memory]] = (
+        lambda adapters, memory, given, tools: descend(adapters, memory, given, tools)
+    )
+    finish: Callable[[Adapters, Memory, Message, Tools], tuple[Message, Memory]] = (
+        lambda adapters, memory, given, tools: (
+            Message(adapters.rows),
+            memory,
+        )
+    )
+    layout: Callable[[Layout], Layout] = lambda layout: layout
+    needs: Literal["each", "sum"] = "sum"  # must the server see each upload, or would their sum do
+    compare: Literal["factors", "products"] = "factors"  # what "equal" means for this method's adapters
+    changes_base: bool = False
+    graph: Graph | None = None  # who is pulled to whom, for reports
+    pull: Callable[[Tensor], Tensor] | None = None  # ids [S] -> fraction by which a merge moves each, for reports
+
+
+def descend(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
+    """One plain local step: the gradient of every client's own loss, then the optimizer."""
+    _, gradient = tools.grad(adapters)
+    return tools.update(adapters, gradient, memory)
+
+
+def own_rows(state: State, ids: Tensor, clock: Clock) -> Message:
+    """Send every client its own stored row."""
+    return Message(state.adapters.rows[ids])
+
+
+def one_row(state: State, ids: Tensor, clock: Clock) -> Message:
+    """Send every client the one shared row."""
+    return Message(state.adapters.rows.expand(len(ids), -1))
+
+
+def serve_own(state: State, memory: Memory, ids: Tensor) -> Adapters:
+    """Each client uses its own stored row."""
+    return state.adapters.take(ids)
+
+
+def serve_one(state: State, memory: Memory, ids: Tensor) -> Adapters:
+    """Each client uses the one shared row."""
+    return state.adapters.take(torch.zeros_like(ids))
+
+
+def start_state(adapters: Adapters, clock: Clock) -> State:
+    """Nothing but the common start."""
+    return State(adapters)

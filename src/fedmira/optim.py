@@ -1,0 +1,80 @@
+"""Optimizers over rows: every client's own moments and own step count, one pass over [S, P].
+
+An Optimizer is a value: `start` makes the memory, `update` changes rows and memory in place. `memory` is a mapping of
+tensors with a leading client axis, so that a prefix of clients can be stepped while finished ones stay untouched.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmira.adapters import norms
+
+OptimizerMemory = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """start(rows) -> memory; update(rows, gradient, memory, learning_rate) in place. keys: what `memory` holds."""
+
+    name: str
+    keys: tuple[str, ...]
+    start: Callable[[Tensor], OptimizerMemory]
+    update: Callable[[Tensor, Tensor, OptimizerMemory, float], None]
+
+
+def adamw(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0) -> Optimizer:
+    """AdamW on each row, equal to torch.optim.AdamW run client by client.
+
+    m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  w = w - lr wd w - lr (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)
+    rows, gradient [S, P]; memory: moment_1, moment_2 [S, P] and steps [S].
+    Source: Loshchilov & Hutter 2019 (arXiv:1711.05101), Algorithm 2.
+    """
+
+    def start(rows: Tensor) -> OptimizerMemory:
+        return {
+            "moment_1": torch.zeros_like(rows),
+            "moment_2": torch.zeros_like(rows),
+            "steps": torch.zeros(len(rows), dtype=torch.int64),
+        }
+
+    def update(rows: Tensor, gradient: Tensor, memory: OptimizerMemory, learning_rate: float) -> None:
+        first, second = betas
+        memory["steps"] += 1
+        steps = memory["steps"].to(device=rows.device, dtype=torch.float64)
+        correction_1 = (1 - first**steps)[:, None]
+        correction_2 = (1 - second**steps)[:, None].sqrt()
+        memory["moment_1"].lerp_(gradient, 1 - first)
+        memory["moment_2"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        denominator = memory["moment_2"].sqrt().div_(correction_2.to(rows.dtype)).add_(eps)
+        rows.mul_(1 - learning_rate * weight_decay)
+        rows.addcdiv_(memory["moment_1"] * (-learning_rate / correction_1).to(rows.dtype), denominator)
+
+    return Optimizer("adamw", ("moment_1", "moment_2", "steps"), start, update)
+
+
+def sgd(*, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
+    """SGD on each row with torch's conventions: g <- g + wd w; b <- momentum b + g; w <- w - lr b.
+
+    rows, gradient [S, P]; memory: velocity [S, P] with momentum, else nothing.
+    """
+
+    def start(rows: Tensor) -> OptimizerMemory:
+        return {"velocity": torch.zeros_like(rows)} if momentum else {}
+
+    def update(rows: Tensor, gradient: Tensor, memory: OptimizerMemory, learning_rate: float) -> None:
+        push = gradient.add(rows, alpha=weight_decay) if weight_decay else gradient
+        if momentum:
+            push = memory["velocity"].mul_(momentum).add_(push)
+        rows.add_(push, alpha=-learning_rate)
+
+    return Optimizer("sgd", ("velocity",) if momentum else (), start, update)
+
+
+def clip_(gradient: Tensor, max_norm: float) -> Tensor:
+    """Scale, in place, every client's gradient row to at most max_norm; return the norms before [S] (float64)."""
+    before = norms(gradient)
+    gradient.mul_((max_norm / before.clamp(min=max_norm)).to(gradient.dtype)[:, None])
+    return before

@@ -1,0 +1,185 @@
+"""Durable files: atomic writes, checkpoints as a chain of what changed, and the way back from a damaged one.
+
+A checkpoint is a folder `round-000012` with safetensors files and, written last, manifest.json with their sha256. A
+folder without a manifest never counts. "full" holds the whole state; "delta" holds what one round changed, so the cost
+of a checkpoint follows the change and not the number of clients. A full one is written once the deltas since the last
+would outweigh it. Going back means: the newest full one that is intact, then its deltas up to the first damaged one.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fedmira.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """One intact checkpoint. files: file name (without ending) -> its tensors."""
+
+    round: int
+    full: bool
+    files: Mapping[str, Mapping[str, Tensor]]
+    facts: Mapping[str, Any]
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one: temporary file, fsync, rename, fsync the folder.
+
+    Raises StoreError naming the path and the bytes needed if the disk is full or read-only.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(
+            f"cannot write '{path}' ({len(data)} bytes): {error.strerror}; what was saved before is intact. "
+            "Make room or choose another output_dir, then 'fedmira resume'"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(
+    folder: Path, round_number: int, files: Mapping[str, Tensors], *, full: bool, facts: Mapping[str, Any]
+) -> int:
+    """Write one checkpoint under `folder`, manifest last; return its size in bytes.
+
+    A left-over folder of the same round (a crash before its manifest, or a damaged one) is replaced.
+    """
+    place = folder / f"round-{round_number:06d}"
+    if place.exists():
+        shutil.rmtree(place)
+    place.mkdir(parents=True)
+    listed = {}
+    size = 0
+    for name, tensors in files.items():
+        data = save({key: value.contiguous() for key, value in tensors.items()})
+        write_atomic(place / f"{name}.safetensors", data)
+        listed[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        size += len(data)
+    manifest = {"schema": SCHEMA, "round": round_number, "full": full, "files": listed, "facts": dict(facts)}
+    write_atomic(place / "manifest.json", json.dumps(manifest, indent=1).encode())
+    sync_folder(folder)
+    return size
+
+
+def load_chain(folder: Path) -> list[Checkpoint]:
+    """Return the chain to the newest round that can be rebuilt: a full checkpoint, then deltas in order; [] if none.
+
+    A damaged checkpoint is reported by a warning and everything after it is left out, so that the round before it is
+    used. Raises StoreError if there are checkpoints but no intact full one.
+    """
+    numbers = checkpoint_rounds(folder)
+    loaded: dict[int, Checkpoint | None] = {}
+
+    def get(number: int) -> Checkpoint | None:
+        if number not in loaded:
+            loaded[number] = _load(folder / f"round-{number:06d}")
+        return loaded[number]
+
+    best: list[Checkpoint] = []
+    for start in reversed(range(len(numbers))):
+        first = get(numbers[start])
+        if first is None or not first.full:
+            continue
+        chain = [first]
+        for number in numbers[start + 1 :]:
+            following = get(number)
+            if following is None or following.round != chain[-1].round + 1:
+                break
+            chain.append(following)
+        if not best or chain[-1].round > best[-1].round:
+            best = chain
+        if best[-1].round == numbers[-1] or all(get(number) for number in numbers[start:]):
+            break
+    if numbers and not best:
+        raise StoreError(f"no intact checkpoint in '{folder}': {len(numbers)} found, all damaged; start the run anew")
+    if best and best[-1].round < numbers[-1]:
+        log.warning("going back to round %d: a later checkpoint in '%s' is damaged", best[-1].round, folder)
+    return best
+
+
+def checkpoint_rounds(folder: Path) -> list[int]:
+    """List the rounds that have a manifest, ascending."""
+    return sorted(int(path.parent.name.removeprefix("round-")) for path in folder.glob("round-*/manifest.json"))
+
+
+def prune(folder: Path, keep_from: int) -> None:
+    """Remove checkpoints before round `keep_from` (their manifest first, so that none is left half-readable)."""
+    for number in checkpoint_rounds(folder):
+        if number < keep_from:
+            place = folder / f"round-{number:06d}"
+            (place / "manifest.json").unlink()
+            shutil.rmtree(place)
+
+
+def _load(place: Path) -> Checkpoint | None:
+    """Read and verify one checkpoint; None, with a warning, if anything about it is wrong."""
+    try:
+        manifest = json.loads((place / "manifest.json").read_bytes())
+        if manifest["schema"] != SCHEMA:
+            raise StoreError(f"schema {manifest['schema']}, this version reads {SCHEMA}")
+        files = {}
+        for name, entry in manifest["files"].items():
+            path = place / f"{name}.safetensors"
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != entry["sha256"]:
+                raise StoreError(f"{path.name} does not match its sha256")
+            files[name] = load_file(path)
+        return Checkpoint(int(manifest["round"]), bool(manifest["full"]), files, manifest["facts"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, StoreError) as error:
+        log.warning("checkpoint '%s' is damaged (%s): it is not used", place, error)
+        return None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run folder. Raises StoreError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise StoreError(f"'{path}' is missing: '{path.parent}' is no FedMira run folder") from None
+    except ValueError as error:
+        raise StoreError(f"'{path}' is damaged: {error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Append whole lines and make them durable."""
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.writelines(line + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,497 @@
+"""The Python face of FedMira: load a config, run or resume a study, read back its results and adapters.
+
+A study is one config: the same data, base model and schedule for every method and seed. Everything that can be wrong is
+checked before a folder is made; what a run has saved is never overwritten.
+"""
+
+import importlib.metadata
+import logging
+import platform
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fedmira import bundled
+from fedmira import methods as method_files
+from fedmira.adapters import Adapters, lora_layout
+from fedmira.config import Config, MethodEntry, check_config, read_config
+from fedmira.data.batches import ClientData, Truncation, encode_client
+from fedmira.data.formats import read_records
+from fedmira.data.partition import form_clients
+from fedmira.engine.rounds import Federation, Observer, Scores, run_rounds, score_start
+from fedmira.engine.schedule import draw_schedule
+from fedmira.errors import ConfigError, ModelError, StoreError
+from fedmira.export import export_adapter, short_targets
+from fedmira.graph import Graph
+from fedmira.methods.base import Cohort, Method
+from fedmira.model.load import Base, load_base, load_tokenizer
+from fedmira.plan import plan_cohort
+from fedmira.reports.render import write_report
+from fedmira.reports.stats import read_results
+from fedmira.runs import RunFolder, StudyFolder, find_study
+from fedmira.store import write_json
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy")
+MAX_GRAPH_EDGES = 1_000_000  # a larger graph is described in graph.json, not listed
+
+
+def silent(event: str, facts: Mapping[str, object]) -> None:
+    """Observe nothing."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed, as it lies on disk."""
+
+    path: Path
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """run.json: state, method, settings, seed, versions, base fingerprint, cohort, threads, bytes, seconds."""
+        return RunFolder(self.path).facts
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """metrics.jsonl: one record per finished round."""
+        return RunFolder(self.path).records()
+
+    def adapters(self, client: str) -> Path:
+        """The PEFT folder of one client. Raises StoreError naming the clients there are."""
+        folder = self.path / "adapters" / client
+        if not (folder / "adapter_config.json").is_file():
+            there = sorted(path.name for path in (self.path / "adapters").glob("*"))
+            known = f"{', '.join(there[:8])}{', ...' if len(there) > 8 else ''}" or "none yet: the run is not complete"
+            raise StoreError(f"no adapter of client '{client}' in '{self.path}'; there are: {known}")
+        return folder
+
+
+@dataclass(frozen=True)
+class Study:
+    """A config and its runs, as they lie on disk."""
+
+    path: Path
+
+    @property
+    def config(self) -> Config:
+        return StudyFolder(self.path).config()
+
+    @property
+    def runs(self) -> list[Run]:
+        return [Run(folder.path) for folder in StudyFolder(self.path).runs()]
+
+    @property
+    def results(self) -> pd.DataFrame:
+        """All rows of results.csv: client, method, seed, round, view, split, metric, value."""
+        return read_results(self.path)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, or a bundled one by name (`demo`, `mira-paper`), and apply `a.b=c` overrides.
+
+    Raises one ConfigError that lists every fault, those of the methods' own settings included.
+    """
+    source = Path(path)
+    preset = bundled.preset(str(path))
+    if preset is not None and not source.exists():
+        source = preset
+    return check_config(read_config(source, overrides), str(path), method_files.entry_faults)
+
+
+def run(config: Config, *, observer: Observer = silent, overwrite: bool = False) -> Study:
+    """Run every method with every seed of a config into its output_dir.
+
+    overwrite: replace a study that is already there; otherwise that is an error. Raises a FedMiraError before anything
+    is written if data, model, methods or the folder cannot work.
+    """
+    folder = StudyFolder(Path(config.output_dir))
+    if overwrite and (folder.path / "config.yaml").is_file():
+        shutil.rmtree(folder.path)
+    elif folder.path.exists() and any(folder.path.iterdir()):
+        folder.create(config)  # raises: says what is there and what to do
+    prepared = _prepare(config, observer)
+    folder.create(config)
+    return _run_all(folder, prepared, observer)
+
+
+def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observer = silent) -> Study:
+    """Go on with a study, or with one of its runs, where its newest intact checkpoints are.
+
+    overrides: only `federation.rounds=N`, and only upwards; runs that were complete then go on too.
+    Raises StoreError if there is nothing to resume, ConfigError for any other override.
+    """
+    folder, _ = find_study(Path(path))
+    config = folder.config()
+    config = check_config(config.model_dump(by_alias=True), str(folder.path / "config.yaml"), method_files.entry_faults)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key != "federation.rounds" or not value.isdigit() or int(value) < config.federation.rounds:
+            raise ConfigError(
+                [
+                    f"'{override}': on resume only federation.rounds may change, from {config.federation.rounds} upwards; "
+                    "anything else is a new study"
+                ],
+                "overrides",
+            )
+        config = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": int(value)})})
+    prepared = _prepare(config, observer, saved=_saved_facts(folder))
+    if overrides:
+        folder.rewrite(config)
+    return _run_all(folder, prepared, observer)
+
+
+def load_run(path: str | Path) -> Run:
+    """Open one run folder. Raises StoreError if it is none."""
+    RunFolder(Path(path)).facts  # noqa: B018 - reading checks it
+    return Run(Path(path))
+
+
+def load_method(name: str) -> method_files.MethodModule:
+    """Import a method by id or dotted path."""
+    return method_files.load(name)
+
+
+def methods() -> list[str]:
+    """List the ids of the methods in the tree."""
+    return method_files.names()
+
+
+def report(path: str | Path) -> Path:
+    """Write report.html and summary.json of a study (or of the study a run belongs to); return the report's path."""
+    return write_report(find_study(Path(path))[0].path)
+
+
+def export(run: str | Path | Run, *, client: str | None = None, out: str | Path = "adapters") -> list[Path]:
+    """Copy the PEFT folders of one client, or of all, to `out/<client>`; return the copies.
+
+    Raises StoreError if the run has no such adapter, or a copy would overwrite something.
+    """
+    opened = run if isinstance(run, Run) else load_run(run)
+    wanted = [client] if client else sorted(path.name for path in (opened.path / "adapters").glob("*"))
+    if not wanted:
+        raise StoreError(f"'{opened.path}' has no adapters yet; finish it with 'fedmira resume {opened.path}'")
+    sources = [opened.adapters(name) for name in wanted]
+    targets = [Path(out) / name for name in wanted]
+    taken = [target for target in targets if target.exists()]
+    if taken:
+        raise StoreError(f"'{taken[0]}' exists already; choose another --out")
+    for source, target in zip(sources, targets, strict=True):
+        shutil.copytree(source, target)
+    return targets
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A study that passed every check: what its runs share, and each run's method."""
+
+    federation: Federation
+    cohorts: Mapping[int, Cohort]
+    entries: Sequence[MethodEntry]
+    notes: Mapping[str, list[str]]  # label -> warnings of its build
+    methods: Mapping[tuple[str, int], Method]
+    linears: Sequence[str]
+
+
+def _prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None = None) -> _Prepared:
+    """Read data, check the methods, load the base and settle the cohort; nothing is written.
+
+    saved: run.json of an earlier run of the study, whose dtype, threads and cohort are used again.
+    """
+    base_path = bundled.resolve(config.model.base_model)
+    tokenizer = load_tokenizer(base_path)
+    clients, truncation, found = _read_clients(config, tokenizer)
+    observer("data", {"clients": clients, "truncation": truncation, "format": found})
+    cohorts = {
+        seed: Cohort(
+            ids=tuple(client.id for client in clients),
+            examples=tuple(len(client.train) for client in clients),
+            columns=tuple(client.columns for client in clients),
+            schedule=draw_schedule(
+                len(clients),
+                rounds=config.federation.rounds,
+                participation=config.federation.participation,
+                seed=seed,
+            ),
+            seed=seed,
+        )
+        for seed in config.seeds
+    }
+    built, notes = {}, {}
+    for entry in config.methods:
+        for seed, cohort in cohorts.items():
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                built[entry.folder, seed] = method_files.build(entry.name, entry.settings, cohort)
+            notes[entry.folder] = [str(warning.message) for warning in caught]
+    dtype = config.model.dtype
+    if saved is not None:
+        torch.set_num_threads(int(saved["threads"]))
+        dtype = saved["dtype"]
+    base = load_base(
+        base_path, dtype=dtype, device=config.model.device, targets=config.lora.target_modules, tokenizer=tokenizer
+    )
+    _check_positions(config, base)
+    if saved is not None and saved["base_fingerprint"] != base.fingerprint:
+        raise ModelError(
+            f"model.base_model '{config.model.base_model}' is not the base this study began with (sha256 "
+            f"{base.fingerprint[:12]}, began with {saved['base_fingerprint'][:12]}); put the old one back"
+        )
+    layout = lora_layout(base.shapes, config.lora.r)
+    sampled = len(next(iter(cohorts.values())).schedule[0])
+    if saved is not None:
+        width = int(saved["cohort"])
+    elif config.federation.cohort == "auto":
+        width = plan_cohort(base, layout, clients, batch_size=config.training.batch_size, sampled=sampled).cohort
+    else:
+        width = config.federation.cohort
+    federation = Federation(
+        config=config,
+        base=base,
+        clients=tuple(clients),
+        layout=layout,
+        ranks=torch.full((len(clients),), config.lora.r),
+        cohort=width,
+    )
+    observer("model", {"federation": federation, "sampled": sampled})
+    linears = [name for name, module in base.model.named_modules() if _is_linear(module)]
+    return _Prepared(federation, cohorts, config.methods, notes, built, linears)
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return (
+        hasattr(module, "weight") and getattr(module.weight, "ndim", 0) == 2 and not hasattr(module, "num_embeddings")
+    )
+
+
+def _read_clients(config: Config, tokenizer: Any) -> tuple[list[ClientData], Truncation, str]:
+    section = config.data
+    found, records = read_records(bundled.resolve(section.path), format=section.format, columns=section.columns)
+    formed = form_clients(
+        records,
+        by=section.clients.by,
+        per_group=section.clients.per_group,
+        first=section.clients.first,
+        groups=section.clients.groups,
+        subsample=section.subsample,
+        validation=section.split.validation,
+        test=section.split.test,
+        split_column=section.split_column,
+        seed=section.seed,
+    )
+    clients = [
+        encode_client(client, tokenizer, template=section.template, max_length=section.max_length) for client in formed
+    ]
+    truncation = sum((client.truncation for client in clients), Truncation())
+    return clients, truncation, found
+
+
+def _check_positions(config: Config, base: Base) -> None:
+    if base.max_positions is not None and config.data.max_length > base.max_positions:
+        raise ConfigError(
+            [
+                f"data.max_length: found {config.data.max_length}: base '{config.model.base_model}' has "
+                f"{base.max_positions} positions; set data.max_length to at most that"
+            ]
+        )
+
+
+def _saved_facts(folder: StudyFolder) -> dict[str, Any] | None:
+    """Facts of any run of the study: all share dtype, threads, cohort and base. None if no run has begun."""
+    return next((run.facts for run in folder.runs()), None)
+
+
+def _run_all(folder: StudyFolder, prepared: _Prepared, observer: Observer) -> Study:
+    """Run what is not complete yet, seed by seed, then write the report."""
+    config = prepared.federation.config
+    start: Scores | None = None
+    for seed in config.seeds:
+        for entry in prepared.entries:
+            run_folder = folder.run(entry.folder, seed)
+            if _is_complete(run_folder, config):
+                continue
+            if start is None:
+                observer("start", {"what": "scoring the untouched base"})
+                start = score_start(prepared.federation, observer)
+            _run_one(run_folder, prepared, entry, seed, start, observer)
+    observer("report", {})
+    write_report(folder.path)
+    return Study(folder.path)
+
+
+def _is_complete(folder: RunFolder, config: Config) -> bool:
+    if not (folder.path / "run.json").is_file():
+        return False
+    facts = folder.facts
+    return facts["state"] == "complete" and facts["rounds"] >= config.federation.rounds
+
+
+def _run_one(
+    folder: RunFolder, prepared: _Prepared, entry: MethodEntry, seed: int, start: Scores, observer: Observer
+) -> None:
+    federation = prepared.federation
+    method = prepared.methods[entry.folder, seed]
+    cohort = prepared.cohorts[seed]
+    config = federation.config.model_copy(
+        update={"seeds": [seed], "methods": [entry], "output_dir": str(folder.path / "again")}
+    )
+    facts = _facts(federation, method, entry, seed, cohort)
+    if (folder.path / "run.json").is_file():
+        folder.rewrite(config)
+        folder.update(**facts)
+    else:
+        folder.create(config, facts, _client_table(federation))
+    _write_graph(folder, method, cohort)
+    observer("run", {"facts": facts, "notes": prepared.notes[entry.folder]})
+    with folder.logging(), _marked(folder):
+        for note in prepared.notes[entry.folder]:
+            log.warning(note)
+        serve = run_rounds(federation, method, cohort.schedule, folder, seed=seed, start=start, observer=observer)
+        _export_all(folder, prepared, facts, serve, observer)
+        records = folder.records()
+        folder.update(
+            state="complete",
+            finished=_now(),
+            bytes_up=sum(record["bytes_up"] for record in records),
+            bytes_down=sum(record["bytes_down"] for record in records),
+            seconds=sum(record["seconds"] for record in records),
+            ever_sampled=len({name for record in records for name in record["clients"]}),
+        )
+    observer("complete", {"folder": folder.path})
+
+
+@contextmanager
+def _marked(folder: RunFolder) -> Iterator[None]:
+    """Write into run.json how a run ended when it did not end well."""
+    try:
+        yield
+    except BaseException as error:
+        state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        log.error("%s: %s", state, type(error).__name__)
+        folder.update(state=state, finished=_now())
+        raise
+
+
+def _facts(federation: Federation, method: Method, entry: MethodEntry, seed: int, cohort: Cohort) -> dict[str, Any]:
+    config = federation.config
+    pulls = None
+    if method.pull is not None:
+        pulls = [100 * float(share) for ids in cohort.schedule for share in method.pull(torch.from_numpy(ids))]
+    return {
+        "state": "running",
+        "method": method.name,
+        "label": entry.folder,
+        "settings": entry.settings,
+        "seed": seed,
+        "rounds": config.federation.rounds,
+        "clients": len(federation),
+        "sampled": len(cohort.schedule[0]),
+        "personal": method.personal,
+        "base_model": config.model.base_model,
+        "base_fingerprint": federation.base.fingerprint,
+        "layout_fingerprint": federation.layout.fingerprint,
+        "parameters": federation.layout.parameters,
+        "dtype": str(federation.base.dtype).removeprefix("torch."),
+        "device": str(federation.base.device),
+        "cohort": federation.cohort,
+        "threads": torch.get_num_threads(),
+        "pull_percent": None if not pulls else [min(pulls), sum(pulls) / len(pulls), max(pulls)],
+        "versions": {
+            "fedmira": importlib.metadata.version("fedmira"),
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in LIBRARIES},
+        },
+        "command": sys.argv,
+        "started": _now(),
+    }
+
+
+def _client_table(federation: Federation) -> dict[str, Any]:
+    return {
+        client.id: {
+            "folder": client.id,
+            "name": client.name,
+            "group": client.group,
+            "rank": int(federation.ranks[position]),
+            "examples": {
+                "train": len(client.train),
+                "validation": len(client.validation),
+                "test": len(client.test),
+            },
+            "trained_tokens": client.trained_tokens,
+            "prompts_cut": client.truncation.prompts_cut,
+            "answers_cut": client.truncation.answers_cut,
+            "dropped": client.truncation.dropped,
+        }
+        for position, client in enumerate(federation.clients)
+    }
+
+
+def _write_graph(folder: RunFolder, method: Method, cohort: Cohort) -> None:
+    graph: Graph | None = method.graph
+    if graph is None:
+        return
+    whole = graph.weights.tocoo()
+    edges: list[list[float]] | None = None
+    if whole.nnz <= MAX_GRAPH_EDGES:
+        edges = [
+            [int(row), int(column), float(weight)]
+            for row, column, weight in zip(whole.row, whole.col, whole.data, strict=True)
+        ]
+    write_json(
+        folder.path / "graph.json",
+        {
+            "kind": graph.kind,
+            "note": graph.note,
+            "clients": list(cohort.ids),
+            "entries": int(whole.nnz),
+            "edges": edges,
+        },
+    )
+
+
+def _export_all(
+    folder: RunFolder,
+    prepared: _Prepared,
+    facts: Mapping[str, Any],
+    serve: Callable[[Tensor], Adapters],
+    observer: Observer,
+) -> None:
+    """Write one PEFT folder per client."""
+    federation = prepared.federation
+    targets = short_targets([name for name, _, _ in federation.base.shapes], prepared.linears)
+    for position, client in enumerate(federation.clients):
+        served = serve(torch.tensor([position]))
+        ranks = federation.ranks[position : position + 1]
+        scale = torch.tensor([federation.config.lora.lora_alpha]) / ranks
+        export_adapter(
+            folder.adapters / client.id,
+            replace(served, ranks=ranks, scale=scale),
+            base_model=federation.config.model.base_model,
+            target_modules=targets,
+            fan_in_fan_out=federation.base.transposed,
+            card={
+                "client": client.id,
+                "group": client.group,
+                "method": f"{facts['method']} {facts['settings'] or ''}".strip(),
+                "rounds": facts["rounds"],
+                "seed": facts["seed"],
+                "base sha256": facts["base_fingerprint"],
+                "training examples": len(client.train),
+            },
+        )
+        observer("export", {"done": position + 1, "clients": len(federation)})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
