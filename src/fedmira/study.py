@@ -139,8 +139,8 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observe
         if key != "federation.rounds" or not value.isdigit() or int(value) < config.federation.rounds:
             raise ConfigError(
                 [
-                    f"'{override}': on resume only federation.rounds may change, from {config.federation.rounds} upwards; "
-                    "anything else is a new study"
+                    f"'{override}': on resume only federation.rounds may change, from {config.federation.rounds} up"
+                    "; anything else is a new study"
                 ],
                 "overrides",
             )

@@ -107,7 +107,7 @@ def test_pretraining_lowers_the_loss_and_says_the_final_one():
 
 
 @pytest.mark.slow
-def test_the_whole_pretraining_reaches_the_released_losses(tmp_path):
+def test_the_whole_pretraining_reaches_the_released_losses():
     told: list[str] = []
     pretrain(report=told.append)
     tagged, untagged = (float(told[-1].split()[i]) for i in (3, -2))

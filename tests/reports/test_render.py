@@ -54,8 +54,6 @@ def pair(study: Path, write_run) -> Path:
 class Reader(HTMLParser):
     """Checks that elements nest and notes what refers to the outside."""
 
-    VOID = ("meta", "line", "polyline", "circle")
-
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
@@ -63,11 +61,11 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in self.VOID:
+        if tag != "meta":
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag in self.VOID
+        assert tag in ("line", "polyline")  # HTML lets only foreign elements (SVG) close themselves
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -168,14 +166,21 @@ def test_a_run_without_a_record_is_still_shown(study: Path, write_run):
 def test_a_damaged_record_is_refused(study: Path, write_run):
     run = write_run("local", rows({"a": 1}))
     (run / "run.json").write_text("{")
-    with pytest.raises(StoreError, match=r"run\.json' is no JSON"):
+    with pytest.raises(StoreError, match=r"run\.json' is damaged"):
         write_report(study)
 
 
 def test_bytes_and_pull_are_shown(study: Path, write_run):
     write_run("mira", rows({"a": 1}), bytes_up=1_500_000, bytes_down=999, pull_percent=[5, 12.5], seconds=3.25)
     text = page(study)
-    assert "<td>3.2</td>\n<td>1.5 MB</td><td>999 B</td>\n<td>5 to 12</td>" in text
+    assert "<td>3.2</td>\n<td>1.5 MB</td><td>999 B</td>\n<td>5 to 12</td>\n<td>n/a</td>" in text
+
+
+def test_clients_that_were_never_sampled_are_counted_apart(study: Path, write_run):
+    run = write_run("mira", rows({"a": 1, "b": 2, "c": 3}), clients=3)
+    (run / "metrics.jsonl").write_text('{"round": 1, "clients": ["a"]}\n{"round": 2, "clients": ["b", "a"]}\n')
+    write_report(study)
+    assert json.loads((study / "summary.json").read_text())["runs"][0]["never_sampled"] == 1
 
 
 def test_the_summary_holds_the_figures_unrounded(pair: Path):
@@ -245,7 +250,7 @@ def test_the_terminal_prints_names_as_they_are(study: Path, write_run):
 
 def test_clients_without_a_value_are_mentioned_in_the_terminal(study: Path, write_run):
     write_run("local", rows({"a": 2, "b": None}))
-    assert "up to 1 clients without a value" in terminal(study)
+    assert "clients without a value (n/a), left out: 1" in " ".join(terminal(study).split())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from fedmira.errors import StoreError
 from fedmira.reports.stats import (
-    COLUMNS,
     Comparison,
     MethodSummary,
     client_values,
@@ -22,6 +21,7 @@ from fedmira.reports.stats import (
     summarise,
     summarise_base,
 )
+from fedmira.runs import RESULT_COLUMNS
 
 
 def table(*rows: tuple[object, ...]) -> pd.DataFrame:
@@ -31,7 +31,7 @@ def table(*rows: tuple[object, ...]) -> pd.DataFrame:
             (client, method, seed, number, "personal", "test", "loss", value)
             for client, method, seed, number, value in rows
         ],
-        columns=list(COLUMNS),
+        columns=list(RESULT_COLUMNS),
     )
 
 
@@ -302,6 +302,13 @@ def test_all_runs_are_read(study: Path, write_run):
 def test_a_row_written_twice_counts_once_as_written_last(study: Path, write_run):
     write_run("local", [("a", 1, "test", "loss", 9), ("a", 1, "test", "loss", 2)])
     assert read_results(study)["value"].tolist() == [2]
+
+
+def test_a_line_that_a_crash_cut_short_is_left_out(study: Path, write_run):
+    run = write_run("local", [("a", 1, "test", "loss", 2)])
+    with (run / "results.csv").open("a") as file:
+        file.write("b,local,0,1,per")
+    assert read_results(study)["client"].tolist() == ["a"]
 
 
 def test_methods_come_in_the_order_of_the_config(study: Path, write_run):

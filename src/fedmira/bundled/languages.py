@@ -18,6 +18,7 @@ Only numpy's generator is used, seeded.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def target_words() -> tuple[str, ...]:
     return _vocabulary()[1]
 
 
+@cache
 def _vocabulary() -> tuple[tuple[str, ...], tuple[str, ...]]:
     rng = np.random.default_rng(VOCABULARY_SEED)
     syllables = [consonant + vowel for consonant in CONSONANTS for vowel in VOWELS]

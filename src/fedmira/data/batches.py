@@ -158,8 +158,13 @@ def encode_client(client: Client, tokenizer: Tokenizer, *, template: str, max_le
 def _tokenize(texts: list[str], tokenizer: Tokenizer, *, special: bool) -> list[list[int]]:
     if not texts:
         return []
-    # verbose=False: the warning about the model's longest sequence is premature, examples are cut afterwards
-    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+    try:
+        # verbose=False: the warning about the model's longest sequence is premature, examples are cut afterwards
+        return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise DataError(
+            "the tokenizer cannot encode some of the examples; a vocabulary of words needs an unknown token (unk_token)"
+        ) from error
 
 
 def _prompts(texts: list[str], tokenizer: Tokenizer, end: int) -> tuple[list[list[int]], int]:
@@ -172,7 +177,7 @@ def _prompts(texts: list[str], tokenizer: Tokenizer, end: int) -> tuple[list[lis
     added = _tokenize([""], tokenizer, special=True)[0]
     closing = int(len(added) > 1 and added[-1] == end)
     opening = len(added) - closing
-    for probe in [*texts, "a", "."]:
+    for probe in texts:
         plain = _tokenize([probe], tokenizer, special=False)[0]
         full = _tokenize([probe], tokenizer, special=True)[0]
         starts = [start for start in range(len(full)) if full[start : start + len(plain)] == plain]
@@ -219,7 +224,7 @@ def collate(
         )
     width = max((len(example.ids) for own in examples for example in own), default=1)
     shape = (len(examples), size, -(-width // multiple) * multiple)
-    # filled in numpy: assigning short lists to tensors costs ten times as much
+    # filled in numpy: writing short lists into tensors takes nearly ten times as long
     ids = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, NO_LOSS, dtype=np.int64)
     lengths = np.zeros(shape[:2], dtype=np.int64)

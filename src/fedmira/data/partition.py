@@ -28,7 +28,7 @@ class Client:
 
     id: str  # matches [A-Za-z0-9][A-Za-z0-9_-]{0,63}, unique whatever the case; safe as a folder name
     name: str  # the value in the data, with "-0", "-1", ... where several clients share one
-    group: str | None
+    group: str | None  # None = the data names none
     columns: Mapping[str, str]  # columns with one value in all its records; never its examples' texts
     train: tuple[Record, ...]
     validation: tuple[Record, ...]
@@ -157,16 +157,16 @@ def _values(records: Sequence[Record], column: str, key: str) -> list[str]:
     return values
 
 
-def _group(name: str, records: Sequence[Record], column: str) -> str:
-    """Return the one value of a column in all of a client's records. Raises DataError if there are more, or none."""
-    values = {record.columns.get(column, "") for record in records}
-    if len(values) > 1 or not min(values).strip():
-        found = f"{len(values)} values" if len(values) > 1 else "no value"
+def _group(name: str, records: Sequence[Record], column: str) -> str | None:
+    """Return the one value of a column in all of a client's records, None if none has any. Raises DataError if more."""
+    values = {record.columns.get(column, "").strip() for record in records}
+    if len(values) > 1:
+        found = f"{len(values)} values" if "" not in values else "a value of some records only"
         raise DataError(
-            f"client '{_shown(name)}': its records have {found} of '{column}' (data.clients.groups); "
+            f"client '{_shown(name)}': found {found} in '{column}' (data.clients.groups); "
             "a client is in one group: take a column that is constant within each client"
         )
-    return min(values)
+    return values.pop() or None
 
 
 def _text_columns(records: Sequence[Record], known: Sequence[str]) -> set[str]:

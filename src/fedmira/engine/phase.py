@@ -150,7 +150,7 @@ def _train_together(
             dropout = None
             if training.dropout:
                 seeds = [int(stream.integers(2**40)) for stream in rng("dropout")]
-                dropout = Dropout(training.dropout, seeds, batch.lengths.amax(dim=1).tolist())
+                dropout = Dropout(training.dropout, seeds)
             losses, _ = gradients(base, current, batch, into=gradient[:count], dropout=dropout)
             sums[:count] += losses.double().cpu()
             return losses, gradient[:count]

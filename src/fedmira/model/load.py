@@ -20,9 +20,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from fedmira.data.batches import Batch
 from fedmira.errors import ModelError
 from fedmira.model.lora import Stack, find_targets, install
 from fedmira.model.loss import Head
+from fedmira.model.packing import pack, packed_attention
+
+log = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -43,6 +47,7 @@ class Base:
     device: torch.device
     max_positions: int | None
     transposed: bool  # adapted weights are [in, out] (Conv1D)
+    packs: bool  # passes may lay examples end to end; else they are padded
     stack: Stack = field(default_factory=Stack)
 
     @property
@@ -142,6 +147,7 @@ def wrap(
         device=head.weight.device,
         max_positions=getattr(config, "max_position_embeddings", None),
         transposed=bool(first.transposed),
+        packs=_packs(model, decoder),
         stack=stack,
     )
 
@@ -235,6 +241,46 @@ def _check_decoder(model: nn.Module, decoder: nn.Module, head: Head, name: str) 
             f"model.base_model '{name}': {type(model).__name__} changes its logits after the output head in a way "
             "FedMira does not know; its loss would be wrong"
         )
+
+
+def _packs(model: transformers.PreTrainedModel, decoder: nn.Module) -> bool:
+    """Measure whether uneven examples laid end to end give the hidden states that each gives alone."""
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    device = model.get_input_embeddings().weight.device
+    lengths = [5, 9, 2, 9]
+    own = [torch.randint(vocabulary, (1, 1, length), generator=generator) for length in lengths]
+    batch = Batch(
+        ids=torch.cat([nn.functional.pad(ids, (0, 9 - ids.shape[-1])) for ids in own]),
+        labels=torch.full((len(lengths), 1, 9), -100),
+        lengths=torch.tensor(lengths)[:, None],
+    )
+    plan = pack(batch, pad_id=0).to(device)
+    assert plan.attention is not None
+    try:
+        with torch.no_grad(), quiet():
+            alone = [decoder(input_ids=ids[0].to(device), use_cache=False).last_hidden_state[0] for ids in own]
+            with packed_attention(model, plan.attention):
+                together = decoder(input_ids=plan.ids, position_ids=plan.positions, use_cache=False).last_hidden_state[
+                    0
+                ]
+    except (NotImplementedError, TypeError, KeyError, ValueError, RuntimeError) as error:
+        log.info("%s is trained on padded batches: %s", type(model).__name__, error)
+        return False
+    starts = {
+        client: segment.start + place * segment.tokens
+        for segment in plan.segments
+        for place, client in enumerate(plan.order[segment.first : segment.stop].tolist())
+    }
+    tolerance = 1e-4 if together.dtype != torch.bfloat16 else 5e-2
+    worst = max(
+        float((_wide(together[starts[client] : starts[client] + length]) - _wide(alone[client])).abs().max())
+        for client, length in enumerate(lengths)
+    )
+    span = max(1.0, max(float(_wide(states).abs().max()) for states in alone))
+    if worst > tolerance * span:
+        log.info("%s is trained on padded batches: packed states differ by %.2g", type(model).__name__, worst)
+    return worst <= tolerance * span
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
     y_k = W x_k + b + s_k B_k (A_k x_k)          for every client k of the stack, s_k = alpha / r_k
 
-Clients are stacked along the batch: activations [S*B, T, in] are seen as [S, B*T, in] and the low-rank part is a `bmm`
-over the leading client axis. Gradients of A and B are written straight into gradient rows [S, P]; the rows themselves
-never enter the autograd graph, because each slice of a row would zero-fill a whole [S, P] on the way back.
+Clients lie one after another in the pass; a segment of clients with equally many tokens is seen as [clients, tokens,
+in] and the low-rank part is a `bmm` over the leading client axis. Gradients of A and B are written straight into
+gradient rows [S, P]; the rows themselves never enter the autograd graph, because each slice of a row would zero-fill a
+whole [S, P] on the way back.
 
 Source: Hu et al. 2021 (arXiv:2106.09685), equation 3; Conv1D (GPT-2) keeps its weight as [in, out].
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -19,28 +21,29 @@ from transformers.pytorch_utils import Conv1D
 
 from fedmira.adapters import Adapters
 from fedmira.errors import ModelError, nearest
+from fedmira.model.packing import Segment
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """LoRA dropout of one pass: rate p and one stream per client, so that a client's masks depend on it alone.
-
-    lengths [S]: the longest example of each client; masks are drawn for that length only, whatever the padding is.
-    """
+    """LoRA dropout of one pass: rate p and a stream per client of the stack, so that masks depend on it alone."""
 
     rate: float
     seeds: Sequence[int]
-    lengths: Sequence[int]
 
-    def mask(self, slot: int, shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
-        """Return multipliers [S, B*T, in]: 0 with probability p, else 1 / (1 - p)."""
-        clients, batch, tokens, width = shape
-        keep = torch.ones(clients, batch, tokens, width, dtype=like.dtype)
-        for client, (seed, length) in enumerate(zip(self.seeds, self.lengths, strict=True)):
+    def mask(self, slot: int, segment: Segment, like: Tensor) -> Tensor:
+        """Return multipliers [clients, tokens, in] of a segment: 0 with probability p, else 1 / (1 - p).
+
+        Drawn for a client's real tokens in their order, whatever shares the pass with it.
+        """
+        width = like.shape[-1]
+        keep = torch.ones(segment.stop - segment.first, segment.tokens, width, dtype=like.dtype)
+        for place, real in enumerate(segment.real):
+            seed = self.seeds[segment.first + place]
             stream = torch.Generator().manual_seed((seed * 1_000_003 + slot) % 2**63)
-            drawn = torch.rand(batch, length, width, generator=stream) >= self.rate
-            keep[client, :, :length] = drawn.to(like.dtype) / (1 - self.rate)
-        return keep.view(clients, batch * tokens, width).to(like.device)
+            drawn = torch.rand(real, width, generator=stream) >= self.rate
+            keep[place, :real] = drawn.to(like.dtype) / (1 - self.rate)
+        return keep.to(like.device)
 
 
 @dataclass
@@ -54,36 +57,48 @@ class Pair:
     grad_b: Tensor | None = None
     written: bool = False  # a module used twice in one pass adds its second gradient
 
-    def write(self, grad_a: Tensor, grad_b: Tensor) -> None:
+    def of(self, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A, B and scale of a segment's clients."""
+        chosen = slice(segment.first, segment.stop)
+        return self.a[chosen], self.b[chosen], self.scale[chosen]
+
+    def write(self, first: int, stop: int, grad_a: Tensor, grad_b: Tensor) -> None:
+        """Keep the gradients of clients first..stop."""
         assert self.grad_a is not None
         assert self.grad_b is not None
         if self.written:
-            self.grad_a.add_(grad_a)
-            self.grad_b.add_(grad_b)
+            self.grad_a[first:stop].add_(grad_a)
+            self.grad_b[first:stop].add_(grad_b)
         else:
-            self.grad_a.copy_(grad_a)
-            self.grad_b.copy_(grad_b)
-            self.written = True
+            self.grad_a[first:stop].copy_(grad_a)
+            self.grad_b[first:stop].copy_(grad_b)
 
 
 @dataclass
 class Stack:
     """What the stacked layers of one base read during a pass; empty means the untouched base."""
 
-    clients: int = 0
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
+    segments: tuple[Segment, ...] | None = None  # None: the batch is split evenly among the clients
+    clients: int = 0
     dropout: Dropout | None = None
     anchor: Tensor | None = None  # makes the first adapted layer differentiable although its input is not
 
-    def fill(
-        self, adapters: Adapters, *, dtype: torch.dtype, gradient: Tensor | None = None, dropout: Dropout | None = None
-    ) -> None:
-        """Point every layer at its leaves; `gradient` [S, P] receives what backward computes."""
+    @contextmanager
+    def filled(
+        self,
+        adapters: Adapters,
+        *,
+        dtype: torch.dtype,
+        segments: tuple[Segment, ...] | None = None,
+        gradient: Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> Iterator[None]:
+        """Point every layer at its leaves for one pass; `gradient` [S, P] receives what backward computes."""
         rows = adapters.rows.to(dtype)
         scale = adapters.scale.to(device=rows.device, dtype=dtype)[:, None, None]
         cast = adapters.with_rows(rows)
         into = None if gradient is None else adapters.with_rows(gradient)
-        self.pairs = {}
         for part in adapters.layout.parts:
             if not part.served:
                 continue
@@ -92,16 +107,24 @@ class Stack:
                 if into is not None and part.trained:
                     pair.grad_a, pair.grad_b = into.leaf(first), into.leaf(second)
                 self.pairs.setdefault(first.module, []).append(pair)
-        self.clients = len(adapters)
+        self.segments, self.clients = segments, len(adapters)
         self.dropout = dropout if dropout is not None and dropout.rate > 0 else None
         self.anchor = None if gradient is None else torch.zeros((), requires_grad=True, device=rows.device)
+        try:
+            yield
+        finally:
+            self.pairs, self.segments, self.clients, self.dropout, self.anchor = {}, None, 0, None, None
 
-    def clear(self) -> None:
-        self.clients, self.pairs, self.dropout, self.anchor = 0, {}, None, None
+    def split(self, tokens: int) -> tuple[Segment, ...]:
+        """Return the segments of a sequence of `tokens` tokens."""
+        if self.segments is not None:
+            return self.segments
+        each = tokens // self.clients
+        return (Segment(0, self.clients, 0, each, tuple([each] * self.clients)),)
 
 
 class StackedLinear(nn.Module):
-    """A frozen Linear or Conv1D that adds each client's own low-rank update to that client's part of the batch."""
+    """A frozen Linear or Conv1D that adds each client's own low-rank update to that client's part of the sequence."""
 
     def __init__(self, base: nn.Linear | Conv1D, stack: Stack, *, name: str, slot: int) -> None:
         super().__init__()
@@ -119,10 +142,12 @@ class StackedLinear(nn.Module):
         if self.stack.anchor is not None and torch.is_grad_enabled():
             return _StackedLinear.apply(x, self.stack.anchor, self, pairs)  # type: ignore[no-untyped-call]
         y = self.plain(x)
-        by_client = y.view(self.stack.clients, -1, y.shape[-1])
-        stacked = x.reshape(self.stack.clients, -1, x.shape[-1])
-        for pair in pairs:
-            by_client.baddbmm_(torch.bmm(stacked, pair.a.mT) * pair.scale, pair.b.mT)
+        into, given = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        for segment in self.stack.split(len(given)):
+            own, seen = segment.view(into), segment.view(given)
+            for pair in pairs:
+                a, b, scale = pair.of(segment)
+                own.baddbmm_(torch.bmm(seen, a.mT) * scale, b.mT)
         return y
 
 
@@ -131,43 +156,55 @@ class _StackedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, x: Tensor, anchor: Tensor, layer: StackedLinear, pairs: list[Pair]) -> Tensor:
-        clients = layer.stack.clients
         y = layer.plain(x)
-        by_client = y.view(clients, -1, y.shape[-1])
-        stacked = x.reshape(clients, -1, x.shape[-1])
-        keep = None
-        if layer.stack.dropout is not None:
-            shape = (clients, x.shape[0] // clients, x.shape[1], x.shape[2])
-            keep = layer.stack.dropout.mask(layer.slot, shape, x)
-        given = stacked if keep is None else stacked * keep
-        inner = [torch.bmm(given, pair.a.mT).mul_(pair.scale) for pair in pairs]
-        for pair, z in zip(pairs, inner, strict=True):
-            by_client.baddbmm_(z, pair.b.mT)
-        ctx.save_for_backward(given, keep, *inner)  # type: ignore[attr-defined]
-        ctx.layer, ctx.pairs = layer, pairs  # type: ignore[attr-defined]
+        into, given = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        segments = layer.stack.split(len(given))
+        dropout = layer.stack.dropout
+        keeps: list[Tensor | None] = []
+        inner: list[Tensor] = []  # s (A x), per segment and pair
+        for segment in segments:
+            own, seen = segment.view(into), segment.view(given)
+            keep = None if dropout is None else dropout.mask(layer.slot, segment, seen)
+            seen = seen if keep is None else seen * keep
+            keeps.append(keep)
+            for pair in pairs:
+                a, b, scale = pair.of(segment)
+                z = torch.bmm(seen, a.mT).mul_(scale)
+                own.baddbmm_(z, b.mT)
+                inner.append(z)
+        ctx.save_for_backward(given, *inner, *keeps)  # type: ignore[attr-defined]
+        ctx.layer, ctx.pairs, ctx.segments, ctx.shape = layer, pairs, segments, x.shape  # type: ignore[attr-defined]
         return y
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        given, keep, *inner = ctx.saved_tensors  # type: ignore[attr-defined]
         layer: StackedLinear = ctx.layer  # type: ignore[attr-defined]
         pairs: list[Pair] = ctx.pairs  # type: ignore[attr-defined]
-        (dy,) = grads
-        dy3 = dy.reshape(given.shape[0], -1, dy.shape[-1])
+        segments: tuple[Segment, ...] = ctx.segments  # type: ignore[attr-defined]
+        given, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
+        inner, keeps = saved[: -len(segments)], saved[-len(segments) :]
+        dy = grads[0].reshape(len(given), -1)
         dx = None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
             dx = dy @ (layer.weight.t() if layer.transposed else layer.weight)
-        for pair, z in zip(pairs, inner, strict=True):
-            dz = torch.bmm(dy3, pair.b).mul_(pair.scale)
-            if pair.grad_a is not None:
-                pair.write(torch.bmm(dz.mT, given), torch.bmm(dy3.mT, z))
-            if dx is not None:
-                by_client = dx.view(given.shape)
-                if keep is None:
-                    by_client.baddbmm_(dz, pair.a)
-                else:
-                    by_client.add_(torch.bmm(dz, pair.a).mul_(keep))
-        return dx, None, None, None
+        for number, (segment, keep) in enumerate(zip(segments, keeps, strict=True)):
+            push, seen = segment.view(dy), segment.view(given)
+            seen = seen if keep is None else seen * keep
+            for place, pair in enumerate(pairs):
+                a, b, scale = pair.of(segment)
+                dz = torch.bmm(push, b).mul_(scale)
+                if pair.grad_a is not None:
+                    z = inner[number * len(pairs) + place]
+                    pair.write(segment.first, segment.stop, torch.bmm(dz.mT, seen), torch.bmm(push.mT, z))
+                if dx is not None:
+                    back = segment.view(dx)
+                    if keep is None:
+                        back.baddbmm_(dz, a)
+                    else:
+                        back.add_(torch.bmm(dz, a).mul_(keep))
+        for pair in pairs:
+            pair.written = True
+        return None if dx is None else dx.view(ctx.shape), None, None, None  # type: ignore[attr-defined]
 
 
 def find_targets(model: nn.Module, targets: Sequence[str] | str, *, head: nn.Module | None) -> list[str]:

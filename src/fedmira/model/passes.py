@@ -11,6 +11,7 @@ from fedmira.data.batches import Batch
 from fedmira.model.load import Base, quiet
 from fedmira.model.lora import Dropout
 from fedmira.model.loss import token_losses, weighted_loss
+from fedmira.model.packing import Pass, pack, packed_attention, pad
 
 
 def gradients(
@@ -18,32 +19,40 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return each client's loss [S] and labelled tokens [S]; write d loss_k / d row_k to `into` [S, P].
 
-    loss_k = mean over the labelled tokens of client k's own batch, in nats; one client never weighs on another.
+    loss_k = mean over the labelled tokens of client k's own batch, in nats; one client never weighs on another. A
+    client without labelled tokens gets loss 0 and gradient 0.
     """
-    ids, targets, places, owner, counts = _labelled(base, batch)
-    base.stack.fill(adapters, dtype=base.dtype, gradient=into, dropout=dropout)
-    try:
-        with torch.enable_grad():
-            hidden = _hidden(base, ids)[places]
-            weights = 1.0 / counts.clamp(min=1).to(_wide(base.dtype))
-            total, losses = weighted_loss(hidden, targets, weights[owner], base.head)
-            torch.autograd.backward(total)
-    finally:
-        base.stack.clear()
-    sums = torch.zeros(len(adapters), dtype=losses.dtype, device=losses.device).index_add_(0, owner, losses)
-    return sums * weights, counts
+    plan = _plan(base, batch)
+    whole = len(plan.order) == len(adapters) and torch.equal(plan.order, torch.arange(len(adapters)))
+    gradient = into if whole else torch.zeros(len(plan.order), into.shape[1], dtype=into.dtype, device=into.device)
+    if dropout is not None:
+        dropout = Dropout(dropout.rate, [dropout.seeds[k] for k in plan.order.tolist()])
+    weights = 1.0 / plan.counts.clamp(min=1).to(_wide(base.dtype))
+    with (
+        base.stack.filled(
+            adapters if whole else adapters.take(plan.order),
+            dtype=base.dtype,
+            segments=plan.segments,
+            gradient=gradient,
+            dropout=dropout,
+        ),
+        torch.enable_grad(),
+    ):
+        hidden = _hidden(base, plan)
+        total, losses = weighted_loss(hidden, plan.targets, weights[plan.owner], base.head)
+        torch.autograd.backward(total)
+    if not whole:
+        into.zero_()
+        into[plan.order] = gradient
+    return _by_client(losses, plan) * weights, plan.counts
 
 
 def losses(base: Base, adapters: Adapters, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the sum of token cross-entropies in nats [S] and the number of labelled tokens [S]; no gradient."""
-    ids, targets, places, owner, counts = _labelled(base, batch)
-    base.stack.fill(adapters, dtype=base.dtype)
-    try:
-        with torch.no_grad():
-            each = token_losses(_hidden(base, ids)[places], targets, base.head)
-    finally:
-        base.stack.clear()
-    return torch.zeros(len(adapters), dtype=each.dtype, device=each.device).index_add_(0, owner, each), counts
+    plan = _plan(base, batch)
+    with base.stack.filled(adapters.take(plan.order), dtype=base.dtype, segments=plan.segments), torch.no_grad():
+        each = token_losses(_hidden(base, plan), plan.targets, base.head)
+    return _by_client(each, plan), plan.counts
 
 
 def answers(
@@ -66,34 +75,31 @@ def answers(
         tokens[row, longest - len(ids) :] = torch.tensor(ids)
         mask[row, longest - len(ids) :] = 1
     greedy = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=base.pad_id)
-    base.stack.fill(adapters, dtype=base.dtype)
-    try:
-        with torch.no_grad(), quiet():
-            out = base.model.generate(
-                tokens.to(base.device), attention_mask=mask.to(base.device), generation_config=greedy
-            )
-    finally:
-        base.stack.clear()
+    with base.stack.filled(adapters, dtype=base.dtype), torch.no_grad(), quiet():
+        out = base.model.generate(tokens.to(base.device), attention_mask=mask.to(base.device), generation_config=greedy)
     texts = base.tokenizer.batch_decode(out[:, longest:].cpu(), skip_special_tokens=True)
     return [texts[k * width : k * width + len(own)] for k, own in enumerate(prompts)]
 
 
-def _hidden(base: Base, ids: Tensor) -> Tensor:
-    """Hidden states [S*B, T, d]. No attention mask: padding is on the right of a causal decoder."""
-    return base.decoder(input_ids=ids, use_cache=False).last_hidden_state
+def _plan(base: Base, batch: Batch) -> Pass:
+    """Lay a batch out for this base; everything a pass indexes with lies on its device."""
+    plan = pack(batch, pad_id=base.pad_id) if base.packs else pad(batch)
+    return plan.to(base.device)
 
 
-def _labelled(base: Base, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
-    """Flatten a batch: ids [S*B, T], targets [n], (row, column) that predict them, owner [n], counts [S]."""
-    clients, size, length = batch.ids.shape
-    labels = batch.labels.view(clients * size, length)[:, 1:]
-    rows, columns = torch.nonzero(labels != -100, as_tuple=True)
-    owner = rows // size
-    counts = torch.bincount(owner, minlength=clients)
-    ids = batch.ids.view(clients * size, length)
-    targets = labels[rows, columns]
-    to = base.device
-    return ids.to(to), targets.to(to), (rows.to(to), columns.to(to)), owner.to(to), counts.to(to)
+def _hidden(base: Base, plan: Pass) -> Tensor:
+    """Hidden states [n, d] at the places that predict a label. No attention mask: nothing is padded on the left."""
+    if plan.attention is None:
+        states = base.decoder(input_ids=plan.ids, use_cache=False).last_hidden_state
+    else:
+        with packed_attention(base.model, plan.attention):
+            states = base.decoder(input_ids=plan.ids, position_ids=plan.positions, use_cache=False).last_hidden_state
+    return states.reshape(-1, states.shape[-1]).index_select(0, plan.where)
+
+
+def _by_client(each: Tensor, plan: Pass) -> Tensor:
+    """Sum values of labelled tokens [n] by client [S]."""
+    return torch.zeros(len(plan.counts), dtype=each.dtype, device=each.device).index_add_(0, plan.owner, each)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

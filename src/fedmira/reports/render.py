@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -26,6 +25,8 @@ from fedmira.reports.stats import (
     summarise,
     summarise_base,
 )
+from fedmira.runs import RunFolder
+from fedmira.store import read_json, write_atomic
 
 SCHEMA = 1
 # Okabe & Ito's colours, which colour-blind readers can tell apart; yellow comes last because it is faint on white.
@@ -49,6 +50,7 @@ class RunRecord:
     label: str
     seed: int
     adapters: int  # folders below adapters/
+    never_sampled: int | None  # clients that took part in no round; None if the run does not tell
     fields: Mapping[str, Any]
 
     @property
@@ -106,9 +108,9 @@ def write_report(study: Path) -> Path:
     Raises StoreError if the study has no results, or cannot be written.
     """
     record = _read_study(study)
-    _write(study / "summary.json", _summary_json(record))
+    write_atomic(study / "summary.json", _summary_json(record).encode())
     page = study / "report.html"
-    _write(page, _page(record))
+    write_atomic(page, _page(record).encode())
     return page
 
 
@@ -171,20 +173,19 @@ def _read_study(study: Path) -> StudyRecord:
 def _read_run(study: Path, folder: Path) -> RunRecord:
     """Read one run folder. Raises StoreError if its run.json is damaged; an absent one is an empty record."""
     path = folder / "run.json"
-    fields: Any = {}
-    try:
-        if path.is_file():
-            fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"'{path}' is no JSON ({error}): 'fedmira resume' on the study writes it again") from None
+    fields = read_json(path) if path.is_file() else {}
     if not isinstance(fields, dict):
-        raise StoreError(f"'{path}' holds a {type(fields).__name__}: run.json is an object")
+        raise StoreError(f"'{path}' holds a {type(fields).__name__}: run.json is an object; restore it from a copy")
+    clients, never = fields.get("clients"), None
+    if isinstance(clients, int) and (folder / "metrics.jsonl").is_file():
+        never = clients - len({client for line in RunFolder(folder).records() for client in line.get("clients", [])})
     adapters = folder / "adapters"
     return RunRecord(
         folder=folder.relative_to(study).as_posix(),
         label=folder.parent.name,
         seed=int(folder.name.removeprefix("seed-")),
         adapters=sum(entry.is_dir() for entry in adapters.iterdir()) if adapters.is_dir() else 0,
+        never_sampled=never,
         fields=fields,
     )
 
@@ -296,7 +297,8 @@ def _summary_json(record: StudyRecord) -> str:
         },
         "validation_loss": curve(record.frame),
         "runs": [
-            {"folder": run.folder, "label": run.label, "seed": run.seed, "state": run.state, "adapters": run.adapters}
+            {"folder": run.folder, "label": run.label, "seed": run.seed, "state": run.state}
+            | {"adapters": run.adapters, "never_sampled": run.never_sampled}
             | {key: run.fields.get(key) for key in ("method", "bytes_up", "bytes_down", "seconds")}
             for run in record.runs
         ],
@@ -315,19 +317,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file beside its place and move it there, so that a reader never sees half of it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise StoreError(
-            f"'{path}' cannot be written ({error.strerror or error}): free space or mend its rights, then report again"
-        ) from None
-
-
 def _labels(record: StudyRecord) -> list[str]:
     """List the lines of a table over all metrics: the untouched base first, then the methods."""
     items = [item for metric in record.metrics for item in (metric.base, *metric.methods) if item]
@@ -342,7 +331,7 @@ def _caption(record: StudyRecord) -> Text:
     lines = ["mean ± half of the 95 % t-interval over clients"]
     missing = max((item.missing for metric in record.metrics for item in metric.methods), default=0)
     if missing:
-        lines.append(f"up to {missing} clients without a value (n/a) are left out")
+        lines.append(f"clients without a value (n/a), left out: {missing}")
     unfinished = [f"{run.folder} {run.state}" for run in record.runs if run.state != "complete"]
     if unfinished:
         lines.append(f"not complete: {', '.join(unfinished)}")

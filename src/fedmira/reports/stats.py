@@ -4,6 +4,7 @@ The client is the unit: seeds are averaged within a client first, so n is the nu
 never narrows an interval. Tests and corrections are scipy's and statsmodels', not ours.
 """
 
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,8 +16,8 @@ from statsmodels.stats.multitest import multipletests
 
 from fedmira.config import MethodEntry, parse_yaml
 from fedmira.errors import FedMiraError, StoreError
+from fedmira.runs import RESULT_COLUMNS
 
-COLUMNS = ("client", "method", "seed", "round", "view", "split", "metric", "value")
 LOWER_IS_BETTER = frozenset({"loss"})
 UNTOUCHED_BASE = "untouched base"
 FEWEST_PAIRS = 6  # with 5 pairs the smallest two-sided p is 2 / 2^5 = 0.06: no outcome could be significant
@@ -95,7 +96,7 @@ def find_runs(study: Path) -> list[Path]:
 
 
 def read_results(study: Path) -> pd.DataFrame:
-    """Read the results of all runs of a study into one table with COLUMNS; value NaN = n/a.
+    """Read the results of all runs of a study into one table with RESULT_COLUMNS; value NaN = n/a.
 
     A loss that was written as `nan` has diverged and is read as infinite: as n/a it would make its method look better.
     A row that is written twice (a resumed run) counts once, as written last.
@@ -256,12 +257,12 @@ def _read_table(path: Path) -> pd.DataFrame:
     """Read one results.csv. Raises StoreError with the file and what is wrong in it."""
     try:
         # Text first: a client may be called "007", "nan" or "NA".
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+        table = pd.read_csv(io.StringIO(_whole_lines(path)), dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
         raise StoreError(f"'{path}' cannot be read as CSV ({error}): resume the run to write it again") from None
-    missing = [name for name in COLUMNS if name not in table.columns]
+    missing = [name for name in RESULT_COLUMNS if name not in table.columns]
     if missing:
-        raise StoreError(f"'{path}' has no column {', '.join(missing)}: results.csv has {', '.join(COLUMNS)}")
+        raise StoreError(f"'{path}' has no column {', '.join(missing)}: results.csv has {', '.join(RESULT_COLUMNS)}")
     written = table["value"].str.strip()
     try:
         table["seed"] = pd.to_numeric(table["seed"]).astype("int64")
@@ -273,7 +274,16 @@ def _read_table(path: Path) -> pd.DataFrame:
         ) from None
     diverged = (written != "") & table["value"].isna() & table["metric"].isin(list(LOWER_IS_BETTER))
     table.loc[diverged, "value"] = math.inf
-    return table[list(COLUMNS)].drop_duplicates([name for name in COLUMNS if name != "value"], keep="last")
+    return table[list(RESULT_COLUMNS)].drop_duplicates(
+        [name for name in RESULT_COLUMNS if name != "value"], keep="last"
+    )
+
+
+def _whole_lines(path: Path) -> str:
+    """Read a CSV file without a last line that a crash left short; resuming writes that line again."""
+    text = path.read_text(encoding="utf-8")
+    head, newline, last = text.rpartition("\n")
+    return head + newline if last.count(",") < len(RESULT_COLUMNS) - 1 else text
 
 
 def _configured_order(path: Path) -> dict[str, int]:
