@@ -1,0 +1,62 @@
+"""The examples run as they are written, and the bare loop and the engine are the same algorithm."""
+
+import importlib.util
+from pathlib import Path
+
+import fedmira
+import pytest
+from fedmira import bundled
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_bare_loop_gives_the_engines_adapters_to_1e_5(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("bare_loop", EXAMPLES / "bare_loop.py")
+    assert spec is not None
+    assert spec.loader is not None
+    bare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bare)
+    config = fedmira.load_config(
+        "demo",
+        [
+            f"output_dir={tmp_path / 'study'}",
+            f"federation.rounds={bare.ROUNDS}",
+            f"training.local_steps={bare.STEPS}",
+            f"training.batch_size={bare.BATCH}",
+            f"training.learning_rate={bare.LR}",
+            f"training.eps={bare.EPS}",
+            f"methods=[{{name: mira, lambda: {bare.COUPLING}, graph: {{kind: groups, column: family}}}}]",
+            "evaluation.metrics=[loss]",
+        ],
+    )
+    (run,) = fedmira.run(config).runs
+    alone = bare.mira(str(bundled.MODEL_PATH), str(bundled.TASKS_PATH))
+    assert len(alone) == 16
+    for client, adapter in alone.items():
+        ours = load_file(run.adapters(client) / "adapter_model.safetensors")
+        assert len(ours) == len(adapter)
+        for name, value in adapter.items():
+            assert (ours[name.replace(".default", "")] - value).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["quickstart", "own_data"])
+def test_an_example_config_runs_to_a_report_and_an_adapter_per_client(name: str, tmp_path: Path) -> None:
+    config = fedmira.load_config(EXAMPLES / f"{name}.yaml", [f"output_dir={tmp_path / name}", "federation.rounds=2"])
+    study = fedmira.run(config)
+    assert (study.path / "report.html").is_file()
+    for run in study.runs:
+        assert run.facts["state"] == "complete"
+        assert len(list((run.path / "adapters").iterdir())) == run.facts["clients"]
+
+
+def test_the_bundled_configs_are_valid() -> None:
+    assert fedmira.bundled.presets() == ["demo", "mira-paper"]
+    for name in fedmira.bundled.presets():
+        fedmira.load_config(name)
