@@ -6,6 +6,7 @@ Results go to standard output, progress and logs to standard error; exit codes a
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fedmira import bundled, study
-from fedmira.errors import FedMiraError
+from fedmira.errors import FedMiraError, Stopped
 from fedmira.reports.render import summary_tables
 
 app = typer.Typer(
@@ -32,6 +33,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c, applied to t
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="no progress")]
 AsJson = Annotated[bool, typer.Option("--json", help="print machine-readable JSON")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+
+
+PLAIN_WIDTH = 120  # of tables that go to a file or a pipe
 
 
 class Watch:
@@ -208,6 +212,8 @@ def _show(done: study.Study, as_json: bool) -> None:
         print((done.path / "summary.json").read_text(encoding="utf-8").rstrip())
         return
     console = Console()
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
     for table in summary_tables(done.path):
         console.print(table)
     for opened in done.runs:
@@ -223,6 +229,7 @@ def main() -> None:
     logger.addHandler(_warnings_to_stderr())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app(standalone_mode=False)
         code = 0
@@ -232,6 +239,9 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         print("interrupted: finished rounds are saved; go on with 'fedmira resume STUDY'", file=sys.stderr)
         code = 130
+    except SystemExit:
+        print("stopped: finished rounds are saved; go on with 'fedmira resume STUDY'", file=sys.stderr)
+        code = Stopped.exit_code
     except FedMiraError as error:
         if debug:
             traceback.print_exc()
@@ -242,6 +252,11 @@ def main() -> None:
         print(f"bug: {type(error).__name__}; please report it with the lines above", file=sys.stderr)
         code = 1
     sys.exit(code)
+
+
+def _stop(number: int, frame: object) -> None:
+    """End a run that a scheduler stops (SIGTERM) as Ctrl-C does: SystemExit passes every `except Exception`."""
+    raise SystemExit(Stopped.exit_code)
 
 
 def _warnings_to_stderr() -> logging.Handler:

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fedmira.errors import ConfigError, nearest
 
@@ -20,7 +28,19 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Strict(BaseModel):
     """Base of every section: unknown keys are refused, values cannot change after the door."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic reads true as 1; `rounds: true` is a slip, not one round."""
+        found = value if isinstance(value, list | tuple) else [value]
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if annotation is not bool and any(isinstance(word, bool) for word in found):
+            raise ValueError("true and false are not allowed here")
+        return value
 
 
 class ModelConfig(Strict):
@@ -131,7 +151,9 @@ class MethodEntry(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str
+    name: str = Field(
+        pattern=r"^[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
+    )  # a method's id, or a dotted path
     label: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
 
     @property
@@ -184,10 +206,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_FLOAT = r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
 for _tag, _pattern, _first in (
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
     ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
-    ("float", r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$", "-+0123456789."),
+    ("float", _FLOAT, "-+0123456789."),
     ("null", r"^(?:~|null|Null|NULL|)$", "~nN\0"),
 ):
     _Loader.add_implicit_resolver(
@@ -207,6 +230,8 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError([f"{where}not valid YAML: {getattr(error, 'problem', error)}"], source) from None
     except ConfigError as error:
         raise ConfigError(error.faults, source) from None
+    except (ValueError, RecursionError) as error:  # a tag such as !!int on text, 5000 digits, a thousand brackets
+        raise ConfigError([f"a value cannot be read: {error}"], source) from None
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -240,19 +265,21 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
     if not sign or not key:
         return f"'{override}': an override is written a.b=c"
     place: Any = raw
-    *parents, last = key.split(".")
-    for word in [*parents, last]:
-        final = word is last and place is not None
+    words = key.split(".")
+    for position, word in enumerate(words):
         if isinstance(place, list):
-            if not word.isdigit() or int(word) >= len(place):
+            if not (word.isascii() and word.isdecimal()) or int(word) >= len(place):
                 return f"'{override}': '{word}' is no index of a list of {len(place)}"
             index: Any = int(word)
         elif isinstance(place, dict):
             index = word
         else:
             return f"'{override}': '{word}' lies inside a plain value"
-        if word is last and final:
-            place[index] = parse_yaml(value, "overrides")
+        if position == len(words) - 1:
+            try:
+                place[index] = parse_yaml(value, "overrides")
+            except ConfigError as error:
+                return f"'{override}': {error.faults[0]}"
             return None
         if isinstance(place, dict) and place.get(index) is None:
             place[index] = {}
@@ -329,6 +356,14 @@ def _section(model: type[BaseModel], loc: Sequence[Any]) -> type[BaseModel]:
     return model
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what is no text to us (`1e5`), and what is no text to other readers of YAML (`no`, `007`)."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+
+
 def dump_config(config: Config) -> str:
     """Write a Config as YAML that runs again as it is."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+    content = config.model_dump(mode="json", by_alias=True)
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

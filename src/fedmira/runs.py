@@ -5,10 +5,13 @@ graph.json, metrics.jsonl, results.csv, log.txt, checkpoints/ and adapters/.
 """
 
 import csv
+import fcntl
 import io
 import json
 import logging
-from collections.abc import Iterable, Mapping
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +20,8 @@ from typing import Any, Literal
 from fedmira.config import Config, check_config, dump_config, read_config
 from fedmira.errors import StoreError
 from fedmira.store import append_lines, read_json, write_atomic, write_json
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 View = Literal["personal", "global"]  # each client's own adapter, or the one that all share
@@ -89,8 +94,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "config.yaml", dump_config(config).encode())
         write_json(self.path / "clients.json", dict(clients))
-        append_lines(self.path / "results.csv", [",".join(RESULT_COLUMNS)])
-        append_lines(self.path / "metrics.jsonl", [])
+        write_atomic(self.path / "results.csv", (",".join(RESULT_COLUMNS) + "\n").encode())
+        write_atomic(self.path / "metrics.jsonl", b"")
         write_json(self.path / "run.json", {"schema": SCHEMA, **facts})
 
     def rewrite(self, config: Config) -> None:
@@ -123,7 +128,7 @@ class RunFolder:
         return records
 
     def cut_back(self, last_round: int) -> None:
-        """Drop what was written after `last_round`; those rounds are done again."""
+        """Drop what was written after `last_round`; those rounds are done again. Before round 1 nothing is kept."""
         kept = [json.dumps(record) for record in self.records() if record["round"] <= last_round]
         write_atomic(self.path / "metrics.jsonl", "".join(line + "\n" for line in kept).encode())
         lines = (self.path / "results.csv").read_text(encoding="utf-8").splitlines()
@@ -131,7 +136,8 @@ class RunFolder:
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(RESULT_COLUMNS)
-        writer.writerows(row for row in rows if row[3] == "0" or (int(row[3]) <= last_round and row[5] != "test"))
+        if last_round > 0:
+            writer.writerows(row for row in rows if row[3] == "0" or (int(row[3]) <= last_round and row[5] != "test"))
         write_atomic(self.path / "results.csv", buffer.getvalue().encode())
 
     @contextmanager
@@ -154,14 +160,57 @@ class StudyFolder:
 
     path: Path
 
-    def create(self, config: Config) -> None:
-        """Make the folder. Raises StoreError if it holds anything already: nothing saved is overwritten."""
-        if self.path.exists() and any(self.path.iterdir()):
-            what = "a study" if (self.path / "config.yaml").is_file() else "files"
+    def check_free(self, *, overwrite: bool = False) -> None:
+        """Raise StoreError unless the folder is empty or absent or, with `overwrite`, nothing but a study."""
+        if self.path.exists() and not self.path.is_dir():
+            raise StoreError(f"output_dir '{self.path}' is a file; choose another output_dir=...")
+        foreign = [path.name for path in self._entries() if not _belongs(path)]
+        if foreign:
             raise StoreError(
-                f"output_dir '{self.path}' already holds {what}; go on with 'fedmira resume {self.path}', "
+                f"output_dir '{self.path}' already holds files that are no study's, such as '{foreign[0]}'; they are "
+                "never overwritten: choose another output_dir=..."
+            )
+        if self._entries() and not overwrite:
+            raise StoreError(
+                f"output_dir '{self.path}' already holds a study; go on with 'fedmira resume {self.path}', "
                 "choose another output_dir=..., or give --overwrite"
             )
+
+    def clear(self) -> None:
+        """Remove the study that is there. Raises StoreError, and removes nothing, if there is anything else."""
+        self.check_free(overwrite=True)
+        for path in self._entries():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _entries(self) -> list[Path]:
+        return sorted(self.path.iterdir()) if self.path.is_dir() else []
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out while this one writes. Raises StoreError if another one does already.
+
+        The lock is on the folder itself and ends with the process, however that ends.
+        """
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreError(
+                    f"'{self.path}' is in use by another fedmira process; wait for it or stop it"
+                ) from None
+            except OSError as error:
+                log.warning("'%s' cannot be locked (%s): start no second process on it", self.path, error.strerror)
+            yield
+        finally:
+            os.close(handle)
+
+    def create(self, config: Config) -> None:
+        """Make the folder. Raises StoreError if it holds anything already: nothing saved is overwritten."""
+        self.check_free()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -189,10 +238,17 @@ class StudyFolder:
         return [folder for folder in folders if (folder.path / "run.json").is_file()]
 
 
+def _belongs(path: Path) -> bool:
+    """Is this entry of a study's folder one that FedMira wrote?"""
+    if path.is_dir() and not path.is_symlink():
+        return all(run.is_dir() and run.name.startswith("seed-") for run in path.iterdir())
+    return path.name.removeprefix(".").removesuffix(".tmp") in ("config.yaml", "summary.json", "report.html")
+
+
 def find_study(path: Path) -> tuple[StudyFolder, RunFolder | None]:
     """Accept a study or one of its runs. Raises StoreError if the path is neither."""
     if (path / "run.json").is_file():
-        return StudyFolder(path.parent.parent), RunFolder(path)
+        return StudyFolder(Path(os.path.abspath(path)).parent.parent), RunFolder(path)  # path may be "."
     if (path / "config.yaml").is_file():
         return StudyFolder(path), None
     raise StoreError(f"'{path}' is no study and no run of FedMira: it has neither run.json nor config.yaml")

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fedmira.errors import StoreError
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
+REMEDY = "what was saved before is intact. Make room or choose another output_dir, then 'fedmira resume'"
 Tensors = Mapping[str, Tensor]
 
 
@@ -52,11 +54,9 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StoreError(
-            f"cannot write '{path}' ({len(data)} bytes): {error.strerror}; what was saved before is intact. "
-            "Make room or choose another output_dir, then 'fedmira resume'"
-        ) from error
+        with suppress(OSError):
+            temporary.unlink()
+        raise StoreError(f"cannot write '{path}' ({len(data)} bytes): {error.strerror}; {REMEDY}") from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -87,6 +87,7 @@ def save_checkpoint(
         listed[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         size += len(data)
     manifest = {"schema": SCHEMA, "round": round_number, "full": full, "files": listed, "facts": dict(facts)}
+    manifest["sha256"] = _manifest_hash(manifest)
     write_atomic(place / "manifest.json", json.dumps(manifest, indent=1).encode())
     sync_folder(folder)
     return size
@@ -130,22 +131,34 @@ def load_chain(folder: Path) -> list[Checkpoint]:
 
 def checkpoint_rounds(folder: Path) -> list[int]:
     """List the rounds that have a manifest, ascending."""
-    return sorted(int(path.parent.name.removeprefix("round-")) for path in folder.glob("round-*/manifest.json"))
+    names = [path.parent.name.removeprefix("round-") for path in folder.glob("round-*/manifest.json")]
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
-def prune(folder: Path, keep_from: int) -> None:
-    """Remove checkpoints before round `keep_from` (their manifest first, so that none is left half-readable)."""
-    for number in checkpoint_rounds(folder):
-        if number < keep_from:
+def prune(folder: Path, keep_from: int, keep_to: int | None = None) -> None:
+    """Remove checkpoints before round `keep_from` and, if given, after round `keep_to`.
+
+    Newest first and each one's manifest first, so that a crash leaves none half-readable and no gap below another.
+    """
+    for number in reversed(checkpoint_rounds(folder)):
+        if number < keep_from or (keep_to is not None and number > keep_to):
             place = folder / f"round-{number:06d}"
             (place / "manifest.json").unlink()
             shutil.rmtree(place)
+
+
+def _manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """sha256 over everything in a manifest but its own hash: a flipped bit in a round's number must not pass."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _load(place: Path) -> Checkpoint | None:
     """Read and verify one checkpoint; None, with a warning, if anything about it is wrong."""
     try:
         manifest = json.loads((place / "manifest.json").read_bytes())
+        if manifest["sha256"] != _manifest_hash(manifest) or place.name != f"round-{manifest['round']:06d}":
+            raise StoreError("manifest.json does not match its sha256")
         if manifest["schema"] != SCHEMA:
             raise StoreError(f"schema {manifest['schema']}, this version reads {SCHEMA}")
         files = {}
@@ -157,7 +170,7 @@ def _load(place: Path) -> Checkpoint | None:
                 raise StoreError(f"{path.name} does not match its sha256")
             files[name] = load_file(path)
         return Checkpoint(int(manifest["round"]), bool(manifest["full"]), files, manifest["facts"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, StoreError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, StoreError) as error:
         log.warning("checkpoint '%s' is damaged (%s): it is not used", place, error)
         return None
 
@@ -178,8 +191,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:
-    """Append whole lines and make them durable."""
-    with path.open("a", encoding="utf-8", newline="") as file:
-        file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
+    """Append whole lines and make them durable. Raises StoreError naming the path and the bytes needed."""
+    data = "".join(line + "\n" for line in lines).encode()
+    try:
+        with path.open("ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StoreError(f"cannot append to '{path}' ({len(data)} bytes): {error.strerror}; {REMEDY}") from error

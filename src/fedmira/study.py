@@ -11,7 +11,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ from fedmira.data.formats import read_records
 from fedmira.data.partition import form_clients
 from fedmira.engine.rounds import Federation, Observer, Scores, run_rounds, score_start
 from fedmira.engine.schedule import draw_schedule
-from fedmira.errors import ConfigError, ModelError, StoreError
+from fedmira.errors import ConfigError, FedMiraError, ModelError, Stopped, StoreError
 from fedmira.export import export_adapter, short_targets
 from fedmira.graph import Graph
 from fedmira.methods.base import Cohort, Method
@@ -39,7 +39,7 @@ from fedmira.plan import plan_cohort
 from fedmira.reports.render import write_report
 from fedmira.reports.stats import read_results
 from fedmira.runs import RunFolder, StudyFolder, find_study
-from fedmira.store import write_json
+from fedmira.store import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ class Run:
     def adapters(self, client: str) -> Path:
         """The PEFT folder of one client. Raises StoreError naming the clients there are."""
         folder = self.path / "adapters" / client
-        if not (folder / "adapter_config.json").is_file():
-            there = sorted(path.name for path in (self.path / "adapters").glob("*"))
+        there = sorted(path.parent.name for path in (self.path / "adapters").glob("*/adapter_config.json"))
+        if client not in there:  # a name such as ../../other is none, though it may lead to a folder
             known = f"{', '.join(there[:8])}{', ...' if len(there) > 8 else ''}" or "none yet: the run is not complete"
             raise StoreError(f"no adapter of client '{client}' in '{self.path}'; there are: {known}")
         return folder
@@ -116,13 +116,14 @@ def run(config: Config, *, observer: Observer = silent, overwrite: bool = False)
     is written if data, model, methods or the folder cannot work.
     """
     folder = StudyFolder(Path(config.output_dir))
-    if overwrite and (folder.path / "config.yaml").is_file():
-        shutil.rmtree(folder.path)
-    elif folder.path.exists() and any(folder.path.iterdir()):
-        folder.create(config)  # raises: says what is there and what to do
+    folder.check_free(overwrite=overwrite)
     prepared = _prepare(config, observer)
+    if overwrite and folder.path.is_dir():
+        with folder.held():
+            folder.clear()
     folder.create(config)
-    return _run_all(folder, prepared, observer)
+    with folder.held():
+        return _run_all(folder, prepared, observer)
 
 
 def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observer = silent) -> Study:
@@ -136,7 +137,7 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observe
     config = check_config(config.model_dump(by_alias=True), str(folder.path / "config.yaml"), method_files.entry_faults)
     for override in overrides:
         key, _, value = override.partition("=")
-        if key != "federation.rounds" or not value.isdigit() or int(value) < config.federation.rounds:
+        if key != "federation.rounds" or not value.isdecimal() or int(value) < config.federation.rounds:
             raise ConfigError(
                 [
                     f"'{override}': on resume only federation.rounds may change, from {config.federation.rounds} up"
@@ -145,10 +146,12 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observe
                 "overrides",
             )
         config = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": int(value)})})
-    prepared = _prepare(config, observer, saved=_saved_facts(folder))
-    if overrides:
-        folder.rewrite(config)
-    return _run_all(folder, prepared, observer)
+    with folder.held():
+        prepared = _prepare(config, observer, saved=_saved_facts(folder))
+        _check_clients(folder, prepared.federation)
+        if overrides:
+            folder.rewrite(config)
+        return _run_all(folder, prepared, observer)
 
 
 def load_run(path: str | Path) -> Run:
@@ -311,6 +314,19 @@ def _saved_facts(folder: StudyFolder) -> dict[str, Any] | None:
     return next((run.facts for run in folder.runs()), None)
 
 
+def _check_clients(folder: StudyFolder, federation: Federation) -> None:
+    """Refuse to go on with other data than the study began with, as far as its clients and counts tell."""
+    table = _client_table(federation)
+    for run in folder.runs():
+        began: dict[str, Any] = read_json(run.path / "clients.json")
+        changed = [name for name in {**began, **table} if began.get(name) != table.get(name)]
+        if changed:
+            raise StoreError(
+                f"data.path '{federation.config.data.path}' is not the data this study began with: {len(changed)} "
+                f"clients differ, such as '{changed[0]}'; put the old data back, or begin a new study"
+            )
+
+
 def _run_all(folder: StudyFolder, prepared: _Prepared, observer: Observer) -> Study:
     """Run what is not complete yet, seed by seed, then write the report."""
     config = prepared.federation.config
@@ -372,13 +388,20 @@ def _run_one(
 
 @contextmanager
 def _marked(folder: RunFolder) -> Iterator[None]:
-    """Write into run.json how a run ended when it did not end well."""
+    """Write into run.json how a run ended when it did not end well.
+
+    Raises Stopped where the disk failed (full, gone): what was saved is intact and the run can go on.
+    """
     try:
         yield
     except BaseException as error:
-        state = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        disk = isinstance(error, OSError) or (isinstance(error, FedMiraError) and isinstance(error.__cause__, OSError))
+        state = "interrupted" if disk or isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
         log.error("%s: %s", state, type(error).__name__)
-        folder.update(state=state, finished=_now())
+        with suppress(StoreError):  # a full disk: the state stays "running", which resumes as well
+            folder.update(state=state, finished=_now())
+        if disk:
+            raise Stopped(str(error)) from error
         raise
 
 

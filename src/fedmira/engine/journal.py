@@ -62,7 +62,7 @@ def commit(folder: RunFolder, ledger: Ledger, change: Change, trained: Tensor) -
     whole = len(ledger.touched) * each + len(ledger.remembered) * remembered_each
     delta = len(change.ids) * each + (len(trained) * remembered_each if ledger.memory else 0)
     full = ledger.last_full == 0 or ledger.delta_bytes + delta >= whole
-    ids = torch.tensor(sorted(ledger.touched)) if full else change.ids
+    ids = torch.tensor(sorted(ledger.touched), dtype=torch.int64) if full else change.ids
     kept = torch.tensor(sorted(ledger.remembered), dtype=torch.int64) if full else trained
     state = {"ids": ids, "rows": ledger.state.adapters.rows[ids]}
     state |= {f"shared.{name}": value for name, value in ledger.state.shared.items()}
@@ -80,6 +80,8 @@ def commit(folder: RunFolder, ledger: Ledger, change: Change, trained: Tensor) -
 def restore(folder: RunFolder, ledger: Ledger) -> None:
     """Bring a fresh ledger to the newest round that is intact on disk; nothing there leaves it at the start.
 
+    Later checkpoints, which only a damaged one in between can leave, are removed.
+
     Raises StoreError if there are checkpoints but none can be used.
     """
     clients = len(ledger.validation)
@@ -95,4 +97,8 @@ def restore(folder: RunFolder, ledger: Ledger) -> None:
         if checkpoint.full:
             ledger.last_full, ledger.delta_bytes = checkpoint.round, 0
         else:
-            ledger.delta_bytes += sum(value.numel() * 4 for value in (state["rows"], *memory.values()))
+            ledger.delta_bytes += sum(
+                value.numel() * value.element_size() for value in (state["rows"], *memory.values())
+            )
+    if ledger.round:  # what lies beyond is done again, and must not be taken for the new rounds' own
+        prune(folder.checkpoints, keep_from=0, keep_to=ledger.round)

@@ -32,6 +32,7 @@ SCHEMA = 1
 # Okabe & Ito's colours, which colour-blind readers can tell apart; yellow comes last because it is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
 BASELINE_COLOUR = "#000000"
+CLIENTS_SHOWN = 32  # more than this are read in the report, not in the terminal
 DASHES = ("", "7 3", "2 3")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 320, 60, 16, 14, 42  # of the chart, in pixels
 NAMES = {
@@ -115,20 +116,71 @@ def write_report(study: Path) -> Path:
 
 
 def summary_tables(study: Path) -> list[Table]:
-    """Return what the terminal shows: one table, a line for the untouched base and one for each method.
+    """Return what the terminal shows: clients one by one where they are few, then a line for each method.
 
-    Mean with 95 % interval over clients and the worst client, metric by metric; wins/ties/losses against the baseline
-    on the first metric that is not the loss, else on the loss. Raises StoreError if the study has no results.
+    Methods: mean with 95 % interval over clients and the worst client, metric by metric, the untouched base first;
+    wins/ties/losses against the baseline on the first metric that is not the loss, else on the loss.
+    Raises StoreError if the study has no results.
     """
     record = _read_study(study)
+    clients = _client_table(record) if record.frame["client"].nunique() <= CLIENTS_SHOWN else None
+    return [table for table in (clients, _method_table(record)) if table is not None]
+
+
+def _client_table(record: StudyRecord) -> Table | None:
+    """One line per client: every metric of every method, and whether it gained or lost against the baseline."""
+    labels = [item.method for item in record.metrics[0].methods] if record.metrics else []
+    if not labels:
+        return None
+    shown = " / ".join(metric.title.lower() for metric in record.metrics)
+    table = Table(
+        title=Text(f"{record.name}, client by client: {shown}"),
+        caption=Text(f"+ better, - worse, = equal to {record.baseline} on {_judged(record).title.lower()}"),
+    )
+    table.add_column("client")
+    for label in labels:
+        table.add_column(Text(label), justify="right")
+    values = {metric.name: _by_client(record, metric) for metric in record.metrics}
+    judged = _judged(record)
+    baseline = values[judged.name].get(record.baseline)
+    for client in record.frame["client"].unique():
+        cells = []
+        for label in labels:
+            numbers = " ".join(_number(values[metric.name][label][client]) for metric in record.metrics)
+            mark = ""
+            if baseline is not None and label != record.baseline:
+                mark = _mark(values[judged.name][label][client], baseline[client], judged.lower_is_better)
+            cells.append(Text(f"{numbers} {mark}".rstrip()))
+        table.add_row(Text(str(client)), *cells)
+    return table
+
+
+def _by_client(record: StudyRecord, metric: Metric) -> dict[str, dict[str, float]]:
+    """Return method -> client -> value, NaN = n/a."""
+    table = client_values(record.frame, metric=metric.name).astype(float)
+    return {
+        str(label): {str(client): float(value) for client, value in table[label].items()} for label in table.columns
+    }
+
+
+def _mark(own: float, other: float, lower_is_better: bool) -> str:
+    if math.isnan(own) or math.isnan(other):
+        return "?"
+    return "=" if own == other else "+" if (own < other) == lower_is_better else "-"
+
+
+def _judged(record: StudyRecord) -> Metric:
+    """The metric by which gain is told: the first that is not the loss, because a loss can be lowered by hedging."""
+    return next((metric for metric in record.metrics if metric.name != "loss"), record.metrics[0])
+
+
+def _method_table(record: StudyRecord) -> Table:
     table = Table(title=Text(f"{record.name}: test split, over clients"), caption=_caption(record))
     table.add_column("method")
     for metric in record.metrics:
         table.add_column(metric.title.lower() if metric.name == "loss" else metric.title, justify="right")
         table.add_column("worst", justify="right")
-    judged = next((metric for metric in record.metrics if metric.name != "loss"), None) or next(
-        iter(record.metrics), None
-    )
+    judged = _judged(record) if record.metrics else None
     if judged:
         table.add_column(Text(f"W/T/L against {record.baseline} ({judged.title})"), justify="right")
     for label in _labels(record):
@@ -140,7 +192,7 @@ def summary_tables(study: Path) -> list[Table]:
             if metric is judged and summary and summary.against:
                 counts = _counts(summary)
         table.add_row(*cells, Text(counts))
-    return [table]
+    return table
 
 
 def _read_study(study: Path) -> StudyRecord:

@@ -1,0 +1,231 @@
+"""The local phase of a cohort: each client trains as if it were alone, for its own number of steps."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import tiny
+from torch import Tensor
+
+from fedmira.adapters import Adapters
+from fedmira.data.batches import ClientData, collate
+from fedmira.engine.phase import PhaseResult, Training, local_phase, plan_steps
+from fedmira.methods import build
+from fedmira.methods.base import Clock, Cohort, Memory, Message, Method, Tools, descend
+from fedmira.model.load import Base
+from fedmira.model.passes import gradients
+from fedmira.optim import adamw, sgd
+
+TRAIN = (2, 7, 4)  # examples: 1, 4 and 2 batches of two in one epoch
+EPOCH = Training(adamw(weight_decay=0.1), 0.02, 2, None, 1, 1.0, True, 0.0, seed=3)
+LOCAL = build("local", {}, Cohort(("c0", "c1", "c2"), TRAIN, ({}, {}, {}), (), 0))
+CLOSE = {"rtol": 1e-8, "atol": 1e-10}
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    base: Base
+    clients: list[ClientData]
+    start: Adapters
+
+    def run(
+        self,
+        method: Method = LOCAL,
+        *,
+        who: tuple[int, ...] = (0, 1, 2),
+        training: Training = EPOCH,
+        memory: Memory | None = None,
+        given: Message | None = None,
+        number: int = 1,
+        cohort: int = 8,
+    ) -> PhaseResult:
+        index = torch.tensor(who)
+        return local_phase(
+            self.base,
+            method,
+            [self.clients[k] for k in who],
+            self.start.take(index),
+            given or Message(self.start.rows[index]),
+            memory or {},
+            training=training,
+            clock=Clock(number),
+            cohort=cohort,
+        )
+
+
+@pytest.fixture(scope="module")
+def site() -> Site:
+    base = tiny.base("gpt2", targets=["c_attn"])
+    clients = [tiny.client(f"c{k}", train=count) for k, count in enumerate(TRAIN)]
+    return Site(base, clients, tiny.adapters(tiny.layout(base, 2), (2, 1, 2)))
+
+
+def test_every_client_takes_the_steps_of_its_own_epoch(site: Site) -> None:
+    found = site.run()
+    assert found.steps.tolist() == [1, 4, 2]
+    assert found.memory["steps"].tolist() == [1, 4, 2]
+    assert found.tokens == sum(len(one.ids) for client in site.clients for one in client.train)
+
+
+def test_a_client_that_has_finished_keeps_its_row_and_its_moments(site: Site) -> None:
+    """Decay and momentum would move it on even with a zero gradient."""
+    seen: list[tuple[list[int], Tensor]] = []
+
+    def watch(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
+        seen.append(([len(adapters), *(len(value) for value in memory.values())], given.rows.clone()))
+        return descend(adapters, memory, given, tools)
+
+    found = site.run(replace(LOCAL, step=watch))
+    assert [set(sizes) for sizes, _ in seen] == [{3}, {2}, {1}, {1}]
+    assert torch.equal(seen[-1][1], site.start.rows[1:2])  # what is at work is the client with most steps
+    short = site.run(training=replace(EPOCH, local_epochs=None, local_steps=1))
+    torch.testing.assert_close(found.returned.rows[0], short.returned.rows[0], **CLOSE)
+    for name in ("moment_1", "moment_2", "steps"):
+        torch.testing.assert_close(found.memory[name][0], short.memory[name][0], **CLOSE)
+
+
+def test_a_client_alone_ends_where_it_ends_among_others(site: Site) -> None:
+    together = site.run()
+    for k in range(3):
+        alone = site.run(who=(k,))
+        torch.testing.assert_close(alone.returned.rows[0], together.returned.rows[k], **CLOSE)
+        torch.testing.assert_close(alone.losses[0], together.losses[k], **CLOSE)
+        for name, value in alone.memory.items():
+            torch.testing.assert_close(value[0], together.memory[name][k], **CLOSE)
+
+
+@pytest.mark.parametrize("cohort", [1, 2])
+def test_the_size_of_a_pass_changes_nothing(site: Site, cohort: int) -> None:
+    found, expected = site.run(cohort=cohort), site.run()
+    torch.testing.assert_close(found.returned.rows, expected.returned.rows, **CLOSE)
+    torch.testing.assert_close(found.losses, expected.losses, **CLOSE)
+    assert found.steps.tolist() == expected.steps.tolist()
+    assert found.tokens == expected.tokens
+    for name, value in found.memory.items():
+        torch.testing.assert_close(value, expected.memory[name], **CLOSE)
+
+
+def test_the_answer_comes_back_in_the_order_of_the_clients_given(site: Site) -> None:
+    found, expected = site.run(who=(2, 0, 1)), site.run()
+    torch.testing.assert_close(found.returned.rows, expected.returned.rows[[2, 0, 1]], **CLOSE)
+    assert found.steps.tolist() == [2, 1, 4]
+
+
+def test_the_loss_of_a_phase_is_the_mean_over_the_clients_own_steps(site: Site) -> None:
+    seen: list[list[float]] = [[], [], []]
+
+    def watch(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
+        losses, gradient = tools.grad(adapters)
+        for place, loss in enumerate(losses.tolist()):
+            seen[(1, 2, 0)[place]].append(loss)  # most steps first
+        return tools.update(adapters, gradient, memory)
+
+    found = site.run(replace(LOCAL, step=watch))
+    assert found.losses.tolist() == pytest.approx([np.mean(losses) for losses in seen])
+
+
+def test_kept_moments_go_on_where_they_were(site: Site) -> None:
+    first = site.run()
+    second = site.run(memory=first.memory, given=first.returned, number=2)
+    fresh = site.run(given=first.returned, number=2)
+    assert second.memory["steps"].tolist() == [2, 8, 4]
+    assert fresh.memory["steps"].tolist() == [1, 4, 2]
+    assert not torch.allclose(second.returned.rows, fresh.returned.rows)
+
+
+def test_what_is_given_is_only_read(site: Site) -> None:
+    first = site.run()
+    given, memory = first.returned, first.memory
+    before = [given.rows.clone(), *(value.clone() for value in memory.values())]
+    site.run(memory=memory, given=given)
+    assert all(torch.equal(*two) for two in zip([given.rows, *memory.values()], before, strict=True))
+
+
+def test_rows_that_arrive_filled_beyond_a_rank_are_masked_before_training(site: Site) -> None:
+    own = site.start.layout.rank_mask(site.start.ranks)
+    dirty = Message(torch.where(own, site.start.rows, 5.0))
+    found = site.run(given=dirty)
+    assert torch.equal(found.returned.rows[1], site.run().returned.rows[1])
+    assert not found.returned.rows[1][~own[1]].any()
+
+
+def test_clipping_bounds_each_clients_step_by_its_own_norm(site: Site) -> None:
+    plain = Training(sgd(), 1.0, 2, 1, None, 0.01, False, 0.0, seed=3)
+    moved = (site.run(training=plain).returned.rows - site.start.rows).norm(dim=1)
+    assert moved.tolist() == pytest.approx([0.01] * 3)
+
+
+def test_one_step_is_the_gradient_of_the_planned_batch(site: Site) -> None:
+    plain = Training(sgd(), 0.5, 2, 1, None, None, False, 0.0, seed=3)
+    found = site.run(training=plain)
+    texts = [[client.train[i] for i in plan_steps(client, plain, 1)[0]] for client in site.clients]
+    into = torch.zeros_like(site.start.rows)
+    losses, _ = gradients(site.base, site.start, collate(texts, pad_id=0), into=into)
+    torch.testing.assert_close(found.returned.rows, site.start.rows - 0.5 * into, **CLOSE)
+    torch.testing.assert_close(found.losses, losses, **CLOSE)
+
+
+def test_dropout_does_not_depend_on_the_cohort_and_changes_with_round_and_seed(site: Site) -> None:
+    dropped = replace(EPOCH, dropout=0.3)
+    together = site.run(training=dropped)
+    for k in range(3):
+        alone = site.run(who=(k,), training=dropped)
+        torch.testing.assert_close(alone.returned.rows[0], together.returned.rows[k], **CLOSE)
+    assert torch.equal(site.run(training=dropped).returned.rows, together.returned.rows)
+    for other in (EPOCH, replace(dropped, seed=4)):
+        assert not torch.allclose(site.run(training=other).losses, together.losses)
+
+
+def test_tools_tell_the_step_the_rate_and_a_stream_for_each_client(site: Site) -> None:
+    seen: dict[int, list[float]] = {}
+    facts: list[tuple[int, int, int, float]] = []
+
+    def watch(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
+        clock = tools.clock
+        facts.append((clock.round, clock.step, clock.steps, clock.learning_rate))
+        seen[clock.step] = [float(stream.random()) for stream in tools.rng("noise")]
+        assert [float(stream.random()) for stream in tools.rng("noise")] == seen[clock.step]
+        assert [float(stream.random()) for stream in tools.rng("other")] != seen[clock.step]
+        return descend(adapters, memory, given, tools)
+
+    site.run(replace(LOCAL, step=watch), number=7)
+    assert facts == [(7, step, 4, 0.02) for step in range(4)]
+    drawn = [value for values in seen.values() for value in values]
+    assert [len(values) for values in seen.values()] == [3, 2, 1, 1]
+    assert len(set(drawn)) == len(drawn)
+    longest = seen[0][0]
+    site.run(replace(LOCAL, step=watch), who=(1,), number=7)
+    assert seen[0] == [longest]
+
+
+def test_a_step_may_return_new_values_instead_of_changing_its_own(site: Site) -> None:
+    def fresh(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
+        mine = adapters.with_rows(adapters.rows.clone())
+        held = {name: value.clone() for name, value in memory.items()}
+        return descend(mine, held, given, tools)
+
+    found, expected = site.run(replace(LOCAL, step=fresh)), site.run()
+    assert torch.equal(found.returned.rows, expected.returned.rows)
+    assert all(torch.equal(value, expected.memory[name]) for name, value in found.memory.items())
+
+
+def test_what_begin_sets_up_is_kept_and_scalars_travel_in_order(site: Site) -> None:
+    """A method with a private part in memory and a scalar in its message."""
+
+    def begin(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
+        return adapters, {"calls": torch.zeros(len(adapters)), **memory}
+
+    def step(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
+        memory["calls"] += given.scalars["weight"]
+        return descend(adapters, memory, given, tools)
+
+    def finish(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:
+        return Message(adapters.rows, {"calls": memory["calls"] + 0.5}), memory
+
+    method = replace(LOCAL, begin=begin, step=step, finish=finish)
+    weights: dict[str, Any] = {"weight": torch.tensor([1.0, 10.0, 100.0])}
+    found = site.run(method, given=Message(site.start.rows, weights), cohort=2)
+    assert found.memory["calls"].tolist() == [1, 40, 200]
+    assert found.returned.scalars["calls"].tolist() == [1.5, 40.5, 200.5]
