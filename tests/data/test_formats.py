@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmira.data import formats
+from fedmira.data import formats, rows
 from fedmira.data.formats import Record, read_records
 from fedmira.errors import DataError
 
@@ -216,8 +216,8 @@ def test_rows_of_a_list_know_the_line_they_begin_on(tmp_path: Path) -> None:
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
 def test_any_text_survives_the_reading(text: str) -> None:
     line = json.dumps({"prompt": text, "completion": "x"}, ensure_ascii=False).encode()
-    place = formats.Place("f", "f", 1, False)
-    [(_, row)] = formats._read_lines([line], place)  # type: ignore[misc]
+    place = rows.Place("f", "f", 1, False)
+    [(_, row)] = rows._read_lines([line], place)  # type: ignore[misc]
     assert row["prompt"] == text
 
 
