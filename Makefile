@@ -26,7 +26,7 @@ $(BIN)/python:
 # Any earlier installation will do: a demo must not start to download because a file was touched.
 demo:
 	@test -e .venv/.installed-base || $(MAKE) --no-print-directory install-base
-	$(BIN)/fedmira run demo
+	$(BIN)/fedmira run demo --overwrite
 
 # Installs nothing; pytest comes last so that its summary is the last line.
 check:

@@ -1,16 +1,24 @@
 """A study small enough to be run for real in a second: a random two-layer Llama, six clients, two groups."""
 
+import itertools
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
-
-from fedmira.runs import RunFolder
 from tests import tiny
+
+from fedmira import cli
+from fedmira.runs import RunFolder
 
 CLIENTS = ("ada", "bo", "cy", "007", "no", "eve")  # of which YAML 1.1 would make a number and a truth value
 ROUNDS = 4
@@ -23,8 +31,6 @@ METHODS: tuple[Mapping[str, Any], ...] = (
 
 def save_base(folder: Path, *, seed: int = 0) -> Path:
     """Write the base model as transformers does, weights in safetensors."""
-    import torch
-
     tiny.model("llama", dtype=torch.float32, seed=seed).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
@@ -47,7 +53,7 @@ def save_data(path: Path, *, examples: int = 10, extra: Sequence[str] = ()) -> P
 
 
 def settings(base: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """The study's config as a mapping; `changes` replace whole sections, or single keys of a section given as a dict."""
+    """The config as a mapping; `changes` replace whole values, or single keys of a section given as a dict."""
     raw: dict[str, Any] = {
         "seeds": [3],
         "output_dir": str(output),
@@ -106,3 +112,74 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 def has_traceback(text: str) -> bool:
     return re.search(r"^Traceback|^bug:", text, re.MULTILINE) is not None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended. code: its exit code, negative for the signal that killed it."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Command:
+    """`fedmira ARGUMENTS` in a process of its own, forked so that torch need not be imported again (6 seconds)."""
+
+    process: int
+    folder: Path
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process, number)
+
+    def wait(self) -> Ended:
+        _, status = os.waitpid(self.process, 0)
+        out, err = ((self.folder / name).read_text(encoding="utf-8") for name in ("out", "err"))
+        return Ended(os.waitstatus_to_exitcode(status), out, err)
+
+
+def start(*arguments: object, folder: Path | None = None, die_at: int | None = None) -> Command:
+    """Start `fedmira ARGUMENTS` in `folder` (default: here). die_at: SIGKILL itself at its n-th fsync or rename."""
+    streams = Path(tempfile.mkdtemp(prefix="fedmira-test-"))
+    process = os.fork()
+    if process:
+        return Command(process, streams)
+    code = 97
+    try:
+        for name, number in (("out", 1), ("err", 2)):
+            os.dup2(os.open(streams / name, os.O_WRONLY | os.O_CREAT), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        if folder is not None:
+            os.chdir(folder)
+        if die_at is not None:
+            _die_at(die_at)
+        sys.argv = ["fedmira", *map(str, arguments)]
+        cli.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def command(*arguments: object, folder: Path | None = None, die_at: int | None = None) -> Ended:
+    return start(*arguments, folder=folder, die_at=die_at).wait()
+
+
+def _die_at(count: int) -> None:
+    """Die just before the count-th moment at which something becomes durable."""
+    left = itertools.count(count - 1, -1)
+
+    def deadly(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        return call
+
+    for name in ("fsync", "replace", "unlink"):
+        setattr(os, name, deadly(getattr(os, name)))

@@ -3,10 +3,11 @@
 import importlib.util
 from pathlib import Path
 
-import fedmira
 import pytest
-from fedmira import bundled
 from safetensors.torch import load_file
+
+import fedmira
+from fedmira import bundled
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

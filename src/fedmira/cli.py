@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -28,6 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated multi-task fine-tuning of language models with LoRA: one base, one personal adapter per client.",
 )
+
+# Newer typer carries a click of its own: its errors are no errors of the package `click`, which may not even be there.
+USAGE_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c, applied to the config", show_default=False)]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="no progress")]
@@ -231,15 +233,17 @@ def main() -> None:
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, _stop)
     try:
-        app(standalone_mode=False)
+        ended = app(standalone_mode=False)
+        if ended == 130:  # newer typer swallows Ctrl-C and returns the code it would exit with
+            raise KeyboardInterrupt
         code = 0
-    except click.ClickException as error:
-        error.show()
+    except USAGE_ERROR as error:
+        error.show()  # type: ignore[attr-defined]
         code = 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted: finished rounds are saved; go on with 'fedmira resume STUDY'", file=sys.stderr)
         code = 130
-    except SystemExit:
+    except _Terminated:
         print("stopped: finished rounds are saved; go on with 'fedmira resume STUDY'", file=sys.stderr)
         code = Stopped.exit_code
     except FedMiraError as error:
@@ -254,9 +258,13 @@ def main() -> None:
     sys.exit(code)
 
 
+class _Terminated(SystemExit):
+    """SIGTERM came; unlike other exits (a closed pipe) it is told as a stop."""
+
+
 def _stop(number: int, frame: object) -> None:
     """End a run that a scheduler stops (SIGTERM) as Ctrl-C does: SystemExit passes every `except Exception`."""
-    raise SystemExit(Stopped.exit_code)
+    raise _Terminated(Stopped.exit_code)
 
 
 def _warnings_to_stderr() -> logging.Handler:

@@ -119,6 +119,8 @@ def file_graph(path: str | Path, ids: Sequence[str]) -> Graph:
             weight = float(cells[2])
         except ValueError:
             raise MethodError(f"{path}:{number}: weight '{cells[2]}' is no number") from None
+        if not (0 <= weight < float("inf")):
+            raise MethodError(f"{path}:{number}: weight {weight:g}: similarities are finite and >= 0")
         given[index[cells[0]], index[cells[1]]] = weight
     rows, columns, values = [], [], []
     for (first, second), weight in given.items():

@@ -4,12 +4,14 @@ A study is one config: the same data, base model and schedule for every method a
 checked before a folder is made; what a run has saved is never overwritten.
 """
 
+import hashlib
 import importlib.metadata
 import logging
 import platform
 import shutil
 import sys
 import warnings
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -30,7 +32,7 @@ from fedmira.data.formats import read_records
 from fedmira.data.partition import form_clients
 from fedmira.engine.rounds import Federation, Observer, Scores, run_rounds, score_start
 from fedmira.engine.schedule import draw_schedule
-from fedmira.errors import ConfigError, FedMiraError, ModelError, Stopped, StoreError
+from fedmira.errors import ConfigError, DataError, FedMiraError, ModelError, Stopped, StoreError
 from fedmira.export import export_adapter, short_targets
 from fedmira.graph import Graph
 from fedmira.methods.base import Cohort, Method
@@ -204,6 +206,19 @@ class _Prepared:
     notes: Mapping[str, list[str]]  # label -> warnings of its build
     methods: Mapping[tuple[str, int], Method]
     linears: Sequence[str]
+    data_fingerprint: str
+
+
+def _fingerprint(clients: Sequence[ClientData]) -> str:
+    """sha256 over every client's id and token ids, split by split."""
+    digest = hashlib.sha256()
+    for client in clients:
+        digest.update(client.id.encode())
+        for part in (client.train, client.validation, client.test):
+            digest.update(len(part).to_bytes(8, "big"))
+            for example in part:
+                digest.update(array("q", [example.prompt_length, *example.ids]).tobytes())
+    return digest.hexdigest()
 
 
 def _prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None = None) -> _Prepared:
@@ -245,6 +260,12 @@ def _prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None
         base_path, dtype=dtype, device=config.model.device, targets=config.lora.target_modules, tokenizer=tokenizer
     )
     _check_positions(config, base)
+    data_fingerprint = _fingerprint(clients)
+    if saved is not None and saved["data_fingerprint"] != data_fingerprint:
+        raise DataError(
+            f"data.path '{config.data.path}' does not give the examples this study began with (its files or the "
+            "tokenizer have changed); put the old ones back, or start a new study"
+        )
     if saved is not None and saved["base_fingerprint"] != base.fingerprint:
         raise ModelError(
             f"model.base_model '{config.model.base_model}' is not the base this study began with (sha256 "
@@ -268,7 +289,7 @@ def _prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None
     )
     observer("model", {"federation": federation, "sampled": sampled})
     linears = [name for name, module in base.model.named_modules() if _is_linear(module)]
-    return _Prepared(federation, cohorts, config.methods, notes, built, linears)
+    return _Prepared(federation, cohorts, config.methods, notes, built, linears, data_fingerprint)
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
@@ -361,7 +382,7 @@ def _run_one(
     config = federation.config.model_copy(
         update={"seeds": [seed], "methods": [entry], "output_dir": str(folder.path / "again")}
     )
-    facts = _facts(federation, method, entry, seed, cohort)
+    facts = _facts(prepared, method, entry, seed)
     if (folder.path / "run.json").is_file():
         folder.rewrite(config)
         folder.update(**facts)
@@ -405,7 +426,8 @@ def _marked(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def _facts(federation: Federation, method: Method, entry: MethodEntry, seed: int, cohort: Cohort) -> dict[str, Any]:
+def _facts(prepared: _Prepared, method: Method, entry: MethodEntry, seed: int) -> dict[str, Any]:
+    federation, cohort = prepared.federation, prepared.cohorts[seed]
     config = federation.config
     pulls = None
     if method.pull is not None:
@@ -422,6 +444,7 @@ def _facts(federation: Federation, method: Method, entry: MethodEntry, seed: int
         "personal": method.personal,
         "base_model": config.model.base_model,
         "base_fingerprint": federation.base.fingerprint,
+        "data_fingerprint": prepared.data_fingerprint,
         "layout_fingerprint": federation.layout.fingerprint,
         "parameters": federation.layout.parameters,
         "dtype": str(federation.base.dtype).removeprefix("torch."),

@@ -141,6 +141,7 @@ def test_every_round_measures_each_client_with_its_own_adapter_before_and_after_
         for place, k in enumerate(ids):
             stored = ran.ledgers[number][k if personal else 0]
             for row, key in ((ran.returned[number][place], "loss_before"), (stored, "loss_after")):
+                # The one shared row is served at the full rank of the stack.
                 scale = 3 / RANKS[k] if personal or key == "loss_before" else 3 / 2
                 own = Adapters(ran.federation.layout, row[None], torch.tensor(RANKS[k : k + 1]), torch.tensor([scale]))
                 expected = measure_loss(
@@ -207,8 +208,9 @@ def test_an_upload_that_is_not_finite_is_silence_and_the_others_go_on(tmp_path: 
     def spoil(method: Method) -> Method:
         def finish(adapters: Adapters, memory: Any, given: Message, tools: Any) -> Any:
             rows = adapters.rows.clone()
-            rows[tools.clock.round - 1 :: 9] = float("nan")  # the first in the stack of round 1, none in round 3
-            return Message(rows if tools.clock.round == 1 else adapters.rows), memory
+            if tools.clock.round == 1:
+                rows[0] = float("nan")  # the first in the stack has the most steps: client 0
+            return Message(rows), memory
 
         return replace(method, finish=finish)
 
@@ -219,6 +221,20 @@ def test_an_upload_that_is_not_finite_is_silence_and_the_others_go_on(tmp_path: 
     assert found.records[0]["loss_before"][0] is None
     assert torch.equal(found.ledgers[0][0], start[0])
     assert not torch.equal(found.ledgers[0][1], start[1])
+
+
+@pytest.mark.parametrize("name", ["local", "fedavg"])
+def test_a_first_round_in_which_every_upload_is_refused_changes_nothing(tmp_path: Path, name: str) -> None:
+    def spoil(method: Method) -> Method:
+        def finish(adapters: Adapters, memory: Any, given: Message, tools: Any) -> Any:
+            return Message(adapters.rows * (float("nan") if tools.clock.round == 1 else 1)), memory
+
+        return replace(method, finish=finish)
+
+    found = play(name, tmp_path / "run", change=spoil)
+    assert found.records[0]["answered"] == []
+    assert torch.equal(found.sent[1][0], found.sent[0][1])  # client 1 again, from where it was
+    assert len(found.records) == 3
 
 
 def test_what_is_served_in_the_end_is_what_the_last_checkpoint_holds(ran: Ran) -> None:

@@ -1,23 +1,26 @@
 """Stacked layers: targets, LoRA dropout, and gradients that are the slope of the loss."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from tests import tiny
 from torch import Tensor, nn
 
-from fedmira.adapters import Adapters
+from fedmira.adapters import Adapters, lora_layout
 from fedmira.data.batches import Encoded, collate
 from fedmira.errors import ModelError
-from fedmira.model.lora import Dropout, Pair, find_targets
+from fedmira.model.lora import Dropout, Stack, find_targets, install
+from fedmira.model.packing import Segment
 from fedmira.model.passes import gradients, losses
 
 SEEDS = (11, 22, 33)
 
 
-@pytest.fixture(scope="module")
-def base() -> tiny.Base:
-    return tiny.base("gpt2", targets="all-linear")
+@pytest.fixture(scope="module", params=[True, False], ids=["packed", "padded"])
+def base(request: pytest.FixtureRequest) -> tiny.Base:
+    return replace(tiny.base("gpt2", targets="all-linear"), packs=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +39,34 @@ def dropped(
 ) -> tuple[Tensor, Tensor]:
     batch = collate(texts, pad_id=0, multiple=multiple)
     into = torch.zeros_like(stack.rows)
-    found, _ = gradients(base, stack, batch, into=into, dropout=Dropout(0.4, seeds, batch.lengths.amax(dim=1).tolist()))
+    found, _ = gradients(base, stack, batch, into=into, dropout=Dropout(0.4, seeds))
     return found, into
 
 
 def test_dropout_drops_its_rate_and_scales_what_it_keeps() -> None:
-    mask = Dropout(0.3, [5, 6], [50, 50]).mask(0, (2, 20, 50, 16), torch.zeros(1, dtype=torch.float64))
+    segment = Segment(0, 2, 0, 1000, (slice(0, 1000),) * 2)
+    mask = Dropout(0.3, [5, 6]).mask(0, segment, torch.zeros(1, 16, dtype=torch.float64))
+    assert mask.shape == (2, 1000, 16)
     assert sorted(set(mask.flatten().tolist())) == pytest.approx([0, 1 / 0.7])
     for own in mask:  # 16,000 draws: a standard deviation is 0.0036
         assert float((own == 0).double().mean()) == pytest.approx(0.3, abs=0.015)
 
 
 def test_dropout_differs_between_layers_clients_and_streams() -> None:
-    like = torch.zeros(1)
-    shape = (2, 3, 4, 16)
-    first = Dropout(0.5, [5, 6], [4, 4]).mask(0, shape, like)
+    like = torch.zeros(1, 16)
+    segment = Segment(0, 2, 0, 12, (slice(0, 12),) * 2)
+    first = Dropout(0.5, [5, 6]).mask(0, segment, like)
     assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first, Dropout(0.5, [5, 6], [4, 4]).mask(1, shape, like))
-    assert not torch.equal(first[0], Dropout(0.5, [7, 6], [4, 4]).mask(0, shape, like)[0])
-    assert torch.equal(first, Dropout(0.5, [5, 6], [4, 4]).mask(0, shape, like))
+    assert not torch.equal(first, Dropout(0.5, [5, 6]).mask(1, segment, like))
+    assert not torch.equal(first[0], Dropout(0.5, [7, 6]).mask(0, segment, like)[0])
+    assert torch.equal(first, Dropout(0.5, [5, 6]).mask(0, segment, like))
+
+
+def test_dropout_of_a_client_does_not_depend_on_its_place_or_on_what_fills_its_segment() -> None:
+    like = torch.zeros(1, 16)
+    alone = Dropout(0.5, [5]).mask(0, Segment(0, 1, 0, 7, (slice(0, 7),)), like)
+    among = Dropout(0.5, [8, 5, 9]).mask(0, Segment(1, 3, 30, 9, (slice(0, 7), slice(0, 9))), like)
+    assert torch.equal(among[0, :7], alone[0])
 
 
 def test_a_clients_dropout_does_not_depend_on_its_cohort_or_on_padding(
@@ -73,7 +85,7 @@ def test_dropout_of_rate_zero_is_no_dropout(base: tiny.Base, stack: Adapters, te
     batch = collate(texts, pad_id=0)
     into, other = torch.zeros_like(stack.rows), torch.zeros_like(stack.rows)
     gradients(base, stack, batch, into=into)
-    gradients(base, stack, batch, into=other, dropout=Dropout(0.0, SEEDS, [6, 12, 3]))
+    gradients(base, stack, batch, into=other, dropout=Dropout(0.0, SEEDS))
     assert torch.equal(into, other)
 
 
@@ -83,7 +95,7 @@ def test_the_gradient_is_the_slope_of_the_loss(
 ) -> None:
     """(loss(w + h v) - loss(w - h v)) / 2h = gradient . v for a random direction v, the masks held fast."""
     batch = collate(texts, pad_id=0)
-    dropout = Dropout(rate, SEEDS, batch.lengths.amax(dim=1).tolist())
+    dropout = Dropout(rate, SEEDS)
     real = stack.layout.rank_mask(stack.ranks)
     direction = torch.randn(stack.rows.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * real
     into = torch.zeros_like(stack.rows)
@@ -113,13 +125,34 @@ def test_a_zero_b_leaves_every_client_at_the_base(base: tiny.Base, stack: Adapte
     assert sums.tolist() == pytest.approx([expected] * 3)
 
 
-def test_a_module_used_twice_adds_its_second_gradient() -> None:
-    pair = Pair(torch.zeros(1), torch.zeros(1), torch.ones(1), torch.full((1,), 9.0), torch.full((1,), 9.0))
-    pair.write(torch.ones(1), torch.ones(1) * 2)
-    pair.write(torch.ones(1), torch.ones(1) * 2)
-    assert pair.grad_a is not None
-    assert pair.grad_b is not None
-    assert (pair.grad_a.tolist(), pair.grad_b.tolist()) == ([2.0], [4.0])
+class Twice(nn.Module):
+    """One linear layer used twice: y = W tanh(W x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3, bias=False, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+def test_a_module_used_twice_adds_up_its_gradients() -> None:
+    model = Twice().requires_grad_(False)
+    weight = model.layer.weight.clone()
+    stack = Stack()
+    adapters = tiny.adapters(lora_layout(install(model, ["layer"], stack), 2), (2, 2))
+    x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    into = torch.full_like(adapters.rows, 7.0)
+    with stack.filled(adapters, dtype=torch.float64, gradient=into):
+        model(x).square().sum().backward()
+    real = adapters.layout.rank_mask(torch.tensor([2]))[0]
+    for k in range(2):
+        row = adapters.rows[k].clone().requires_grad_()
+        own = Adapters(adapters.layout, row[None], adapters.ranks[k : k + 1], adapters.scale[k : k + 1])
+        whole = weight + own.product("layer")[0]
+        (torch.tanh(x[k] @ whole.T) @ whole.T).square().sum().backward()
+        assert row.grad is not None
+        torch.testing.assert_close(into[k][real], row.grad[real])
 
 
 def test_all_linear_leaves_the_output_head_out() -> None:

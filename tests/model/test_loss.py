@@ -79,7 +79,7 @@ def test_the_head_gives_the_logits_that_its_loss_is_taken_on(head: Head) -> None
 def test_no_labelled_token_gives_zero_and_an_empty_gradient() -> None:
     hidden = torch.zeros(0, D, requires_grad=True)
     total, each = weighted_loss(hidden, torch.zeros(0, dtype=torch.int64), torch.zeros(0), Head(torch.ones(V, D)))
-    assert float(total) == 0
+    assert total.item() == 0
     assert each.shape == (0,)
     assert torch.autograd.grad(total, hidden)[0].shape == (0, D)
 

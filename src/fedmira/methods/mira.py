@@ -138,7 +138,7 @@ def check_stable(coupling: float, graph: Graph, rounds: list[Coupling]) -> None:
             f"mira: eta x lambda = {coupling:.4g} must be below {limit:.4g} for this graph and schedule ({why}), else "
             "clients swing apart; lower lambda, or use normalise: row"
         )
-    if graph.symmetric and coupling >= limit / 2:
+    if graph.symmetric and coupling > limit / 2 * (1 + 1e-9):  # at exactly half, neighbours meet in the middle
         warnings.warn(
             f"mira: eta x lambda = {coupling:.4g} is over half of the stable limit {limit:.4g}: clients overshoot "
             "their neighbours and come back",

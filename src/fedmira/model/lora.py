@@ -39,10 +39,11 @@ class Dropout:
         width = like.shape[-1]
         keep = torch.ones(segment.stop - segment.first, segment.tokens, width, dtype=like.dtype)
         for place, real in enumerate(segment.real):
+            count = real.stop if isinstance(real, slice) else len(real)
             seed = self.seeds[segment.first + place]
             stream = torch.Generator().manual_seed((seed * 1_000_003 + slot) % 2**63)
-            drawn = torch.rand(real, width, generator=stream) >= self.rate
-            keep[place, :real] = drawn.to(like.dtype) / (1 - self.rate)
+            drawn = torch.rand(count, width, generator=stream) >= self.rate
+            keep[place, real] = drawn.to(like.dtype) / (1 - self.rate)
         return keep.to(like.device)
 
 
@@ -61,6 +62,12 @@ class Pair:
         """Return A, B and scale of a segment's clients."""
         chosen = slice(segment.first, segment.stop)
         return self.a[chosen], self.b[chosen], self.scale[chosen]
+
+    def clear_unwritten(self) -> None:
+        """A module that took no part in the pass has no gradient: nothing of an earlier pass may stay in its place."""
+        if self.grad_a is not None and self.grad_b is not None and not self.written:
+            self.grad_a.zero_()
+            self.grad_b.zero_()
 
     def write(self, first: int, stop: int, grad_a: Tensor, grad_b: Tensor) -> None:
         """Keep the gradients of clients first..stop."""
@@ -112,6 +119,8 @@ class Stack:
         self.anchor = None if gradient is None else torch.zeros((), requires_grad=True, device=rows.device)
         try:
             yield
+            for pair in (pair for pairs in self.pairs.values() for pair in pairs):
+                pair.clear_unwritten()
         finally:
             self.pairs, self.segments, self.clients, self.dropout, self.anchor = {}, None, 0, None, None
 
@@ -120,7 +129,7 @@ class Stack:
         if self.segments is not None:
             return self.segments
         each = tokens // self.clients
-        return (Segment(0, self.clients, 0, each, tuple([each] * self.clients)),)
+        return (Segment(0, self.clients, 0, each, (slice(0, each),) * self.clients),)
 
 
 class StackedLinear(nn.Module):

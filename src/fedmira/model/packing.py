@@ -26,13 +26,16 @@ BUCKET_FILL = 0.75  # likewise for examples in an attention bucket
 
 @dataclass(frozen=True)
 class Segment:
-    """Clients first..stop of the pass, each with `tokens` tokens, at start of the sequence; real: their own counts."""
+    """Clients first..stop of the pass, each with `tokens` tokens, at start of the sequence.
+
+    real: for each client, which of its tokens are its own and not there to fill the segment.
+    """
 
     first: int
     stop: int
     start: int
     tokens: int
-    real: tuple[int, ...]
+    real: tuple[Tensor | slice, ...]
 
     def view(self, flat: Tensor) -> Tensor:
         """View this segment's part of [N, width] as [clients, tokens, width]."""
@@ -101,6 +104,7 @@ def pack(batch: Batch, *, pad_id: int) -> Pass:
     """Lay a batch end to end."""
     lengths = batch.lengths
     totals = lengths.sum(dim=1)
+    longest = int(lengths.max())
     order = torch.argsort(totals, descending=True, stable=True)
     order = order[totals[order] > 0]
     segments = _segments(totals[order].tolist())
@@ -121,7 +125,8 @@ def pack(batch: Batch, *, pad_id: int) -> Pass:
             if filler:
                 ids.append(torch.full((filler,), pad_id))
                 predicted.append(torch.full((filler,), -100))
-                spans.append(filler)
+                # In pieces no longer than a real example: for these the base has positions.
+                spans += [longest] * (filler // longest) + [filler % longest] * (filler % longest > 0)
             owner.append(torch.full((segment.tokens,), client))
     labels = torch.cat(predicted)
     where = torch.nonzero(labels != -100).squeeze(1)
@@ -150,7 +155,8 @@ def pad(batch: Batch) -> Pass:
     labels = labels.flatten()
     where = torch.nonzero(labels != -100).squeeze(1)
     owners = where // (size * length)
-    real = tuple([size * length] * clients)
+    inside = torch.arange(length) < batch.lengths[:, :, None]
+    real = tuple(torch.nonzero(own.flatten()).squeeze(1) for own in inside)
     return Pass(
         ids=batch.ids.view(clients * size, length),
         positions=None,
@@ -273,7 +279,8 @@ def _segments(totals: list[int]) -> list[Segment]:
         stop = first + 1
         while stop < len(totals) and totals[stop] >= SEGMENT_FILL * totals[first]:
             stop += 1
-        segments.append(Segment(first, stop, start, totals[first], tuple(totals[first:stop])))
+        real = tuple(slice(0, total) for total in totals[first:stop])
+        segments.append(Segment(first, stop, start, totals[first], real))
         start += (stop - first) * totals[first]
         first = stop
     return segments

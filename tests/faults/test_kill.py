@@ -1,0 +1,175 @@
+"""Whatever stops a run, and whenever: `fedmira resume` ends with the bits of the run that nobody stopped."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests import small_study
+from tests.small_study import Command, command, differences, outcome, run_folders, start
+
+import fedmira
+from fedmira.runs import RunFolder
+
+SECONDS = 1.5  # about what the small study takes
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return small_study.save_base(folder / "base"), small_study.save_data(folder / "data.jsonl")
+
+
+@pytest.fixture
+def make_config(inputs: tuple[Path, Path], tmp_path: Path) -> Callable[[str], Path]:
+    def make(name: str, **changes: Any) -> Path:
+        changes = {"training": {"keep_optimizer": True}, **changes}
+        raw = small_study.settings(*inputs, tmp_path / name, **changes)
+        return small_study.save_config(tmp_path / f"{name}.yaml", raw)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The outcome of the same study when nobody stops it."""
+    study = tmp_path_factory.mktemp("undisturbed") / "study"
+    raw = small_study.settings(*inputs, study, training={"keep_optimizer": True})
+    config = small_study.save_config(study.with_suffix(".yaml"), raw)
+    ended = command("run", config)
+    assert ended.code == 0, ended.err
+    return outcome(study)
+
+
+def go_on(study: Path, config: Path) -> None:
+    """Resume, or begin where the kill came before anything was written; must end well."""
+    begun = (study / "config.yaml").is_file()
+    ended = command("resume", study) if begun else command("run", config)
+    assert ended.code == 0, ended.err
+
+
+def states(study: Path) -> set[str]:
+    return {RunFolder(run).facts["state"] for run in run_folders(study)}
+
+
+def wait_for_round(study: Path, process: Command | subprocess.Popen[bytes]) -> None:
+    """Wait until some run of the study has finished a round."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if any(path.stat().st_size for path in study.glob("*/seed-*/metrics.jsonl")):
+            return
+        if isinstance(process, subprocess.Popen) and process.poll() is not None:
+            break
+        time.sleep(0.002)
+    pytest.fail(f"{process} finished no round")
+
+
+def kill_at_instants(config: Path, study: Path, instants: list[float]) -> None:
+    """Start or resume and SIGKILL after each of `instants` seconds; then let it end."""
+    for instant in instants:
+        begun = (study / "config.yaml").is_file()
+        running = start("resume", study) if begun else start("run", config)
+        time.sleep(instant)
+        running.signal(signal.SIGKILL)
+        assert running.wait().code in (-signal.SIGKILL, 0)  # 0: it had ended by itself
+    go_on(study, config)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_killed_twice_at_any_instant_ends_with_the_same_bits(
+    seed: int, make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    dice = random.Random(seed)
+    kill_at_instants(make_config("study"), tmp_path / "study", [dice.uniform(0.1, SECONDS) for _ in range(2)])
+    assert differences(outcome(tmp_path / "study"), undisturbed) == []
+    assert states(tmp_path / "study") == {"complete"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_forty_kills_at_random_instants_lose_and_repeat_nothing(
+    seed: int, make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    dice = random.Random(seed)
+    kill_at_instants(make_config("study"), tmp_path / "study", [dice.uniform(0.1, SECONDS) for _ in range(2)])
+    assert differences(outcome(tmp_path / "study"), undisturbed) == []
+
+
+def die_and_go_on(count: int, config: Path, study: Path) -> bool:
+    """Kill at the count-th durable step, then go on. False: the run has fewer steps."""
+    died = command("run", config, die_at=count).code == -signal.SIGKILL
+    go_on(study, config)
+    return died
+
+
+# 14: results.csv is there and run.json is not; 28: round 1 is written, its checkpoint is not; 60: between two rounds
+@pytest.mark.parametrize("count", [14, 28, 60])
+def test_a_run_killed_just_before_something_becomes_durable_ends_with_the_same_bits(
+    count: int, make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    assert die_and_go_on(count, make_config("study"), tmp_path / "study")
+    assert differences(outcome(tmp_path / "study"), undisturbed) == []
+
+
+@pytest.mark.slow
+def test_no_durable_step_of_a_whole_run_is_one_at_which_a_kill_changes_the_outcome(
+    make_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    short = {"federation": {"rounds": 3}, "methods": [dict(small_study.METHODS[2])]}
+    assert command("run", make_config("whole", **short)).code == 0
+    whole = outcome(tmp_path / "whole")
+    for count in range(1, 400):
+        name = f"study-{count}"
+        died = die_and_go_on(count, make_config(name, **short), tmp_path / name)
+        assert differences(outcome(tmp_path / name), whole) == [], count
+        if not died:
+            return
+    pytest.fail("the run never ended by itself")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 3)])
+def test_a_signal_saves_says_how_to_go_on_and_leaves_the_same_bits(
+    number: int, code: int, make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    config, study = make_config("study"), tmp_path / "study"
+    running = start("run", config)
+    wait_for_round(study, running)
+    running.signal(number)
+    ended = running.wait()
+    assert (ended.code, ended.out) == (code, "")
+    assert "fedmira resume" in ended.err
+    assert not small_study.has_traceback(ended.err)
+    assert "interrupted" in states(study)
+    go_on(study, config)
+    assert differences(outcome(study), undisturbed) == []
+    assert states(study) == {"complete"}
+
+
+def test_the_module_run_as_a_program_and_killed_can_be_resumed(
+    make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    study = tmp_path / "study"
+    program = [sys.executable, "-m", "fedmira", "run", str(make_config("study")), "-q"]
+    with (tmp_path / "err").open("wb") as err, subprocess.Popen(program, stdout=err, stderr=err) as running:
+        wait_for_round(study, running)
+        running.kill()
+    fedmira.resume(study)
+    assert differences(outcome(study), undisturbed) == []
+
+
+def test_a_process_that_died_leaves_no_lock_behind(make_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = make_config("study")
+    running = start("run", config)
+    wait_for_round(tmp_path / "study", running)
+    running.signal(signal.SIGSTOP)
+    second = command("resume", tmp_path / "study")
+    assert second.code == 2
+    assert "in use" in second.err
+    running.signal(signal.SIGKILL)
+    running.wait()
+    assert command("resume", tmp_path / "study").code == 0

@@ -1,0 +1,135 @@
+"""Laying examples end to end changes nothing: the same losses and gradients as padded, or as each example alone."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from tests import tiny
+from torch import Tensor
+
+from fedmira.adapters import Adapters
+from fedmira.data.batches import NO_LOSS, Batch, Encoded, collate
+from fedmira.model.load import Base
+from fedmira.model.packing import SEGMENT_FILL, pack, pad
+from fedmira.model.passes import gradients, losses
+
+BASE = tiny.base("gpt2", targets=["c_attn"])
+
+
+def batch_of(lengths: list[list[int]], *, seed: int = 0) -> Batch:
+    stream = np.random.default_rng(seed)
+    texts: list[list[Encoded]] = [
+        [tiny.example(stream, length, answer=int(stream.integers(1, length))) for length in own] for own in lengths
+    ]
+    return collate(texts, pad_id=0)
+
+
+def stack_of(clients: int) -> Adapters:
+    return tiny.adapters(tiny.layout(BASE, 2), [1 + k % 2 for k in range(clients)])
+
+
+def measure(base: Base, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, counts and gradients of a batch."""
+    stack = stack_of(len(batch.ids))
+    into = torch.zeros_like(stack.rows)
+    found, counts = gradients(base, stack, batch, into=into)
+    sums, same = losses(base, stack, batch)
+    assert torch.equal(counts, same)
+    torch.testing.assert_close(sums, found * counts, rtol=1e-10, atol=1e-12)
+    return found, counts, into
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    some.lists(some.lists(some.integers(2, 14), min_size=0, max_size=4), min_size=1, max_size=5).filter(
+        lambda lengths: any(lengths)
+    ),
+    some.integers(0, 100),
+)
+def test_packed_is_padded_for_any_lengths(lengths: list[list[int]], seed: int) -> None:
+    """Clients without any example included."""
+    batch = batch_of(lengths, seed=seed)
+    for one, other in zip(measure(BASE, batch), measure(replace(BASE, packs=False), batch), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@given(some.lists(some.lists(some.integers(2, 30), min_size=1, max_size=4), min_size=1, max_size=6))
+@settings(max_examples=50, deadline=None)
+def test_a_pass_holds_every_token_once_and_little_else(lengths: list[list[int]]) -> None:
+    batch = batch_of(lengths)
+    plan = pack(batch, pad_id=0)
+    assert plan.attention is not None
+    assert plan.positions is not None
+    total = sum(sum(own) for own in lengths)
+    assert total <= plan.ids.shape[1] <= total / SEGMENT_FILL
+    assert sorted(plan.order.tolist()) == list(range(len(lengths)))
+    for segment in plan.segments:
+        for client, real, view in zip(
+            plan.order[segment.first : segment.stop].tolist(),
+            segment.real,
+            segment.view(plan.ids[0, :, None]),
+            strict=True,
+        ):
+            own = torch.cat([batch.ids[client, place, :length] for place, length in enumerate(lengths[client])])
+            assert real == slice(0, len(own))
+            assert torch.equal(view[real, 0], own)
+    # attention takes every token to one row and back
+    assert torch.equal(plan.attention.index[plan.attention.back], torch.arange(plan.ids.shape[1]))
+
+
+def test_positions_restart_at_every_example() -> None:
+    """One client with 3 and 2 tokens, another with 5: one segment of five tokens each, nothing filled."""
+    plan = pack(batch_of([[3, 2], [5]]), pad_id=0)
+    assert plan.positions is not None
+    assert plan.positions.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3, 4]]
+    assert [(one.first, one.stop, one.start, one.tokens) for one in plan.segments] == [(0, 2, 0, 5)]
+
+
+def test_what_predicts_a_label_is_the_token_before_it() -> None:
+    ids = torch.tensor([[[5, 6, 7, 0], [8, 9, 0, 0]]])
+    labels = torch.tensor([[[NO_LOSS, 6, 7, NO_LOSS], [NO_LOSS, 9, NO_LOSS, NO_LOSS]]])
+    batch = Batch(ids, labels, torch.tensor([[3, 2]]))
+    plan, padded = pack(batch, pad_id=0), pad(batch)
+    assert plan.where.tolist() == [0, 1, 3]
+    assert padded.where.tolist() == [0, 1, 4]
+    assert plan.targets.tolist() == padded.targets.tolist() == [6, 7, 9]
+    assert plan.counts.tolist() == padded.counts.tolist() == [3]
+
+
+def test_clients_of_about_as_many_tokens_share_a_segment_and_others_get_their_own() -> None:
+    plan = pack(batch_of([[10], [30], [29], [30]]), pad_id=0)
+    assert plan.order.tolist() == [1, 3, 2, 0]
+    assert [(one.tokens, [own.stop for own in one.real]) for one in plan.segments] == [(30, [30, 30, 29]), (10, [10])]
+
+
+def test_what_fills_a_segment_may_be_longer_than_the_base_has_positions() -> None:
+    """900 tokens beside 828: the smaller client is filled with 72 tokens, the base knows 64 positions."""
+    lengths = [[60] * 15, [60] * 13 + [48]]
+    assert sum(lengths[0]) - sum(lengths[1]) > tiny.POSITIONS
+    assert sum(lengths[1]) >= SEGMENT_FILL * sum(lengths[0])
+    batch = batch_of(lengths)
+    for one, other in zip(measure(BASE, batch), measure(replace(BASE, packs=False), batch), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_families_with_rotary_positions_and_windows_are_packed_too(family: str) -> None:
+    base = tiny.base(family, targets="all-linear")
+    assert base.packs
+    stack = tiny.adapters(tiny.layout(base, 2), (2, 1, 2))
+    batch = batch_of([[4, 14], [9, 2, 3], [17]])
+    into, other = torch.zeros_like(stack.rows), torch.zeros_like(stack.rows)
+    packed, _ = gradients(base, stack, batch, into=into)
+    padded, _ = gradients(replace(base, packs=False), stack, batch, into=other)
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(into, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_models_own_attention_is_back_after_a_pass() -> None:
+    before = BASE.model.config._attn_implementation
+    measure(BASE, batch_of([[3], [4]]))
+    assert BASE.model.config._attn_implementation == before
+    assert not BASE.stack.pairs
