@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -52,7 +53,7 @@ def save_data(path: Path, *, examples: int = 10, extra: Sequence[str] = ()) -> P
     return path
 
 
-def settings(base: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
+def settings(base: Path, data: Path, output: Path, /, **changes: Any) -> dict[str, Any]:
     """The config as a mapping; `changes` replace whole values, or single keys of a section given as a dict."""
     raw: dict[str, Any] = {
         "seeds": [3],
@@ -136,6 +137,7 @@ class Command:
     def wait(self) -> Ended:
         _, status = os.waitpid(self.process, 0)
         out, err = ((self.folder / name).read_text(encoding="utf-8") for name in ("out", "err"))
+        shutil.rmtree(self.folder)
         return Ended(os.waitstatus_to_exitcode(status), out, err)
 
 

@@ -56,9 +56,10 @@ def section(study: fedmira.Study, title: str, config: str) -> str:
         before = [value for record in rounds for value in record["loss_before"] if value is not None]
         after = [value for record in rounds for value in record["loss_after"] if value is not None]
         pull = facts["pull_percent"]
+        pulled = f"{pull[1]:.1f} ({pull[0]:.0f} to {pull[2]:.0f})" if pull else ""
         costs.append(
             f"| {label} | {sum(record['seconds'] for record in rounds) / 60:.1f} | {training / 60:.1f} "
-            f"| {tokens / training:,.0f} | {each:.2f} | {'' if not pull else f'{pull[1]:.1f} ({pull[0]:.0f} to {pull[2]:.0f})'} "
+            f"| {tokens / training:,.0f} | {each:.2f} | {pulled} "
             f"| {sum(before) / len(before):.3f} → {sum(after) / len(after):.3f} |"
         )
     facts = first.facts
@@ -85,8 +86,9 @@ loss against local, ever sampled (better / equal / worse) |
 |---|---|---|---|---|---|---|
 {chr(10).join(costs)}
 
-Base {facts["base_model"]} in {facts["dtype"]}, rank 8 on all linear layers ({facts["parameters"]:,} parameters a client), \
-{facts["threads"]} threads, torch {facts["versions"]["torch"]}, transformers {facts["versions"]["transformers"]}.
+Base {facts["base_model"]} in {facts["dtype"]}, rank 8 on all linear layers ({facts["parameters"]:,} parameters a \
+client), {facts["threads"]} threads, \
+torch {facts["versions"]["torch"]}, transformers {facts["versions"]["transformers"]}.
 """
 
 

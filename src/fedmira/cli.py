@@ -84,6 +84,8 @@ class Watch:
                 f"truncation: of {cut.examples} examples {cut.prompts_cut} prompts cut at their start, "
                 f"{cut.answers_cut} answers cut at their end, {cut.dropped} dropped"
             )
+        if cut.questions_cut:
+            self.say(f"truncation: {cut.questions_cut} prompts cut at their start where an answer is written to them")
 
     def on_model(self, facts: Mapping[str, Any]) -> None:
         federation = facts["federation"]
@@ -127,6 +129,8 @@ class Watch:
 
     def on_complete(self, facts: Mapping[str, Any]) -> None:
         self._drop()
+        if facts["refused"]:
+            self.say(f"warning: {self.name}: {facts['refused']} uploads were refused; log.txt says which and why")
 
     def _bar(self, text: str, total: int) -> None:
         self._drop()

@@ -22,6 +22,7 @@ from pydantic import (
 from fedmira.errors import ConfigError, nearest
 
 Metric = Literal["loss", "rouge_l", "exact_match", "word_accuracy"]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -99,7 +100,7 @@ class DataConfig(Strict):
     split_column: str | None = None  # column with train | validation | test; overrides `split`
     clients: ClientsConfig = ClientsConfig()
     subsample: Annotated[float, Field(gt=0, le=1)] = 1.0  # fraction of each client's examples kept
-    seed: int = 0  # splits, subsample and dealing; the same for all methods and training seeds
+    seed: Seed = 0  # splits, subsample and dealing; the same for all methods and training seeds
 
 
 class FederationConfig(Strict):
@@ -172,7 +173,7 @@ class MethodEntry(BaseModel):
 class Config(Strict):
     """A study: data, base model, federation, and the methods to compare on them."""
 
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
     output_dir: str
     model: ModelConfig
     lora: LoraConfig = LoraConfig()
@@ -241,7 +242,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ConfigError(
-            [f"no such config file '{path}' (current folder: {Path.cwd()}); see 'fedmira init'"], str(path)
+            [f"no such config file (current folder: {Path.cwd()}); the README shows one to begin with"],
+            str(path),
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -361,6 +363,15 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Only double quotes keep the rarer line breaks of Unicode, which a reader folds into spaces elsewhere."""
+    style = '"' if any(letter in text for letter in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def dump_config(config: Config) -> str:

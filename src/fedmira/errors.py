@@ -1,6 +1,6 @@
 """Errors a user can act on: what was found, what was allowed, where it came from, what to do.
 
-Every class carries the exit code of the command line (docs/errors in README): 2 bad input, nothing was started;
+Every class carries the exit code of the command line: 2 bad input, nothing was started;
 3 stopped and can be resumed. Anything that is not a FedMiraError is a bug of ours and exits with 1.
 """
 

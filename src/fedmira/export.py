@@ -9,6 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fedmira import bundled
 from fedmira.adapters import Adapters, Layout
 from fedmira.errors import StoreError
 from fedmira.store import write_atomic
@@ -94,6 +95,9 @@ def short_targets(modules: Sequence[str], linears: Sequence[str]) -> list[str]:
 
 def model_card(base_model: str, card: Mapping[str, Any]) -> str:
     """Write a short model card with Hugging Face front matter; `card` is shown as a list."""
+    load = repr(base_model)
+    if base_model.startswith(bundled.PREFIX):
+        load = f"fedmira.bundled.resolve({base_model!r})"
     lines = [
         "---",
         f"base_model: {json.dumps(base_model)}",
@@ -107,10 +111,11 @@ def model_card(base_model: str, card: Mapping[str, Any]) -> str:
         *(f"- {name}: {value}" for name, value in card.items()),
         "",
         "```python",
+        *(["import fedmira.bundled"] if base_model.startswith(bundled.PREFIX) else []),
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({base_model!r})",
+        f"base = AutoModelForCausalLM.from_pretrained({load})",
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
         "```",
         "",

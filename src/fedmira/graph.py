@@ -9,6 +9,7 @@ A graph is a sparse matrix A [K, K] of non-negative similarities with an empty d
 Source: MIRA (arXiv:2410.15524), equations 3, 4 and 8; normalisation is ours. Negative similarities are refused.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,15 @@ class Graph:
     def symmetric(self) -> bool:
         difference = abs(self.weights - self.weights.T)
         return difference.nnz == 0 or float(difference.max()) < 1e-12
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the similarities, so that a resumed run can tell that its graph has changed."""
+        canonical = self.weights.tocoo()
+        digest = hashlib.sha256(repr(canonical.shape).encode())
+        for part in (canonical.row.astype("<i8"), canonical.col.astype("<i8"), canonical.data.astype("<f8")):
+            digest.update(part.tobytes())
+        return digest.hexdigest()
 
     def subgraph(self, ids: Array) -> Array:
         """Return the dense similarities [S, S] among `ids`."""
@@ -103,7 +113,10 @@ def file_graph(path: str | Path, ids: Sequence[str]) -> Graph:
         raise MethodError(f"graph file '{path}' not found (current folder: {Path.cwd()})")
     index = {name: position for position, name in enumerate(ids)}
     given: dict[tuple[int, int], float] = {}
-    lines = source.read_text(encoding="utf-8-sig").splitlines()
+    try:
+        lines = source.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise MethodError(f"graph file '{path}': byte {error.start} is not UTF-8; save it as UTF-8") from None
     if not lines or [cell.strip() for cell in lines[0].split(",")] != ["client", "neighbour", "weight"]:
         raise MethodError(f"{path}:1: the first line must be 'client,neighbour,weight'")
     for number, line in enumerate(lines[1:], start=2):

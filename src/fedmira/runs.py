@@ -9,6 +9,7 @@ import fcntl
 import io
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -115,7 +116,7 @@ class RunFolder:
         if buffer.getvalue():
             append_lines(self.path / "results.csv", buffer.getvalue().splitlines())
         if record is not None:
-            append_lines(self.path / "metrics.jsonl", [json.dumps(asdict(record))])
+            append_lines(self.path / "metrics.jsonl", [json.dumps(_finite(asdict(record)), allow_nan=False)])
 
     def records(self) -> list[dict[str, Any]]:
         """Read metrics.jsonl; a half-written last line (a crash) is left out."""
@@ -170,7 +171,8 @@ class StudyFolder:
                 f"output_dir '{self.path}' already holds files that are no study's, such as '{foreign[0]}'; they are "
                 "never overwritten: choose another output_dir=..."
             )
-        if self._entries() and not overwrite:
+        begun = [path for path in self._entries() if not path.name.endswith(".tmp")]  # a crash can leave one alone
+        if begun and not overwrite:
             raise StoreError(
                 f"output_dir '{self.path}' already holds a study; go on with 'fedmira resume {self.path}', "
                 "choose another output_dir=..., or give --overwrite"
@@ -238,10 +240,20 @@ class StudyFolder:
         return [folder for folder in folders if (folder.path / "run.json").is_file()]
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: a number that has diverged becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _belongs(path: Path) -> bool:
     """Is this entry of a study's folder one that FedMira wrote?"""
     if path.is_dir() and not path.is_symlink():
-        return all(run.is_dir() and run.name.startswith("seed-") for run in path.iterdir())
+        runs = list(path.iterdir())
+        return bool(runs) and all(run.name.startswith("seed-") and (run / "config.yaml").is_file() for run in runs)
     return path.name.removeprefix(".").removesuffix(".tmp") in ("config.yaml", "summary.json", "report.html")
 
 

@@ -179,7 +179,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file of a run folder. Raises StoreError if it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"'{path}' is missing: '{path.parent}' is no FedMira run folder") from None
     except ValueError as error:
         raise StoreError(f"'{path}' is damaged: {error}") from None

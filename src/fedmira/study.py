@@ -4,14 +4,11 @@ A study is one config: the same data, base model and schedule for every method a
 checked before a folder is made; what a run has saved is never overwritten.
 """
 
-import hashlib
 import importlib.metadata
 import logging
 import platform
 import shutil
 import sys
-import warnings
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -25,19 +22,14 @@ from torch import Tensor
 
 from fedmira import bundled
 from fedmira import methods as method_files
-from fedmira.adapters import Adapters, lora_layout
+from fedmira.adapters import Adapters
 from fedmira.config import Config, MethodEntry, check_config, read_config
-from fedmira.data.batches import ClientData, Truncation, encode_client
-from fedmira.data.formats import read_records
-from fedmira.data.partition import form_clients
 from fedmira.engine.rounds import Federation, Observer, Scores, run_rounds, score_start
-from fedmira.engine.schedule import draw_schedule
-from fedmira.errors import ConfigError, DataError, FedMiraError, ModelError, Stopped, StoreError
+from fedmira.errors import ConfigError, FedMiraError, MethodError, Stopped, StoreError, WireError
 from fedmira.export import export_adapter, short_targets
 from fedmira.graph import Graph
 from fedmira.methods.base import Cohort, Method
-from fedmira.model.load import Base, load_base, load_tokenizer
-from fedmira.plan import plan_cohort
+from fedmira.prepare import Prepared, client_table, prepare
 from fedmira.reports.render import write_report
 from fedmira.reports.stats import read_results
 from fedmira.runs import RunFolder, StudyFolder, find_study
@@ -119,7 +111,7 @@ def run(config: Config, *, observer: Observer = silent, overwrite: bool = False)
     """
     folder = StudyFolder(Path(config.output_dir))
     folder.check_free(overwrite=overwrite)
-    prepared = _prepare(config, observer)
+    prepared = prepare(config, observer)
     if overwrite and folder.path.is_dir():
         with folder.held():
             folder.clear()
@@ -129,12 +121,12 @@ def run(config: Config, *, observer: Observer = silent, overwrite: bool = False)
 
 
 def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observer = silent) -> Study:
-    """Go on with a study, or with one of its runs, where its newest intact checkpoints are.
+    """Go on with a study, or with only one of its runs, where the newest intact checkpoints are.
 
     overrides: only `federation.rounds=N`, and only upwards; runs that were complete then go on too.
     Raises StoreError if there is nothing to resume, ConfigError for any other override.
     """
-    folder, _ = find_study(Path(path))
+    folder, only = find_study(Path(path))
     config = folder.config()
     config = check_config(config.model_dump(by_alias=True), str(folder.path / "config.yaml"), method_files.entry_faults)
     for override in overrides:
@@ -149,11 +141,11 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observe
             )
         config = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": int(value)})})
     with folder.held():
-        prepared = _prepare(config, observer, saved=_saved_facts(folder))
+        prepared = prepare(config, observer, saved=_saved_facts(folder))
         _check_clients(folder, prepared.federation)
         if overrides:
             folder.rewrite(config)
-        return _run_all(folder, prepared, observer)
+        return _run_all(folder, prepared, observer, only=only)
 
 
 def load_run(path: str | Path) -> Run:
@@ -196,140 +188,6 @@ def export(run: str | Path | Run, *, client: str | None = None, out: str | Path 
     return targets
 
 
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    """A study that passed every check: what its runs share, and each run's method."""
-
-    federation: Federation
-    cohorts: Mapping[int, Cohort]
-    entries: Sequence[MethodEntry]
-    notes: Mapping[str, list[str]]  # label -> warnings of its build
-    methods: Mapping[tuple[str, int], Method]
-    linears: Sequence[str]
-    data_fingerprint: str
-
-
-def _fingerprint(clients: Sequence[ClientData]) -> str:
-    """sha256 over every client's id and token ids, split by split."""
-    digest = hashlib.sha256()
-    for client in clients:
-        digest.update(client.id.encode())
-        for part in (client.train, client.validation, client.test):
-            digest.update(len(part).to_bytes(8, "big"))
-            for example in part:
-                digest.update(array("q", [example.prompt_length, *example.ids]).tobytes())
-    return digest.hexdigest()
-
-
-def _prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None = None) -> _Prepared:
-    """Read data, check the methods, load the base and settle the cohort; nothing is written.
-
-    saved: run.json of an earlier run of the study, whose dtype, threads and cohort are used again.
-    """
-    base_path = bundled.resolve(config.model.base_model)
-    tokenizer = load_tokenizer(base_path)
-    clients, truncation, found = _read_clients(config, tokenizer)
-    observer("data", {"clients": clients, "truncation": truncation, "format": found})
-    cohorts = {
-        seed: Cohort(
-            ids=tuple(client.id for client in clients),
-            examples=tuple(len(client.train) for client in clients),
-            columns=tuple(client.columns for client in clients),
-            schedule=draw_schedule(
-                len(clients),
-                rounds=config.federation.rounds,
-                participation=config.federation.participation,
-                seed=seed,
-            ),
-            seed=seed,
-        )
-        for seed in config.seeds
-    }
-    built, notes = {}, {}
-    for entry in config.methods:
-        for seed, cohort in cohorts.items():
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                built[entry.folder, seed] = method_files.build(entry.name, entry.settings, cohort)
-            notes[entry.folder] = [str(warning.message) for warning in caught]
-    dtype = config.model.dtype
-    if saved is not None:
-        torch.set_num_threads(int(saved["threads"]))
-        dtype = saved["dtype"]
-    base = load_base(
-        base_path, dtype=dtype, device=config.model.device, targets=config.lora.target_modules, tokenizer=tokenizer
-    )
-    _check_positions(config, base)
-    data_fingerprint = _fingerprint(clients)
-    if saved is not None and saved["data_fingerprint"] != data_fingerprint:
-        raise DataError(
-            f"data.path '{config.data.path}' does not give the examples this study began with (its files or the "
-            "tokenizer have changed); put the old ones back, or start a new study"
-        )
-    if saved is not None and saved["base_fingerprint"] != base.fingerprint:
-        raise ModelError(
-            f"model.base_model '{config.model.base_model}' is not the base this study began with (sha256 "
-            f"{base.fingerprint[:12]}, began with {saved['base_fingerprint'][:12]}); put the old one back"
-        )
-    layout = lora_layout(base.shapes, config.lora.r)
-    sampled = len(next(iter(cohorts.values())).schedule[0])
-    if saved is not None:
-        width = int(saved["cohort"])
-    elif config.federation.cohort == "auto":
-        width = plan_cohort(base, layout, clients, batch_size=config.training.batch_size, sampled=sampled).cohort
-    else:
-        width = config.federation.cohort
-    federation = Federation(
-        config=config,
-        base=base,
-        clients=tuple(clients),
-        layout=layout,
-        ranks=torch.full((len(clients),), config.lora.r),
-        cohort=width,
-    )
-    observer("model", {"federation": federation, "sampled": sampled})
-    linears = [name for name, module in base.model.named_modules() if _is_linear(module)]
-    return _Prepared(federation, cohorts, config.methods, notes, built, linears, data_fingerprint)
-
-
-def _is_linear(module: torch.nn.Module) -> bool:
-    return (
-        hasattr(module, "weight") and getattr(module.weight, "ndim", 0) == 2 and not hasattr(module, "num_embeddings")
-    )
-
-
-def _read_clients(config: Config, tokenizer: Any) -> tuple[list[ClientData], Truncation, str]:
-    section = config.data
-    found, records = read_records(bundled.resolve(section.path), format=section.format, columns=section.columns)
-    formed = form_clients(
-        records,
-        by=section.clients.by,
-        per_group=section.clients.per_group,
-        first=section.clients.first,
-        groups=section.clients.groups,
-        subsample=section.subsample,
-        validation=section.split.validation,
-        test=section.split.test,
-        split_column=section.split_column,
-        seed=section.seed,
-    )
-    clients = [
-        encode_client(client, tokenizer, template=section.template, max_length=section.max_length) for client in formed
-    ]
-    truncation = sum((client.truncation for client in clients), Truncation())
-    return clients, truncation, found
-
-
-def _check_positions(config: Config, base: Base) -> None:
-    if base.max_positions is not None and config.data.max_length > base.max_positions:
-        raise ConfigError(
-            [
-                f"data.max_length: found {config.data.max_length}: base '{config.model.base_model}' has "
-                f"{base.max_positions} positions; set data.max_length to at most that"
-            ]
-        )
-
-
 def _saved_facts(folder: StudyFolder) -> dict[str, Any] | None:
     """Facts of any run of the study: all share dtype, threads, cohort and base. None if no run has begun."""
     return next((run.facts for run in folder.runs()), None)
@@ -337,7 +195,7 @@ def _saved_facts(folder: StudyFolder) -> dict[str, Any] | None:
 
 def _check_clients(folder: StudyFolder, federation: Federation) -> None:
     """Refuse to go on with other data than the study began with, as far as its clients and counts tell."""
-    table = _client_table(federation)
+    table = client_table(federation)
     for run in folder.runs():
         began: dict[str, Any] = read_json(run.path / "clients.json")
         changed = [name for name in {**began, **table} if began.get(name) != table.get(name)]
@@ -348,22 +206,35 @@ def _check_clients(folder: StudyFolder, federation: Federation) -> None:
             )
 
 
-def _run_all(folder: StudyFolder, prepared: _Prepared, observer: Observer) -> Study:
-    """Run what is not complete yet, seed by seed, then write the report."""
+def _run_all(folder: StudyFolder, prepared: Prepared, observer: Observer, *, only: RunFolder | None = None) -> Study:
+    """Run what is not complete yet (of one run, if `only` is given), seed by seed, then write the report."""
     config = prepared.federation.config
     start: Scores | None = None
-    for seed in config.seeds:
-        for entry in prepared.entries:
-            run_folder = folder.run(entry.folder, seed)
-            if _is_complete(run_folder, config):
-                continue
-            if start is None:
-                observer("start", {"what": "scoring the untouched base"})
-                start = score_start(prepared.federation, observer)
-            _run_one(run_folder, prepared, entry, seed, start, observer)
+    with _threads(prepared.threads):
+        for seed in config.seeds:
+            for entry in prepared.entries:
+                run_folder = folder.run(entry.folder, seed)
+                other = only is not None and run_folder.path.resolve() != only.path.resolve()
+                if other or _is_complete(run_folder, config):
+                    continue
+                if start is None:
+                    observer("start", {"what": "scoring the untouched base"})
+                    start = score_start(prepared.federation, observer)
+                _run_one(run_folder, prepared, entry, seed, start, observer)
     observer("report", {})
     write_report(folder.path)
     return Study(folder.path)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute on so many threads, and give the caller's number back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _is_complete(folder: RunFolder, config: Config) -> bool:
@@ -374,8 +245,9 @@ def _is_complete(folder: RunFolder, config: Config) -> bool:
 
 
 def _run_one(
-    folder: RunFolder, prepared: _Prepared, entry: MethodEntry, seed: int, start: Scores, observer: Observer
+    folder: RunFolder, prepared: Prepared, entry: MethodEntry, seed: int, start: Scores, observer: Observer
 ) -> None:
+    """Carry one run to its last round, then write its adapters."""
     federation = prepared.federation
     method = prepared.methods[entry.folder, seed]
     cohort = prepared.cohorts[seed]
@@ -383,19 +255,20 @@ def _run_one(
         update={"seeds": [seed], "methods": [entry], "output_dir": str(folder.path / "again")}
     )
     facts = _facts(prepared, method, entry, seed)
-    if (folder.path / "run.json").is_file():
-        folder.rewrite(config)
-        folder.update(**facts)
-    else:
-        folder.create(config, facts, _client_table(federation))
-    _write_graph(folder, method, cohort)
-    observer("run", {"facts": facts, "notes": prepared.notes[entry.folder]})
-    with folder.logging(), _marked(folder):
-        for note in prepared.notes[entry.folder]:
-            log.warning(note)
-        serve = run_rounds(federation, method, cohort.schedule, folder, seed=seed, start=start, observer=observer)
-        _export_all(folder, prepared, facts, serve, observer)
+    with _marked(folder):
+        if (folder.path / "run.json").is_file():
+            _reopen(folder, config, facts)
+        else:
+            folder.create(config, facts, client_table(federation))
+        _write_graph(folder, method, cohort)
+        observer("run", {"facts": facts, "notes": prepared.notes[entry.folder]})
+        with folder.logging():
+            for note in prepared.notes[entry.folder]:
+                log.warning(note)
+            serve = run_rounds(federation, method, cohort.schedule, folder, seed=seed, start=start, observer=observer)
+            _export_all(folder, prepared, facts, serve, observer)
         records = folder.records()
+        refused = sum(len(record["refused"]) for record in records)
         folder.update(
             state="complete",
             finished=_now(),
@@ -403,30 +276,55 @@ def _run_one(
             bytes_down=sum(record["bytes_down"] for record in records),
             seconds=sum(record["seconds"] for record in records),
             ever_sampled=len({name for record in records for name in record["clients"]}),
+            refused_uploads=refused,
         )
-    observer("complete", {"folder": folder.path})
+    observer("complete", {"folder": folder.path, "refused": refused})
+
+
+def _reopen(folder: RunFolder, config: Config, facts: Mapping[str, Any]) -> None:
+    """Prepare an earlier run to go on: same graph, no stale adapters, and a note of when, where and with what.
+
+    Raises MethodError if the graph is not the one the run began with.
+    """
+    began = folder.facts
+    if began["graph_sha256"] != facts["graph_sha256"]:
+        raise MethodError(
+            f"'{folder.path}': the task graph is not the one this run began with (a graph file or a data column has "
+            "changed); put the old one back, or begin a new study"
+        )
+    if folder.adapters.is_dir():  # of an earlier end: they would pass for those of the rounds to come
+        shutil.rmtree(folder.adapters)
+    folder.rewrite(config)
+    this_time = {key: facts[key] for key in ("started", "versions", "device", "command")}
+    once = {key: began[key] for key in this_time}
+    folder.update(**{**facts, **once}, resumed=[*began.get("resumed", []), this_time])
+    if began["versions"] != facts["versions"]:
+        log.warning("'%s' began with other library versions: the same bits are not promised", folder.path)
 
 
 @contextmanager
 def _marked(folder: RunFolder) -> Iterator[None]:
     """Write into run.json how a run ended when it did not end well.
 
-    Raises Stopped where the disk failed (full, gone): what was saved is intact and the run can go on.
+    Raises Stopped where the disk failed (full, gone), memory ran out or a merge gave no numbers: what was saved is
+    intact and the run can go on.
     """
     try:
         yield
     except BaseException as error:
-        disk = isinstance(error, OSError) or (isinstance(error, FedMiraError) and isinstance(error.__cause__, OSError))
-        state = "interrupted" if disk or isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        outside = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError | WireError) or (
+            isinstance(error, FedMiraError) and isinstance(error.__cause__, OSError)
+        )
+        state = "interrupted" if outside or isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
         log.error("%s: %s", state, type(error).__name__)
-        with suppress(StoreError):  # a full disk: the state stays "running", which resumes as well
+        with suppress(StoreError, OSError):  # a full disk: the state stays "running", which resumes as well
             folder.update(state=state, finished=_now())
-        if disk:
-            raise Stopped(str(error)) from error
+        if outside:
+            raise Stopped(f"{error or type(error).__name__}; finished rounds are saved") from error
         raise
 
 
-def _facts(prepared: _Prepared, method: Method, entry: MethodEntry, seed: int) -> dict[str, Any]:
+def _facts(prepared: Prepared, method: Method, entry: MethodEntry, seed: int) -> dict[str, Any]:
     federation, cohort = prepared.federation, prepared.cohorts[seed]
     config = federation.config
     pulls = None
@@ -444,13 +342,13 @@ def _facts(prepared: _Prepared, method: Method, entry: MethodEntry, seed: int) -
         "personal": method.personal,
         "base_model": config.model.base_model,
         "base_fingerprint": federation.base.fingerprint,
-        "data_fingerprint": prepared.data_fingerprint,
         "layout_fingerprint": federation.layout.fingerprint,
+        "graph_sha256": None if method.graph is None else method.graph.fingerprint,
         "parameters": federation.layout.parameters,
         "dtype": str(federation.base.dtype).removeprefix("torch."),
         "device": str(federation.base.device),
         "cohort": federation.cohort,
-        "threads": torch.get_num_threads(),
+        "threads": prepared.threads,
         "pull_percent": None if not pulls else [min(pulls), sum(pulls) / len(pulls), max(pulls)],
         "versions": {
             "fedmira": importlib.metadata.version("fedmira"),
@@ -459,27 +357,6 @@ def _facts(prepared: _Prepared, method: Method, entry: MethodEntry, seed: int) -
         },
         "command": sys.argv,
         "started": _now(),
-    }
-
-
-def _client_table(federation: Federation) -> dict[str, Any]:
-    return {
-        client.id: {
-            "folder": client.id,
-            "name": client.name,
-            "group": client.group,
-            "rank": int(federation.ranks[position]),
-            "examples": {
-                "train": len(client.train),
-                "validation": len(client.validation),
-                "test": len(client.test),
-            },
-            "trained_tokens": client.trained_tokens,
-            "prompts_cut": client.truncation.prompts_cut,
-            "answers_cut": client.truncation.answers_cut,
-            "dropped": client.truncation.dropped,
-        }
-        for position, client in enumerate(federation.clients)
     }
 
 
@@ -508,7 +385,7 @@ def _write_graph(folder: RunFolder, method: Method, cohort: Cohort) -> None:
 
 def _export_all(
     folder: RunFolder,
-    prepared: _Prepared,
+    prepared: Prepared,
     facts: Mapping[str, Any],
     serve: Callable[[Tensor], Adapters],
     observer: Observer,

@@ -287,24 +287,24 @@ def test_a_batch_is_padded_on_the_right_and_labelled_on_answers_only() -> None:
 
 
 def test_the_length_is_rounded_up_to_a_multiple() -> None:
-    assert [collate([[example(1, n)]], pad_id=PAD).ids.shape[-1] for n in (1, 7, 8)] == [8, 8, 16]
+    assert [collate([[example(1, n)]], pad_id=PAD, multiple=8).ids.shape[-1] for n in (1, 7, 8)] == [8, 8, 16]
 
 
 def test_clients_with_fewer_examples_are_filled_with_empty_ones() -> None:
     batch = collate([[example(1, 1), example(1, 2)], [example(1, 1)], []], pad_id=PAD)
-    assert batch.ids.shape == (3, 2, 8)
+    assert batch.ids.shape == (3, 2, 3)
     assert batch.lengths.tolist() == [[2, 3], [2, 0], [0, 0]]
     assert (batch.ids[2] == PAD).all()
     assert (batch.labels[2] == NO_LOSS).all()
 
 
 def test_a_batch_size_sets_the_number_of_examples() -> None:
-    assert collate([[example(1, 1)]], pad_id=PAD, batch_size=4).ids.shape == (1, 4, 8)
+    assert collate([[example(1, 1)]], pad_id=PAD, batch_size=4).ids.shape == (1, 4, 2)
 
 
 def test_clients_without_any_example_give_an_empty_batch() -> None:
     batch: Batch = collate([[], []], pad_id=PAD)
-    assert batch.ids.shape == (2, 1, 8)
+    assert batch.ids.shape == (2, 1, 1)
     assert batch.lengths.sum() == 0
 
 
@@ -371,3 +371,24 @@ def test_seed_round_and_client_each_change_the_order(changed: dict[str, int]) ->
 def test_steps_that_cannot_be_are_refused(count: int, options: dict[str, int]) -> None:
     with pytest.raises(DataError, match="local batches"):
         steps(count, **options)
+
+
+PROMPT = " ".join("abcdefghij" * 3)
+
+
+def test_the_question_does_not_depend_on_how_long_the_answer_is() -> None:
+    """An example is cut for its answer; the prompt that an answer is written to is cut for the base only."""
+    asked = []
+    for answer in ("a", " ".join("abcdefghij")):
+        own = client(("a", "b"), validation=[(PROMPT, answer)])
+        data = encode_client(own, tokenizer(bos=True), template="none", max_length=20, max_question=16)
+        [one] = data.validation
+        assert one.prompt_length == 20 - len(answer.split()) - 1
+        asked.append(one.question)
+    assert asked[0] == asked[1] == (BOS, *letters("fghij" + "abcdefghij"))
+
+
+def test_cut_questions_are_counted_for_what_is_answered_only() -> None:
+    own = client((PROMPT, "a"), (PROMPT, "b"), validation=[(PROMPT, "a"), ("a b", "c")])
+    data = encode_client(own, tokenizer(), template="none", max_length=40, max_question=16)
+    assert data.truncation == Truncation(examples=4, questions_cut=1)

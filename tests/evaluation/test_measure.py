@@ -8,7 +8,7 @@ import torch
 from tests import tiny
 
 from fedmira.adapters import Adapters
-from fedmira.data.batches import ClientData, collate
+from fedmira.data.batches import Batch, ClientData, Encoded, Truncation, collate
 from fedmira.evaluation import measure
 from fedmira.evaluation.measure import measure_answers, measure_loss
 from fedmira.evaluation.rouge import score_answer
@@ -139,11 +139,28 @@ def test_a_batch_of_prompts_of_uneven_number_and_length_is_each_prompt_alone(
         assert together[place] == alone
 
 
-def test_a_prompt_too_long_for_the_base_is_cut_at_its_start(base: Base, stack: Adapters) -> None:
-    long = [2 + place % 20 for place in range(tiny.POSITIONS + 10)]
-    own = stack.take(torch.tensor([0]))
-    found = answers(base, own, [[long]], max_new_tokens=4)
-    assert found == answers(base, own, [[long[-(tiny.POSITIONS - 4) :]]], max_new_tokens=4)
+def test_a_prompt_that_just_leaves_room_for_the_answer_is_answered(base: Base, stack: Adapters) -> None:
+    long = [2 + place % 20 for place in range(tiny.POSITIONS - 4)]
+    assert len(answers(base, stack.take(torch.tensor([0])), [[long]], max_new_tokens=4)) == 1
+
+
+def test_a_large_split_is_measured_in_passes_of_bounded_size(
+    base: Base, stack: Adapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    real = measure.losses
+
+    def watch(base: Base, adapters: Adapters, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.append(batch.ids.numel())
+        return real(base, adapters, batch)
+
+    monkeypatch.setattr(measure, "losses", watch)
+    monkeypatch.setattr(measure, "PASS_TOKENS", 64)
+    texts = tuple(Encoded(tuple(range(2, 4 + length)), 1, ("w",)) for length in range(1, 14))
+    client = ClientData("c", "c", None, {}, texts[:1], texts, (), Truncation())
+    measure_loss(base, lambda ids: stack.take(torch.tensor([0])), [client], [0], split="validation", cohort=1)
+    assert len(sizes) > 1
+    assert max(sizes) <= 64
 
 
 def test_nobody_with_examples_is_nobody_measured(base: Base, stack: Adapters, clients: list[ClientData]) -> None:

@@ -64,7 +64,7 @@ def wait_for_round(study: Path, process: Command | subprocess.Popen[bytes]) -> N
         if any(path.stat().st_size for path in study.glob("*/seed-*/metrics.jsonl")):
             return
         if isinstance(process, subprocess.Popen) and process.poll() is not None:
-            break
+            pytest.fail(f"{process} ended by itself: {(study.parent / 'err').read_text()}")
         time.sleep(0.002)
     pytest.fail(f"{process} finished no round")
 

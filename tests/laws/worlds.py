@@ -148,7 +148,8 @@ def quadratic() -> World:
                 ]
 
             def tools(step: int) -> Tools:
-                return Tools(replace(clock, step=step, steps=3, learning_rate=RATE), grad, update, rng)
+                steps = torch.full((len(chosen),), 3)
+                return Tools(replace(clock, step=step, steps=steps, learning_rate=RATE), grad, update, rng)
 
             adapters, held = method.begin(adapters, held, given, tools(0))
             for step in range(3):

@@ -143,7 +143,7 @@ def test_a_module_used_twice_adds_up_its_gradients() -> None:
     adapters = tiny.adapters(lora_layout(install(model, ["layer"], stack), 2), (2, 2))
     x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     into = torch.full_like(adapters.rows, 7.0)
-    with stack.filled(adapters, dtype=torch.float64, gradient=into):
+    with stack.filled(adapters, dtype=torch.float64, device=torch.device("cpu"), gradient=into):
         model(x).square().sum().backward()
     real = adapters.layout.rank_mask(torch.tensor([2]))[0]
     for k in range(2):

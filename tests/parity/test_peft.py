@@ -335,14 +335,14 @@ def stacked_logits(base: Base, stack: Adapters, batch: Batch) -> Tensor:
     """Logits [S, B, T, V] of a whole batch through the stacked layers and our own head; 0 where nothing is computed."""
     clients, size, length = batch.ids.shape
     if not base.packs:
-        with base.stack.filled(stack, dtype=base.dtype), torch.no_grad():
+        with base.stack.filled(stack, dtype=base.dtype, device=base.device), torch.no_grad():
             hidden = base.decoder(input_ids=batch.ids.view(clients * size, length), use_cache=False).last_hidden_state
         return base.head.logits(hidden).view(clients, size, length, -1)
     plan = pack(batch, pad_id=base.pad_id)
     assert plan.attention is not None
     own = stack.take(plan.order)
     with (
-        base.stack.filled(own, dtype=base.dtype, segments=plan.segments),
+        base.stack.filled(own, dtype=base.dtype, device=base.device, segments=plan.segments),
         packed_attention(base.model, plan.attention),
         torch.no_grad(),
     ):

@@ -39,6 +39,12 @@ class Encoded:
     ids: tuple[int, ...]
     prompt_length: int  # labels start here; at least 1, for there must be a token to predict from
     answers: tuple[str, ...]  # for scoring
+    cut_question: tuple[int, ...] | None = None  # see `question`; None = the prompt of `ids`
+
+    @property
+    def question(self) -> tuple[int, ...]:
+        """The prompt that an answer is written to: unlike the prompt in `ids`, its cut knows nothing of the answer."""
+        return self.ids[: self.prompt_length] if self.cut_question is None else self.cut_question
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Truncation:
     examples: int = 0  # all examples seen, dropped ones too
     prompts_cut: int = 0  # lost prompt tokens at the start
     answers_cut: int = 0  # lost the end of the answer, so end with no end of text
+    questions_cut: int = 0  # of validation and test: lost prompt tokens at the start where an answer is written
     dropped: int = 0  # had no room for a single token to train on
 
     def __add__(self, other: "Truncation") -> "Truncation":
@@ -55,6 +62,7 @@ class Truncation:
             self.examples + other.examples,
             self.prompts_cut + other.prompts_cut,
             self.answers_cut + other.answers_cut,
+            self.questions_cut + other.questions_cut,
             self.dropped + other.dropped,
         )
 
@@ -114,12 +122,15 @@ def render(record: Record, template: str) -> str:
     return f"{_TASK}. {_REQUEST}\n\n### Instruction:\n{record.instruction}\n\n### Response:\n"
 
 
-def encode_client(client: Client, tokenizer: Tokenizer, *, template: str, max_length: int) -> ClientData:
+def encode_client(
+    client: Client, tokenizer: Tokenizer, *, template: str, max_length: int, max_question: int | None = None
+) -> ClientData:
     """Tokenise all records of a client, cutting prompts at their start so that answers stay whole.
 
     An example is prompt ids, the first answer's ids, end of text. Where that is more than `max_length`, prompt ids go
     first, from the start but after what the tokenizer itself puts first (BOS); one always stays. An answer that is
-    still too long loses its end, and the end of text.
+    still too long loses its end, and the end of text. max_question: tokens of a prompt that an answer is written to
+    (None = max_length); it is cut in the same way, whatever the reference answer.
     Raises DataError: a tokenizer without an end of text, max_length below 1, or no training example left.
     """
     end = tokenizer.eos_token_id
@@ -131,8 +142,15 @@ def encode_client(client: Client, tokenizer: Tokenizer, *, template: str, max_le
     prompts, opening = _prompts([render(record, template) for record in records], tokenizer, end)
     answers = _tokenize([record.answers[0] for record in records], tokenizer, special=False)
     fitted = [
-        _fit(prompt, [*answer, end], opening=opening, max_length=max_length, texts=record.answers)
-        for prompt, answer, record in zip(prompts, answers, records, strict=True)
+        _fit(
+            prompt,
+            [*answer, end],
+            opening=opening,
+            max_length=max_length,
+            max_question=None if place < len(client.train) else min(max_question or max_length, max_length),
+            texts=record.answers,
+        )
+        for place, (prompt, answer, record) in enumerate(zip(prompts, answers, records, strict=True))
     ]
     after_train = len(client.train)
     after_validation = after_train + len(client.validation)
@@ -194,23 +212,44 @@ def _prompts(texts: list[str], tokenizer: Tokenizer, end: int) -> tuple[list[lis
 
 
 def _fit(
-    prompt: Sequence[int], answer: Sequence[int], *, opening: int, max_length: int, texts: tuple[str, ...]
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    *,
+    opening: int,
+    max_length: int,
+    max_question: int | None,
+    texts: tuple[str, ...],
 ) -> tuple[Encoded | None, Truncation]:
-    """Cut one example to max_length. Returns None if no answer token is left, and what was cut."""
+    """Cut one example to max_length. Returns None if no answer token is left, and what was cut.
+
+    max_question: None for an example that no answer is written to.
+    """
     kept = answer[: max_length - 1]
     room = max_length - len(kept)
     if not kept:
         return None, Truncation(examples=1, dropped=1)
-    cut = len(prompt) > room
-    if cut:
-        first = prompt[: min(opening, room)]
-        prompt = [*first, *prompt[len(prompt) - (room - len(first)) :]]
-    example = Encoded((*prompt, *kept), len(prompt), texts)
-    return example, Truncation(1, int(cut), int(len(kept) < len(answer)))
+    shown = _cut(prompt, opening, room)
+    question = prompt if max_question is None else _cut(prompt, opening, max_question)
+    own_question = None if max_question is None or len(question) == len(shown) else tuple(question)
+    example = Encoded((*shown, *kept), len(shown), texts, own_question)
+    return example, Truncation(
+        examples=1,
+        prompts_cut=int(len(shown) < len(prompt)),
+        answers_cut=int(len(kept) < len(answer)),
+        questions_cut=int(len(question) < len(prompt)),
+    )
+
+
+def _cut(prompt: Sequence[int], opening: int, room: int) -> Sequence[int]:
+    """Keep the last `room` tokens of a prompt, what the tokenizer puts first (BOS) among them."""
+    if len(prompt) <= room:
+        return prompt
+    first = prompt[: min(opening, room)]
+    return [*first, *prompt[len(prompt) - (room - len(first)) :]]
 
 
 def collate(
-    examples: Sequence[Sequence[Encoded]], *, pad_id: int, batch_size: int | None = None, multiple: int = 8
+    examples: Sequence[Sequence[Encoded]], *, pad_id: int, batch_size: int | None = None, multiple: int = 1
 ) -> Batch:
     """Stack S clients' examples: B = batch_size, or the longest list; T = the longest example, up to a multiple.
 

@@ -61,7 +61,8 @@ def commit(folder: RunFolder, ledger: Ledger, change: Change, trained: Tensor) -
     remembered_each = sum(value[0].numel() * value.element_size() for value in ledger.memory.values())
     whole = len(ledger.touched) * each + len(ledger.remembered) * remembered_each
     delta = len(change.ids) * each + (len(trained) * remembered_each if ledger.memory else 0)
-    full = ledger.last_full == 0 or ledger.delta_bytes + delta >= whole
+    # The second is full as well: were the first the only one, damage to it would lose the run.
+    full = ledger.round <= 2 or ledger.delta_bytes + delta >= whole
     ids = torch.tensor(sorted(ledger.touched), dtype=torch.int64) if full else change.ids
     kept = torch.tensor(sorted(ledger.remembered), dtype=torch.int64) if full else trained
     state = {"ids": ids, "rows": ledger.state.adapters.rows[ids]}

@@ -133,17 +133,24 @@ def _train_together(
     steps = torch.tensor([len(plan) for plan in plans])
     sums = torch.zeros(len(clients), dtype=torch.float64)
     gradient = torch.zeros_like(adapters.rows)
-    clock = replace(clock, steps=int(steps.max()), learning_rate=training.learning_rate)
+    clock = replace(clock, learning_rate=training.learning_rate)
     trained = 0
+    last = int(steps.max())
     for name, value in training.optimizer.start(adapters.rows).items():
         memory.setdefault(name, value)
 
-    def tools(step: int, count: int, batch: Batch | None) -> Tools:
+    def tools(step: int, moments: Sequence[int], batch: Batch | None) -> Tools:
+        """moments: 0 = begin, 1 + step, or 1 + own steps = finish; for each client, so that streams are its own."""
+        count = len(moments)
         keys = [client_key(client.id) for client in clients[:count]]
+        first_call = True
 
         def rng(name: str) -> Sequence[np.random.Generator]:
             salt = client_key(name)
-            return [np.random.default_rng([training.seed, clock.round, key, step, salt]) for key in keys]
+            return [
+                np.random.default_rng([training.seed, clock.round, key, moment, salt])
+                for key, moment in zip(keys, moments, strict=True)
+            ]
 
         def grad(current: Adapters) -> tuple[Tensor, Tensor]:
             assert batch is not None, "begin and finish have no batch"
@@ -152,7 +159,10 @@ def _train_together(
                 seeds = [int(stream.integers(2**40)) for stream in rng("dropout")]
                 dropout = Dropout(training.dropout, seeds)
             losses, _ = gradients(base, current, batch, into=gradient[:count], dropout=dropout)
-            sums[:count] += losses.double().cpu()
+            nonlocal first_call
+            if first_call:  # a method may ask again at other points; the loss of a step is the one it began with
+                sums[:count] += losses.double().cpu()
+            first_call = False
             return losses, gradient[:count]
 
         def update(current: Adapters, push: Tensor, held: Memory) -> tuple[Adapters, Memory]:
@@ -162,11 +172,11 @@ def _train_together(
             training.optimizer.update(current.rows, push, own, clock.learning_rate)
             return current.mask_(), held
 
-        return Tools(clock=replace(clock, step=step), grad=grad, update=update, rng=rng)
+        return Tools(clock=replace(clock, step=step, steps=steps[:count]), grad=grad, update=update, rng=rng)
 
     everyone = len(clients)
-    adapters, memory = method.begin(adapters, memory, given, tools(0, everyone, None))
-    for step in range(clock.steps):
+    adapters, memory = method.begin(adapters, memory, given, tools(0, [0] * everyone, None))
+    for step in range(last):
         count = int((steps > step).sum())
         examples = [
             [client.train[i] for i in plan[step]] for client, plan in zip(clients[:count], plans[:count], strict=True)
@@ -175,13 +185,13 @@ def _train_together(
         trained += int(batch.lengths.sum())
         view = adapters.head(count)
         held = {name: value[:count] for name, value in memory.items()}
-        after, kept = method.step(view, held, _pick(given, slice(count)), tools(step, count, batch))
+        after, kept = method.step(view, held, _pick(given, slice(count)), tools(step, [1 + step] * count, batch))
         _write_back(view.rows, after.rows)
         for name, value in kept.items():
             _write_back(held[name], value)
-    message, memory = method.finish(adapters, memory, given, tools(clock.steps, everyone, None))
+    message, memory = method.finish(adapters, memory, given, tools(last, (1 + steps).tolist(), None))
     return PhaseResult(
-        returned=Message(message.rows.cpu(), message.scalars),
+        returned=Message(message.rows.cpu(), {name: value.cpu() for name, value in message.scalars.items()}),
         memory={name: value.cpu() for name, value in memory.items()},
         losses=sums / steps,
         steps=steps,

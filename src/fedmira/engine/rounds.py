@@ -18,9 +18,9 @@ from fedmira.config import Config
 from fedmira.data.batches import ClientData
 from fedmira.engine.gate import admit, check_change
 from fedmira.engine.journal import Ledger, commit, restore
-from fedmira.engine.phase import Training, local_phase
+from fedmira.engine.phase import PhaseResult, Training, local_phase
 from fedmira.evaluation.measure import measure_answers, measure_loss
-from fedmira.methods.base import Change, Clock, Message, Method
+from fedmira.methods.base import Change, Clock, Memory, Message, Method
 from fedmira.model.load import Base
 from fedmira.optim import Optimizer, adamw, sgd
 from fedmira.runs import Result, RoundRecord, RunFolder, View
@@ -72,7 +72,14 @@ def score_start(federation: Federation, observer: Observer) -> Scores:
     """Score the untouched base on every client: B = 0 at the common start, so no method or seed changes it."""
     start = common_start(federation, 0, 1)
     everyone = range(len(federation))
-    return _score(federation, lambda ids: start.take(torch.zeros_like(ids)), everyone, observer)
+
+    def serve(ids: Tensor) -> Adapters:
+        return start.take(torch.zeros_like(ids))
+
+    validation = measure_loss(
+        federation.base, serve, federation.clients, everyone, split="validation", cohort=federation.cohort
+    )
+    return Scores(validation, _test(federation, serve, everyone, observer))
 
 
 def run_rounds(
@@ -87,7 +94,8 @@ def run_rounds(
 ) -> Callable[[Tensor], Adapters]:
     """Carry one method with one seed from the newest checkpoint to the last round; return its adapters by client.
 
-    Each round ends with its line of metrics.jsonl and then its checkpoint; a crash loses at most the round under way.
+    Each round ends with its line of metrics.jsonl and then its checkpoint, which makes it count; a crash loses at most
+    the round under way.
     """
     config = federation.config
     training = _training(config, seed)
@@ -117,6 +125,76 @@ def run_rounds(
     return serve
 
 
+@dataclass(frozen=True, eq=False)
+class _Exchange:
+    """What clients and server did in one round, before anything is put in place.
+
+    ids [S] sampled; answered [n] of these were admitted, with `uploads` [n, P]; refused: position -> reason.
+    """
+
+    ids: Tensor
+    answered: Tensor
+    refused: Mapping[int, str]
+    uploads: Adapters
+    change: Change
+    phase: PhaseResult
+    kept: Memory
+    bytes_up: int
+    bytes_down: int
+    seconds_training: float
+    seconds_merge: float
+
+
+def _exchange(
+    federation: Federation, method: Method, ledger: Ledger, sampled: np.ndarray, training: Training
+) -> _Exchange:
+    """Send, train, admit and merge; the ledger is read only."""
+    began = time.monotonic()
+    clock = Clock(ledger.round + 1, learning_rate=training.learning_rate)
+    ids = torch.from_numpy(sampled)
+    chosen = [federation.clients[k] for k in sampled]
+    given = method.send(ledger.state, ids, clock)
+    ranks = federation.ranks[ids]
+    blank = Adapters(federation.layout, given.rows, ranks, federation.config.lora.lora_alpha / ranks.float())
+    private = [name for name in ledger.memory if training.keep_optimizer or name not in training.optimizer.keys]
+    phase = local_phase(
+        federation.base,
+        method,
+        chosen,
+        blank,
+        given,
+        ledger.recall(ids, private),
+        training=training,
+        clock=clock,
+        cohort=federation.cohort,
+    )
+    trained = time.monotonic()
+    weights = torch.tensor([float(len(client.train)) for client in chosen], dtype=torch.float64)
+    places, refused = admit(ids, phase.returned, weights, federation.layout)
+    scalars = {name: value[places] for name, value in phase.returned.scalars.items()}
+    uploads = Message(phase.returned.rows[places], scalars)
+    change = Change(ids[places], uploads.rows)  # nobody answered: nothing changes
+    if len(places):
+        change = method.merge(ledger.state, ids[places], uploads, weights[places], clock)
+        check_change(change, method.name)
+    if method.personal:
+        change = _masked(change, federation)
+    drop = () if training.keep_optimizer else training.optimizer.keys
+    return _Exchange(
+        ids=ids,
+        answered=ids[places],
+        refused=refused,
+        uploads=blank.take(places).with_rows(uploads.rows),
+        change=change,
+        phase=phase,
+        kept={name: value[places] for name, value in phase.memory.items() if name not in drop},
+        bytes_up=phase.returned.bytes_each * len(ids) if method.exchanges else 0,
+        bytes_down=given.bytes_each * len(ids) if method.exchanges else 0,
+        seconds_training=trained - began,
+        seconds_merge=time.monotonic() - trained,
+    )
+
+
 def _one_round(
     federation: Federation,
     method: Method,
@@ -129,80 +207,44 @@ def _one_round(
 ) -> RoundRecord:
     """One round, from sampling to a durable checkpoint."""
     began = time.monotonic()
-    config = federation.config
-    number = ledger.round + 1
-    clock = Clock(number, learning_rate=training.learning_rate)
-    ids = torch.from_numpy(sampled)
-    chosen = [federation.clients[k] for k in sampled]
-    given = method.send(ledger.state, ids, clock)
-    blank = Adapters(
-        federation.layout, given.rows, federation.ranks[ids], config.lora.lora_alpha / federation.ranks[ids].float()
-    )
-    kept = ledger.recall(ids, None if training.keep_optimizer else _private(ledger, training))
-    phase = local_phase(
-        federation.base,
-        method,
-        chosen,
-        blank,
-        given,
-        kept,
-        training=training,
-        clock=clock,
-        cohort=federation.cohort,
-    )
-    weights = torch.tensor([float(len(client.train)) for client in chosen], dtype=torch.float64)
-    trained = time.monotonic()
-    places, refused = admit(ids, phase.returned, weights, federation.layout)
-    answered = ids[places]
-    uploads = Message(
-        phase.returned.rows[places], {name: value[places] for name, value in phase.returned.scalars.items()}
-    )
-    change = Change(answered, uploads.rows)  # nobody answered: nothing changes
-    if len(answered):
-        change = method.merge(ledger.state, answered, uploads, weights[places], clock)
-        check_change(change, method.name)
-    if method.personal:
-        change = _masked(change, federation)
-    merged = time.monotonic()
-    before = _losses_of(federation, blank.take(places).with_rows(uploads.rows), ids, answered)
-    drop = () if training.keep_optimizer else training.optimizer.keys
-    ledger.remember(answered, {k: v[places] for k, v in phase.memory.items() if k not in drop}, len(federation))
-    ledger.apply(change)
-    ledger.round = number
-    due = number % config.evaluation.every == 0 or number == config.federation.rounds
-    same = method.personal and torch.equal(change.ids, ids) and torch.equal(change.rows, uploads.rows)
-    after = before if same else _validate(federation, method, ledger, serve, ids, due)
-    if same:
-        _note(ledger, ids.tolist(), before)
-    mean = _mean([value for value in ledger.validation.tolist() if not math.isnan(value)]) if due else None
-    names = [client.id for client in chosen]
+    done = _exchange(federation, method, ledger, sampled, training)
+    before = _losses_of(federation, done.uploads, done.ids, done.answered)
+    ledger.remember(done.answered, done.kept, len(federation))
+    ledger.apply(done.change)
+    ledger.round += 1
+    rounds, every = federation.config.federation.rounds, federation.config.evaluation.every
+    due = ledger.round % every == 0 or ledger.round == rounds
+    same = torch.equal(done.change.ids, done.ids) and torch.equal(done.change.rows, done.uploads.rows)
+    if method.personal and same:  # the merge moved nothing, so nothing needs to be scored twice
+        _note(ledger, done.ids.tolist(), before)
+        after = before
+    else:
+        after = _validate(federation, method, ledger, serve, done.ids, due)
+    everyone = [None if math.isnan(value) else value for value in ledger.validation.tolist()]
+    measured = [value for value in everyone if value is not None]
+    names = [client.id for client in federation.clients]
     record = RoundRecord(
-        round=number,
-        clients=names,
-        answered=[federation.clients[int(k)].id for k in answered],
-        train_loss=phase.losses.tolist(),
-        steps=phase.steps.tolist(),
+        round=ledger.round,
+        clients=[names[k] for k in done.ids.tolist()],
+        answered=[names[k] for k in done.answered.tolist()],
+        train_loss=done.phase.losses.tolist(),
+        steps=done.phase.steps.tolist(),
         loss_before=before,
         loss_after=after,
-        validation_loss=mean,
-        bytes_up=phase.returned.bytes_each * len(ids),
-        bytes_down=given.bytes_each * len(ids),
-        seconds_training=trained - began,
-        seconds_merge=merged - trained,
+        validation_loss=sum(measured) / len(measured) if due and measured else None,
+        bytes_up=done.bytes_up,
+        bytes_down=done.bytes_down,
+        seconds_training=done.seconds_training,
+        seconds_merge=done.seconds_merge,
         seconds=time.monotonic() - began,
-        tokens=phase.tokens,
-        notes=dict(change.notes),
-        refused={federation.clients[k].id: reason for k, reason in refused.items()},
+        tokens=done.phase.tokens,
+        notes=dict(done.change.notes),
+        refused={names[k]: reason for k, reason in done.refused.items()},
     )
     for name, reason in record.refused.items():
-        log.warning("round %d: the upload of client '%s' was refused: %s", number, name, reason)
-    view = _view(method)
-    rows: list[Result] = []
-    if due:
-        everyone = [None if math.isnan(value) else value for value in ledger.validation.tolist()]
-        rows = _results([client.id for client in federation.clients], number, view, Scores(everyone, {}))
-    folder.append(record, rows)
-    commit(folder, ledger, change, ids)
+        log.warning("round %d: the upload of client '%s' was refused: %s", record.round, name, reason)
+    folder.append(record, _results(names, record.round, _view(method), Scores(everyone, {})) if due else [])
+    commit(folder, ledger, done.change, done.ids)
     return record
 
 
@@ -219,11 +261,6 @@ def _training(config: Config, seed: int) -> Training:
         dropout=config.lora.lora_dropout,
         seed=seed,
     )
-
-
-def _private(ledger: Ledger, training: Training) -> list[str]:
-    """Names of what a method itself keeps, without the optimizer's moments."""
-    return [name for name in ledger.memory if name not in training.optimizer.keys]
 
 
 def _masked(change: Change, federation: Federation) -> Change:
@@ -285,8 +322,8 @@ def _final_scores(
 ) -> Mapping[str, Sequence[float | None]]:
     """Test every client with the adapter it would use now; never-sampled ones of a personal method are at the start."""
     if not method.personal:
-        return _score(federation, serve, range(len(federation)), observer).test
-    scores = _score(federation, serve, ever, observer).test
+        return _test(federation, serve, range(len(federation)), observer)
+    scores = _test(federation, serve, ever, observer)
     whole = {metric: list(values) for metric, values in start.test.items()}
     for metric, values in scores.items():
         for k, value in zip(ever, values, strict=True):
@@ -294,14 +331,13 @@ def _final_scores(
     return whole
 
 
-def _score(
+def _test(
     federation: Federation, serve: Callable[[Tensor], Adapters], ids: Sequence[int], observer: Observer
-) -> Scores:
+) -> dict[str, list[float | None]]:
+    """Every metric of the config on the test split: metric -> values in the order of `ids`."""
     config = federation.config.evaluation
-    common = {"cohort": federation.cohort}
-    loss = measure_loss(federation.base, serve, federation.clients, ids, split="test", **common)
-    validation = measure_loss(federation.base, serve, federation.clients, ids, split="validation", **common)
-    test: dict[str, Sequence[float | None]] = {"loss": loss}
+    loss = measure_loss(federation.base, serve, federation.clients, ids, split="test", cohort=federation.cohort)
+    scores = {"loss": loss}
     written = [metric for metric in config.metrics if metric != "loss"]
     if written:
         answers = measure_answers(
@@ -310,14 +346,14 @@ def _score(
             federation.clients,
             ids,
             split="test",
+            cohort=federation.cohort,
             metrics=written,
             max_new_tokens=config.max_new_tokens,
             max_examples=config.max_examples,
             progress=lambda done: observer("scoring", {"done": done, "clients": len(ids)}),
-            **common,
         )
-        test |= {metric: [scores[metric] for scores in answers] for metric in written}
-    return Scores(validation, test)
+        scores |= {metric: [one[metric] for one in answers] for metric in written}
+    return scores
 
 
 def _view(method: Method) -> View:
@@ -333,7 +369,3 @@ def _results(names: Sequence[str], number: int, view: View, scores: Scores) -> l
     for metric, values in scores.test.items():
         rows += [Result(name, number, view, "test", metric, value) for name, value in zip(names, values, strict=True)]
     return rows
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

@@ -1,5 +1,6 @@
 """Score every client with the adapter it would use: token cross-entropy and greedy answers, many clients per pass."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,13 +23,13 @@ def measure_loss(
 ) -> list[float | None]:
     """Return, for each client of `ids`, its mean cross-entropy in nats per labelled token of `split`.
 
-    loss_k = (sum of nats over all labelled tokens) / (number of labelled tokens); None without examples. Clients of
-    similar length share a pass; the result does not depend on who does.
+    loss_k = (sum of nats over all labelled tokens) / (number of labelled tokens); None without examples, infinite
+    where it has diverged. Clients of similar length share a pass; the result does not depend on who does.
     """
     found: dict[int, float | None] = dict.fromkeys(ids)
     for chunk in _chunks(clients, ids, split=split, cohort=cohort):
         adapters = serve(torch.tensor(chunk))
-        queues = [sorted(_examples(clients[k], split), key=lambda one: len(one.ids)) for k in chunk]
+        queues = [sorted(_examples(clients[k], split), key=lambda one: -len(one.ids)) for k in chunk]
         nats = torch.zeros(len(chunk), dtype=torch.float64)
         tokens = torch.zeros(len(chunk), dtype=torch.int64)
         done = 0
@@ -41,7 +42,8 @@ def measure_loss(
             tokens += counts.cpu()
             done += width
         for k, total, count in zip(chunk, nats.tolist(), tokens.tolist(), strict=True):
-            found[k] = total / count if count else None
+            if count:  # a loss that is no number has diverged; as n/a it would make its method look better
+                found[k] = total / count if math.isfinite(total) else math.inf
     return [found[k] for k in ids]
 
 
@@ -66,13 +68,15 @@ def measure_answers(
     finished = len([k for k in ids if not _examples(clients[k], split)])
     for chunk in _chunks(clients, ids, split=split, cohort=min(cohort, ANSWER_ROWS)):
         adapters = serve(torch.tensor(chunk))
-        queues = [sorted(_examples(clients[k], split)[:max_examples], key=lambda one: one.prompt_length) for k in chunk]
+        queues = [
+            sorted(_examples(clients[k], split)[:max_examples], key=lambda one: -len(one.question)) for k in chunk
+        ]
         totals = [dict.fromkeys(metrics, 0.0) for _ in chunk]
         width = max(1, ANSWER_ROWS // len(chunk))
         for done in range(0, max(len(queue) for queue in queues), width):
             parts = [queue[done : done + width] for queue in queues]
             active = [row for row, part in enumerate(parts) if part]
-            prompts = [[list(one.ids[: one.prompt_length]) for one in parts[row]] for row in active]
+            prompts = [[one.question for one in parts[row]] for row in active]
             texts = answers(base, adapters.take(torch.tensor(active)), prompts, max_new_tokens=max_new_tokens)
             for row, own in zip(active, texts, strict=True):
                 for example, text in zip(parts[row], own, strict=True):

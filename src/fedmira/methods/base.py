@@ -13,7 +13,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from fedmira.adapters import Adapters, Layout
+from fedmira.adapters import Adapters
 from fedmira.config import Strict
 from fedmira.graph import Graph
 
@@ -28,11 +28,14 @@ class Settings(Strict):
 
 @dataclass(frozen=True)
 class Clock:
-    """Where a run is: round (1-based; 0 = the start), local step (0-based) of `steps`, learning rate of the clients."""
+    """Where a run is: round (1-based; 0 = the start), local step (0-based), learning rate of the clients.
+
+    steps [S]: how many local steps each client takes in this round; None outside a local phase.
+    """
 
     round: int
     step: int = 0
-    steps: int = 0
+    steps: Tensor | None = None
     learning_rate: float = 0.0
 
 
@@ -78,7 +81,7 @@ class State:
 class Change:
     """What a merge decided. rows [n, P] replace the rows `ids` [n] of State.adapters; shared replaces State.shared.
 
-    notes: numbers for the round's record. Only the engine applies a Change, once it is durable.
+    notes: numbers for the round's record. Only the engine applies a Change.
     """
 
     ids: Tensor
@@ -132,11 +135,10 @@ class Method:
             memory,
         )
     )
-    layout: Callable[[Layout], Layout] = lambda layout: layout
     needs: Literal["each", "sum"] = "sum"  # must the server see each upload, or would their sum do
     compare: Literal["factors", "products"] = "factors"  # what "equal" means for this method's adapters
-    changes_base: bool = False
     graph: Graph | None = None  # who is pulled to whom, for reports
+    exchanges: bool = True  # do adapters travel; False only for training alone
     pull: Callable[[Tensor], Tensor] | None = None  # ids [S] -> fraction by which a merge moves each, for reports
 
 

@@ -36,6 +36,7 @@ def build(config: Config, cohort: Cohort) -> Method:
         personal=True,
         uses_weights=False,
         needs="each",
+        exchanges=False,
     )
 
 

@@ -7,7 +7,8 @@
 w stands for the pair (B, A): the step is factor-wise. It is simultaneous: every difference uses the uploads, never a
 row already moved. w_l is the upload of a co-sampled neighbour; with `neighbours: stored` a neighbour that is not in the
 round takes part with its last stored row. All clients start from one common adapter and each restarts from its own.
-eta lambda must keep I - eta lambda L a contraction on every round of the schedule, else the build is refused.
+eta lambda must keep I - eta lambda L a contraction on every round of the schedule, else the build is refused; where
+fewer answer than were sampled, it is lowered for that round to what the smaller subgraph bears without overshoot.
 
 Source: MIRA (arXiv:2410.15524; IEEE Networking Letters 7(3), 2025), equations 3, 6, 8, 9 and Algorithm 1. Normalisation
 is ours: `none` is the paper's form; `row` and `symmetric` act on the round's own subgraph, so that eta x lambda is
@@ -53,7 +54,7 @@ class GraphConfig(Settings):
     kind: Literal["random", "uniform", "groups", "file"] = "random"  # random: the authors' recipe
     column: str | None = None  # groups: clients with the same value of this data column are joined
     path: str | None = None  # file: CSV with client,neighbour,weight
-    seed: int | None = None  # random: None = the run's seed
+    seed: int | None = Field(default=None, ge=0)  # random: None = the run's seed
 
     @model_validator(mode="after")
     def _complete(self) -> "GraphConfig":
@@ -86,12 +87,16 @@ def build(config: Config, cohort: Cohort) -> Method:
     def restrict(ids: Tensor) -> Coupling:
         return couple(graph, ids.numpy(), kind=config.normalise, stored=config.neighbours == "stored")
 
-    check_stable(coupling, graph, [restrict(torch.from_numpy(ids)) for ids in cohort.schedule])
+    checked = {frozenset(ids.tolist()): torch.from_numpy(ids) for ids in cohort.schedule}
+    check_stable(coupling, graph, [restrict(ids) for ids in checked.values()])
 
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-        near = restrict(ids)
-        rows = laplacian_step(returned.rows, near, coupling=coupling, stored=state.adapters.rows)
-        return Change(ids, rows, notes={"pull_percent": 100 * coupling * float(near.degree.mean())})
+        near, strength = restrict(ids), coupling
+        if frozenset(ids.tolist()) not in checked:  # some did not answer: a smaller subgraph may bear less
+            limit = largest_coupling(graph, [near])
+            strength = min(coupling, limit / 2 if graph.symmetric else limit)
+        rows = laplacian_step(returned.rows, near, coupling=strength, stored=state.adapters.rows)
+        return Change(ids, rows, notes={"pull_percent": 100 * strength * float(near.degree.mean())})
 
     return Method(
         name="mira",

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -69,6 +70,15 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
+def count_positions(name: str) -> int | None:
+    """Return how many positions a base has, by its config alone; None where there is no limit.
+
+    Raises ModelError like load_base, long before weights are read.
+    """
+    positions = getattr(_load_config(name), "max_position_embeddings", None)
+    return None if positions is None else int(positions)
+
+
 def load_base(
     name: str,
     *,
@@ -92,7 +102,7 @@ def load_base(
             model, report = AutoModelForCausalLM.from_pretrained(
                 name, config=config, dtype=kind, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model.base_model '{name}': weights cannot be loaded: {_first_line(error)}") from None
     missing = sorted(report["missing_keys"])
     if missing or report.get("mismatched_keys"):
@@ -185,7 +195,8 @@ def fingerprint(name: str) -> str:
             raise ModelError(f"model.base_model '{name}': its files are not in the local cache")
         folder = Path(found).parent
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]):
+    patterns = ("config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.safetensors")
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         if path.is_file():
             digest.update(path.name.encode())
             with path.open("rb") as file:

@@ -97,12 +97,13 @@ class Stack:
         adapters: Adapters,
         *,
         dtype: torch.dtype,
+        device: torch.device,
         segments: tuple[Segment, ...] | None = None,
         gradient: Tensor | None = None,
         dropout: Dropout | None = None,
     ) -> Iterator[None]:
         """Point every layer at its leaves for one pass; `gradient` [S, P] receives what backward computes."""
-        rows = adapters.rows.to(dtype)
+        rows = adapters.rows.to(device=device, dtype=dtype)
         scale = adapters.scale.to(device=rows.device, dtype=dtype)[:, None, None]
         cast = adapters.with_rows(rows)
         into = None if gradient is None else adapters.with_rows(gradient)

@@ -32,6 +32,7 @@ def gradients(
         base.stack.filled(
             adapters if whole else adapters.take(plan.order),
             dtype=base.dtype,
+            device=base.device,
             segments=plan.segments,
             gradient=gradient,
             dropout=dropout,
@@ -50,7 +51,10 @@ def gradients(
 def losses(base: Base, adapters: Adapters, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the sum of token cross-entropies in nats [S] and the number of labelled tokens [S]; no gradient."""
     plan = _plan(base, batch)
-    with base.stack.filled(adapters.take(plan.order), dtype=base.dtype, segments=plan.segments), torch.no_grad():
+    with (
+        base.stack.filled(adapters.take(plan.order), dtype=base.dtype, device=base.device, segments=plan.segments),
+        torch.no_grad(),
+    ):
         each = token_losses(_hidden(base, plan), plan.targets, base.head)
     return _by_client(each, plan), plan.counts
 
@@ -60,14 +64,11 @@ def answers(
 ) -> list[list[str]]:
     """Decode greedily for every client and prompt; prompts[k][i] are token ids, left-padded here with a mask.
 
-    Prompts are cut at their start if prompt + answer would pass the base's positions.
+    A prompt and its answer must fit in the base's positions: the data layer cuts prompts for that, and counts.
     """
-    room = None if base.max_positions is None else max(1, base.max_positions - max_new_tokens)
     width = max(len(own) for own in prompts)
     filler = [base.pad_id]
-    flat = [
-        list(ids)[-room:] if room else list(ids) for own in prompts for ids in [*own, *[filler] * (width - len(own))]
-    ]
+    flat = [list(ids) for own in prompts for ids in [*own, *[filler] * (width - len(own))]]
     longest = max(len(ids) for ids in flat)
     tokens = torch.full((len(flat), longest), base.pad_id, dtype=torch.int64)
     mask = torch.zeros_like(tokens)
@@ -75,7 +76,7 @@ def answers(
         tokens[row, longest - len(ids) :] = torch.tensor(ids)
         mask[row, longest - len(ids) :] = 1
     greedy = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=base.pad_id)
-    with base.stack.filled(adapters, dtype=base.dtype), torch.no_grad(), quiet():
+    with base.stack.filled(adapters, dtype=base.dtype, device=base.device), torch.no_grad(), quiet():
         out = base.model.generate(tokens.to(base.device), attention_mask=mask.to(base.device), generation_config=greedy)
     texts = base.tokenizer.batch_decode(out[:, longest:].cpu(), skip_special_tokens=True)
     return [texts[k * width : k * width + len(own)] for k, own in enumerate(prompts)]

@@ -384,6 +384,9 @@ def _caption(record: StudyRecord) -> Text:
     missing = max((item.missing for metric in record.metrics for item in metric.methods), default=0)
     if missing:
         lines.append(f"clients without a value (n/a), left out: {missing}")
+    refused = sum(int(run.fields.get("refused_uploads") or 0) for run in record.runs)
+    if refused:
+        lines.append(f"uploads refused, not merged: {refused}")
     unfinished = [f"{run.folder} {run.state}" for run in record.runs if run.state != "complete"]
     if unfinished:
         lines.append(f"not complete: {', '.join(unfinished)}")
