@@ -326,6 +326,42 @@ def test_more_rounds_later_equal_as_many_from_the_start(keep: bool, make: Make) 
     assert {run.facts["rounds"] for run in grown.runs} == {ROUNDS}
 
 
+def test_a_run_that_has_grown_reads_like_one_that_was_longer_from_the_start(make: Make) -> None:
+    """The old last round was validated because it was the last; in the longer run it is not due."""
+    evaluation = {"every": ROUNDS, "metrics": ["loss"]}
+    whole = fedmira.run(make("whole", evaluation=evaluation))
+    short = fedmira.run(make("short", evaluation=evaluation, federation={"rounds": 2}))
+    grown = fedmira.resume(short.path, [f"federation.rounds={ROUNDS}"])
+    assert differences(outcome(grown.path), outcome(whole.path)) == []
+
+
+def test_resuming_one_run_leaves_the_others_alone(make: Make) -> None:
+    study = fedmira.run(make(federation={"rounds": 2}))
+    first, *others = study.runs
+    fedmira.resume(first.path, [f"federation.rounds={ROUNDS}"])
+    assert first.facts["rounds"] == ROUNDS
+    assert {run.facts["rounds"] for run in others} == {2}
+
+
+def test_a_resumed_run_keeps_when_and_with_what_it_began(make: Make) -> None:
+    study = fedmira.run(make(federation={"rounds": 2}, methods=[{"name": "local"}]))
+    began = study.runs[0].facts["started"]
+    fedmira.resume(study.path, [f"federation.rounds={ROUNDS}"])
+    facts = study.runs[0].facts
+    assert facts["started"] == began
+    assert [set(one) for one in facts["resumed"]] == [{"started", "versions", "device", "command"}]
+
+
+def test_another_graph_is_refused_on_resume(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "graph.csv"
+    path.write_text("client,neighbour,weight\n007,eve,1\n")
+    mira = {"name": "mira", "graph": {"kind": "file", "path": str(path)}}
+    study = fedmira.run(make(federation={"rounds": 2}, methods=[mira]))
+    path.write_text("client,neighbour,weight\n007,eve,0.5\n")
+    with pytest.raises(MethodError, match="not the one this run began with"):
+        fedmira.resume(study.path, [f"federation.rounds={ROUNDS}"])
+
+
 def test_keeping_the_optimizer_makes_a_difference(study: Study, make: Make) -> None:
     kept = fedmira.run(make(training={"keep_optimizer": True}, methods=[{"name": "local"}]))
     assert not equal(tensors(kept.runs[0], "007"), tensors(find(study, "local"), "007"))

@@ -10,7 +10,7 @@ Source: MIRA (arXiv:2410.15524), equations 3, 4 and 8; normalisation is ours. Ne
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +76,38 @@ def from_matrix(matrix: Array, *, kind: str, note: str = "") -> Graph:
     values = np.array(matrix, dtype=np.float64)
     np.fill_diagonal(values, 0.0)
     return Graph(sparse.csr_array(values), kind, note)
+
+
+def make_graph(
+    kind: str,
+    *,
+    ids: Sequence[str],
+    columns: Sequence[Mapping[str, str]],
+    column: str | None = None,
+    path: str | None = None,
+    seed: int = 0,
+) -> Graph:
+    """Make the graph that a config names: random (seed), uniform, groups (column) or file (path).
+
+    ids, columns: of every client; columns holds the data columns that have one value for the client.
+    Raises MethodError if a column or a file does not fit these clients.
+    """
+    if kind == "uniform":
+        return uniform_graph(len(ids))
+    if kind == "random":
+        return random_graph(len(ids), seed=seed)
+    if kind == "file":
+        return file_graph(str(path), ids)
+    if column is None:
+        raise MethodError("graph kind 'groups' needs the data column that names a client's group")
+    lacking = [name for name, own in zip(ids, columns, strict=True) if column not in own]
+    if lacking:
+        shared = sorted(set.intersection(*(set(own) for own in columns)))
+        raise MethodError(
+            f"graph column '{column}' has no single value for {len(lacking)} clients such as '{lacking[0]}'; "
+            f"columns with one value per client: {', '.join(shared) or 'none'}"
+        )
+    return group_graph([own[column] for own in columns])
 
 
 def uniform_graph(clients: int) -> Graph:

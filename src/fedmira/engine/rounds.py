@@ -104,7 +104,7 @@ def run_rounds(
     validation = torch.tensor([math.nan if value is None else value for value in start.validation], dtype=torch.float64)
     ledger = Ledger(method.init(adapters, Clock(0)), validation)
     restore(folder, ledger)
-    folder.cut_back(ledger.round)
+    folder.cut_back(ledger.round, validated=_is_due(config, ledger.round))
     view = _view(method)
     names = [client.id for client in federation.clients]
     if ledger.round == 0:
@@ -212,8 +212,7 @@ def _one_round(
     ledger.remember(done.answered, done.kept, len(federation))
     ledger.apply(done.change)
     ledger.round += 1
-    rounds, every = federation.config.federation.rounds, federation.config.evaluation.every
-    due = ledger.round % every == 0 or ledger.round == rounds
+    due = _is_due(federation.config, ledger.round)
     same = torch.equal(done.change.ids, done.ids) and torch.equal(done.change.rows, done.uploads.rows)
     if method.personal and same:  # the merge moved nothing, so nothing needs to be scored twice
         _note(ledger, done.ids.tolist(), before)
@@ -246,6 +245,11 @@ def _one_round(
     folder.append(record, _results(names, record.round, _view(method), Scores(everyone, {})) if due else [])
     commit(folder, ledger, done.change, done.ids)
     return record
+
+
+def _is_due(config: Config, number: int) -> bool:
+    """Is everybody validated after this round?"""
+    return number % config.evaluation.every == 0 or number == config.federation.rounds
 
 
 def _training(config: Config, seed: int) -> Training:

@@ -28,11 +28,8 @@ from fedmira.graph import (
     Coupling,
     Graph,
     couple,
-    file_graph,
-    group_graph,
     largest_coupling,
-    random_graph,
-    uniform_graph,
+    make_graph,
 )
 from fedmira.methods.base import (
     Change,
@@ -81,7 +78,15 @@ def build(config: Config, cohort: Cohort) -> Method:
     Raises MethodError if eta x lambda is unstable on a round of the schedule (with the largest allowed value), or if
     the graph cannot be made from this cohort.
     """
-    graph = make_graph(config.graph, cohort)
+    wanted = config.graph
+    graph = make_graph(
+        wanted.kind,
+        ids=cohort.ids,
+        columns=cohort.columns,
+        column=wanted.column,
+        path=wanted.path,
+        seed=cohort.seed if wanted.seed is None else wanted.seed,
+    )
     coupling = config.eta * config.lam
 
     def restrict(ids: Tensor) -> Coupling:
@@ -110,25 +115,6 @@ def build(config: Config, cohort: Cohort) -> Method:
         graph=graph,
         pull=lambda ids: coupling * torch.from_numpy(restrict(ids).degree),
     )
-
-
-def make_graph(config: GraphConfig, cohort: Cohort) -> Graph:
-    """Build the task graph of a cohort. Raises MethodError if a column or file does not fit its clients."""
-    if config.kind == "uniform":
-        return uniform_graph(len(cohort))
-    if config.kind == "random":
-        return random_graph(len(cohort), seed=cohort.seed if config.seed is None else config.seed)
-    if config.kind == "file":
-        return file_graph(str(config.path), cohort.ids)
-    column = str(config.column)
-    lacking = [name for name, columns in zip(cohort.ids, cohort.columns, strict=True) if column not in columns]
-    if lacking:
-        shared = sorted(set.intersection(*(set(columns) for columns in cohort.columns)))
-        raise MethodError(
-            f"graph column '{column}' has no single value for {len(lacking)} clients such as '{lacking[0]}'; "
-            f"columns with one value per client: {', '.join(shared) or 'none'}"
-        )
-    return group_graph([columns[column] for columns in cohort.columns])
 
 
 def check_stable(coupling: float, graph: Graph, rounds: list[Coupling]) -> None:
