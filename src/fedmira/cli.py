@@ -233,6 +233,7 @@ def main() -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False  # libraries set up the root logger as they like
     logger.addHandler(_warnings_to_stderr())
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what came of them is our message
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, _stop)

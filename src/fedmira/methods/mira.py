@@ -93,7 +93,7 @@ def build(config: Config, cohort: Cohort) -> Method:
         return couple(graph, ids.numpy(), kind=config.normalise, stored=config.neighbours == "stored")
 
     checked = {frozenset(ids.tolist()): torch.from_numpy(ids) for ids in cohort.schedule}
-    check_stable(coupling, graph, [restrict(ids) for ids in checked.values()])
+    check_stable(coupling, graph, [restrict(ids) for ids in checked.values()], normalised=config.normalise != "none")
 
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
         near, strength = restrict(ids), coupling
@@ -117,7 +117,7 @@ def build(config: Config, cohort: Cohort) -> Method:
     )
 
 
-def check_stable(coupling: float, graph: Graph, rounds: list[Coupling]) -> None:
+def check_stable(coupling: float, graph: Graph, rounds: list[Coupling], *, normalised: bool) -> None:
     """Refuse a coupling that makes clients swing apart on some round; warn where they overshoot their neighbours.
 
     Symmetric graphs: eta lambda lambda_max(L) < 2. Asymmetric graphs: eta lambda max_k degree_k <= 1.
@@ -127,7 +127,7 @@ def check_stable(coupling: float, graph: Graph, rounds: list[Coupling]) -> None:
         why = "2 / largest Laplacian eigenvalue" if graph.symmetric else "1 / largest row sum of an asymmetric graph"
         raise MethodError(
             f"mira: eta x lambda = {coupling:.4g} must be below {limit:.4g} for this graph and schedule ({why}), else "
-            "clients swing apart; lower lambda, or use normalise: row"
+            f"clients swing apart; lower lambda{'' if normalised else ', or use normalise: row'}"
         )
     if graph.symmetric and coupling > limit / 2 * (1 + 1e-9):  # at exactly half, neighbours meet in the middle
         warnings.warn(
