@@ -32,6 +32,7 @@ def study(name: str, seeds: list[int], methods: list[str], metrics: str) -> fedm
         f"seeds={seeds}",
         f"methods=[{', '.join(methods)}]",
         f"evaluation.metrics={metrics}",
+        "evaluation.every=25",
     ]
     return fedmira.run(fedmira.load_config("demo", overrides))
 
