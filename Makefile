@@ -23,7 +23,7 @@ $(BIN)/python:
 	$(PIP) -e .
 	touch .venv/.installed-base
 
-# Any earlier installation will do: a demo must not start to download because a file was touched.
+# Any earlier installation will do here and in pretrain: a demo must not download because a file was touched.
 demo:
 	@test -e .venv/.installed-base || $(MAKE) --no-print-directory install-base
 	$(BIN)/fedmira run demo --overwrite
@@ -44,6 +44,7 @@ test-slow:
 	$(QUIET_HUB) $(BIN)/python -m pytest -m slow
 
 pretrain:
+	@test -e .venv/.installed-base || $(MAKE) --no-print-directory install-base
 	$(BIN)/python -m fedmira.bundled.pretrain
 
 # Leaves .venv/ and runs/ alone: one is slow to make, the other is yours.
