@@ -34,7 +34,7 @@ FULL, DELTA = True, False
 
 def save(folder: Path, number: int, *, full: bool) -> None:
     files = {"state": {"rows": torch.full((3, 4), float(number))}, "engine": {"validation": torch.arange(3.0)}}
-    save_checkpoint(folder, number, files, full=full, facts={"note": "kept"})
+    save_checkpoint(folder, number, files, full=full)
 
 
 @pytest.fixture
@@ -202,15 +202,15 @@ def test_json_that_is_missing_or_damaged_is_a_store_error(tmp_path: Path) -> Non
 
 def test_a_checkpoint_comes_back_to_the_bit(tmp_path: Path) -> None:
     values = torch.randn(3, 5)
-    save_checkpoint(tmp_path, 7, {"state": {"rows": values.T, "ids": torch.arange(3)}}, full=True, facts={"a": 1})
+    save_checkpoint(tmp_path, 7, {"state": {"rows": values.T, "ids": torch.arange(3)}}, full=True)
     (found,) = load_chain(tmp_path)
     assert torch.equal(found.files["state"]["rows"], values.T)
     assert torch.equal(found.files["state"]["ids"], torch.arange(3))
-    assert (found.round, found.full, found.facts) == (7, True, {"a": 1})
+    assert (found.round, found.full) == (7, True)
 
 
 def test_the_size_of_a_checkpoint_is_that_of_its_tensor_files(tmp_path: Path) -> None:
-    size = save_checkpoint(tmp_path, 1, {"state": {"rows": torch.zeros(9)}}, full=True, facts={})
+    size = save_checkpoint(tmp_path, 1, {"state": {"rows": torch.zeros(9)}}, full=True)
     assert size == (tmp_path / "round-000001" / "state.safetensors").stat().st_size
 
 

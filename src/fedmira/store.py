@@ -37,7 +37,6 @@ class Checkpoint:
     round: int
     full: bool
     files: Mapping[str, Mapping[str, Tensor]]
-    facts: Mapping[str, Any]
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -68,9 +67,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def save_checkpoint(
-    folder: Path, round_number: int, files: Mapping[str, Tensors], *, full: bool, facts: Mapping[str, Any]
-) -> int:
+def save_checkpoint(folder: Path, round_number: int, files: Mapping[str, Tensors], *, full: bool) -> int:
     """Write one checkpoint under `folder`, manifest last; return its size in bytes.
 
     A left-over folder of the same round (a crash before its manifest, or a damaged one) is replaced.
@@ -86,7 +83,7 @@ def save_checkpoint(
         write_atomic(place / f"{name}.safetensors", data)
         listed[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         size += len(data)
-    manifest = {"schema": SCHEMA, "round": round_number, "full": full, "files": listed, "facts": dict(facts)}
+    manifest = {"schema": SCHEMA, "round": round_number, "full": full, "files": listed}
     manifest["sha256"] = _manifest_hash(manifest)
     write_atomic(place / "manifest.json", json.dumps(manifest, indent=1).encode())
     sync_folder(folder)
@@ -169,7 +166,7 @@ def _load(place: Path) -> Checkpoint | None:
             if found != entry["sha256"]:
                 raise StoreError(f"{path.name} does not match its sha256")
             files[name] = load_file(path)
-        return Checkpoint(int(manifest["round"]), bool(manifest["full"]), files, manifest["facts"])
+        return Checkpoint(int(manifest["round"]), bool(manifest["full"]), files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, StoreError) as error:
         log.warning("checkpoint '%s' is damaged (%s): it is not used", place, error)
         return None

@@ -70,7 +70,7 @@ def commit(folder: RunFolder, ledger: Ledger, change: Change, trained: Tensor) -
     files: dict[str, Mapping[str, Tensor]] = {"state": state, "engine": {"validation": ledger.validation}}
     if ledger.memory:
         files["memory"] = {"ids": kept, **ledger.recall(kept)}
-    save_checkpoint(folder.checkpoints, ledger.round, files, full=full, facts={})
+    save_checkpoint(folder.checkpoints, ledger.round, files, full=full)
     if full:
         prune(folder.checkpoints, ledger.last_full)
         ledger.last_full, ledger.delta_bytes = ledger.round, 0
