@@ -148,6 +148,7 @@ def start(*arguments: object, folder: Path | None = None, die_at: int | None = N
     if process:
         return Command(process, streams)
     code = 97
+    torch.set_num_threads(1)  # mends torch's pool after the fork; left to several threads at once, they race for it
     try:
         for name, number in (("out", 1), ("err", 2)):
             os.dup2(os.open(streams / name, os.O_WRONLY | os.O_CREAT), number)

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 
 import fedmira
 from fedmira import bundled, config
-from fedmira.config import Config, check_config, dump_config, parse_yaml, read_config
+from fedmira.config import Config, check_config
+from fedmira.config_file import dump_config, parse_yaml, read_config
 from fedmira.errors import ConfigError
 from fedmira.methods import entry_faults
 

@@ -20,7 +20,8 @@ from tests import small_study
 from tests.small_study import CLIENTS, ROUNDS, differences, outcome
 
 import fedmira
-from fedmira.config import Config, check_config, read_config
+from fedmira.config import Config, check_config
+from fedmira.config_file import read_config
 from fedmira.engine.schedule import draw_schedule
 from fedmira.errors import ConfigError, DataError, FedMiraError, MethodError, ModelError, Stopped, StoreError
 from fedmira.runs import RESULT_COLUMNS

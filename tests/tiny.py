@@ -35,26 +35,120 @@ _ROTARY = {
 }
 
 
-def config(family: str) -> transformers.PretrainedConfig:
-    """gpt2 (Conv1D, biases, tied, own dropouts) | llama | llama-tied | qwen2 (biases) | gemma2 (capped logits)."""
-    if family == "gpt2":
-        return transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_positions=POSITIONS, n_embd=16, n_layer=2, n_head=2, eos_token_id=END
-        )
-    if family in ("llama", "llama-tied"):
-        return transformers.LlamaConfig(**_ROTARY, tie_word_embeddings=family == "llama-tied")
-    if family == "qwen2":
-        return transformers.Qwen2Config(**_ROTARY, tie_word_embeddings=True)
-    if family == "gemma2":
-        return transformers.Gemma2Config(
-            **_ROTARY, head_dim=4, final_logit_softcapping=3.0, sliding_window=4, attn_implementation="eager"
-        )
-    raise ValueError(family)
+# What each family is here for; those of PADDED cannot be laid end to end.
+FAMILIES = {
+    "gpt2": "Conv1D, biases, tied, dropouts of its own",
+    "llama": "the plain one",
+    "llama-tied": "embeddings that are the output head",
+    "qwen2": "biases on queries, keys and values",
+    "qwen3": "norms on queries and keys",
+    "mistral": "a window shorter than the texts",
+    "mixtral": "a mixture of experts",
+    "gemma2": "capped logits, capped attention, every other layer with a window",
+    "gemma3": "layers with a window and their own rotary base, norms on queries and keys",
+    "phi": "rotary positions on a part of each head, biases, attention and MLP side by side",
+    "phi3": "fused queries, keys and values, fused gate; a window",
+    "gpt_neox": "fused queries, keys and values head by head",
+    "opt": "learned positions with an offset, projections around the decoder",
+    "granite": "scaled embeddings, residuals, attention and logits",
+    "falcon": "linear layers of its own class, attention that asks for a mask",
+    "bloom": "ALiBi: no positions but a slope per head",
+    "mamba": "no attention at all",
+}
+PADDED = ("falcon", "bloom", "mamba")
+# Their own attention takes its softmax in float32 whatever the model's dtype is, and in float64 its mask overflows.
+DTYPES = {"gemma2": torch.float32, "bloom": torch.float32}
+_PLAIN = {"vocab_size": VOCABULARY, "hidden_size": 16, "bos_token_id": None, "eos_token_id": END}
+_LAYERS = _PLAIN | {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": POSITIONS}
 
 
-def model(family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> transformers.PreTrainedModel:
+def config(family: str, **others: Any) -> transformers.PretrainedConfig:
+    """Make a small config of a family; `others` are settings of it to change."""
+    kind, settings = _CONFIGS[family]
+    return kind(**settings | others)
+
+
+_CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gpt2": (
+        transformers.GPT2Config,
+        {
+            "vocab_size": VOCABULARY,
+            "n_positions": POSITIONS,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "eos_token_id": END,
+        },
+    ),
+    "llama": (transformers.LlamaConfig, _ROTARY),
+    "llama-tied": (transformers.LlamaConfig, _ROTARY | {"tie_word_embeddings": True}),
+    "qwen2": (transformers.Qwen2Config, _ROTARY | {"tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3Config, _ROTARY | {"head_dim": 4}),
+    "mistral": (transformers.MistralConfig, _ROTARY | {"sliding_window": 4}),
+    "mixtral": (transformers.MixtralConfig, _ROTARY | {"num_local_experts": 3, "num_experts_per_tok": 2}),
+    "gemma2": (
+        transformers.Gemma2Config,
+        _ROTARY | {"head_dim": 4, "final_logit_softcapping": 3.0, "sliding_window": 4, "attn_implementation": "eager"},
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        _ROTARY | {"head_dim": 4, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phi": (transformers.PhiConfig, _ROTARY | {"partial_rotary_factor": 0.5}),
+    "phi3": (transformers.Phi3Config, _ROTARY | {"pad_token_id": 0, "sliding_window": 4}),
+    "gpt_neox": (transformers.GPTNeoXConfig, _LAYERS | {"intermediate_size": 20, "rotary_pct": 0.5}),
+    "opt": (transformers.OPTConfig, _LAYERS | {"ffn_dim": 20, "word_embed_proj_dim": 12, "pad_token_id": 0}),
+    "granite": (
+        transformers.GraniteConfig,
+        _ROTARY
+        | {
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.3,
+        },
+    ),
+    "falcon": (transformers.FalconConfig, _LAYERS | {"num_kv_heads": 2, "new_decoder_architecture": True}),
+    "bloom": (transformers.BloomConfig, _PLAIN | {"n_layer": 2, "n_head": 2, "pad_token_id": 0}),
+    "mamba": (
+        transformers.MambaConfig,
+        _PLAIN | {"state_size": 4, "num_hidden_layers": 2, "pad_token_id": 0, "use_mambapy": False},
+    ),
+    # Not among FAMILIES: their windows stand in the attention mask alone.
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig,
+        _ROTARY
+        | {
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 1,
+        },
+    ),
+    "llama4": (
+        transformers.Llama4TextConfig,
+        _ROTARY
+        | {
+            "head_dim": 4,
+            "intermediate_size_mlp": 20,
+            "num_local_experts": 2,
+            "moe_layers": [1],
+            "attention_chunk_size": 16,
+            "pad_token_id": 0,
+        },
+    ),
+}
+
+
+def model(
+    family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **others: Any
+) -> transformers.PreTrainedModel:
     """Make a model whose every weight and bias is random and large enough to matter."""
-    made = transformers.AutoModelForCausalLM.from_config(config(family)).to(torch.float64)
+    made = transformers.AutoModelForCausalLM.from_config(config(family, **others)).to(torch.float64)
+    made.set_experts_implementation("eager") if hasattr(made.config, "num_experts_per_tok") else None
     stream = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in sorted(made.named_parameters()):
@@ -72,9 +166,12 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="</s>")
 
 
-def base(family: str, *, targets: Sequence[str] | str = "auto", dtype: torch.dtype = torch.float64) -> Base:
+def base(
+    family: str, *, targets: Sequence[str] | str = "auto", dtype: torch.dtype = torch.float64, **others: Any
+) -> Base:
     """Wrap a tiny model with stacked layers."""
-    return wrap(model(family, dtype=dtype), tokenizer(), name=family, targets=targets, fingerprint=family)
+    made = model(family, dtype=dtype, **others)
+    return wrap(made, tokenizer(), name=family, targets=targets, fingerprint=family)
 
 
 def layout(of: Base, rank: int) -> Layout:

@@ -9,17 +9,19 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from fedmira import bundled, study
+from fedmira import bundled, preview, study
+from fedmira.doctor import describe_machine, examine
+from fedmira.draft import draft_config
 from fedmira.errors import FedMiraError, Stopped
 from fedmira.reports.render import summary_tables
+from fedmira.screen import show_examples, show_plan
+from fedmira.watch import Watch
 
 app = typer.Typer(
     add_completion=False,
@@ -34,119 +36,28 @@ USAGE_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ 
 Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c, applied to the config", show_default=False)]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="no progress")]
 AsJson = Annotated[bool, typer.Option("--json", help="print machine-readable JSON")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="show what the log file gets")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 
 PLAIN_WIDTH = 120  # of tables that go to a file or a pipe
 
 
-class Watch:
-    """Prints what a study does: live bars on a terminal, plain lines elsewhere."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.console = Console(stderr=True, quiet=quiet)
-        self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=quiet or not self.console.is_terminal,
-        )
-        self.task: TaskID | None = None
-        self.name = ""
-
-    def __enter__(self) -> "Watch":
-        self.bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
-
-    def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
-        show = getattr(self, f"on_{event}", None)
-        if show is not None:
-            show(facts)
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def on_data(self, facts: Mapping[str, Any]) -> None:
-        clients, cut = facts["clients"], facts["truncation"]
-        counts = [len(client.train) for client in clients]
-        self.say(
-            f"data: {facts['format']}, {len(clients)} clients, {sum(counts)} training examples "
-            f"({min(counts)} to {max(counts)} each), {sum(client.trained_tokens for client in clients)} trained tokens"
-        )
-        if cut.prompts_cut or cut.answers_cut or cut.dropped:
-            self.say(
-                f"truncation: of {cut.examples} examples {cut.prompts_cut} prompts cut at their start, "
-                f"{cut.answers_cut} answers cut at their end, {cut.dropped} dropped"
-            )
-        if cut.questions_cut:
-            self.say(f"truncation: {cut.questions_cut} prompts cut at their start where an answer is written to them")
-
-    def on_model(self, facts: Mapping[str, Any]) -> None:
-        federation = facts["federation"]
-        base = federation.base
-        self.say(
-            f"base: {federation.config.model.base_model}, {str(base.dtype).removeprefix('torch.')} on {base.device}; "
-            f"adapters: rank {federation.config.lora.r} on {len(base.shapes)} layers, "
-            f"{federation.layout.parameters:,} parameters each; {facts['sampled']} clients a round, "
-            f"{federation.cohort} in one pass"
-        )
-
-    def on_start(self, facts: Mapping[str, Any]) -> None:
-        self.say(f"{facts['what']} ...")
-
-    def on_run(self, facts: Mapping[str, Any]) -> None:
-        run = facts["facts"]
-        self.name = f"{run['label']}, seed {run['seed']}"
-        pull = run["pull_percent"]
-        coupled = f": pull per round {pull[1]:.3g} % (from {pull[0]:.3g} to {pull[2]:.3g})" if pull else ""
-        self.say(f"{self.name}{coupled}")
-        for note in facts["notes"]:
-            self.say(f"warning: {note}")
-        self._bar(self.name, run["rounds"])
-
-    def on_round(self, facts: Mapping[str, Any]) -> None:
-        record = facts["record"]
-        loss = "" if record.validation_loss is None else f", validation loss {record.validation_loss:.4f}"
-        trained = sum(record.train_loss) / len(record.train_loss)
-        line = f"train loss {trained:.4f}{loss}, {record.seconds:.1f} s"
-        if self.console.is_terminal:
-            self._move(record.round, f"{self.name}: {line}")
-        else:
-            self.say(f"{self.name}: round {record.round}/{facts['rounds']}: {line}")
-        for name, reason in record.refused.items():
-            self.say(f"warning: round {record.round}: upload of '{name}' refused: {reason}")
-
-    def on_scoring(self, facts: Mapping[str, Any]) -> None:
-        if self.task is None or facts["done"] == facts["clients"] or self.bars.tasks[-1].total != facts["clients"]:
-            self._bar(f"{self.name or 'base'}: writing test answers", facts["clients"])
-        self._move(facts["done"])
-
-    def on_complete(self, facts: Mapping[str, Any]) -> None:
-        self._drop()
-        if facts["refused"]:
-            self.say(f"warning: {self.name}: {facts['refused']} uploads were refused; log.txt says which and why")
-
-    def _bar(self, text: str, total: int) -> None:
-        self._drop()
-        self.task = self.bars.add_task(text, total=total)
-
-    def _move(self, done: int, text: str | None = None) -> None:
-        if self.task is not None:
-            if text is None:
-                self.bars.update(self.task, completed=done)
-            else:
-                self.bars.update(self.task, completed=done, description=text)
-
-    def _drop(self) -> None:
-        if self.task is not None:
-            self.bars.remove_task(self.task)
-            self.task = None
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="the config to write")] = Path("fedmira.yaml"),
+    data: Annotated[str | None, typer.Option(help="your data, read once to find format and clients")] = None,
+    model: Annotated[str | None, typer.Option(help="base model: a folder or a hub name")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a commented config to begin with; it runs as it is."""
+    found = draft_config(file, data=data, model=model)
+    if as_json:
+        print(json.dumps({"config": str(file), **found}))
+        return
+    clients = f"one client per {found['by']}" if found["partitioner"] == "null" else f"clients: {found['partitioner']}"
+    print(f"wrote {file}: format {found['format']}, {clients}\nnext: fedmira run {file} --dry-run")
 
 
 @app.command()
@@ -154,14 +65,30 @@ def run(
     config: Annotated[str, typer.Argument(help=f"YAML file, or one of: {', '.join(bundled.presets())}")],
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a study in output_dir")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what it would cost; write nothing")] = False,
+    show_example: Annotated[
+        bool, typer.Option("--show-example", help="print one example per client as the model gets it")
+    ] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Run a study: every method with every seed of a config."""
+    checked = study.load_config(config, overrides or [])
     with Watch(quiet or as_json) as watch:
-        done = study.run(study.load_config(config, overrides or []), observer=watch, overwrite=overwrite)
-    _show(done, as_json)
+        if show_example:
+            shown = list(preview.show_examples(checked, observer=watch))
+        elif dry_run:
+            plan = preview.plan_study(checked, overwrite=overwrite, observer=watch)
+        else:
+            done = study.run(checked, observer=watch, overwrite=overwrite)
+    if show_example:
+        show_examples(shown, as_json)
+    elif dry_run:
+        show_plan(plan, as_json)
+    else:
+        _show(done, as_json)
 
 
 @app.command()
@@ -169,6 +96,7 @@ def resume(
     path: Annotated[Path, typer.Argument(help="a study, or one of its runs")],
     overrides: Overrides = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -212,6 +140,13 @@ def methods(as_json: AsJson = False, debug: Debug = False) -> None:
         print(f"{name:12s} {line}")
 
 
+@app.command()
+def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Print versions, device, memory, disk and speed of this machine, for a bug report."""
+    facts = examine(Path.cwd())
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(describe_machine(facts)))
+
+
 def _show(done: study.Study, as_json: bool) -> None:
     """Print the table of a study and where its results lie."""
     if as_json:
@@ -232,9 +167,10 @@ def main() -> None:
     logger = logging.getLogger("fedmira")
     logger.setLevel(logging.INFO)
     logger.propagate = False  # libraries set up the root logger as they like
-    logger.addHandler(_warnings_to_stderr())
+    logger.addHandler(_log_to_stderr(logging.INFO if {"-v", "--verbose"} & set(sys.argv) else logging.WARNING))
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what came of them is our message
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is first asked for something
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -272,8 +208,8 @@ def _stop(number: int, frame: object) -> None:
     raise _Terminated(Stopped.exit_code)
 
 
-def _warnings_to_stderr() -> logging.Handler:
+def _log_to_stderr(level: int) -> logging.Handler:
     handler = logging.StreamHandler()
-    handler.setLevel(logging.WARNING)
+    handler.setLevel(level)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     return handler

@@ -1,14 +1,12 @@
-"""The one strict config: YAML plus dotted overrides in, plain frozen records out, every fault at once.
+"""The one strict config: what may be written, what it means, every fault at once. config_file.py reads and writes it.
 
 Nothing below the engine sees these classes except a method's own `Config` base. Contract: contracts page, "Config".
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -52,6 +50,7 @@ class ModelConfig(Strict):
         "auto"  # auto: bfloat16 where the machine computes it fast
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    revision: str | None = None  # hub only: branch, tag or commit
 
 
 class LoraConfig(Strict):
@@ -78,29 +77,146 @@ class SplitConfig(Strict):
         return self
 
 
-class ClientsConfig(Strict):
-    """Who is a client: every task, or every value of a column, or each value dealt at random to `per_group` clients."""
+class IidPartitioner(Strict):
+    """Equal parts, drawn at random."""
 
-    by: str = "task"  # "task", or the name of a column in the data
+    name: Literal["iid"]
+    num_partitions: Annotated[int, Field(ge=1)]  # clients
+    shuffle: bool = True  # false: parts in file order, which are alike only if the file is in random order
+    seed: Seed | None = None  # null = data.seed
+
+
+class SizePartitioner(Strict):
+    """Parts of given sizes."""
+
+    name: Literal["size"]
+    partition_sizes: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]  # examples of each client
+    shuffle: bool = True  # false: parts in file order
+    seed: Seed | None = None  # null = data.seed
+
+
+class GrowingPartitioner(Strict):
+    """Parts whose sizes grow with their number i = 1, 2, ...: as i, i^2 or e^i."""
+
+    name: Literal["linear", "square", "exponential"]
+    num_partitions: Annotated[int, Field(ge=1)]  # clients
+    shuffle: bool = True  # false: parts in file order
+    seed: Seed | None = None  # null = data.seed
+
+
+class DirichletPartitioner(Strict):
+    """Label skew: each class is shared out by a Dirichlet draw."""
+
+    name: Literal["dirichlet"]
+    num_partitions: Annotated[int, Field(ge=1)]  # clients
+    partition_by: str  # the column that holds the class
+    alpha: Annotated[float, Field(gt=0)] | list[Annotated[float, Field(gt=0)]]  # small = skewed, large = alike
+    min_partition_size: Annotated[int, Field(ge=0)] = 10  # examples every client has at least; drawn again until then
+    self_balancing: bool = False  # clients with more than their share get no more
+    shuffle: bool = True  # order within each client
+    seed: Seed | None = None  # null = data.seed
+
+
+class PathologicalPartitioner(Strict):
+    """Each client has a few classes only."""
+
+    name: Literal["pathological"]
+    num_partitions: Annotated[int, Field(ge=1)]  # clients
+    partition_by: str  # the column that holds the class
+    num_classes_per_partition: Annotated[int, Field(ge=1)]
+    class_assignment_mode: Literal["random", "deterministic", "first-deterministic"] = "random"
+    shuffle: bool = True  # order within each client
+    seed: Seed | None = None  # null = data.seed
+
+
+class ShardPartitioner(Strict):
+    """Examples sorted by class and cut into shards, some for each client (McMahan et al. 2017)."""
+
+    name: Literal["shard"]
+    num_partitions: Annotated[int, Field(ge=1)]  # clients
+    partition_by: str  # the column that holds the class
+    num_shards_per_partition: Annotated[int, Field(ge=1)] | None = None  # this, or shard_size, or both
+    shard_size: Annotated[int, Field(ge=1)] | None = None  # examples
+    keep_incomplete_shard: bool = False  # the last shard, smaller than the others; false: its examples are left out
+    shuffle: bool = True  # which shards a client gets, and their order
+    seed: Seed | None = None  # null = data.seed
+
+
+class NaturalIdPartitioner(Strict):
+    """One client per value of a column; the same as `by`."""
+
+    name: Literal["natural_id"]
+    partition_by: str
+
+
+Partitioner = (
+    IidPartitioner
+    | SizePartitioner
+    | GrowingPartitioner
+    | DirichletPartitioner
+    | PathologicalPartitioner
+    | ShardPartitioner
+    | NaturalIdPartitioner
+)
+PARTITIONERS: Mapping[str, type[Strict]] = {
+    name: kind for kind in get_args(Partitioner) for name in get_args(kind.model_fields["name"].annotation)
+}
+
+
+def _partitioner_name(value: Any) -> str:
+    """Read `dirichlet`, `Dirichlet` and `DirichletPartitioner` alike; no name is an empty one."""
+    name = str(value.get("name") or "") if isinstance(value, Mapping) else ""
+    return re.sub(r"_?partitioner$", "", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+
+
+class ClientsConfig(Strict):
+    """Who is a client: every value of a column, each value dealt at random to several, or what a partitioner says."""
+
+    by: str = "task"  # a column of the data: "task", "category", "file" (one file per client), ...
     per_group: Annotated[int, Field(ge=1)] = 1  # clients that share one value's examples, dealt at random
-    first: Annotated[int, Field(ge=1)] | None = None  # only the first n values in file order; None = all
-    groups: str | None = None  # column that names a client's group in reports; None = the value of `by`
+    partitioner: Partitioner | None = None  # names and parameters of flwr-datasets; takes the place of `by`
+    first: Annotated[int, Field(ge=1)] | None = None  # only the first n values (or parts) in file order; null = all
+    groups: str | None = None  # column that names a client's group in reports; null = the value of `by`
+
+    @field_validator("partitioner", mode="wrap")
+    @classmethod
+    def _by_name(cls, value: Any, handler: Any) -> Any:
+        """Check a partitioner against the one that it names, so that faults speak of it and not of all six."""
+        if value is None or isinstance(value, Strict):
+            return handler(value)
+        name = _partitioner_name(value)
+        if name not in PARTITIONERS:
+            found = f"name '{value['name']}' is unknown" if name else "found no name"
+            raise ValueError(f"{found}{nearest(name, list(PARTITIONERS))}; known: {', '.join(PARTITIONERS)}")
+        return PARTITIONERS[name].model_validate({**value, "name": name})
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> "ClientsConfig":
+        twice = sorted({"by", "per_group"} & self.model_fields_set) if self.partitioner else []
+        if twice and not (self.by == "task" and self.per_group == 1):
+            raise ValueError(f"give either partitioner or {' and '.join(twice)}")
+        return self
 
 
 class DataConfig(Strict):
     """What the clients train on."""
 
-    path: str  # file or folder; no default on purpose
-    format: Literal["auto", "natural_instructions", "dolly", "alpaca", "prompt_completion"] = "auto"
+    path: str  # file, folder, folder saved by `datasets`, or name on the Hugging Face hub; no default on purpose
+    subset: str | None = None  # hub only: the data set's configuration, such as "main"
+    revision: str | None = None  # hub only: branch, tag or commit
+    format: Literal[
+        "auto", "natural_instructions", "dolly", "alpaca", "prompt_completion", "messages", "sharegpt", "text"
+    ] = "auto"  # auto: by the keys of the first row, and announced
     columns: dict[str, str] = {}  # FedMira's name -> the data's column, where they differ
-    template: Literal["alpaca", "none"] = "alpaca"
+    on_bad_row: Literal["error", "skip"] = "error"  # skip: count bad rows, say how many, go on with the others
+    template: str = "auto"  # alpaca | none | chat (the tokenizer's) | a Jinja file; auto: the format's usual one
     max_length: Annotated[int, Field(ge=4)] = 512  # tokens of prompt + answer + end
     truncation: Literal["prompt"] = "prompt"  # the answer is kept, the prompt is cut at its start
     split: SplitConfig = SplitConfig()
     split_column: str | None = None  # column with train | validation | test; overrides `split`
     clients: ClientsConfig = ClientsConfig()
     subsample: Annotated[float, Field(gt=0, le=1)] = 1.0  # fraction of each client's examples kept
-    seed: Seed = 0  # splits, subsample and dealing; the same for all methods and training seeds
+    seed: Seed = 0  # splits, subsample, dealing and partitioners; the same for all methods and training seeds
 
 
 class FederationConfig(Strict):
@@ -147,6 +263,12 @@ class EvaluationConfig(Strict):
         return metrics if "loss" in metrics else ["loss", *metrics]
 
 
+class ReportConfig(Strict):
+    """What the report may show."""
+
+    examples: bool = False  # true: prompts and answers of test examples are kept in the run folder and shown
+
+
 class MethodEntry(BaseModel):
     """One entry of `methods:`; everything but name and label belongs to the method's own Config."""
 
@@ -182,6 +304,7 @@ class Config(Strict):
     training: TrainingConfig
     methods: Annotated[list[MethodEntry], Field(min_length=1)]
     evaluation: EvaluationConfig = EvaluationConfig()
+    report: ReportConfig = ReportConfig()
 
     @model_validator(mode="after")
     def _distinct(self) -> "Config":
@@ -192,101 +315,6 @@ class Config(Strict):
         if twice:
             raise ValueError(f"methods {twice} appear more than once: give each a 'label:', which names its folder")
         return self
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without its traps: `3e-4` is a number, `007` and `no` are text, a repeated key is a fault."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - the base class's are the traps
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError([f"line {node.start_mark.line + 1}: key '{key}' is given twice; keep one"])
-        return super().construct_mapping(node, deep)
-
-
-_FLOAT = r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
-for _tag, _pattern, _first in (
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
-    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
-    ("float", _FLOAT, "-+0123456789."),
-    ("null", r"^(?:~|null|Null|NULL|)$", "~nN\0"),
-):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}",
-        re.compile(_pattern),
-        list(_first.replace("\0", "")) + ([""] if _tag == "null" else []),
-    )
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Read YAML text safely. Raises ConfigError with file and line."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError([f"{where}not valid YAML: {getattr(error, 'problem', error)}"], source) from None
-    except ConfigError as error:
-        raise ConfigError(error.faults, source) from None
-    except (ValueError, RecursionError) as error:  # a tag such as !!int on text, 5000 digits, a thousand brackets
-        raise ConfigError([f"a value cannot be read: {error}"], source) from None
-
-
-def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a YAML file and apply `a.b=c` overrides (lists by index: `methods.2.lambda=0.3`).
-
-    Raises ConfigError if the file is missing, is no mapping, or an override names no place.
-    """
-    if not path.is_file():
-        raise ConfigError(
-            [f"no such config file (current folder: {Path.cwd()}); the README shows one to begin with"],
-            str(path),
-        )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"byte {error.start} is not UTF-8; save the file as UTF-8"], str(path)) from None
-    raw = parse_yaml(text, str(path))
-    if not isinstance(raw, dict):
-        found = "nothing" if raw is None else type(raw).__name__
-        raise ConfigError(
-            [f"found {found}: a config is a mapping with the keys {', '.join(Config.model_fields)}"], str(path)
-        )
-    faults = [fault for override in overrides if (fault := _override(raw, override))]
-    if faults:
-        raise ConfigError(faults, "overrides")
-    return raw
-
-
-def _override(raw: dict[str, Any], override: str) -> str | None:
-    """Apply one `a.b=c` to the raw mapping; return the fault, or None."""
-    key, sign, value = override.partition("=")
-    if not sign or not key:
-        return f"'{override}': an override is written a.b=c"
-    place: Any = raw
-    words = key.split(".")
-    for position, word in enumerate(words):
-        if isinstance(place, list):
-            if not (word.isascii() and word.isdecimal()) or int(word) >= len(place):
-                return f"'{override}': '{word}' is no index of a list of {len(place)}"
-            index: Any = int(word)
-        elif isinstance(place, dict):
-            index = word
-        else:
-            return f"'{override}': '{word}' lies inside a plain value"
-        if position == len(words) - 1:
-            try:
-                place[index] = parse_yaml(value, "overrides")
-            except ConfigError as error:
-                return f"'{override}': {error.faults[0]}"
-            return None
-        if isinstance(place, dict) and place.get(index) is None:
-            place[index] = {}
-        place = place[index]
-    return None
 
 
 def check_config(
@@ -327,7 +355,7 @@ def describe_fault(fault: Any, model: type[BaseModel], raw: Any, prefix: str = "
     where = f"{prefix}{where}" if where else prefix.rstrip(".")
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
-        owner = _section(model, loc[:-1])
+        owner = _section(model, loc[:-1], raw)
         allowed = sorted(_keys(owner))
         return f"{where}: unknown key{nearest(str(loc[-1]), allowed)}; allowed here: {', '.join(allowed)}"
     if fault["type"] == "missing":
@@ -335,9 +363,10 @@ def describe_fault(fault: Any, model: type[BaseModel], raw: Any, prefix: str = "
     if fault["type"] == "value_error" and not loc:
         return message
     found = fault["input"]
-    shown = (
-        f"found {found!r}" if isinstance(found, str | int | float | bool | None) else f"found a {type(found).__name__}"
-    )
+    plain = isinstance(found, str | int | float | bool | None)
+    if fault["type"] == "value_error" and not plain:
+        return f"{where}: {message}"
+    shown = f"found {found!r}" if plain else f"found a {type(found).__name__}"
     return f"{where}: {shown}: {message[0].lower()}{message[1:]}"
 
 
@@ -345,36 +374,16 @@ def _keys(model: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def _section(model: type[BaseModel], loc: Sequence[Any]) -> type[BaseModel]:
+def _section(model: type[BaseModel], loc: Sequence[Any], raw: Any) -> type[BaseModel]:
     """Follow a location through nested sections to the model that owns the last key."""
     for word in loc:
+        raw = raw.get(word) if isinstance(raw, Mapping) else None
         field = next((f for name, f in model.model_fields.items() if word in (name, f.alias)), None)
         if field is None:
             continue
-        for candidate in (field.annotation, *get_args(field.annotation)):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                model = candidate
-                break
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        sections = [kind for kind in kinds if issubclass(kind, BaseModel)]
+        if len(sections) > 1:
+            sections = [kind for name, kind in PARTITIONERS.items() if name == _partitioner_name(raw)]
+        model = sections[0] if sections else model
     return model
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what is no text to us (`1e5`), and what is no text to other readers of YAML (`no`, `007`)."""
-
-
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Only double quotes keep the rarer line breaks of Unicode, which a reader folds into spaces elsewhere."""
-    style = '"' if any(letter in text for letter in "\x85\u2028\u2029") else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _represent_text)
-
-
-def dump_config(config: Config) -> str:
-    """Write a Config as YAML that runs again as it is."""
-    content = config.model_dump(mode="json", by_alias=True)
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -5,13 +5,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedmira import bundled
 from fedmira.adapters import Adapters, Layout
 from fedmira.errors import StoreError
+from fedmira.model.source import join_some, list_pickles
 from fedmira.store import write_atomic
 
 PREFIX = "base_model.model."
@@ -62,20 +65,32 @@ def peft_tensors(adapters: Adapters) -> dict[str, Tensor]:
 
 
 def read_adapter(folder: Path, layout: Layout) -> Tensor:
-    """Read a PEFT folder of ours back into a row [1, P]. Raises StoreError if it does not fit the layout."""
+    """Read a PEFT folder of ours back into a row [1, P]; only adapter_model.safetensors is opened.
+
+    Raises StoreError if it does not fit the layout, is damaged, or pickles lie in the folder.
+    """
     path = folder / "adapter_model.safetensors"
+    pickles = list_pickles(folder) if folder.is_dir() else []
+    if pickles:
+        raise StoreError(
+            f"'{folder}' holds pickles, which can run code: {join_some(pickles)}. "
+            "FedMira reads only adapter_model.safetensors; remove the pickles."
+        )
     if not path.is_file():
         raise StoreError(f"'{folder}' holds no adapter_model.safetensors")
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"'{path}' is damaged, or no safetensors file: {error}") from None
     part = layout.part("lora")
-    row = next(iter(tensors.values())).new_zeros(1, layout.size)
+    row = torch.zeros(1, layout.size)
     for leaf in part.leaves:
         name = f"{PREFIX}{leaf.module}.lora_{leaf.factor}.weight"
         if name not in tensors:
             raise StoreError(f"'{path}': no tensor '{name}'; was it made for another base or other target_modules?")
         found = tensors.pop(name)
         place = row[0, leaf.start : leaf.stop].view(leaf.shape)
-        if any(own > room for own, room in zip(found.shape, leaf.shape, strict=True)):
+        if found.ndim != 2 or any(own > room for own, room in zip(found.shape, leaf.shape, strict=True)):
             raise StoreError(f"'{path}': '{name}' is {tuple(found.shape)}, at most {leaf.shape} fits")
         place[: found.shape[0], : found.shape[1]] = found
     if tensors:

@@ -1,15 +1,20 @@
-"""What a run will cost before it starts: how many clients fit in one pass, measured and not guessed."""
+"""What a study will cost before it starts: clients per pass, memory, disk, bytes that travel, and time.
+
+Nothing is guessed: a pass is measured for its memory, a short probe (engine/probe.py) for its speed, and the work is
+counted from the data and the schedule.
+"""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
 from fedmira.adapters import Layout, start_adapters
-from fedmira.data.batches import ClientData, collate
+from fedmira.data.batches import ClientData, Encoded, collate, count_examples
 from fedmira.model.load import Base
 from fedmira.model.loss import CHUNK_BYTES
 from fedmira.model.passes import gradients
@@ -62,3 +67,103 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run passes through the base: tokens of training and of scoring by loss, and written answers."""
+
+    trained: float  # tokens, expected: which examples a partly used epoch holds is left to chance
+    scored: float  # tokens
+    answers: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.trained + other.trained, self.scored + other.scored, self.answers + other.answers)
+
+    def times(self, count: int) -> "Work":
+        """The same work so many times."""
+        return Work(self.trained * count, self.scored * count, self.answers * count)
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a probe measured on this machine, in seconds. None = there was nothing to measure on."""
+
+    trained: float  # per token
+    scored: float | None  # per token
+    answer: float | None  # per written answer, many in one pass
+
+    def seconds(self, work: Work) -> float:
+        """Time that some work will take."""
+        return work.trained * self.trained + work.scored * (self.scored or 0) + work.answers * (self.answer or 0)
+
+
+def count_start(clients: Sequence[ClientData], *, writes: bool, max_examples: int | None) -> Work:
+    """Count the scoring of the untouched base, once a study. writes: some metric needs written answers."""
+    scored = sum(_tokens(client.validation) + _tokens(client.test) for client in clients)
+    return Work(0, scored, _answers(clients, range(len(clients)), max_examples) if writes else 0)
+
+
+def count_run(
+    clients: Sequence[ClientData],
+    schedule: Sequence[np.ndarray],
+    *,
+    batch_size: int,
+    steps: int | None,
+    epochs: int | None,
+    every: int,
+    personal: bool,
+    writes: bool,
+    max_examples: int | None,
+) -> Work:
+    """Count one run: the local phases of a schedule, the sampled clients' losses before and after each merge, what is
+    due of the curve, and the test of everyone who was ever sampled (of all, where one model is shared)."""
+    phase = [
+        count_examples(len(client.train), batch_size=batch_size, steps=steps, epochs=epochs)
+        * client.tokens
+        / len(client.train)
+        for client in clients
+    ]
+    validation = [_tokens(client.validation) for client in clients]
+    everyone = sum(validation)
+    trained, scored = 0.0, 0.0
+    for number, ids in enumerate(schedule, 1):
+        trained += sum(phase[k] for k in ids)
+        own = sum(validation[k] for k in ids)
+        due = number % every == 0 or number == len(schedule)
+        scored += own + (everyone if due and not personal else own)
+    tested = sorted({int(k) for ids in schedule for k in ids}) if personal else range(len(clients))
+    scored += sum(_tokens(clients[k].test) for k in tested)
+    return Work(trained, scored, _answers(clients, tested, max_examples) if writes else 0)
+
+
+def _tokens(examples: Sequence[Encoded]) -> int:
+    return sum(len(one.ids) for one in examples)
+
+
+def _answers(clients: Sequence[ClientData], ids: Sequence[int], max_examples: int | None) -> int:
+    return sum(len(clients[k].test[:max_examples]) for k in ids)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study before it starts. Bytes and seconds; `free` is what this machine has now."""
+
+    clients: int
+    sampled: int  # clients of a round
+    rounds: int
+    cohort: int  # clients trained in one pass
+    examples: int  # to train on
+    tokens: int  # of all training examples
+    trained_tokens: int  # of these, loss is taken on
+    truncation: dict[str, int]
+    parameters: int  # of one adapter
+    memory: dict[str, int]  # base | rows | cohort | free
+    disk: dict[str, int]  # adapters | checkpoints (at most) | free
+    bytes_per_round: dict[str, int]  # method -> up and down together
+    speeds: Speeds
+    start_seconds: float  # scoring the untouched base, once
+    work: dict[str, Work]  # label -> what one run passes through the base
+    run_seconds: dict[str, float]  # label -> one run
+    runs: int  # methods x seeds
+    total_seconds: float

@@ -3,19 +3,24 @@
 import hashlib
 import warnings
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedmira import bundled
 from fedmira import methods as method_files
 from fedmira.adapters import lora_layout
-from fedmira.config import Config, MethodEntry
+from fedmira.config import Config, MethodEntry, NaturalIdPartitioner, Partitioner
+from fedmira.data import partitioners
 from fedmira.data.batches import ClientData, Truncation, encode_client
-from fedmira.data.formats import read_records
-from fedmira.data.partition import form_clients
+from fedmira.data.formats import Record, read_records
+from fedmira.data.partition import column_values, form_clients
+from fedmira.data.rows import Fault
+from fedmira.data.templates import Template, make_template
 from fedmira.engine.rounds import Federation, Observer
 from fedmira.engine.schedule import draw_schedule
 from fedmira.errors import ConfigError, ModelError
@@ -29,10 +34,26 @@ SMALL_BASE = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
+class Intake:
+    """A study's data as token ids, and what was done to it on the way."""
+
+    clients: list[ClientData]
+    truncation: Truncation
+    format: str
+    keys: Mapping[str, str]  # our name -> the data's key
+    template: str
+    examples: int  # read
+    others: int  # files in the folder that are of another kind, and not read
+    skipped: Sequence[Fault]  # bad rows, with on_bad_row: skip
+    left_out: int  # examples that the partitioner gives to nobody
+
+
+@dataclass(frozen=True, eq=False)
 class Prepared:
     """A study that passed every check: what its runs share, and each run's method."""
 
     federation: Federation
+    intake: Intake
     cohorts: Mapping[int, Cohort]
     entries: Sequence[MethodEntry]
     notes: Mapping[str, list[str]]  # label -> warnings of its build
@@ -41,16 +62,26 @@ class Prepared:
     threads: int
 
 
+def take_in(config: Config, observer: Observer) -> tuple[Any, Intake]:
+    """Read the data and encode every client with the base's tokenizer; return both. No weights are read.
+
+    Raises DataError, ConfigError or ModelError.
+    """
+    base_path, revision = bundled.resolve(config.model.base_model), config.model.revision
+    tokenizer = load_tokenizer(base_path, revision=revision)
+    max_question = _check_positions(config, count_positions(base_path, revision=revision))
+    intake = _read_clients(config, tokenizer, max_question)
+    observer("data", {"intake": intake})
+    return tokenizer, intake
+
+
 def prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None = None) -> Prepared:
     """Read data, check the methods, load the base and settle the cohort; nothing is written.
 
     saved: run.json of an earlier run of the study, whose dtype, threads and cohort are used again.
     """
-    base_path = bundled.resolve(config.model.base_model)
-    tokenizer = load_tokenizer(base_path)
-    max_question = _check_positions(config, count_positions(base_path))
-    clients, truncation, found = _read_clients(config, tokenizer, max_question)
-    observer("data", {"clients": clients, "truncation": truncation, "format": found})
+    tokenizer, intake = take_in(config, observer)
+    clients = intake.clients
     cohorts = {
         seed: Cohort(
             ids=tuple(client.id for client in clients),
@@ -74,7 +105,8 @@ def prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None 
                 built[entry.folder, seed] = method_files.build(entry.name, entry.settings, cohort)
             notes[entry.folder] = [str(warning.message) for warning in caught]
     base = load_base(
-        base_path,
+        bundled.resolve(config.model.base_model),
+        revision=config.model.revision,
         dtype=config.model.dtype if saved is None else saved["dtype"],
         device=config.model.device,
         targets=config.lora.target_modules,
@@ -105,7 +137,7 @@ def prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None 
     )
     observer("model", {"federation": federation, "sampled": sampled})
     linears = [name for name, module in base.model.named_modules() if _is_linear(module)]
-    return Prepared(federation, cohorts, config.methods, notes, built, linears, threads)
+    return Prepared(federation, intake, cohorts, config.methods, notes, built, linears, threads)
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
@@ -114,13 +146,26 @@ def _is_linear(module: torch.nn.Module) -> bool:
     )
 
 
-def _read_clients(config: Config, tokenizer: Any, max_question: int | None) -> tuple[list[ClientData], Truncation, str]:
+def _read_clients(config: Config, tokenizer: Any, max_question: int | None) -> Intake:
     section = config.data
-    found, records = read_records(bundled.resolve(section.path), format=section.format, columns=section.columns)
+    reading = read_records(
+        bundled.resolve(section.path),
+        format=section.format,
+        columns=section.columns,
+        on_bad_row=section.on_bad_row,
+        subset=section.subset,
+        revision=section.revision,
+    )
+    template = make_template(section.template, usual=reading.template, tokenizer=tokenizer)
+    if reading.format == "text":
+        _check_text(config, template)
+    chosen = section.clients.partitioner
+    parts = _partition(reading.records, chosen, section.seed)
     formed = form_clients(
-        records,
-        by=section.clients.by,
+        reading.records,
+        by=chosen.partition_by if isinstance(chosen, NaturalIdPartitioner) else section.clients.by,
         per_group=section.clients.per_group,
+        parts=parts,
         first=section.clients.first,
         groups=section.clients.groups,
         subsample=section.subsample,
@@ -130,13 +175,50 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None) -> t
         seed=section.seed,
     )
     clients = [
-        encode_client(
-            client, tokenizer, template=section.template, max_length=section.max_length, max_question=max_question
-        )
+        encode_client(client, tokenizer, template=template, max_length=section.max_length, max_question=max_question)
         for client in formed
     ]
-    truncation = sum((client.truncation for client in clients), Truncation())
-    return clients, truncation, found
+    return Intake(
+        clients=clients,
+        truncation=sum((client.truncation for client in clients), Truncation()),
+        format=reading.format,
+        keys=reading.keys,
+        template=template.name,
+        examples=len(reading.records),
+        others=reading.counts["others"],
+        skipped=reading.skipped,
+        left_out=0 if parts is None else len(reading.records) - sum(len(part) for part in parts),
+    )
+
+
+def _partition(records: Sequence[Record], chosen: Partitioner | None, default_seed: int) -> list[np.ndarray] | None:
+    """Deal records to clients as a partitioner of the config says: the indices of each client's records.
+
+    None where a column says whose each record is.
+    """
+    if chosen is None or isinstance(chosen, NaturalIdPartitioner):
+        return None
+    options = chosen.model_dump(exclude={"name", "seed", "partition_by"})
+    seed = default_seed if chosen.seed is None else chosen.seed
+    deal = getattr(partitioners, chosen.name)
+    if column := getattr(chosen, "partition_by", None):
+        labels = column_values(records, column, "clients.partitioner.partition_by")
+        return deal(labels, seed=seed, **options)
+    order = np.arange(len(records)) if not options.pop("shuffle") else partitioners.draw_order(len(records), seed=seed)
+    return [np.sort(order[part]) for part in deal(len(records), **options)]
+
+
+def _check_text(config: Config, template: Template) -> None:
+    """Plain text has no prompt to show and none to answer."""
+    faults = []
+    if template.name != "none":
+        faults.append(
+            f"data.template: found '{template.name}': the data is plain text, without prompts; set it to none"
+        )
+    if written := [metric for metric in config.evaluation.metrics if metric != "loss"]:
+        faults.append(f"evaluation.metrics: found {', '.join(written)}: plain text has no answers to write; keep loss")
+    if faults:
+        raise ConfigError(faults)
 
 
 def _check_positions(config: Config, positions: int | None) -> int | None:
@@ -192,6 +274,18 @@ def _fingerprint(client: ClientData) -> str:
     for part in (client.train, client.validation, client.test):
         digest.update(len(part).to_bytes(8, "big"))
         for example in part:
-            digest.update(array("q", [example.prompt_length, *example.ids]).tobytes())
+            spans = [place for span in example.labelled for place in span]
+            digest.update(array("q", [len(spans), *spans, *example.ids]).tobytes())
             digest.update(repr(example.answers).encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Compute on so many threads, and give the caller's number back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fedmira.config import Config, check_config, dump_config, read_config
+from fedmira.config import Config, check_config
+from fedmira.config_file import dump_config, read_config
 from fedmira.errors import StoreError
 from fedmira.store import append_lines, read_json, write_atomic, write_json
 
@@ -117,6 +118,17 @@ class RunFolder:
             append_lines(self.path / "results.csv", buffer.getvalue().splitlines())
         if record is not None:
             append_lines(self.path / "metrics.jsonl", [json.dumps(_finite(asdict(record)), allow_nan=False)])
+
+    def write_examples(self, examples: Iterable[Mapping[str, Any]]) -> None:
+        """Write examples.jsonl: prompts, references and answers, where report.examples asks for them."""
+        lines = "".join(json.dumps(dict(one), ensure_ascii=False) + "\n" for one in examples)
+        write_atomic(self.path / "examples.jsonl", lines.encode())
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Read examples.jsonl; none where it was not asked for, or the run is not complete."""
+        path = self.path / "examples.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []  # U+2028 ends no line here
+        return [json.loads(line) for line in lines if line]
 
     def records(self) -> list[dict[str, Any]]:
         """Read metrics.jsonl; a half-written last line (a crash) is left out."""

@@ -23,13 +23,14 @@ from torch import Tensor
 from fedmira import bundled
 from fedmira import methods as method_files
 from fedmira.adapters import Adapters
-from fedmira.config import Config, MethodEntry, check_config, read_config
+from fedmira.config import Config, MethodEntry, check_config
+from fedmira.config_file import read_config
 from fedmira.engine.rounds import Federation, Observer, Scores, run_rounds, score_start
 from fedmira.errors import ConfigError, FedMiraError, MethodError, Stopped, StoreError, WireError
 from fedmira.export import export_adapter, short_targets
 from fedmira.graph import Graph
 from fedmira.methods.base import Cohort, Method
-from fedmira.prepare import Prepared, client_table, prepare
+from fedmira.prepare import Prepared, client_table, prepare, using_threads
 from fedmira.reports.render import write_report
 from fedmira.reports.stats import read_results
 from fedmira.runs import RunFolder, StudyFolder, find_study
@@ -210,7 +211,7 @@ def _run_all(folder: StudyFolder, prepared: Prepared, observer: Observer, *, onl
     """Run what is not complete yet (of one run, if `only` is given), seed by seed, then write the report."""
     config = prepared.federation.config
     start: Scores | None = None
-    with _threads(prepared.threads):
+    with using_threads(prepared.threads):
         for seed in config.seeds:
             for entry in prepared.entries:
                 run_folder = folder.run(entry.folder, seed)
@@ -224,17 +225,6 @@ def _run_all(folder: StudyFolder, prepared: Prepared, observer: Observer, *, onl
     observer("report", {})
     write_report(folder.path)
     return Study(folder.path)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Compute on so many threads, and give the caller's number back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _is_complete(folder: RunFolder, config: Config) -> bool:

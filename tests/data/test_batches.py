@@ -10,10 +10,20 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fedmira.data.batches import NO_LOSS, Batch, ClientData, Encoded, Truncation, collate, encode_client, local_batches
-from fedmira.data.batches import render as render_prompt
+from fedmira.data.batches import (
+    NO_LOSS,
+    Batch,
+    ClientData,
+    Encoded,
+    Truncation,
+    collate,
+    count_examples,
+    encode_client,
+    local_batches,
+)
 from fedmira.data.formats import Record
 from fedmira.data.partition import Client
+from fedmira.data.templates import NONE
 from fedmira.errors import DataError, ShapeError
 
 BOS, EOS, PAD = 0, 1, 2
@@ -46,7 +56,7 @@ def client(*pairs: tuple[str, str], validation: Sequence[tuple[str, str]] = ()) 
 def encode(
     prompt: str, answer: str, *, max_length: int = 100, using: PreTrainedTokenizerFast | None = None
 ) -> ClientData:
-    return encode_client(client((prompt, answer)), using or tokenizer(), template="none", max_length=max_length)
+    return encode_client(client((prompt, answer)), using or tokenizer(), template=NONE, max_length=max_length)
 
 
 def letters(text: str) -> tuple[int, ...]:
@@ -57,36 +67,6 @@ def only(data: ClientData) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return prompt ids and labelled ids of the one training example."""
     [example] = data.train
     return example.ids[: example.prompt_length], example.ids[example.prompt_length :]
-
-
-# ---------------------------------------------------------------- prompts
-
-
-def test_the_alpaca_prompt_with_an_input() -> None:
-    assert render_prompt(Record("Add.", "1 2", ("3",), {}, ""), "alpaca") == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
-    )
-
-
-@pytest.mark.parametrize("nothing", ["", " \n"])
-def test_the_alpaca_prompt_without_an_input(nothing: str) -> None:
-    assert render_prompt(Record("Sing {x}.", nothing, ("la",), {}, ""), "alpaca") == (
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nSing {x}.\n\n### Response:\n"
-    )
-
-
-def test_no_template_is_the_instruction_and_the_input_on_its_own_line() -> None:
-    assert render_prompt(Record("Add.", "1 2", ("3",), {}, ""), "none") == "Add.\n1 2"
-    assert render_prompt(Record("Add.", "", ("3",), {}, ""), "none") == "Add."
-
-
-def test_an_unknown_template_suggests_the_nearest() -> None:
-    with pytest.raises(DataError, match=r"'alpca' is unknown \(did you mean 'alpaca'\?\)"):
-        render_prompt(Record("", "", ("x",), {}, ""), "alpca")
 
 
 # ---------------------------------------------------------------- what is trained on
@@ -144,13 +124,13 @@ def test_an_answer_without_a_token_still_trains_the_end_of_text() -> None:
 
 def test_trained_tokens_and_tokens_count_the_training_examples_only() -> None:
     data = encode_client(
-        client(("a b", "c"), ("a", "b c d"), validation=[("a", "b")]), tokenizer(), template="none", max_length=99
+        client(("a b", "c"), ("a", "b c d"), validation=[("a", "b")]), tokenizer(), template=NONE, max_length=99
     )
     assert (data.trained_tokens, data.tokens) == (2 + 4, 4 + 5)
 
 
 def test_a_client_keeps_its_name_group_columns_and_splits() -> None:
-    data = encode_client(client(("a", "b"), validation=[("c", "d")]), tokenizer(), template="none", max_length=99)
+    data = encode_client(client(("a", "b"), validation=[("c", "d")]), tokenizer(), template=NONE, max_length=99)
     assert (data.id, data.name, data.group, data.columns) == ("c", "The client", "g", {"k": "v"})
     assert [example.ids for example in data.validation] == [(*letters("cd"), EOS)]
     assert data.test == ()
@@ -239,7 +219,7 @@ def test_dropped_examples_are_counted_and_a_client_left_with_none_is_named() -> 
 
 def test_truncation_counts_add_up_over_all_splits() -> None:
     made = client(("a b c", "d"), ("a", "b c d e"), validation=[("a", "b"), ("a b c d", "e")])
-    assert encode_client(made, tokenizer(), template="none", max_length=4).truncation == Truncation(4, 2, 1, 0)
+    assert encode_client(made, tokenizer(), template=NONE, max_length=4).truncation == Truncation(4, 2, 1, 0)
     assert Truncation(1, 2, 3, 4) + Truncation(10, 20, 30, 40) == Truncation(11, 22, 33, 44)
 
 
@@ -373,6 +353,16 @@ def test_steps_that_cannot_be_are_refused(count: int, options: dict[str, int]) -
         steps(count, **options)
 
 
+@pytest.mark.parametrize(
+    ("count", "steps_", "epochs"), [(10, 5, None), (10, 3, None), (2, 3, None), (9, None, 2), (7, 4, None)]
+)
+def test_the_examples_of_a_round_are_counted_without_drawing_them(
+    count: int, steps_: int | None, epochs: int | None
+) -> None:
+    taken = sum(len(batch) for batch in steps(count, steps=steps_, epochs=epochs))
+    assert count_examples(count, batch_size=4, steps=steps_, epochs=epochs) == taken
+
+
 PROMPT = " ".join("abcdefghij" * 3)
 
 
@@ -381,7 +371,7 @@ def test_the_question_does_not_depend_on_how_long_the_answer_is() -> None:
     asked = []
     for answer in ("a", " ".join("abcdefghij")):
         own = client(("a", "b"), validation=[(PROMPT, answer)])
-        data = encode_client(own, tokenizer(bos=True), template="none", max_length=20, max_question=16)
+        data = encode_client(own, tokenizer(bos=True), template=NONE, max_length=20, max_question=16)
         [one] = data.validation
         assert one.prompt_length == 20 - len(answer.split()) - 1
         asked.append(one.question)
@@ -390,5 +380,5 @@ def test_the_question_does_not_depend_on_how_long_the_answer_is() -> None:
 
 def test_cut_questions_are_counted_for_what_is_answered_only() -> None:
     own = client((PROMPT, "a"), (PROMPT, "b"), validation=[(PROMPT, "a"), ("a b", "c")])
-    data = encode_client(own, tokenizer(), template="none", max_length=40, max_question=16)
+    data = encode_client(own, tokenizer(), template=NONE, max_length=40, max_question=16)
     assert data.truncation == Truncation(examples=4, questions_cut=1)

@@ -1,4 +1,4 @@
-"""A base model is accepted when it is a causal decoder whose own logits our head gives; all else is refused."""
+"""A base is accepted when it is a causal decoder that does what the passes rely on; all else is refused."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,6 @@ from tests import tiny
 
 from fedmira.errors import ModelError
 from fedmira.model.load import choose_device, choose_dtype, fingerprint, load_base, load_tokenizer, wrap
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    folder = tmp_path / "tiny"
-    tiny.model("llama", dtype=torch.float32).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
 
 
 def refused(model: Any) -> Any:
@@ -62,16 +54,37 @@ def test_a_folder_that_is_not_there_is_refused(name: str) -> None:
         load_tokenizer(name)
 
 
-def test_pickled_weights_are_refused_with_the_way_out(saved: Path) -> None:
-    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"pytorch_model\.bin and no safetensors; pickles can run code"):
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [("num_hidden_layers", 3, r"layers\.2"), ("intermediate_size", 24, r"mlp"), ("vocab_size", 40, r"lm_head")],
+)
+def test_weights_that_do_not_fit_their_config_are_refused(saved: Path, key: str, value: int, named: str) -> None:
+    facts = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(facts | {key: value}))
+    with pytest.raises(ModelError, match=rf"do not fit its config\.json.*{named}"):
         load_base(str(saved), dtype="float32", device="cpu")
 
 
-def test_weights_that_do_not_fit_their_config_are_refused(saved: Path) -> None:
-    facts = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps(facts | {"num_hidden_layers": 3}))
-    with pytest.raises(ModelError, match=r"do not fit its config\.json.*layers\.2"):
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_a_truncated_weight_file_is_refused(saved: Path, size: int) -> None:
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(ModelError, match=r"weights cannot be loaded: \w*Error: .") as error:
+        load_base(str(saved), dtype="float32", device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_weights_is_refused(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no safetensors \(model\.safetensors, or"):
+        load_base(str(saved), dtype="float32", device="cpu")
+
+
+def test_weights_that_are_not_numbers_are_refused(saved: Path) -> None:
+    made = tiny.model("llama", dtype=torch.float32)
+    made.model.norm.weight.data[3] = torch.nan
+    made.save_pretrained(saved)
+    with pytest.raises(ModelError, match=r"logits are not all finite in torch\.float32: damaged weights"):
         load_base(str(saved), dtype="float32", device="cpu")
 
 
@@ -81,12 +94,6 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(saved: Path) -> None:
     plain.save_pretrained(saved)
     with pytest.raises(ModelError, match="no end-of-text token"):
         load_tokenizer(str(saved))
-
-
-def test_an_encoder_decoder_is_no_causal_decoder(saved: Path) -> None:
-    transformers.T5Config(vocab_size=8).save_pretrained(saved)
-    with pytest.raises(ModelError, match="t5 model is no causal decoder"):
-        load_base(str(saved), dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize(("decoder", "fault"), [(False, "later tokens change earlier logits"), (True, "output head")])
@@ -126,3 +133,108 @@ def test_a_checkpoints_own_sampling_settings_do_not_reach_greedy_answers() -> No
     base = wrap(model, tiny.tokenizer(), name="x", targets="auto", fingerprint="x")
     assert base.model.generation_config.repetition_penalty in (None, 1.0)
     assert base.model.generation_config.eos_token_id == [tiny.END, 7]
+
+
+def test_a_tokenizer_that_ends_texts_with_an_id_beyond_the_vocabulary_is_refused() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    assert tokenizer.eos_token_id == tiny.VOCABULARY
+    with pytest.raises(ModelError, match="ends or fills texts with id 23, but the model knows 23 ids"):
+        wrap(tiny.model("llama"), tokenizer, name="x", targets="auto", fingerprint="x")
+
+
+def test_a_first_pass_that_fails_is_told_with_the_base() -> None:
+    model = tiny.model("llama")
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(5, 20)
+    with pytest.raises(
+        ModelError, match=r"model\.base_model 'x': a first pass of LlamaForCausalLM failed: RuntimeError"
+    ):
+        refused(model)
+
+
+class Unmasked(transformers.LlamaForCausalLM):
+    """A model that hears nothing of padding, as recurrent ones without a mask."""
+
+    def forward(self, *args: Any, attention_mask: Any = None, position_ids: Any = None, **others: Any) -> Any:
+        return super().forward(*args, **others)
+
+
+def test_a_model_that_does_not_mask_what_stands_left_of_a_prompt_is_refused() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match=r"Unmasked in torch\.float32 continues a prompt differently beside a longer"):
+        refused(Unmasked(tiny.config("llama", initializer_range=0.5)))
+
+
+def test_rwkv_is_refused_because_it_has_no_mask() -> None:
+    config = transformers.RwkvConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, eos_token_id=tiny.END
+    )
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match=r"RwkvForCausalLM in torch\.float32 continues a prompt differently"):
+        refused(transformers.RwkvForCausalLM(config))
+
+
+def test_a_dtype_in_which_a_models_mask_overflows_is_refused_with_another() -> None:
+    with pytest.raises(
+        ModelError, match=r"Gemma2ForCausalLM in torch\.float64 continues.*model\.dtype: float32 may do"
+    ):
+        tiny.base("gemma2", dtype=torch.float64)
+
+
+class NoWords(transformers.LlamaForCausalLM):
+    def generate(self, *args: Any, **others: Any) -> Any:
+        raise RuntimeError("no words")
+
+
+def test_a_model_that_cannot_write_is_refused() -> None:
+    with pytest.raises(ModelError, match="NoWords failed to write a first word: RuntimeError: no words"):
+        refused(NoWords(tiny.config("llama")))
+
+
+class Mixture(torch.nn.Module):
+    """Two experts: the first takes the tokens with a positive sum, the second the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(16, 16, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = x.sum(dim=-1) > 0
+        y = torch.empty_like(x)
+        for chosen, expert in zip((first, ~first), self.experts, strict=True):
+            y[chosen] = expert(x[chosen])
+        return y
+
+
+def test_layers_that_see_some_tokens_only_get_no_adapter_and_cannot_be_named(caplog: pytest.LogCaptureFixture) -> None:
+    def mixture() -> Any:
+        model = tiny.model("llama")
+        model.model.layers[1].mlp = Mixture()
+        return model
+
+    with caplog.at_level("WARNING"):
+        base = refused(mixture())
+    assert [name for name, _, _ in base.shapes if "mlp" in name] == [
+        f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")
+    ]
+    assert (
+        "x: 2 of 13 linear layers get no adapter: 'model.layers.1.mlp.experts.0' does not see every token"
+        in caplog.text
+    )
+    with pytest.raises(
+        ModelError, match=r"lora\.target_modules: 'model\.layers\.1\.mlp\.experts\.0' does not see every"
+    ):
+        wrap(mixture(), tiny.tokenizer(), name="x", targets=["experts.0"], fingerprint="x")
+
+
+def test_a_layer_that_no_pass_calls_gets_no_adapter() -> None:
+    model = tiny.model("llama")
+    model.model.layers[0].mlp.spare = torch.nn.Linear(16, 16)
+    assert not [name for name, _, _ in refused(model).shapes if "spare" in name]
+
+
+def test_pefts_list_gives_way_to_all_linear_where_it_names_no_layer() -> None:
+    model = tiny.model("llama")
+    model.config.model_type = "gpt2"  # of which PEFT expects a c_attn
+    base = wrap(model, tiny.tokenizer(), name="x", targets="auto", fingerprint="x")
+    assert len(base.shapes) == 2 * 7

@@ -1,19 +1,22 @@
 """Laying examples end to end changes nothing: the same losses and gradients as padded, or as each example alone."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from tests import tiny
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
 
 from fedmira.adapters import Adapters
 from fedmira.data.batches import NO_LOSS, Batch, Encoded, collate
-from fedmira.model.load import Base
-from fedmira.model.packing import SEGMENT_FILL, pack, pad
+from fedmira.model.load import Base, wrap
+from fedmira.model.packing import SEGMENT_FILL, Rule, pack, pad
 from fedmira.model.passes import gradients, losses
 
 BASE = tiny.base("gpt2", targets=["c_attn"])
@@ -117,15 +120,111 @@ def test_what_fills_a_segment_may_be_longer_than_the_base_has_positions() -> Non
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 def test_families_with_rotary_positions_and_windows_are_packed_too(family: str) -> None:
-    base = tiny.base(family, targets="all-linear")
+    base = tiny.base(family, targets="all-linear", dtype=torch.float32)
     assert base.packs
-    stack = tiny.adapters(tiny.layout(base, 2), (2, 1, 2))
+    stack = tiny.adapters(tiny.layout(base, 2), (2, 1, 2), dtype=torch.float32)
     batch = batch_of([[4, 14], [9, 2, 3], [17]])
     into, other = torch.zeros_like(stack.rows), torch.zeros_like(stack.rows)
     packed, _ = gradients(base, stack, batch, into=into)
     padded, _ = gradients(replace(base, packs=False), stack, batch, into=other)
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(into, other, rtol=1e-4, atol=1e-5)
+
+
+LONG = [[4, 24], [17, 2, 21], [30]]
+NARROW = {"mistral": "sliding_window", "qwen2_moe": "sliding_window", "llama4": "attention_chunk_size"}
+
+
+@pytest.mark.parametrize(("family", "key"), NARROW.items(), ids=NARROW)
+@pytest.mark.parametrize("reach", [4, 16, 40])
+def test_a_window_or_chunk_holds_in_packed_passes_however_long_the_texts_are(family: str, key: str, reach: int) -> None:
+    """A base is tried on 9 tokens when it is loaded, which 16 and 40 do not touch; these texts have up to 30.
+
+    Mistral hands its window to attention, the others have it in the mask alone; Llama 4 cuts texts into chunks.
+    """
+    base = tiny.base(family, targets="all-linear", **{key: reach})
+    assert base.packs
+    stack = tiny.adapters(tiny.layout(base, 2), (2, 1, 2))
+    batch = batch_of(LONG)
+    into, other = torch.zeros_like(stack.rows), torch.zeros_like(stack.rows)
+    packed, _ = gradients(base, stack, batch, into=into)
+    padded, _ = gradients(replace(base, packs=False), stack, batch, into=other)
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(into, other, rtol=1e-4, atol=1e-5)
+    open_base = tiny.base(family, targets="all-linear", **{key: 60})
+    everything, _ = gradients(open_base, stack, batch, into=other)
+    assert bool(((everything - packed).abs() > 1e-4).all()) == (reach < 17)  # each client has a text of 17 or more
+
+
+def test_the_rule_of_a_window_is_worked_out_once_for_each_bucket_and_only_where_a_text_is_longer() -> None:
+    """Texts of 5 and 3 tokens, seen through a window of 4: two buckets, of which the first needs a mask."""
+    plan = pack(batch_of([[3, 5]]), pad_id=0).attention
+    assert plan is not None
+    assert plan.buckets == ((1, 5), (1, 3))
+    calls = []
+
+    def sees(batch: Tensor, head: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        calls.append((queries.flatten().tolist(), keys.flatten().tolist()))
+        return (keys <= queries) & (keys > queries - 4)
+
+    rule = Rule(sees, 4)
+    mask = rule.mask(plan, 0)
+    assert mask is rule.mask(plan, 0)
+    assert mask is not None
+    assert mask.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
+    assert rule.mask(plan, 1) is None
+    assert calls == [([3, 4, 5, 6, 7], [3, 4, 5, 6, 7])]  # places in the sequence, behind the other text
+
+
+class OwnMask(transformers.LlamaForCausalLM):
+    """A decoder that brings a mask of its own to every layer."""
+
+    def __init__(self, config: transformers.LlamaConfig) -> None:
+        super().__init__(config)
+        self.model.register_forward_pre_hook(self.bring, with_kwargs=True)
+
+    @staticmethod
+    def bring(module: nn.Module, args: object, given: dict[str, Any]) -> tuple[object, dict[str, Any]]:
+        length = given["input_ids"].shape[1]
+        if not given.get("use_cache", True):
+            given["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+        return args, given
+
+
+def test_a_base_that_brings_its_own_mask_is_padded(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        base = wrap(OwnMask(tiny.config("llama")).eval(), tiny.tokenizer(), name="x", targets="auto", fingerprint="x")
+    assert not base.packs
+    assert "OwnMask is trained on padded batches" in caplog.text
+    assert "mask from elsewhere" in caplog.text
+
+
+class OwnPattern(transformers.LlamaForCausalLM):
+    """A decoder that adds a pattern to its causal mask: no token sees the one right before it."""
+
+    def __init__(self, config: transformers.LlamaConfig) -> None:
+        super().__init__(config)
+        self.model.register_forward_pre_hook(self.bring, with_kwargs=True)
+
+    def bring(self, module: nn.Module, args: object, given: dict[str, Any]) -> tuple[object, dict[str, Any]]:
+        if not given.get("use_cache", True):
+            given["attention_mask"] = create_causal_mask(
+                self.config,
+                self.model.embed_tokens(given["input_ids"]),
+                None,
+                None,
+                position_ids=given.get("position_ids"),
+                and_mask_function=lambda batch, head, query, key: query - key != 1,
+            )
+        return args, given
+
+
+def test_a_base_that_adds_a_pattern_to_its_mask_is_padded(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        made = OwnPattern(tiny.config("llama")).eval()
+        base = wrap(made, tiny.tokenizer(), name="x", targets="auto", fingerprint="x")
+    assert not base.packs
+    assert "a mask of the model's own cannot be packed" in caplog.text
 
 
 def test_the_models_own_attention_is_back_after_a_pass() -> None:

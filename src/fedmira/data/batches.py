@@ -1,6 +1,7 @@
 """Turn clients' records into token ids, and token ids into batches with a leading client axis.
 
-Axes: S clients of a batch, B examples per client, T tokens. Loss is taken on the answer and the end of text only.
+Axes: S clients of a batch, B examples per client, T tokens. Loss is taken on the answer and the end of text, and in
+conversations on what the assistant said before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,14 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmira.data.formats import Record
 from fedmira.data.partition import Client
-from fedmira.errors import DataError, ShapeError, nearest
+from fedmira.data.templates import Rendered, Template
+from fedmira.errors import DataError, ShapeError
 
 NO_LOSS = -100  # the label that cross-entropy leaves out, as in transformers
-
-_TASK = "Below is an instruction that describes a task"
-_REQUEST = "Write a response that appropriately completes the request."
 
 
 class Tokenizer(Protocol):
@@ -26,6 +24,9 @@ class Tokenizer(Protocol):
 
     @property
     def eos_token_id(self) -> int | None: ...
+
+    @property
+    def bos_token_id(self) -> int | None: ...
 
     def __call__(
         self, text: list[str], *, add_special_tokens: bool, return_attention_mask: bool, verbose: bool
@@ -37,14 +38,27 @@ class Encoded:
     """One tokenised example: prompt, answer and end of text, at most `max_length` ids."""
 
     ids: tuple[int, ...]
-    prompt_length: int  # labels start here; at least 1, for there must be a token to predict from
+    prompt_length: int  # the answer's labels start here; at least 1, for there must be a token to predict from
     answers: tuple[str, ...]  # for scoring
-    cut_question: tuple[int, ...] | None = None  # see `question`; None = the prompt of `ids`
+    own_question: tuple[int, ...] | None = None  # see `question`; None = the prompt of `ids`
+    earlier: tuple[
+        tuple[int, int], ...
+    ] = ()  # [start, stop) of labels inside the prompt: the assistant's earlier turns
 
     @property
     def question(self) -> tuple[int, ...]:
         """The prompt that an answer is written to: unlike the prompt in `ids`, its cut knows nothing of the answer."""
-        return self.ids[: self.prompt_length] if self.cut_question is None else self.cut_question
+        return self.ids[: self.prompt_length] if self.own_question is None else self.own_question
+
+    @property
+    def labelled(self) -> tuple[tuple[int, int], ...]:
+        """All spans [start, stop) of `ids` that loss is taken on."""
+        return (*self.earlier, (self.prompt_length, len(self.ids)))
+
+    @property
+    def labels(self) -> int:
+        """Tokens that loss is taken on."""
+        return sum(stop - start for start, stop in self.labelled)
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,7 @@ class ClientData:
     @property
     def trained_tokens(self) -> int:
         """Tokens with a label in the training examples: answers and ends of text."""
-        return sum(len(example.ids) - example.prompt_length for example in self.train)
+        return sum(example.labels for example in self.train)
 
     @property
     def tokens(self) -> int:
@@ -100,38 +114,18 @@ class Batch:
     lengths: Tensor  # [S, B] int64; 0 = an empty example that fills up a client with fewer
 
 
-def render(record: Record, template: str) -> str:
-    """Return the prompt's text.
-
-    "alpaca": the two preambles of Stanford Alpaca, with and without an input; "none": the instruction, then the input
-    on a line of its own if there is one. White space alone is no input.
-    Raises DataError for an unknown template.
-    Source: tatsu-lab/stanford_alpaca train.py, PROMPT_DICT; the last line break as in tloen/alpaca-lora.
-    """
-    given = bool(record.input.strip())
-    if template == "none":
-        return f"{record.instruction}\n{record.input}" if given else record.instruction
-    if template != "alpaca":
-        known = ["alpaca", "none"]
-        raise DataError(f"data.template '{template}' is unknown{nearest(template, known)}; known: {', '.join(known)}")
-    if given:
-        return (
-            f"{_TASK}, paired with an input that provides further context. {_REQUEST}\n\n"
-            f"### Instruction:\n{record.instruction}\n\n### Input:\n{record.input}\n\n### Response:\n"
-        )
-    return f"{_TASK}. {_REQUEST}\n\n### Instruction:\n{record.instruction}\n\n### Response:\n"
-
-
 def encode_client(
-    client: Client, tokenizer: Tokenizer, *, template: str, max_length: int, max_question: int | None = None
+    client: Client, tokenizer: Tokenizer, *, template: Template, max_length: int, max_question: int | None = None
 ) -> ClientData:
     """Tokenise all records of a client, cutting prompts at their start so that answers stay whole.
 
-    An example is prompt ids, the first answer's ids, end of text. Where that is more than `max_length`, prompt ids go
-    first, from the start but after what the tokenizer itself puts first (BOS); one always stays. An answer that is
-    still too long loses its end, and the end of text. max_question: tokens of a prompt that an answer is written to
-    (None = max_length); it is cut in the same way, whatever the reference answer.
-    Raises DataError: a tokenizer without an end of text, max_length below 1, or no training example left.
+    An example is prompt ids, the first answer's ids, end of text; the pieces of a template are tokenised one by one, so
+    that what is trained on begins and ends between tokens. Where that is more than `max_length`, prompt ids go first,
+    from the start but after what stands first by itself (BOS); one always stays. An answer that is still too long
+    loses its end, and the end of text. max_question: tokens of a prompt that an answer is written to (None =
+    max_length); it is cut in the same way, whatever the reference answer.
+    Raises DataError: a tokenizer without an end of text, max_length below 1, a record that the template cannot show,
+    or no training example left.
     """
     end = tokenizer.eos_token_id
     if end is None:
@@ -139,13 +133,16 @@ def encode_client(
     if max_length < 1:
         raise DataError(f"data.max_length = {max_length}: must be at least 1")
     records = [*client.train, *client.validation, *client.test]
-    prompts, opening = _prompts([render(record, template) for record in records], tokenizer, end)
-    answers = _tokenize([record.answers[0] for record in records], tokenizer, special=False)
+    shown = [template.render(record) for record in records]
+    prompts = _chats(shown, tokenizer, end) if template.complete else _prompts(shown, tokenizer, end)
+    answers = [
+        ids if template.complete and ids[-1:] == [end] else [*ids, end]
+        for ids in _tokenize([one.answer for one in shown], tokenizer, special=False)
+    ]
     fitted = [
         _fit(
             prompt,
-            [*answer, end],
-            opening=opening,
+            answer,
             max_length=max_length,
             max_question=None if place < len(client.train) else min(max_question or max_length, max_length),
             texts=record.answers,
@@ -173,6 +170,16 @@ def encode_client(
     )
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt as ids, not cut yet."""
+
+    ids: Sequence[int]
+    opening: int  # ids that stay first whatever is cut
+    trained: tuple[tuple[int, int], ...] = ()  # [start, stop) of earlier turns of the assistant
+    question: Sequence[int] | None = None  # what an answer is written to, where that is another text
+
+
 def _tokenize(texts: list[str], tokenizer: Tokenizer, *, special: bool) -> list[list[int]]:
     if not texts:
         return []
@@ -185,12 +192,13 @@ def _tokenize(texts: list[str], tokenizer: Tokenizer, *, special: bool) -> list[
         ) from error
 
 
-def _prompts(texts: list[str], tokenizer: Tokenizer, end: int) -> tuple[list[list[int]], int]:
-    """Return each prompt's ids without an added end of text, and how many ids the tokenizer puts before the text.
+def _prompts(shown: Sequence[Rendered], tokenizer: Tokenizer, end: int) -> list[_Prompt]:
+    """Return prompts with what the tokenizer puts first, and without an added end of text.
 
     What it adds is found by encoding one text with and without: BOS and EOS may be the same id (GPT-2), so that an
     id alone does not tell which of them it is. A prompt without any id becomes one end of text.
     """
+    texts = [one.question for one in shown]
     prompts = _tokenize(texts, tokenizer, special=True)
     added = _tokenize([""], tokenizer, special=True)[0]
     closing = int(len(added) > 1 and added[-1] == end)
@@ -208,44 +216,64 @@ def _prompts(texts: list[str], tokenizer: Tokenizer, end: int) -> tuple[list[lis
                 prompt.pop()
         if not prompt:
             prompt.append(end)
-    return prompts, opening
+    return [_Prompt(prompt, opening) for prompt in prompts]
+
+
+def _chats(shown: Sequence[Rendered], tokenizer: Tokenizer, end: int) -> list[_Prompt]:
+    """Return conversations piece by piece: their special tokens are in the text, a first BOS among them stays first."""
+    pieces = iter(_tokenize([part.text for one in shown for part in one.prompt], tokenizer, special=False))
+    questions = _tokenize([one.question for one in shown], tokenizer, special=False)
+    prompts = []
+    for one, question in zip(shown, questions, strict=True):
+        ids: list[int] = []
+        trained = []
+        for part in one.prompt:
+            start = len(ids)
+            ids += next(pieces)
+            if part.trained and len(ids) > max(start, 1):
+                trained.append((max(start, 1), len(ids)))
+        opening = int(tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id])
+        prompts.append(_Prompt(ids or [end], opening, tuple(trained), question if question != ids else None))
+    return prompts
 
 
 def _fit(
-    prompt: Sequence[int],
-    answer: Sequence[int],
-    *,
-    opening: int,
-    max_length: int,
-    max_question: int | None,
-    texts: tuple[str, ...],
+    prompt: _Prompt, answer: Sequence[int], *, max_length: int, max_question: int | None, texts: tuple[str, ...]
 ) -> tuple[Encoded | None, Truncation]:
     """Cut one example to max_length. Returns None if no answer token is left, and what was cut.
 
     max_question: None for an example that no answer is written to.
     """
     kept = answer[: max_length - 1]
-    room = max_length - len(kept)
     if not kept:
         return None, Truncation(examples=1, dropped=1)
-    shown = _cut(prompt, opening, room)
-    question = prompt if max_question is None else _cut(prompt, opening, max_question)
-    own_question = None if max_question is None or len(question) == len(shown) else tuple(question)
-    example = Encoded((*shown, *kept), len(shown), texts, own_question)
+    shown, gone = _cut(prompt.ids, prompt.opening, max_length - len(kept))
+    first = max(prompt.opening, 1)  # where the ids after a cut begin; the first id of all has no label
+    moved = [(max(start - gone, first if gone else 1), stop - gone) for start, stop in prompt.trained]
+    own_question, questions_cut = None, 0
+    if max_question is not None:
+        whole = prompt.ids if prompt.question is None else prompt.question
+        question, lost = _cut(whole, prompt.opening, max_question)
+        questions_cut = int(lost > 0)
+        own_question = tuple(question) if prompt.question is not None or len(question) != len(shown) else None
+    example = Encoded(
+        ids=(*shown, *kept),
+        prompt_length=len(shown),
+        answers=texts,
+        own_question=own_question,
+        earlier=tuple((start, stop) for start, stop in moved if start < stop),
+    )
     return example, Truncation(
-        examples=1,
-        prompts_cut=int(len(shown) < len(prompt)),
-        answers_cut=int(len(kept) < len(answer)),
-        questions_cut=int(len(question) < len(prompt)),
+        examples=1, prompts_cut=int(gone > 0), answers_cut=int(len(kept) < len(answer)), questions_cut=questions_cut
     )
 
 
-def _cut(prompt: Sequence[int], opening: int, room: int) -> Sequence[int]:
-    """Keep the last `room` tokens of a prompt, what the tokenizer puts first (BOS) among them."""
+def _cut(prompt: Sequence[int], opening: int, room: int) -> tuple[Sequence[int], int]:
+    """Keep the last `room` ids of a prompt, its opening (BOS) among them; return them and how many are gone."""
     if len(prompt) <= room:
-        return prompt
+        return prompt, 0
     first = prompt[: min(opening, room)]
-    return [*first, *prompt[len(prompt) - (room - len(first)) :]]
+    return [*first, *prompt[len(prompt) - (room - len(first)) :]], len(prompt) - room
 
 
 def collate(
@@ -271,7 +299,8 @@ def collate(
         for place, example in enumerate(own):
             length = len(example.ids)
             ids[client, place, :length] = example.ids
-            labels[client, place, example.prompt_length : length] = example.ids[example.prompt_length :]
+            for start, stop in example.labelled:
+                labels[client, place, start:stop] = example.ids[start:stop]
             lengths[client, place] = length
     return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(lengths))
 
@@ -298,3 +327,12 @@ def local_batches(
         order = np.random.default_rng([seed, round, key, epoch]).permutation(count)
         batches += [order[start : start + batch_size] for start in range(0, count, batch_size)]
     return batches if steps is None else batches[:steps]
+
+
+def count_examples(count: int, *, batch_size: int, steps: int | None, epochs: int | None) -> int:
+    """Return how many examples `local_batches` takes in one round, repeats counted."""
+    if epochs is not None:
+        return epochs * count
+    per_epoch = -(-count // batch_size)
+    whole, rest = divmod(steps or 0, per_epoch)
+    return whole * count + min(rest * batch_size, count)

@@ -1,36 +1,30 @@
-"""Read examples from JSON and JSONL files in the formats that federated fine-tuning data comes in.
+"""Read examples in the formats that federated fine-tuning data comes in.
 
 A format is one entry of `FORMATS`: the keys it reads, how its rows are recognised, how one row becomes records. Reading
 is strict: every bad row is found, none is dropped in silence, and no error ever shows the text of an example.
 """
 
-import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedmira.data.rows import BadRow, Fault, Place, Row, as_row, find_files, kind_of, read_rows
+from fedmira.data.chats import convert_chat, recognises_chat
+from fedmira.data.converters import (
+    convert_instruction,
+    convert_pair,
+    convert_tasks,
+    convert_text,
+    recognises_instruction,
+    recognises_pair,
+    recognises_tasks,
+    recognises_text,
+)
+from fedmira.data.records import ALIASES, PLAIN_KEY, Keys, Record, Turn, present
+from fedmira.data.rows import FAULTS_SHOWN, BadRow, Fault, Place, Row
+from fedmira.data.sources import Source, Table, open_source
 from fedmira.errors import DataError, nearest
 
-Keys = Mapping[str, Sequence[str]]  # our name -> the data's keys that may hold it, the first one present counts
-
-ALIASES = ("task", "category")  # columns that any format may take from another key of the data
-FAULTS_SHOWN = 5
-
-_PLAIN_KEY = re.compile(r"[\w .:/-]{1,40}")  # keys outside it may be text in the wrong place: errors do not show them
-_PLAIN_ID = re.compile(r"[\w.:#/-]{1,120}")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One example as read."""
-
-    instruction: str
-    input: str  # may be empty
-    answers: tuple[str, ...]  # the first is trained on, all count for scoring; at least one, none empty
-    columns: Mapping[str, str]  # every scalar column of the row as text
-    source: str  # "file:line" or "file#instance id"; never example text
+__all__ = ["FORMATS", "Format", "Reading", "Record", "Turn", "read_records"]
 
 
 @dataclass(frozen=True)
@@ -41,55 +35,143 @@ class Format:
     """
 
     name: str
+    template: str  # the usual one: alpaca, none or chat
     keys: Keys
     recognises: Callable[[Row, Keys], bool]
     convert: Callable[[Row, Keys, Place], Iterable[Record | Fault]]
-    optional: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()  # the first row decides whether the data has it
+    anywhere: frozenset[str] = frozenset()  # any row may have it
+
+
+@dataclass(frozen=True)
+class Reading:
+    """All that was read of a source."""
+
+    format: str
+    template: str  # the format's usual one
+    records: list[Record]
+    skipped: tuple[Fault, ...]  # one for each example that could not be read; empty unless bad rows are skipped
+    counts: Mapping[str, int]  # tables (files or splits), empty (of these), others (other files), kept, skipped
+    keys: Mapping[str, str]  # our name -> the key of the data that it was found under, in the first row
+
+    @property
+    def read(self) -> int:
+        """All examples seen: kept and skipped ones."""
+        return len(self.records) + len(self.skipped)
 
 
 def read_records(
-    path: str | Path, *, format: str = "auto", columns: Mapping[str, str] | None = None
-) -> tuple[str, list[Record]]:
-    """Read all examples of a file, or of a folder's files in the order of their names.
+    path: str | Path,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: str = "error",
+    subset: str | None = None,
+    revision: str | None = None,
+) -> Reading:
+    """Read all examples of a file, a folder's files in the order of their names, a saved data set, or one of the hub.
 
-    Returns the format's name (found by the keys of the first row if `format` is "auto") and the records in file order.
-    A folder adds the column `file`, the file's name without extension, where a row has no `file` of its own.
-    columns: our name -> the data's key, where they differ (`instruction`, `input`, `answer`, `prompt`, `completion`,
-    `task`, `category`).
-    Raises DataError: nothing to read, an unknown format or column name, or bad rows (the first five and their number).
+    The format is found by the keys of the first row if `format` is "auto"; records are in the order of the data.
+    A folder adds the column `file`, the file's name without extension, and a data set with splits the column `split`,
+    where a row has none of its own. columns: our name -> the data's key, where they differ. on_bad_row: "error", or
+    "skip" to go on without bad rows; each is one of `skipped`. subset, revision: of a data set of the hub.
+    Raises DataError: nothing to read, an unknown format or column name, bad rows (the first five and their number); if
+    bad rows are skipped: no row is good, or a file cannot be read to its end, so that its rows cannot be counted.
     """
-    path = Path(path)
     columns = dict(columns or {})
-    chosen = _check_request(format, columns)
-    files = find_files(path)
-    is_folder = path.is_dir()
-    keys: Keys | None = None  # settled by the first row
-    records: list[Record] = []
-    faults: list[Fault] = []
-    for file in files:
-        seen = len(records) + len(faults)
-        for item in read_rows(file):
+    if on_bad_row not in ("error", "skip"):
+        raise DataError(f"data.on_bad_row '{on_bad_row}' is unknown; known: error, skip")
+    reader = _Reader(str(path), columns, _check_request(format, columns), on_bad_row == "skip")
+    with open_source(path, subset=subset, revision=revision) as source:
+        for table in source.tables:
+            reader.take_table(table)
+        return reader.finish(source)
+
+
+@dataclass
+class _Reader:
+    """What is known so far of the source being read."""
+
+    path: str
+    columns: Mapping[str, str]
+    chosen: Format | None  # None = not yet recognised
+    skips: bool
+    keys: Keys | None = None  # settled by the first row that is known
+    found: Mapping[str, str] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    empty: int = 0  # tables without an example
+
+    def take_table(self, table: Table) -> None:
+        """Read all rows of one table. Raises DataError at a fault after which nothing can be read or counted."""
+        seen = len(self.records) + len(self.faults)
+        for item in table.read():
             if isinstance(item, Fault):
-                faults.append(item)
+                self.faults.append(item)
+                if item.stops and self.skips:
+                    raise DataError(
+                        f"data.path '{self.path}': {item}. data.on_bad_row skip passes over rows, but nobody can say "
+                        "how many are lost here"
+                    )
                 continue
             place, row = item
-            if is_folder:
-                row = {"file": place.stem, **row}
-            try:
-                chosen = chosen or _recognise(row, columns)
-                keys = keys or _settle_keys(chosen, row, columns)
-            except BadRow as bad:  # nothing below can be read without knowing how
-                raise _bad_rows(path, [*faults, Fault(str(place), str(bad))]) from None
-            for made in _convert(chosen, row, keys, place):
-                if isinstance(made, Fault):
-                    faults.append(made)
-                else:
-                    records.append(made)
-        if len(records) + len(faults) == seen:
-            faults.append(Fault(file.name, "holds no example"))
-    if faults or chosen is None:
-        raise _bad_rows(path, faults)
-    return chosen.name, records
+            for made in self._convert({**table.columns, **row} if table.columns else row, place):
+                self.faults.append(made) if isinstance(made, Fault) else self.records.append(made)
+        if len(self.records) + len(self.faults) == seen:
+            self.empty += 1
+            if not self.skips:
+                self.faults.append(Fault(table.name, "holds no example"))
+
+    def _convert(self, row: Row, place: Place) -> Iterator[Record | Fault]:
+        try:
+            self.chosen = self.chosen or _recognise(row, self.columns, place)
+            if self.keys is None:
+                self.keys = _settle_keys(self.chosen, row, self.columns, place)
+                named = {name: present(row, own) for name, own in self.keys.items()}
+                self.found = {name: key for name, key in named.items() if key is not None}
+        except BadRow as bad:
+            fault = Fault(str(place), str(bad))
+            if not self.skips:  # nothing below can be read without knowing how
+                raise self._failed([*self.faults, fault]) from None
+            yield fault
+            return
+        try:
+            yield from self.chosen.convert(row, self.keys, place)
+        except BadRow as bad:
+            yield Fault(str(place), str(bad))
+
+    def finish(self, source: Source) -> Reading:
+        """Return the reading. Raises DataError if there is no record, or a fault that is not skipped."""
+        if self.chosen is None or not self.records or (self.faults and not self.skips):
+            raise self._failed(self.faults or [Fault(table.name, "holds no example") for table in source.tables])
+        _refuse_mixture(self.path, source, self.chosen, self.columns)
+        counts = {
+            "tables": len(source.tables),
+            "empty": self.empty,
+            "others": len(source.others),
+            "kept": len(self.records),
+            "skipped": len(self.faults),
+        }
+        chosen = self.chosen
+        return Reading(chosen.name, chosen.template, self.records, tuple(self.faults), counts, self.found)
+
+    def _failed(self, faults: Sequence[Fault]) -> DataError:
+        shown = "".join(f"\n  - {fault}" for fault in faults[:FAULTS_SHOWN])
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        first = f", the first {FAULTS_SHOWN}" if len(faults) > FAULTS_SHOWN else ""
+        return DataError(f"data.path '{self.path}': {count}{first}:{shown}")
+
+
+def _refuse_mixture(path: str, source: Source, chosen: Format, columns: Mapping[str, str]) -> None:
+    """Raise DataError if a file of another kind, which a folder's files stand beside, holds examples too."""
+    for table in source.others:
+        rows = (item[1] for item in table.read() if not isinstance(item, Fault))
+        row = next(rows, None)
+        if row is not None and chosen.recognises(row, _keys_of(chosen, columns)):
+            raise DataError(
+                f"data.path '{path}': '{table.name}' holds examples too, but is of another kind of file than "
+                f"'{source.tables[0].name}'; keep files of one kind in a folder, or name one file"
+            )
 
 
 def _check_request(format: str, columns: Mapping[str, str]) -> Format | None:
@@ -114,196 +196,65 @@ def _keys_of(entry: Format, columns: Mapping[str, str]) -> Keys:
     return {**entry.keys, **{name: (key,) for name, key in columns.items()}}
 
 
-def _recognise(row: Row, columns: Mapping[str, str]) -> Format:
-    """Return the first format of the table that knows the row. Raises BadRow if none does."""
-    for entry in FORMATS:
+def _recognise(row: Row, columns: Mapping[str, str], place: Place) -> Format:
+    """Return the first format that knows the row. Raises BadRow if none does.
+
+    Conversations come first: what stands beside one, such as its first prompt, repeats a part of it.
+    """
+    for entry in sorted(FORMATS, key=lambda entry: entry.template != "chat"):
         if set(columns) <= {*entry.keys, *ALIASES} and entry.recognises(row, _keys_of(entry, columns)):
             return entry
-    raise BadRow(_unknown_format(row, columns))
+    raise BadRow(_unknown_format(row, columns, place))
 
 
-def _settle_keys(entry: Format, row: Row, columns: Mapping[str, str]) -> Keys:
+def _settle_keys(entry: Format, row: Row, columns: Mapping[str, str], place: Place) -> Keys:
     """Decide by the first row whether an optional text exists: then every row must have it, else none may.
 
-    Raises BadRow if `columns` takes `task` or `category` from a key that is not there.
+    Raises BadRow if `columns` takes a name that no converter asks for from a key that is not there.
     """
-    for name in ALIASES:
+    for name in (*ALIASES, *entry.anywhere):
         if name in columns and columns[name] not in row:
-            near = nearest(columns[name], [key for key in row if _PLAIN_KEY.fullmatch(key)])
+            near = nearest(columns[name], [key for key in row if PLAIN_KEY.fullmatch(key) and not place.headed])
             raise BadRow(f"no '{columns[name]}'{near}, which data.columns.{name} names")
     keys = _keys_of(entry, columns)
-    absent = {name for name in entry.optional if name not in columns and _present(row, keys[name]) is None}
+    absent = {name for name in entry.optional if name not in columns and present(row, keys[name]) is None}
     return {name: own for name, own in keys.items() if name not in absent}
 
 
-def _convert(entry: Format, row: Row, keys: Keys, place: Place) -> Iterator[Record | Fault]:
-    try:
-        yield from entry.convert(row, keys, place)
-    except BadRow as bad:
-        yield Fault(str(place), str(bad))
-
-
-def _present(row: Row, keys: Sequence[str]) -> str | None:
-    return next((key for key in keys if key in row), None)
-
-
-def _recognises_flat(row: Row, keys: Keys) -> bool:
-    """Every text must be there; the input may be absent, but not stand under a name that would go unread."""
-    needed = [name for name in keys if name not in ("input", *ALIASES)]
-    return all(_present(row, keys[name]) is not None for name in needed) and _unread_input(row, keys) is None
-
-
-def _unread_input(row: Row, keys: Keys) -> str | None:
-    """Return the key of an input that is not read: losing it in silence would change the task."""
-    if "prompt" in keys or _present(row, keys.get("input", ())) is not None:
-        return None
-    taken = {key for own in keys.values() for key in own}
-    return next((key for key in ("input", "context") if key in row and key not in taken), None)
-
-
-def _convert_flat(row: Row, keys: Keys, place: Place) -> Iterator[Record]:
-    """One row, one example: instruction (or prompt), input if the data has one, answer (or completion)."""
-    ask, reply = ("prompt", "completion") if "prompt" in keys else ("instruction", "answer")
-    instruction = _text(row, keys, ask)
-    text = _text(row, keys, "input") if "input" in keys else ""
-    if unread := _unread_input(row, keys):
-        raise BadRow(f"'{unread}' would not be read; the first row has no input, or name it: {{input: {unread}}}")
-    answers = _answers(row, keys, reply, several=reply == "completion")
-    columns = _scalars(row)
-    for name in ALIASES:
-        if name in keys:
-            key = _required(row, keys, name)
-            columns = {own: text for own, text in columns.items() if own != name or key == name}
-            if key in columns:
-                columns[name] = columns[key]
-    yield Record(instruction, text, answers, columns, str(place))
-
-
-def _recognises_tasks(row: Row, keys: Keys) -> bool:
-    return all(_present(row, keys[name]) is not None for name in ("instruction", "instances"))
-
-
-def _convert_tasks(row: Row, keys: Keys, place: Place) -> Iterator[Record | Fault]:
-    """One row, one Natural Instructions task: a record for each of its instances."""
-    definition = _answers(row, keys, "instruction", several=True)
-    instances = row[_required(row, keys, "instances")]
-    if not isinstance(instances, list) or not instances:
-        raise BadRow(f"'{_present(row, keys['instances'])}' is {kind_of(instances)}, not a list with an instance")
-    columns = _task_columns(row, keys, place)
-    for index, instance in enumerate(instances):
-        try:
-            example = as_row(instance)
-            text = _text(example, keys, "input")
-            answers = _answers(example, keys, "answer", several=True)
-        except BadRow as bad:
-            yield Fault(f"{place}, instance {index + 1} of {len(instances)}", str(bad))
-            continue
-        name = example.get("id")
-        known = isinstance(name, str) and _PLAIN_ID.fullmatch(name)
-        source = f"{place.file}#{name}" if known else f"{place}#{index}"
-        yield Record("\n".join(definition), text, answers, columns, source)
-
-
-def _task_columns(row: Row, keys: Keys, place: Place) -> dict[str, str]:
-    """Return a task's fields as text, lists of scalars joined by "; ", with `task` and, where known, `category`."""
-    unread = {_present(row, keys[name]) for name in ("instruction", "instances")}
-    columns: dict[str, str] = {}
-    for key, value in row.items():
-        words = _scalar_list(value, key)
-        if key not in unread and words:
-            columns[key] = "; ".join(words)
-    for name in ALIASES:
-        source = _present(row, keys[name])
-        if source is not None and (words := _scalar_list(row[source], source)):
-            columns[name] = words[0]
-    if not columns.get("task"):
-        if not place.alone:
-            raise BadRow("no 'task': only a .json file that is one task may leave its name to the file's name")
-        columns["task"] = place.stem
-    return columns
-
-
-def _scalar_list(value: object, key: str) -> list[str]:
-    """Return a scalar, or a list of nothing but scalars, as texts; anything else as none."""
-    values = value if isinstance(value, list) else [value]
-    words = [text for word in values for text in _scalars({key: word}).values()]
-    return words if len(words) == len(values) else []
-
-
-def _required(row: Row, keys: Keys, name: str) -> str:
-    key = _present(row, keys[name])
-    if key is None:
-        raise BadRow(f"no '{keys[name][0]}'")
-    return key
-
-
-def _text(row: Row, keys: Keys, name: str) -> str:
-    key = _required(row, keys, name)
-    return _check_text(row[key], key)
-
-
-def _answers(row: Row, keys: Keys, name: str, *, several: bool) -> tuple[str, ...]:
-    """Return one text, or if `several` a list of them, none empty."""
-    key = _required(row, keys, name)
-    value = row[key]
-    texts = value if several and isinstance(value, list) else [value]
-    if not texts:
-        raise BadRow(f"'{key}' is an empty list")
-    answers = tuple(_check_text(text, key) for text in texts)
-    if not all(text.strip() for text in answers):
-        raise BadRow(f"'{key}' is empty")
-    return answers
-
-
-def _check_text(value: object, key: str) -> str:
-    """Return the value if it is text that UTF-8 can hold. JSON escapes can smuggle in NUL and half characters."""
-    shown = f"'{key}'" if _PLAIN_KEY.fullmatch(key) else "a column"
-    if not isinstance(value, str):
-        raise BadRow(f"{shown} is {kind_of(value)}, not text")
-    if "\0" in value:
-        raise BadRow(f"{shown} contains a NUL character")
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise BadRow(f"{shown} contains half a character (a lone surrogate)")
-    return value
-
-
-def _scalars(row: Row) -> dict[str, str]:
-    """Return the columns that hold one value, as text; null is no value."""
-    columns: dict[str, str] = {}
-    for key, value in row.items():
-        if isinstance(value, str):
-            columns[key] = _check_text(value, key)
-        elif isinstance(value, bool | int | float):
-            columns[key] = json.dumps(value)
-    return columns
-
-
-def _unknown_format(row: Row, columns: Mapping[str, str]) -> str:
+def _unknown_format(row: Row, columns: Mapping[str, str], place: Place) -> str:
     """Say which keys were found and which each format reads."""
-    found = [key for key in row if _PLAIN_KEY.fullmatch(key)][:12]
+    usual = {key for entry in FORMATS for own in entry.keys.values() for key in own} | {
+        "id",
+        "label",
+        "labels",
+        "split",
+    }
+    # In a CSV file without a header the keys are an example: only words that say nothing are shown.
+    found = [key for key in row if (key in usual if place.headed else PLAIN_KEY.fullmatch(key))][:12]
+    left = len(row) - len(found) if place.headed else 0
+    unseen = ["1 other" if left == 1 else f"{left} others"] if left else []
     known = "; ".join(
-        f"{entry.name}: {', '.join(keys[0] for name, keys in entry.keys.items() if name not in ALIASES)}"
+        f"{entry.name}: {', '.join(keys[0] for name, keys in entry.keys.items() if name not in unnamed)}"
         for entry in FORMATS
+        for unnamed in [{*ALIASES, *entry.anywhere}]
     )
     mapped = f" and data.columns for {', '.join(columns)}" if columns else ""
+    header = "; is the first line a header?" if place.headed else "."
     return (
-        f"no known format has the keys found here ({', '.join(found) or 'none'}){mapped}. Known: {known}. "
+        f"no known format has the keys found here ({', '.join([*found, *unseen]) or 'none'})"
+        f"{mapped}{header} Known: {known}. "
         "Name the columns in data.columns (our name: yours), as in {prompt: question, completion: answer}"
     )
 
 
-def _bad_rows(path: Path, faults: Sequence[Fault]) -> DataError:
-    shown = "".join(f"\n  - {fault}" for fault in faults[:FAULTS_SHOWN])
-    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    first = f", the first {FAULTS_SHOWN}" if len(faults) > FAULTS_SHOWN else ""
-    return DataError(f"data.path '{path}': {count}{first}:{shown}")
-
-
 # ---------------------------------------------------------------- the table, and what errors say about it
+
+_CHAT: Keys = {"system": ("system",)}
 
 FORMATS: tuple[Format, ...] = (
     Format(
         "natural_instructions",
+        "alpaca",
         {
             "task": ("task",),
             "category": ("category", "Categories", "upstream_categories"),
@@ -312,27 +263,47 @@ FORMATS: tuple[Format, ...] = (
             "input": ("input",),
             "answer": ("output",),
         },
-        _recognises_tasks,
-        _convert_tasks,
+        recognises_tasks,
+        convert_tasks,
     ),
     Format(
         "dolly",
+        "alpaca",
         {"instruction": ("instruction",), "input": ("context",), "answer": ("response",)},
-        _recognises_flat,
-        _convert_flat,
-        frozenset({"input"}),
+        recognises_instruction,
+        convert_instruction,
+        optional=frozenset({"input"}),
     ),
     Format(
         "alpaca",
+        "alpaca",
         {"instruction": ("instruction",), "input": ("input",), "answer": ("output",)},
-        _recognises_flat,
-        _convert_flat,
-        frozenset({"input"}),
+        recognises_instruction,
+        convert_instruction,
+        optional=frozenset({"input"}),
     ),
     Format(
         "prompt_completion",
-        {"prompt": ("prompt",), "completion": ("completion",)},
-        _recognises_flat,
-        _convert_flat,
+        "none",
+        {"prompt": ("prompt", "question"), "completion": ("completion", "answer")},
+        recognises_pair,
+        convert_pair,
     ),
+    Format(
+        "messages",
+        "chat",
+        {"messages": ("messages", "conversation"), **_CHAT},
+        recognises_chat,
+        convert_chat,
+        anywhere=frozenset(_CHAT),
+    ),
+    Format(
+        "sharegpt",
+        "chat",
+        {"conversations": ("conversations",), **_CHAT},
+        recognises_chat,
+        convert_chat,
+        anywhere=frozenset(_CHAT),
+    ),
+    Format("text", "none", {"text": ("text",)}, recognises_text, convert_text),
 )

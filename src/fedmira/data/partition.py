@@ -1,4 +1,5 @@
-"""Form clients from records: one per value of a column, or each value's records dealt at random to several.
+"""Form clients from records: one per value of a column, each value's records dealt at random to several, or as given
+by a partitioner (partitioners.py).
 
 Every draw comes from a stream of its own, default_rng([seed, client_key(name), purpose]): what one client gets depends
 on its own name and records only, never on which other clients exist or in what order they stand.
@@ -46,8 +47,9 @@ def client_key(text: str) -> int:
 def form_clients(
     records: Sequence[Record],
     *,
-    by: str,
+    by: str = "task",
     per_group: int = 1,
+    parts: Sequence[np.ndarray] | None = None,
     first: int | None = None,
     groups: str | None = None,
     subsample: float = 1.0,
@@ -56,45 +58,38 @@ def form_clients(
     split_column: str | None = None,
     seed: int = 0,
 ) -> list[Client]:
-    """Form clients in the order in which the values of column `by` first appear.
+    """Form clients in the order in which the values of column `by` first appear, or of `parts`.
 
-    first: keep the first n values. per_group > 1: each value's records are dealt at random, in numbers as equal as
-    possible, to clients named value-0, value-1, ... subsample: the fraction of each client's records kept, at least one
-    (of each split, where a column gives the splits). Of n records round(test * n) and round(validation * n) are held
-    out, never the last one to train on; or `split_column` says train, validation or test for each record.
-    groups: the column that names a client's group; None = its value of `by`.
+    parts: for each client the indices of its records, in the place of `by` and `per_group`; the clients are called
+    client-0, client-1, ..., and have no group unless `groups` names one. first: keep the first n values or parts.
+    per_group > 1: each value's records are dealt at random, in numbers as equal as possible, to clients named
+    value-0, value-1, ... subsample: the fraction of each client's records kept, at least one (of each split, where
+    a column gives the splits). Of n records round(test * n) and round(validation * n) are held out, never the last
+    one to train on; or `split_column` says train, validation or test for each record. groups: the column that names
+    a client's group; None = its value of `by`.
     Raises DataError: an unknown column, a record without a value, a group or split that is not clear, fractions that
     leave nothing to train on, or a client without a record to train on.
     """
     _check_numbers(per_group, first, subsample=subsample, validation=validation, test=test, seed=seed)
     if not records:
         raise DataError("no records: there is nothing to form clients from")
-    known = list(dict.fromkeys(name for record in records for name in record.columns))
-    for key, column in (("clients.by", by), ("clients.groups", groups), ("split_column", split_column)):
-        if column is not None and column not in known:
-            raise DataError(f"data.{key}: no column '{column}'{nearest(column, known)}; found: {', '.join(known)}")
-    held: dict[str, list[Record]] = {}
-    for record, value in zip(records, _values(records, by, "clients.by"), strict=True):
-        held.setdefault(value, []).append(record)
+    known = known_columns(records)
+    columns = (("clients.by", None if parts is not None else by), ("clients.groups", groups))
+    for key, column in (*columns, ("split_column", split_column)):
+        if column is not None:
+            _check_column(key, column, known)
     texts = _text_columns(records, known)
-    named: list[tuple[str, str, list[Record]]] = []  # client's name, value of `by`, records
-    for value in list(held)[:first]:
-        named += [(name, value, part) for name, part in _deal(value, held[value], per_group, seed)]
+    named = _by_parts(records, parts, first) if parts is not None else _by_value(records, by, per_group, first, seed)
     ids = client_ids([name for name, _, _ in named])
     clients = []
     for name, value, own in named:
-        if not own:
-            raise DataError(
-                f"client '{_shown(name)}': no record is left for it: '{_shown(value)}' has {len(held[value])}; "
-                "lower data.clients.per_group"
-            )
         splits = _split(name, own, subsample, validation=validation, test=test, column=split_column, seed=seed)
         if not splits["train"]:
             raise DataError(
                 f"client '{_shown(name)}': none of its {len(own)} records is one to train on (data.split_column "
-                f"'{split_column}'); mark some as train, or leave this value of '{by}' out"
+                f"'{split_column}'); mark some as train, or leave it out"
             )
-        group = value if groups is None else _group(name, own, groups)
+        group = value or None if groups is None else _group(name, own, groups)
         clients.append(Client(ids[name], name, group, _constant_columns(own, texts), **splits))
     return clients
 
@@ -143,6 +138,67 @@ def _check_numbers(per_group: int, first: int | None, *, subsample: float, **oth
         faults.append(f"split: validation {validation} + test {test}: neither below 0, together below 1")
     if faults:
         raise DataError("data: " + "; ".join(faults))
+
+
+def known_columns(records: Sequence[Record]) -> list[str]:
+    """Return the columns that any record has, in the order of their first appearance."""
+    return list(dict.fromkeys(name for record in records for name in record.columns))
+
+
+def column_values(records: Sequence[Record], column: str, key: str) -> list[str]:
+    """Return each record's value of a column. Raises DataError if there is no such column, or a record has no value."""
+    _check_column(key, column, known_columns(records))
+    return _values(records, column, key)
+
+
+def _check_column(key: str, column: str, known: Sequence[str]) -> None:
+    if column in known:
+        return
+    hint = ""
+    if key == "clients.by":
+        hint = ". A client is every value of a column (file: one file per client); with no such column, let a "
+        hint += "partitioner form them: data.clients.partitioner: {name: iid, num_partitions: 10}"
+    found = (
+        f"found: {', '.join(_shown(name) for name in known[:20])}" if known else "the data has no columns beside text"
+    )
+    raise DataError(f"data.{key}: no column '{column}'{nearest(column, known)}; {found}{hint}")
+
+
+# A client before its splits: its name, its value of `by` (empty: none), its records.
+_Named = tuple[str, str, list[Record]]
+
+
+def _by_value(records: Sequence[Record], by: str, per_group: int, first: int | None, seed: int) -> list[_Named]:
+    """One client per value, or `per_group` of them. Raises DataError if one would have no record."""
+    held: dict[str, list[Record]] = {}
+    for record, value in zip(records, _values(records, by, "clients.by"), strict=True):
+        held.setdefault(value, []).append(record)
+    named = [
+        (name, value, own) for value in list(held)[:first] for name, own in _deal(value, held[value], per_group, seed)
+    ]
+    for name, value, own in named:
+        if not own:
+            raise DataError(
+                f"client '{_shown(name)}': no record is left for it: '{_shown(value)}' has {len(held[value])}; "
+                "lower data.clients.per_group"
+            )
+    return named
+
+
+def _by_parts(records: Sequence[Record], parts: Sequence[np.ndarray], first: int | None) -> list[_Named]:
+    """One client per part. Raises DataError naming an empty one."""
+    width = len(str(len(parts) - 1))
+    named = [
+        (f"client-{number:0{width}d}", "", [records[index] for index in part])
+        for number, part in enumerate(parts[:first])
+    ]
+    for name, _, own in named:
+        if not own:
+            raise DataError(
+                f"client '{name}': the partitioner leaves it no record of {len(records)} "
+                "(data.clients.partitioner); ask for fewer partitions, or for larger ones"
+            )
+    return named
 
 
 def _values(records: Sequence[Record], column: str, key: str) -> list[str]:

@@ -1,25 +1,27 @@
-"""Read files into rows: JSON lists and JSON lines, plain or gzipped, strict UTF-8, every bad row found with its place.
+"""Read bytes into rows: JSON lists and JSON lines, strict UTF-8, every bad row found with its place.
 
 Nothing here knows what a row means; formats.py does. No fault ever shows the text of a row.
 """
 
-import gzip
+import datetime
+import decimal
 import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import BinaryIO, cast
-
-from fedmira.errors import DataError, nearest
+from typing import BinaryIO, Literal
 
 Row = Mapping[str, object]
 
-EXTENSIONS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+FAULTS_SHOWN = 5  # of all that an error counts
+LINE_MIB = 64  # a longer line is no row: the file is held in memory one line at a time
+DOCUMENT_GIB = 2  # a .json file is held in memory whole
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
+_WIDE = "the file looks like UTF-16 or UTF-32; save it as UTF-8"
+_ISO_2022 = re.compile(rb"\x1b[$()&]")  # pure ASCII bytes that mean other letters; a terminal's colours begin \x1b[
+_PIECE = 1 << 24  # bytes read at once
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class Place:
 
     file: str
     stem: str  # the file's name without its extension
-    line: int
+    line: int  # counted from 1
     alone: bool  # the row is the whole file
+    unit: Literal["line", "row"] = "line"  # what is counted; a row of a binary table has no line
+    headed: bool = False  # the keys are a file's first line, which is an example where the header was forgotten
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"{self.file}:{self.line}" if self.unit == "line" else f"{self.file}, row {self.line}"
 
 
 @dataclass(frozen=True)
@@ -41,81 +45,85 @@ class Fault:
 
     where: str
     what: str
+    stops: bool = False  # the rest of the file is not read, so that nobody can say how many rows it has
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
+
+
+Item = tuple[Place, Row] | Fault
 
 
 class BadRow(Exception):
     """Ends the reading of one row; becomes a Fault with the row's place."""
 
 
-def find_files(path: Path) -> list[Path]:
-    """Return the files to read, by name. Raises DataError if there are none, or two would share a column value."""
-    if path.is_dir():
-        inside = sorted(path.iterdir(), key=lambda file: file.name)
-        files = [file for file in inside if file.is_file() and _extension(file) and not file.name.startswith(".")]
-        if not files:
-            raise DataError(f"data.path '{path}': the folder holds no {', '.join(EXTENSIONS)} file")
-        stems = [_stem(file) for file in files]
-        twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-        if twice:
-            raise DataError(f"data.path '{path}': more than one file is called '{twice[0]}'; keep one of them")
-        return files
-    if not path.is_file():
-        near = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(
-            f"data.path '{path}': no such file or folder{nearest(path.name, near)}; current folder: {Path.cwd()}"
-        )
-    if not _extension(path):
-        raise DataError(f"data.path '{path}': reads {', '.join(EXTENSIONS)} files, or a folder of them")
-    return [path]
+class BadText(BadRow):
+    """Bytes that are no text; `position` of the first of them, and whether all further bytes must be bad too."""
+
+    def __init__(self, what: str, position: int, *, stops: bool = False) -> None:
+        self.position = position
+        self.stops = stops
+        super().__init__(what)
 
 
-def _extension(path: Path) -> str:
-    return next((ending for ending in EXTENSIONS if path.name.lower().endswith(ending)), "")
+def split_lines(stream: BinaryIO, *, limit: int) -> Iterator[tuple[int, int, bytes | None]]:
+    """Yield number (from 1), offset in the file and bytes of each line; None instead of one with more than `limit`."""
+    number, offset = 0, 0
+    while line := stream.readline(limit + 1):
+        number += 1
+        length, piece = len(line), line
+        while length > limit and not piece.endswith(b"\n") and (piece := stream.readline(_PIECE)):
+            length += len(piece)
+        yield number, offset, line if length <= limit else None
+        offset += length
 
 
-def _stem(path: Path) -> str:
-    return path.name[: -len(_extension(path))]
-
-
-def read_rows(file: Path) -> Iterator[tuple[Place, Row] | Fault]:
-    """Yield each row of a file with its place, or a Fault. Raises DataError if the file cannot be opened."""
-    start = Place(file.name, _stem(file), 1, False)
-    lines = ".jsonl" in _extension(file)
-    try:
-        with gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb") as handle:
-            stream = cast(BinaryIO, handle)
-            yield from _read_lines(stream, start) if lines else _read_document(stream.read(), start)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        yield Fault(file.name, "damaged, or not a gzip file; copy it again, or drop the '.gz'")
-    except OSError as error:
-        raise DataError(f"data: cannot read '{file}': {error.strerror or error}") from None
-
-
-def _read_lines(stream: Iterable[bytes], start: Place) -> Iterator[tuple[Place, Row] | Fault]:
+def read_lines(stream: BinaryIO, start: Place, *, limit: int = LINE_MIB << 20) -> Iterator[Item]:
     """Read one JSON object per line; lines of white space are no rows."""
-    offset = 0
-    for number, line in enumerate(stream, 1):
+    for number, offset, line in split_lines(stream, limit=limit):
         place = replace(start, line=number)
         try:
-            if text := _decode(line, offset).strip(" \t\r\n"):
-                yield place, as_row(_parse(text, 0)[0])
+            if line is None:
+                raise BadRow(too_long("line", limit))
+            if text := decode(line, offset).strip(" \t\r\n"):
+                yield place, as_row(parse(text, 0)[0])
         except BadRow as bad:
-            yield Fault(str(place), str(bad))
-            if offset == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-                return  # UTF-16: every further line would be a fault of its own
-        offset += len(line)
+            stops = isinstance(bad, BadText) and bad.stops
+            yield Fault(str(place), str(bad), stops)
+            if stops:
+                return
 
 
-def _read_document(data: bytes, start: Place) -> Iterator[tuple[Place, Row] | Fault]:
+def too_long(what: str, limit: int) -> str:
+    size = f"{limit >> 20} MiB" if limit >= 1 << 20 else f"{limit} bytes"
+    return f"the {what} is longer than {size}; is it one example? split it, or take it out"
+
+
+def read_document(stream: BinaryIO, start: Place, *, limit: int = DOCUMENT_GIB << 30) -> Iterator[Item]:
     """Read a JSON list of objects, or one object, keeping the line on which each object begins."""
+    data = bytearray()
+    while piece := stream.read(_PIECE):
+        data += piece
+        if len(data) > limit:
+            yield too_large(start, limit)
+            return
     try:
-        text = _decode(data, 0)
-    except BadRow as bad:
-        yield Fault(start.file, str(bad))
+        text = decode(data, 0)
+    except BadText as bad:
+        yield Fault(f"{start.file}:{1 + data.count(bytes([10]), 0, bad.position)}", str(bad), stops=True)
         return
+    del data, piece  # the text is a copy of it
+    yield from _read_text(text, start)
+
+
+def too_large(start: Place, limit: int = DOCUMENT_GIB << 30) -> Fault:
+    size = f"{limit >> 30} GiB" if limit >= 1 << 30 else f"{limit} bytes"
+    what = f"a JSON document of more than {size} is not read, for it is held in memory whole; write one row per line"
+    return Fault(start.file, f"{what} (.jsonl)", stops=True)
+
+
+def _read_text(text: str, start: Place) -> Iterator[Item]:
     position = _skip(text, 0)
     listed = text.startswith("[", position)
     position = _skip(text, position + 1) if listed else position
@@ -125,22 +133,32 @@ def _read_document(data: bytes, start: Place) -> Iterator[tuple[Place, Row] | Fa
         line, counted = line + text.count("\n", counted, position), position
         place = replace(start, line=line, alone=not listed)
         try:
-            value, position = _parse(text, position, whole=False)
+            value, end = parse(text, position, whole=False)
         except BadRow as bad:
-            yield Fault(str(place), f"{bad}; the rest of the file is not read")
-            return
-        try:
-            yield place, as_row(value)
-        except BadRow as bad:
+            found = _end_of(text, position)
+            if found is None:
+                yield Fault(str(place), f"{bad}; the rest of the file is not read", stops=True)
+                return
             yield Fault(str(place), str(bad))
-        position = _skip(text, position)
+            end = found
+        else:
+            yield _item(place, value)
+        position = _skip(text, end)
         more = listed and text.startswith(",", position)
         position = _skip(text, position + 1) if more else position
     if listed and text.startswith("]", position):
         listed, position = False, _skip(text, position + 1)
     if listed or position < len(text):
         what = "the list is not closed here" if listed else "more text follows; one object per line is called .jsonl"
-        yield Fault(f"{start.file}:{line + text.count(chr(10), counted, position)}", f"not JSON: {what}")
+        where = f"{start.file}:{line + text.count(chr(10), counted, position)}"
+        yield Fault(where, f"not JSON: {what}", stops=True)
+
+
+def _item(place: Place, value: object) -> Item:
+    try:
+        return place, as_row(value)
+    except BadRow as bad:
+        return Fault(str(place), str(bad))
 
 
 def _skip(text: str, position: int) -> int:
@@ -148,20 +166,28 @@ def _skip(text: str, position: int) -> int:
     return match.end() if match else position
 
 
-def _decode(data: bytes, offset: int) -> str:
-    """Decode strict UTF-8. offset: the file's bytes before these; a mark at the file's start is not text."""
+def decode(data: bytes | bytearray, offset: int) -> str:
+    """Decode strict UTF-8. offset: the file's bytes before these; a mark at the file's start is not text.
+
+    Raises BadText at the first byte that is no text.
+    """
     if offset == 0 and data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise BadRow("byte 0 is not UTF-8: the file looks like UTF-16; save it as UTF-8")
-    if offset == 0 and data.startswith(_BOM):
-        data, offset = data[len(_BOM) :], len(_BOM)
-    if (nul := data.find(b"\0")) >= 0:
-        raise BadRow(f"byte {offset + nul} of the file is NUL: text has none; save the file as UTF-8")
+        raise BadText(f"byte 0 of the file is not UTF-8: {_WIDE}", 0, stops=True)
+    faults = []
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        before = data.count(b"\n", 0, error.start)
-        line = f" (line {before + 1})" if before else ""
-        raise BadRow(f"byte {offset + error.start} of the file is not UTF-8{line}; save the file as UTF-8") from None
+        faults.append((error.start, "is not UTF-8; save the file as UTF-8"))
+    if (nul := data.find(b"\0")) >= 0:
+        faults.append((nul, "is NUL: text has none; save the file as UTF-8"))
+    if escape := _ISO_2022.search(data):
+        faults.append((escape.start(), "begins an escape sequence of ISO-2022, not text; save the file as UTF-8"))
+    if faults:
+        position, what = min(faults)
+        wide = offset + nul < 4 and position == nul
+        what = f"is NUL: {_WIDE}" if wide else what
+        raise BadText(f"byte {offset + position} of the file {what}", position, stops=wide)
+    return text[1:] if offset == 0 and data.startswith(_BOM) else text
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -176,9 +202,10 @@ def _no_constant(name: str) -> object:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+_LENIENT = json.JSONDecoder()
 
 
-def _parse(text: str, position: int, *, whole: bool = True) -> tuple[object, int]:
+def parse(text: str, position: int, *, whole: bool = True) -> tuple[object, int]:
     """Return the JSON value at a position and where it ends; `whole`: nothing but white space may follow."""
     try:
         value, end = _DECODER.raw_decode(text, position)
@@ -195,6 +222,14 @@ def _parse(text: str, position: int, *, whole: bool = True) -> tuple[object, int
     return value, end
 
 
+def _end_of(text: str, position: int) -> int | None:
+    """Return where a value ends that JSON allows and we do not (a key twice, NaN); None if it is not JSON at all."""
+    try:
+        return _LENIENT.raw_decode(text, position)[1]
+    except (ValueError, RecursionError):
+        return None
+
+
 def as_row(value: object) -> Row:
     if not isinstance(value, dict):
         raise BadRow(f"found {kind_of(value)} where a row (a JSON object) was expected")
@@ -202,9 +237,13 @@ def as_row(value: object) -> Row:
 
 
 def kind_of(value: object) -> str:
+    """Name a value's kind, as errors call it."""
     if value is None:
         return "null"
     if isinstance(value, list):
         return "a list" if value else "an empty list"
+    if isinstance(value, datetime.date | datetime.time):
+        return "a date or time"
     names = {dict: "an object", str: "text", bool: "a truth value", int: "a number", float: "a number"}
+    names |= {decimal.Decimal: "a number", bytes: "bytes"}
     return names.get(type(value), "something else")

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from fedmira.optim import Optimizer, adamw, sgd
 from fedmira.runs import Result, RoundRecord, RunFolder, View
 
 log = logging.getLogger(__name__)
+
+EXAMPLES_KEPT = 3  # of each client, with report.examples
 
 Observer = Callable[[str, Mapping[str, object]], None]  # (event, facts): round | scoring
 
@@ -51,6 +53,7 @@ class Scores:
 
     validation: Sequence[float | None]
     test: Mapping[str, Sequence[float | None]]
+    texts: Mapping[tuple[int, int], str] = field(default_factory=dict)  # (client, place in its test split) -> answer
 
 
 def make_optimizer(config: Config) -> Optimizer:
@@ -79,7 +82,7 @@ def score_start(federation: Federation, observer: Observer) -> Scores:
     validation = measure_loss(
         federation.base, serve, federation.clients, everyone, split="validation", cohort=federation.cohort
     )
-    return Scores(validation, _test(federation, serve, everyone, observer))
+    return replace(_test(federation, serve, everyone, observer), validation=validation)
 
 
 def run_rounds(
@@ -98,7 +101,7 @@ def run_rounds(
     the round under way.
     """
     config = federation.config
-    training = _training(config, seed)
+    training = make_training(config, seed)
     clients = len(federation)
     adapters = common_start(federation, seed, clients if method.personal else 1)
     validation = torch.tensor([math.nan if value is None else value for value in start.validation], dtype=torch.float64)
@@ -120,8 +123,9 @@ def run_rounds(
         observer("round", {"record": record, "rounds": config.federation.rounds})
     ever = sorted({int(k) for ids in schedule[: config.federation.rounds] for k in ids})
     final = _final_scores(federation, method, ledger, serve, ever, start, observer)
-    test = Scores([None] * clients, final)
-    folder.append(None, [row for row in _results(names, ledger.round, view, test) if row.split == "test"])
+    folder.append(None, [row for row in _results(names, ledger.round, view, final) if row.split == "test"])
+    if config.report.examples:
+        folder.write_examples(_examples(federation, start, final))
     return serve
 
 
@@ -252,7 +256,7 @@ def _is_due(config: Config, number: int) -> bool:
     return number % config.evaluation.every == 0 or number == config.federation.rounds
 
 
-def _training(config: Config, seed: int) -> Training:
+def make_training(config: Config, seed: int) -> Training:
     section = config.training
     return Training(
         optimizer=make_optimizer(config),
@@ -323,27 +327,34 @@ def _final_scores(
     ever: Sequence[int],
     start: Scores,
     observer: Observer,
-) -> Mapping[str, Sequence[float | None]]:
+) -> Scores:
     """Test every client with the adapter it would use now; never-sampled ones of a personal method are at the start."""
     if not method.personal:
         return _test(federation, serve, range(len(federation)), observer)
     scores = _test(federation, serve, ever, observer)
     whole = {metric: list(values) for metric, values in start.test.items()}
-    for metric, values in scores.items():
+    for metric, values in scores.test.items():
         for k, value in zip(ever, values, strict=True):
             whole[metric][k] = value
-    return whole
+    return Scores([None] * len(federation), whole, {**start.texts, **scores.texts})
 
 
 def _test(
     federation: Federation, serve: Callable[[Tensor], Adapters], ids: Sequence[int], observer: Observer
-) -> dict[str, list[float | None]]:
-    """Every metric of the config on the test split: metric -> values in the order of `ids`."""
+) -> Scores:
+    """Every metric of the config on the test split, in the order of `ids`; no validation."""
     config = federation.config.evaluation
     loss = measure_loss(federation.base, serve, federation.clients, ids, split="test", cohort=federation.cohort)
     scores = {"loss": loss}
-    written = [metric for metric in config.metrics if metric != "loss"]
-    if written:
+    texts: dict[tuple[int, int], str] = {}
+    keeps = federation.config.report.examples
+
+    def written(k: int, place: int, text: str) -> None:
+        if keeps and place < EXAMPLES_KEPT:
+            texts[k, place] = text
+
+    metrics = [metric for metric in config.metrics if metric != "loss"]
+    if metrics or keeps:
         answers = measure_answers(
             federation.base,
             serve,
@@ -351,13 +362,29 @@ def _test(
             ids,
             split="test",
             cohort=federation.cohort,
-            metrics=written,
+            metrics=metrics,
             max_new_tokens=config.max_new_tokens,
-            max_examples=config.max_examples,
+            max_examples=config.max_examples if metrics else EXAMPLES_KEPT,
             progress=lambda done: observer("scoring", {"done": done, "clients": len(ids)}),
+            written=written,
         )
-        scores |= {metric: [one[metric] for one in answers] for metric in written}
-    return scores
+        scores |= {metric: [one[metric] for one in answers] for metric in metrics}
+    return Scores([None] * len(ids), scores, texts)
+
+
+def _examples(federation: Federation, start: Scores, final: Scores) -> list[dict[str, object]]:
+    """Test examples with what the untouched base and the run's adapter write; only where the user asked for them."""
+    decode = federation.base.tokenizer.decode
+    return [
+        {
+            "client": federation.clients[k].id,
+            "prompt": decode(federation.clients[k].test[place].question, skip_special_tokens=True),
+            "references": list(federation.clients[k].test[place].answers),
+            "base": start.texts.get((k, place), ""),
+            "answer": text,
+        }
+        for (k, place), text in sorted(final.texts.items())
+    ]
 
 
 def _view(method: Method) -> View:

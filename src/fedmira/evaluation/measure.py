@@ -59,27 +59,31 @@ def measure_answers(
     max_new_tokens: int,
     max_examples: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    written: Callable[[int, int, str], None] = lambda k, place, text: None,
 ) -> list[dict[str, float | None]]:
     """Return, for each client of `ids`, the mean of each metric over its greedy answers; None without examples.
 
     metrics: of rouge_l, exact_match, word_accuracy, each in [0, 1]. progress: called with the clients done so far.
+    written: called with each answer, its client and the example's place in the split.
     """
     found: dict[int, dict[str, float | None]] = {k: dict.fromkeys(metrics) for k in ids}
     finished = len([k for k in ids if not _examples(clients[k], split)])
     for chunk in _chunks(clients, ids, split=split, cohort=min(cohort, ANSWER_ROWS)):
         adapters = serve(torch.tensor(chunk))
         queues = [
-            sorted(_examples(clients[k], split)[:max_examples], key=lambda one: -len(one.question)) for k in chunk
+            sorted(enumerate(_examples(clients[k], split)[:max_examples]), key=lambda one: -len(one[1].question))
+            for k in chunk
         ]
         totals = [dict.fromkeys(metrics, 0.0) for _ in chunk]
         width = max(1, ANSWER_ROWS // len(chunk))
         for done in range(0, max(len(queue) for queue in queues), width):
             parts = [queue[done : done + width] for queue in queues]
             active = [row for row, part in enumerate(parts) if part]
-            prompts = [[one.question for one in parts[row]] for row in active]
+            prompts = [[one.question for _, one in parts[row]] for row in active]
             texts = answers(base, adapters.take(torch.tensor(active)), prompts, max_new_tokens=max_new_tokens)
             for row, own in zip(active, texts, strict=True):
-                for example, text in zip(parts[row], own, strict=True):
+                for (place, example), text in zip(parts[row], own, strict=True):
+                    written(chunk[row], place, text)
                     scores = score_answer(text, example.answers)
                     for metric in metrics:
                         totals[row][metric] += scores[metric]

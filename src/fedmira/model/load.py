@@ -1,11 +1,9 @@
 """Load a frozen base model from a local folder or a hub name, and refuse at the door what cannot work.
 
-Only safetensors weights, never code from the model's repository. A base is accepted when two measurements on random
-tokens agree: later tokens do not change earlier logits (it is a causal decoder, so right padding needs no mask), and
-our head on the decoder's hidden states gives the model's own logits.
+Only safetensors weights, never code from the model's repository (source.py). A base is accepted when measurements on
+random tokens say that it is a causal decoder whose logits our head gives (trial.py).
 """
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -16,21 +14,29 @@ from pathlib import Path
 import torch
 import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from fedmira.data.batches import Batch
 from fedmira.errors import ModelError
 from fedmira.model.lora import Stack, find_targets, install
 from fedmira.model.loss import Head
-from fedmira.model.packing import pack, packed_attention
+from fedmira.model.source import (
+    count_positions,
+    digest,
+    find_folder,
+    fingerprint,
+    first_line,
+    load_config,
+    load_tokenizer,
+    positions,
+    refuse,
+)
+from fedmira.model.trial import check_decoder, check_prompts, list_unfit, packs
+
+__all__ = ["Base", "choose_device", "choose_dtype", "count_positions", "fingerprint", "load_base", "load_tokenizer"]
+__all__ += ["quiet", "wrap"]
 
 log = logging.getLogger(__name__)
-
-_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,30 +64,10 @@ class Base:
         return int(pad if pad is not None else self.tokenizer.eos_token_id)
 
 
-def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
-    """Load the tokenizer alone. Raises ModelError if there is none, or it has no end-of-text token."""
-    _check_place(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.base_model '{name}': no usable tokenizer: {_first_line(error)}") from None
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"model.base_model '{name}': the tokenizer has no end-of-text token, so answers could not end")
-    return tokenizer
-
-
-def count_positions(name: str) -> int | None:
-    """Return how many positions a base has, by its config alone; None where there is no limit.
-
-    Raises ModelError like load_base, long before weights are read.
-    """
-    positions = getattr(_load_config(name), "max_position_embeddings", None)
-    return None if positions is None else int(positions)
-
-
 def load_base(
     name: str,
     *,
+    revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     targets: Sequence[str] | str = "auto",
@@ -89,28 +75,33 @@ def load_base(
 ) -> Base:
     """Load, check, freeze and stack a base model.
 
-    dtype "auto": bfloat16 where the machine multiplies it fast (CUDA sm80+, CPUs with avx512_bf16 or amx_bf16), else
-    float32. targets "auto": PEFT's list for the architecture, or every linear layer where PEFT has none.
+    revision: branch, tag or commit of a hub name, None for its main branch. dtype "auto": bfloat16 where the machine
+    multiplies it fast (CUDA sm80+, CPUs with avx512_bf16 or amx_bf16), else float32. targets "auto": PEFT's list for
+    the architecture, or every linear layer where PEFT has none.
     Raises ModelError: not found, not a causal decoder, weights that are pickles or do not fit the config.
     """
-    tokenizer = tokenizer or load_tokenizer(name)
+    tokenizer = load_tokenizer(name, revision=revision) if tokenizer is None else tokenizer
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    config = _load_config(name)
+    folder = find_folder(name, revision=revision, weights=True)
+    config = load_config(name, folder)
     try:
         with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
-                name, config=config, dtype=kind, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                str(folder),
+                config=config,
+                dtype=kind,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report
             )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(f"model.base_model '{name}': weights cannot be loaded: {_first_line(error)}") from None
-    missing = sorted(report["missing_keys"])
-    if missing or report.get("mismatched_keys"):
-        what = missing or sorted(str(key) for key in report["mismatched_keys"])
-        raise ModelError(
-            f"model.base_model '{name}': weights do not fit its config.json: {len(what)} such as {what[0]}"
-        )
-    return wrap(model.to(where), tokenizer, name=name, targets=targets, fingerprint=fingerprint(name))
+    except Exception as error:  # a damaged file, or a config that no model can be built from
+        raise refuse(name, f"weights cannot be loaded: {type(error).__name__}: {first_line(error)}") from None
+    wrong = sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]])
+    if wrong:
+        raise refuse(name, f"weights do not fit its config.json: {len(wrong)} such as {wrong[0]}")
+    return wrap(model.to(where), tokenizer, name=name, targets=targets, fingerprint=digest(folder))
 
 
 def wrap(
@@ -128,23 +119,30 @@ def wrap(
     stops = getattr(model.generation_config, "eos_token_id", None)
     stops = [stops] if isinstance(stops, int) else list(stops or [])
     model.generation_config = GenerationConfig(eos_token_id=sorted({tokenizer.eos_token_id, *stops}))
-    decoder = model.base_model
+    decoder = model.base_model if model.base_model is not model else getattr(model, "model", model)
     output = model.get_output_embeddings()
     if output is None or decoder is model:
-        raise ModelError(f"model.base_model '{name}': {type(model).__name__} has no separate decoder and output head")
+        raise refuse(name, f"{type(model).__name__} has no separate decoder and output head")
     head = Head(
         output.weight,
         getattr(output, "bias", None),
         scale=float(getattr(config, "logit_scale", None) or 1 / float(getattr(config, "logits_scaling", None) or 1)),
         cap=getattr(config, "final_logit_softcapping", None),
     )
-    _check_decoder(model, decoder, head, name)
-    if targets == "auto":
-        targets = PEFT_TARGETS.get(config.model_type, "all-linear")
-    names = find_targets(model, targets, head=output)
-    stack = Stack()
-    shapes = install(model, names, stack)
-    first = model.get_submodule(names[0])
+    vocabulary = len(model.get_input_embeddings().weight)
+    if (largest := max(tokenizer.eos_token_id, tokenizer.pad_token_id or 0)) >= vocabulary:
+        raise refuse(name, f"its tokenizer ends or fills texts with id {largest}, but the model knows {vocabulary} ids")
+    with quiet():
+        check_decoder(model, decoder, head, name=name)
+        check_prompts(model, vocabulary=vocabulary, name=name)
+        names = _choose_targets(model, targets, head=output)
+        layers = {layer: model.get_submodule(layer) for layer in names}
+        unfit = list_unfit(decoder, layers, vocabulary=vocabulary)
+        if unfit:
+            names = _leave_out(names, unfit, targets, name=name)
+        stack = Stack()
+        shapes = install(model, names, stack)
+        packed = packs(model, decoder)
     return Base(
         name=name,
         model=model,
@@ -155,11 +153,24 @@ def wrap(
         fingerprint=fingerprint,
         dtype=head.weight.dtype,
         device=head.weight.device,
-        max_positions=getattr(config, "max_position_embeddings", None),
-        transposed=bool(first.transposed),
-        packs=_packs(model, decoder),
+        max_positions=positions(config),
+        transposed=bool(model.get_submodule(names[0]).transposed),
+        packs=packed,
         stack=stack,
     )
+
+
+def _choose_targets(model: transformers.PreTrainedModel, targets: Sequence[str] | str, *, head: nn.Module) -> list[str]:
+    """Return the layers to adapt; "auto" is PEFT's list for the architecture where it fits, else all linear layers."""
+    if targets != "auto":
+        return find_targets(model, targets, head=head)
+    usual = PEFT_TARGETS.get(model.config.model_type)
+    if not isinstance(usual, list):  # some are patterns for models with more than a text decoder
+        return find_targets(model, "all-linear", head=head)
+    try:
+        return find_targets(model, usual, head=head)
+    except ModelError:  # PEFT's list was made for another version of the architecture
+        return find_targets(model, "all-linear", head=head)
 
 
 def choose_device(device: str) -> torch.device:
@@ -186,121 +197,18 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def fingerprint(name: str) -> str:
-    """sha256 over config.json, tokenizer.json and the weight files, so that two sites can tell they hold one base."""
-    folder = Path(name)
-    if not folder.is_dir():
-        found = transformers.utils.cached_file(name, "config.json")
-        if found is None:
-            raise ModelError(f"model.base_model '{name}': its files are not in the local cache")
-        folder = Path(found).parent
-    digest = hashlib.sha256()
-    patterns = ("config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.safetensors")
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        if path.is_file():
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _check_place(name: str) -> None:
-    folder = Path(name)
-    if folder.is_dir():
-        pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]
-        if pickles and not list(folder.glob("*.safetensors")):
-            raise ModelError(
-                f"model.base_model '{name}': holds {pickles[0]} and no safetensors; pickles can run code and are "
-                "refused. Convert the weights with transformers' save_pretrained."
-            )
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"model.base_model '{name}': no config.json in this folder; expected a transformers model")
-    elif folder.exists() or name.startswith((".", "/", "~")) or not _HUB_NAME.match(name):
-        raise ModelError(f"model.base_model '{name}': no such folder (current folder: {Path.cwd()})")
-
-
-def _load_config(name: str) -> transformers.PretrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.base_model '{name}': config cannot be read: {_first_line(error)}") from None
-    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not causal or getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"model.base_model '{name}': a {config.model_type} model is no causal decoder; FedMira needs one "
-            "(GPT-2, Llama, Qwen, Mistral, Gemma, Phi, ...)"
+def _leave_out(names: list[str], unfit: dict[str, str], targets: Sequence[str] | str, *, name: str) -> list[str]:
+    """Return the layers that can carry an adapter. Raises ModelError if the user named others, or none is left."""
+    left = [layer for layer in names if layer not in unfit]
+    layer, why = next(iter(unfit.items()))
+    if targets not in ("auto", "all-linear") or not left:
+        raise refuse(
+            name,
+            f"lora.target_modules: '{layer}' {why}, so it cannot carry an adapter per client; name other layers, or "
+            "all-linear for every layer that can",
         )
-    return config
-
-
-def _check_decoder(model: nn.Module, decoder: nn.Module, head: Head, name: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = len(head.weight)
-    ids = torch.randint(vocabulary, (1, 8), generator=generator).to(head.weight.device)
-    other = ids.clone()
-    other[0, -1] = (other[0, -1] + 1) % vocabulary
-    with torch.no_grad(), quiet():
-        own = _wide(model(input_ids=ids, use_cache=False).logits)
-        changed = _wide(model(input_ids=other, use_cache=False).logits)
-        ours = head.logits(decoder(input_ids=ids, use_cache=False).last_hidden_state)
-    tolerance = 1e-4 if head.weight.dtype != torch.bfloat16 else 5e-2
-    span = own.abs().max().clamp(min=1)
-    if bool((own[:, :-1] - changed[:, :-1]).abs().max() > tolerance * span):
-        raise ModelError(f"model.base_model '{name}': later tokens change earlier logits, so it is no causal decoder")
-    if bool((own - ours).abs().max() > tolerance * span):
-        raise ModelError(
-            f"model.base_model '{name}': {type(model).__name__} changes its logits after the output head in a way "
-            "FedMira does not know; its loss would be wrong"
-        )
-
-
-def _packs(model: transformers.PreTrainedModel, decoder: nn.Module) -> bool:
-    """Measure whether uneven examples laid end to end give the hidden states that each gives alone."""
-    generator = torch.Generator().manual_seed(1)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    device = model.get_input_embeddings().weight.device
-    lengths = [5, 9, 2, 9]
-    own = [torch.randint(vocabulary, (1, 1, length), generator=generator) for length in lengths]
-    batch = Batch(
-        ids=torch.cat([nn.functional.pad(ids, (0, 9 - ids.shape[-1])) for ids in own]),
-        labels=torch.full((len(lengths), 1, 9), -100),
-        lengths=torch.tensor(lengths)[:, None],
-    )
-    plan = pack(batch, pad_id=0).to(device)
-    assert plan.attention is not None
-    try:
-        with torch.no_grad(), quiet():
-            alone = [decoder(input_ids=ids[0].to(device), use_cache=False).last_hidden_state[0] for ids in own]
-            with packed_attention(model, plan.attention):
-                together = decoder(input_ids=plan.ids, position_ids=plan.positions, use_cache=False).last_hidden_state[
-                    0
-                ]
-    except (NotImplementedError, TypeError, KeyError, ValueError, RuntimeError) as error:
-        log.info("%s is trained on padded batches: %s", type(model).__name__, error)
-        return False
-    starts = {
-        client: segment.start + place * segment.tokens
-        for segment in plan.segments
-        for place, client in enumerate(plan.order[segment.first : segment.stop].tolist())
-    }
-    tolerance = 1e-4 if together.dtype != torch.bfloat16 else 5e-2
-    worst = max(
-        float((_wide(together[starts[client] : starts[client] + length]) - _wide(alone[client])).abs().max())
-        for client, length in enumerate(lengths)
-    )
-    span = max(1.0, max(float(_wide(states).abs().max()) for states in alone))
-    if worst > tolerance * span:
-        log.info("%s is trained on padded batches: packed states differ by %.2g", type(model).__name__, worst)
-    return worst <= tolerance * span
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    log.warning("%s: %d of %d linear layers get no adapter: '%s' %s", name, len(unfit), len(names), layer, why)
+    return left
 
 
 @contextmanager

@@ -5,17 +5,21 @@ that a batched product can view as [clients, tokens, width]; what fills a client
 example of its own, without label. Only attention needs to know where examples begin: it gathers them by length into
 *buckets* [examples, T], runs causal attention there and puts the answers back. Positions restart at every example.
 
+What a layer may see is what its attention mask says: all before it, a sliding window, a chunk. In a packed pass
+transformers hands over the rule of that mask instead of the mask (see `Rule`), so a window longer than any text that a
+base was tried on is kept too.
+
 A base whose architecture cannot do this (no attention interface, ALiBi, ...) is found by measurement when it is loaded
-and gets padded batches instead; see load.py.
+and gets padded batches instead; see probe.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from fedmira.data.batches import Batch
 
@@ -188,14 +192,51 @@ def packed_attention(model: PreTrainedModel, attention: Attention) -> Iterator[N
 _current: Attention | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """Which tokens the layers of one kind may see, as transformers defines it; stands where a mask would stand.
+
+    sees(batch, head, queries, keys) -> bool, by places in the packed sequence; reach: the length up to which an example
+    is plainly causal (a window, a chunk), None for any length; seen: what was worked out before, by bucket.
+    """
+
+    sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    reach: int | None
+    seen: dict[int, Tensor] = field(default_factory=dict)
+
+    def mask(self, plan: Attention, bucket: int) -> Tensor | None:
+        """Return the mask [T, T] of a bucket's examples, None where it is plainly causal."""
+        length = plan.buckets[bucket][1]
+        if self.reach is None or length <= self.reach:
+            return None
+        if bucket not in self.seen:
+            first = sum(examples * size for examples, size in plan.buckets[:bucket])
+            places = plan.index[first : first + length]  # a bucket's first example is its longest: no row is blank
+            none = places.new_zeros(())
+            self.seen[bucket] = self.sees(none, none, places[:, None], places[None, :])
+        return self.seen[bucket]
+
+
+def _rule(
+    *,
+    mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **others: object,
+) -> Rule:
+    """Take what transformers would build a mask from: windows and chunks come with a `local_size`."""
+    if use_vmap:  # the model adds a pattern of its own
+        raise NotImplementedError("attention with a mask of the model's own cannot be packed")
+    return Rule(mask_function, local_size)
+
+
 def _attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Rule | Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
@@ -204,6 +245,8 @@ def _attend(
     given = {name for name, value in others.items() if name not in _HARMLESS and value is not None}
     if given:
         raise NotImplementedError(f"attention with {sorted(given)} cannot be packed")
+    if not isinstance(attention_mask, Rule):
+        raise NotImplementedError("attention that has its mask from elsewhere cannot be packed")
     plan = _current
     tokens, heads, width = query.shape[2], query.shape[1], value.shape[-1]
     rows = [states[0].transpose(0, 1).reshape(tokens, -1) for states in (query, key, value)]
@@ -211,44 +254,44 @@ def _attend(
         rows = [_Gather.apply(states, plan.index, plan.back, None) for states in rows]  # type: ignore[no-untyped-call]
     sizes = [examples * length for examples, length in plan.buckets]
     answers = []
-    for bucket, *parts in zip(plan.buckets, *(torch.split(states, sizes) for states in rows), strict=True):
+    for number, parts in enumerate(zip(*(torch.split(states, sizes) for states in rows), strict=True)):
         split = [
-            part.view(*bucket, states.shape[1], -1).transpose(1, 2)
+            part.view(*plan.buckets[number], states.shape[1], -1).transpose(1, 2)
             for part, states in zip(parts, (query, key, value), strict=True)
         ]
-        answers.append(_bucket(*split, scaling=scaling, window=sliding_window, softcap=softcap))
+        answers.append(_bucket(*split, scaling=scaling, mask=attention_mask.mask(plan, number), softcap=softcap))
     joined = answers[0] if len(answers) == 1 else torch.cat(answers)
     if not plan.trivial:
         joined = _Gather.apply(joined, plan.back, plan.index, plan.blanks)  # type: ignore[no-untyped-call]
     return joined.view(1, tokens, heads, width), None
 
 
-# What layers hand to every attention function and causal attention without cache does not need.
-_HARMLESS = frozenset({"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"})
+# What layers hand to every attention function and causal attention without cache does not need. The window among it
+# is for attention functions that are given no mask; as in transformers' own sdpa and eager attention the mask has it.
+_HARMLESS = frozenset(
+    {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "sliding_window"}
+)
 
 
 def _bucket(
-    query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, mask: Tensor | None, softcap: float | None
 ) -> Tensor:
-    """Causal attention of one bucket, query [E, H, T, D]; returns rows [E * T, H * D]."""
+    """Attention of one bucket, query [E, H, T, D], mask [T, T] or None for causal; returns rows [E * T, H * D]."""
     length = query.shape[2]
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None and (window is None or length <= window):
-        answer = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    if softcap is None:
+        answer = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
     else:
-        steps = torch.arange(length, device=query.device)
-        distance = steps[:, None] - steps[None, :]
-        mask = (distance >= 0) & (distance < (window or length))
-        if softcap is None:
-            answer = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        else:
-            scores = softcap * torch.tanh(query @ key.mT * scale / softcap)
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-            wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-            answer = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril() if mask is None else mask
+        scores = softcap * torch.tanh(query @ key.mT * scale / softcap)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        answer = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
     return answer.transpose(1, 2).reshape(query.shape[0] * length, -1)
 
 
@@ -314,3 +357,4 @@ def _attention(sizes: Tensor, starts: Tensor) -> Attention:
 
 
 AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, _rule)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmira.errors import StoreError
+from fedmira.reports.examples import Example, read_examples
 from fedmira.reports.stats import (
     LOWER_IS_BETTER,
     MethodSummary,
@@ -101,6 +102,7 @@ class StudyRecord:
     runs: list[RunRecord]
     metrics: list[Metric]
     config: str
+    examples: Mapping[str, list[Example]]  # by client; empty unless report.examples
 
 
 def write_report(study: Path) -> Path:
@@ -219,6 +221,7 @@ def _read_study(study: Path) -> StudyRecord:
             for name in names
         ],
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        examples=read_examples({run.label: study / run.folder for run in runs if run.seed == runs[0].seed}),
     )
 
 
@@ -260,6 +263,7 @@ def _page(record: StudyRecord) -> str:
         rounds=sorted({number for metric in record.metrics for item in metric.methods for number in item.rounds}),
         clients=[(metric, _client_lines(record, metric)) for metric in record.metrics],
         chart=_chart(record),
+        examples=record.examples,
         size=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM),
         settings=[(run.folder, json.dumps(dict(run.fields), indent=2, ensure_ascii=False)) for run in record.runs],
     )

@@ -14,7 +14,8 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from fedmira.config import MethodEntry, parse_yaml
+from fedmira.config import MethodEntry
+from fedmira.config_file import parse_yaml
 from fedmira.errors import FedMiraError, StoreError
 from fedmira.runs import RESULT_COLUMNS
 

@@ -1,0 +1,126 @@
+"""Conversations: one row, one example, whose answer is the assistant's last turn.
+
+Turns after that are left out: no loss is taken on them. Nothing else is dropped in silence: tool calls, parts of other
+kinds than text, and lists of tools make a row bad.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+
+from fedmira.data.records import Keys, Record, Turn, check_text, present, required, shown, take_columns
+from fedmira.data.rows import BadRow, Place, Row, kind_of
+
+ROLES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "chatgpt", "model", "bot", "ai"),
+    "tool": ("tool", "function", "observation", "function_response"),
+}
+
+_ROLE_OF = {word: role for role, words in ROLES.items() for word in words}
+_SPELLINGS = (("role", "content"), ("from", "value"))  # of a turn; each may stand in either format
+_UNREAD_IN_ROW = ("tools", "functions")
+_UNREAD_IN_TURN = ("tool_calls", "function_call")
+_EMPTY = (None, "", "[]", "{}")
+_PLAIN_ROLE = re.compile(r"[A-Za-z_-]{1,20}")
+
+
+def recognises_chat(row: Row, keys: Keys) -> bool:
+    """Is there a list of turns, or (TRL's kind) a prompt and a completion that are both lists of turns?"""
+    return _holds_turns(row, keys) or ("messages" in keys and _split_chat(row))
+
+
+def _holds_turns(row: Row, keys: Keys) -> bool:
+    return any(present(row, keys[name]) is not None for name in ("messages", "conversations") if name in keys)
+
+
+def _split_chat(row: Row) -> bool:
+    return all(_is_turns(row.get(name)) for name in ("prompt", "completion"))
+
+
+def _is_turns(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, Mapping) for turn in value)
+
+
+def convert_chat(row: Row, keys: Keys, place: Place) -> Iterator[Record]:
+    """One row, one record: the turns before the assistant's last, and that one's text as the answer."""
+    for key in _UNREAD_IN_ROW:
+        if not _is_empty(row.get(key)):
+            raise BadRow(f"'{key}' is not read: a conversation may not offer tools; take the column out")
+    if _holds_turns(row, keys) or not _split_chat(row):
+        turns = _turns(row, required(row, keys, "messages" if "messages" in keys else "conversations"))
+        first = 0
+    else:
+        asked, said = _turns(row, "prompt"), _turns(row, "completion")
+        turns, first = [*asked, *said], len(asked)
+    spoken = [index for index, turn in enumerate(turns) if turn.role == "assistant" and index >= first]
+    if not spoken:
+        raise BadRow("no assistant turn to learn from" + (" in 'completion'" if first else ""))
+    before = _with_system(row, keys, turns[: spoken[-1]])
+    if not before:
+        raise BadRow("nothing stands before the assistant's only turn; use data.format text for texts without a prompt")
+    taken = present(row, keys["system"])  # its text is a turn now, and no turn is a column
+    columns = {name: text for name, text in take_columns(row, keys).items() if name != taken}
+    yield Record("", "", (turns[spoken[-1]].text,), columns, str(place), tuple(before))
+
+
+def _with_system(row: Row, keys: Keys, turns: list[Turn]) -> list[Turn]:
+    """Put the row's `system` text, if it has one, before the turns."""
+    key = present(row, keys["system"])
+    if key is None or row[key] is None:
+        return turns
+    text = check_text(row[key], key)
+    if not text.strip():
+        return turns
+    if turns and turns[0].role == "system":
+        if turns[0].text != text:
+            raise BadRow(f"two system texts: {shown(key)} and the first turn; keep one")
+        return turns
+    return [Turn("system", text), *turns]
+
+
+def _turns(row: Row, key: str) -> list[Turn]:
+    value = row[key]
+    if not isinstance(value, list) or not value:
+        hint = " (JSON inside a text is not read; use .jsonl or .parquet)" if isinstance(value, str) else ""
+        raise BadRow(f"{shown(key)} is {kind_of(value)}, not a list of turns{hint}")
+    turns = []
+    for index, entry in enumerate(value):
+        try:
+            turns.append(_turn(entry))
+        except BadRow as bad:
+            raise BadRow(f"{shown(key)}, turn {index + 1} of {len(value)}: {bad}") from None
+    return turns
+
+
+def _turn(entry: object) -> Turn:
+    if not isinstance(entry, dict):
+        raise BadRow(f"found {kind_of(entry)} where a turn (an object with role and content) was expected")
+    turn: Row = entry
+    for key in _UNREAD_IN_TURN:
+        if not _is_empty(turn.get(key)):
+            raise BadRow(f"'{key}' is not read: only text is; take the row out")
+    spelling = next((pair for pair in _SPELLINGS if turn.get(pair[0]) is not None), None)
+    if spelling is None:
+        raise BadRow("no 'role' (or 'from')")
+    role = _role(turn[spelling[0]], spelling[0])
+    contents = [pair[1] for pair in sorted(_SPELLINGS, key=lambda pair: pair != spelling) if pair[1] in turn]
+    if not contents:
+        raise BadRow(f"no '{spelling[1]}'")
+    content = next((name for name in contents if turn[name] is not None), contents[0])  # tables fill up with null
+    text = check_text(turn[content], content)
+    if role == "assistant" and not text.strip():
+        raise BadRow(f"'{content}' of the assistant is empty")
+    return Turn(role, text)
+
+
+def _role(value: object, key: str) -> str:
+    word = check_text(value, key).strip()
+    if word.lower() not in _ROLE_OF:
+        found = f"'{word}'" if _PLAIN_ROLE.fullmatch(word) else "it"  # else it may be a turn's text
+        raise BadRow(f"'{key}': {found} is no role known here; known: {', '.join(_ROLE_OF)}")
+    return _ROLE_OF[word.lower()]
+
+
+def _is_empty(value: object) -> bool:
+    return value in _EMPTY or value == [] or value == {}

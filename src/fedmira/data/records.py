@@ -1,0 +1,109 @@
+"""What a row becomes, and how its values are taken out: text is checked, and no error shows it."""
+
+import datetime
+import decimal
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedmira.data.rows import BadRow, Row, kind_of
+
+Keys = Mapping[str, Sequence[str]]  # our name -> the data's keys that may hold it, the first one present counts
+
+ALIASES = ("task", "category")  # columns that any format may take from another key of the data
+PLAIN_KEY = re.compile(r"[\w .:/-]{1,40}")  # keys outside it may be text in the wrong place: errors do not show them
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation."""
+
+    role: str  # system, user, assistant or tool
+    text: str  # may be empty
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example as read."""
+
+    instruction: str
+    input: str  # may be empty
+    answers: tuple[str, ...]  # the first is trained on, all count for scoring; at least one, none empty
+    columns: Mapping[str, str]  # every scalar column of the row as text
+    source: str  # "file:line", "file, row 7" or "file#instance id"; never example text
+    turns: tuple[Turn, ...] = ()  # a conversation's turns before its last answer; instruction and input are empty then
+
+
+def present(row: Row, keys: Sequence[str]) -> str | None:
+    """Return the first of the keys that the row has."""
+    return next((key for key in keys if key in row), None)
+
+
+def required(row: Row, keys: Keys, name: str) -> str:
+    """Return the row's key for one of our names. Raises BadRow if it has none."""
+    key = present(row, keys[name])
+    if key is None:
+        raise BadRow(f"no '{keys[name][0]}'")
+    return key
+
+
+def take_text(row: Row, keys: Keys, name: str) -> str:
+    """Return the text under one of our names, which may be empty. Raises BadRow."""
+    key = required(row, keys, name)
+    return check_text(row[key], key)
+
+
+def take_answers(row: Row, keys: Keys, name: str, *, several: bool) -> tuple[str, ...]:
+    """Return one text, or if `several` a list of them, none empty. Raises BadRow."""
+    key = required(row, keys, name)
+    value = row[key]
+    texts = value if several and isinstance(value, list) else [value]
+    if not texts:
+        raise BadRow(f"{shown(key)} is an empty list")
+    answers = tuple(check_text(text, key) for text in texts)
+    if not all(text.strip() for text in answers):
+        raise BadRow(f"{shown(key)} is empty")
+    return answers
+
+
+def take_columns(row: Row, keys: Keys) -> dict[str, str]:
+    """Return the scalar columns, with `task` and `category` taken from where `data.columns` says. Raises BadRow."""
+    columns = scalars(row)
+    for name in ALIASES:
+        if name in keys:
+            key = required(row, keys, name)
+            columns = {own: text for own, text in columns.items() if own != name or key == name}
+            if key in columns:
+                columns[name] = columns[key]
+    return columns
+
+
+def check_text(value: object, key: str) -> str:
+    """Return the value if it is text that UTF-8 can hold. JSON escapes can smuggle in NUL and half characters."""
+    if not isinstance(value, str):
+        raise BadRow(f"{shown(key)} is {kind_of(value)}, not text")
+    if "\0" in value:
+        raise BadRow(f"{shown(key)} contains a NUL character")
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise BadRow(f"{shown(key)} contains half a character (a lone surrogate)")
+    return value
+
+
+def scalars(row: Row) -> dict[str, str]:
+    """Return the columns that hold one value, as text; null, and the NaN that tables write for it, is no value."""
+    columns: dict[str, str] = {}
+    for key, value in row.items():
+        if isinstance(value, str):
+            columns[key] = check_text(value, key)
+        elif isinstance(value, bool | int) or (isinstance(value, float) and not math.isnan(value)):
+            columns[key] = json.dumps(value)
+        elif isinstance(value, datetime.date | datetime.time | decimal.Decimal):
+            columns[key] = str(value)
+    return columns
+
+
+def shown(key: str) -> str:
+    """Return a key as errors may show it."""
+    return f"'{key}'" if PLAIN_KEY.fullmatch(key) else "a column"

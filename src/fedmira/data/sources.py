@@ -1,0 +1,173 @@
+"""What `data.path` is (a file, a folder, a folder saved by `datasets`, a data set of the hub), and its tables."""
+
+import gzip
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from fedmira.data import hub
+from fedmira.data.rows import DOCUMENT_GIB, BadRow, Fault, Item, Place, read_document, read_lines, too_large
+from fedmira.data.tables import read_csv, read_parquet, read_saved, saved_splits
+from fedmira.errors import DataError, nearest
+
+KINDS = (  # a folder is read by the first kind it holds
+    (".json", ".jsonl", ".json.gz", ".jsonl.gz"),
+    (".parquet",),
+    (".csv", ".tsv", ".csv.gz", ".tsv.gz"),
+)
+EXTENSIONS = tuple(ending for kind in KINDS for ending in kind)
+
+# A name with one of these is meant as a file, whatever the hub has.
+_FILE_NAME = re.compile(
+    r".*\.(jsonl?|ndjson|parquet|csv|tsv|txt|text|md|xml|html?|ya?ml|toml|py|ipynb|arrow|feather|orc|avro|xlsx?|ods|pdf"
+    r"|docx?|sqlite3?|db|sql|pkl|pickle|pt|bin|np[yz]|h5|hdf5|safetensors|zip|tar|t?gz|bz2|xz|zst|7z|rar|lz4)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One file, or one split: something with rows of its own."""
+
+    name: str  # for errors
+    read: Callable[[], Iterator[Item]]
+    columns: Mapping[str, str] = field(default_factory=dict)  # what its rows get where they have no such column
+
+
+@dataclass(frozen=True)
+class Source:
+    """All tables of a path, in the order in which they are read."""
+
+    tables: tuple[Table, ...]
+    others: tuple[Table, ...] = ()  # files beside them that could be data, but of another kind
+
+
+@contextmanager
+def open_source(path: str | Path, *, subset: str | None, revision: str | None) -> Iterator[Source]:
+    """Give the tables of a path; those of the hub lie in a temporary folder until the end.
+
+    Raises DataError: nothing is there, nothing in it can be read, or the hub does not give it.
+    """
+    place = Path(path)
+    try:
+        there = place.exists()
+    except OSError as error:
+        raise _unreadable(place, error) from None
+    if not there and _may_be_on_hub(str(path)):
+        with hub.fetched(str(path), subset=subset, revision=revision) as folder:
+            yield Source(_saved_tables(folder, str(path)))
+        return
+    for key, value in (("subset", subset), ("revision", revision)):
+        if value is not None:
+            raise DataError(f"data.{key} '{value}': only a data set of the hub has one; data.path '{path}' is none")
+    if place.is_dir() and (tables := _saved_tables(place, place.resolve().name)):
+        yield Source(tables)
+    elif place.is_dir():
+        yield _folder(place)
+    else:
+        yield Source((_file_table(_find_file(place)),))
+
+
+def _may_be_on_hub(path: str) -> bool:
+    """Is this name, which is not here, one of the hub rather than a misspelt path?"""
+    return hub.is_name(path) and not _FILE_NAME.fullmatch(path) and not Path(path).parent.exists()
+
+
+def _find_file(path: Path) -> Path:
+    """Return the path if it is a file that can be read. Raises DataError."""
+    if not path.exists():
+        near = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = "; '~' is not the home folder here, write it out" if str(path).startswith("~") else ""
+        hint = hint or ("; a data set of the hub is called owner/name" if path.name == str(path) else "")
+        raise DataError(
+            f"data.path '{path}': no such file or folder{nearest(path.name, near)}{hint}; current folder: {Path.cwd()}"
+        )
+    if not path.is_file() or not _extension(path):
+        raise DataError(
+            f"data.path '{path}': reads {', '.join(EXTENSIONS)} files, a folder of them, a folder saved by `datasets`, "
+            "or a data set of the hub (owner/name)"
+        )
+    return path
+
+
+def _folder(path: Path) -> Source:
+    """Return a folder's files of one kind, by name. Raises DataError if there are none, or two would share a name."""
+    try:
+        inside = sorted(path.iterdir(), key=lambda file: file.name)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    known = [file for file in inside if file.is_file() and _extension(file) and not file.name.startswith(".")]
+    files = next((own for kind in KINDS if (own := [file for file in known if _extension(file) in kind])), [])
+    if not files:
+        folders = [file.name for file in inside if file.is_dir() and not file.name.startswith(".")]
+        below = f"; its {len(folders)} folders are not read: name one of them" if folders else ""
+        raise DataError(f"data.path '{path}': the folder holds no {', '.join(EXTENSIONS)} file{below}")
+    stems = [_stem(file) for file in files]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if twice:
+        raise DataError(f"data.path '{path}': more than one file is called '{twice[0]}'; keep one of them")
+    return Source(
+        tuple(_file_table(file, {"file": _stem(file)}) for file in files),
+        tuple(_file_table(file, {"file": _stem(file)}) for file in known if file not in files),
+    )
+
+
+def _saved_tables(folder: Path, name: str) -> tuple[Table, ...]:
+    """Return the splits of a folder saved by `datasets`, none if it is no such folder. Raises DataError if damaged."""
+
+    def table(path: Path, name: str, columns: Mapping[str, str]) -> Table:
+        return Table(name, lambda: read_saved(path, Place(name, path.name, 1, False, "row")), columns)
+
+    try:
+        splits = saved_splits(folder)
+    except BadRow as bad:
+        raise DataError(f"data.path '{name}': {bad}") from None
+    if splits is None:
+        return ()
+    if not splits:
+        return (table(folder, name, {}),)
+    return tuple(table(folder / split, f"{name}/{split}", {"split": split}) for split in splits)
+
+
+def _extension(path: Path) -> str:
+    return next((ending for ending in EXTENSIONS if path.name.lower().endswith(ending)), "")
+
+
+def _stem(path: Path) -> str:
+    return path.name[: -len(_extension(path))]
+
+
+def _file_table(file: Path, columns: Mapping[str, str] | None = None) -> Table:
+    return Table(file.name, lambda: read_file(file), columns or {})
+
+
+def read_file(file: Path) -> Iterator[Item]:
+    """Yield each row of a file with its place, or a Fault. Raises DataError if the file cannot be opened."""
+    ending = _extension(file)
+    start = Place(file.name, _stem(file), 1, False)
+    try:
+        if ending == ".json" and file.stat().st_size > DOCUMENT_GIB << 30:
+            yield too_large(start)
+            return
+        with gzip.open(file, "rb") if ending.endswith(".gz") else file.open("rb") as handle:
+            yield from _read_stream(cast(BinaryIO, handle), ending.removesuffix(".gz"), start)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        yield Fault(file.name, "damaged, or not a gzip file; copy it again, or drop the '.gz'", stops=True)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+
+
+def _read_stream(stream: BinaryIO, ending: str, start: Place) -> Iterator[Item]:
+    if ending == ".parquet":
+        return read_parquet(stream, start)
+    if ending in (".csv", ".tsv"):
+        return read_csv(stream, start, delimiter="\t" if ending == ".tsv" else ",")
+    return read_lines(stream, start) if ending == ".jsonl" else read_document(stream, start)
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"data: cannot read '{path}': {error.strerror or error}")

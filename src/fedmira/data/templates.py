@@ -1,0 +1,248 @@
+"""Turn a record into text: what is shown to the model, and what is trained on.
+
+A template is a value: a name and a function from a record to `Rendered`. Where the model's own chat template is used,
+it is the tokenizer's; nothing here knows what a model's turns look like.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from fedmira.data.formats import Record, Turn
+from fedmira.errors import DataError, nearest
+
+NAMES = ("alpaca", "chat", "none")
+FIELDS = ("instruction", "input")  # what a template file for single requests may show
+# What templates that write today's date are told, so that data do not change overnight: 26 July 2024, as in Llama 3's.
+_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+_TODAY = "format" + "".join(f" | replace('{code}', '{text}')" for code, text in _DATE.items())
+_SAME_DAY = f"{{%- macro strftime_now(format) -%}}{{{{ {_TODAY} }}}}{{%- endmacro -%}}"
+
+_TASK = "Below is an instruction that describes a task"
+_REQUEST = "Write a response that appropriately completes the request."
+_MARKS = ("\ue000", "\ue001")  # private characters, which no text means anything by
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a prompt; `trained`: loss is taken on it (an earlier turn of the assistant)."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One example as text: prompt, then the answer that is trained on."""
+
+    prompt: tuple[Segment, ...]
+    answer: str
+    question: str  # the prompt that an answer is written to; may end before `prompt` does
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a record becomes text. complete: the text has its own special tokens, the tokenizer adds none."""
+
+    name: str
+    render: Callable[[Record], Rendered]
+    complete: bool = False
+
+
+class ChatTokenizer(Protocol):
+    """What is needed of a tokenizer here; every tokenizer of transformers has it."""
+
+    def get_chat_template(self, chat_template: str | None = None) -> str: ...
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, chat_template: str, tokenize: bool, **variables: Any
+    ) -> str: ...
+
+
+def make_template(name: str, *, usual: str, tokenizer: ChatTokenizer) -> Template:
+    """Return the template of a name: "alpaca", "none", "chat" (the tokenizer's), a Jinja file, or "auto" = `usual`.
+
+    A file that shows `messages` is a chat template as in transformers; any other shows `instruction` and `input`.
+    Raises DataError: an unknown name, a file that cannot be used, "chat" where the tokenizer has no chat template.
+    """
+    chosen = usual if name == "auto" else name
+    if chosen in ("alpaca", "none"):
+        return ALPACA if chosen == "alpaca" else NONE
+    if chosen == "chat":
+        try:
+            source = tokenizer.get_chat_template()
+        except ValueError:
+            hint = "; these data are conversations, which need one" if usual == "chat" else ""
+            raise DataError(
+                f"data.template '{name}': the tokenizer of this base has no chat template{hint}. Name a Jinja file "
+                "(data.template: my_template.jinja), or take a base that was trained on conversations"
+            ) from None
+        return _chat_template("chat", source, tokenizer)
+    return _from_file(name, tokenizer)
+
+
+def _from_file(name: str, tokenizer: ChatTokenizer) -> Template:
+    path = Path(name)
+    if not path.is_file():
+        known = f"known: auto, {', '.join(NAMES)}, or a file (current folder: {Path.cwd()})"
+        raise DataError(f"data.template '{name}' is neither a template nor a file{nearest(name, NAMES)}; {known}")
+    try:
+        source = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.template '{name}': byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    try:
+        tree = environment.parse(source)
+    except jinja2.TemplateSyntaxError as error:
+        if "messages" in source:  # tags such as {% generation %} are known to transformers only
+            return _chat_template(name, source, tokenizer)
+        raise DataError(f"data.template '{name}', line {error.lineno}: not a Jinja template: {error.message}") from None
+    shown = meta.find_undeclared_variables(tree)
+    if "messages" in shown:
+        return _chat_template(name, source, tokenizer)
+    unknown = sorted(shown - set(FIELDS))
+    if unknown or "instruction" not in shown:
+        what = f"'{unknown[0]}' is unknown{nearest(unknown[0], FIELDS)}" if unknown else "it shows no instruction"
+        raise DataError(
+            f"data.template '{name}': {what}; a template shows {' and '.join(FIELDS)}, or messages as a chat template"
+        )
+    if next(tree.find_all((nodes.Include, nodes.Extends, nodes.Import, nodes.FromImport)), None):
+        raise DataError(f"data.template '{name}' uses another file; write it out in one")
+    compiled = environment.from_string(source)
+
+    def request(record: Record) -> str:
+        try:
+            return compiled.render(instruction=record.instruction, input=record.input)
+        except jinja2.TemplateError as error:
+            raise DataError(f"data.template '{name}' cannot show {record.source}: {type(error).__name__}") from None
+
+    return Template(name, lambda record: _single(record, request(_request_only(record, name))))
+
+
+# ---------------------------------------------------------------- single requests
+
+
+def _single(record: Record, prompt: str) -> Rendered:
+    return Rendered((Segment(prompt, False),), record.answers[0], prompt)
+
+
+def _request_only(record: Record, name: str) -> Record:
+    if record.turns:
+        raise DataError(
+            f"data.template '{name}' shows single requests, and {record.source} is a conversation; use "
+            "data.template: chat, or a Jinja file that shows `messages`"
+        )
+    return record
+
+
+def _alpaca(record: Record) -> Rendered:
+    """Show the two preambles of Stanford Alpaca, with and without an input; white space alone is no input.
+
+    Source: tatsu-lab/stanford_alpaca train.py, PROMPT_DICT; the last line break as in tloen/alpaca-lora.
+    """
+    _request_only(record, "alpaca")
+    if record.input.strip():
+        return _single(
+            record,
+            f"{_TASK}, paired with an input that provides further context. {_REQUEST}\n\n"
+            f"### Instruction:\n{record.instruction}\n\n### Input:\n{record.input}\n\n### Response:\n",
+        )
+    return _single(record, f"{_TASK}. {_REQUEST}\n\n### Instruction:\n{record.instruction}\n\n### Response:\n")
+
+
+def _none(record: Record) -> Rendered:
+    """Show the instruction, then the input on a line of its own if there is one."""
+    _request_only(record, "none")
+    given = bool(record.input.strip())
+    return _single(record, f"{record.instruction}\n{record.input}" if given else record.instruction)
+
+
+ALPACA = Template("alpaca", _alpaca)
+NONE = Template("none", _none)
+
+
+# ---------------------------------------------------------------- conversations
+
+
+def _chat_template(name: str, source: str, tokenizer: ChatTokenizer) -> Template:
+    """Render conversations by a chat template; a single request becomes one user's turn.
+
+    What the assistant said is found by rendering once more with marks in its place, so that any template works that
+    shows the assistant's words as they are, and no template needs tags of its own.
+    """
+
+    if "strftime_now" in source:
+        source = _SAME_DAY + source
+
+    def show(turns: Sequence[Turn], record: Record, *, ask: bool = False) -> str:
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        try:
+            return tokenizer.apply_chat_template(
+                messages, chat_template=source, tokenize=False, add_generation_prompt=ask
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            own = str(error) if str(error) in source else type(error).__name__  # its own words, never the data's
+            raise DataError(f"data.template '{name}' cannot show {record.source}: {own}") from None
+
+    def render(record: Record) -> Rendered:
+        turns = record.turns or (Turn("user", "\n\n".join(t for t in (record.instruction, record.input) if t.strip())),)
+        return _mark_turns((*turns, Turn("assistant", record.answers[0])), record, name, show)
+
+    return Template(name, render, complete=True)
+
+
+def _mark_turns(turns: Sequence[Turn], record: Record, name: str, show: Callable[..., str]) -> Rendered:
+    """Split a conversation into what is shown and what the assistant says, each turn with its end.
+
+    Pieces between the assistant's texts come from a rendering with marks; the end of a turn is what follows the last
+    text (white space at the very end apart). Where the template writes something between the prompt that it asks with
+    and the text, the model must write it too, so it is trained on.
+    """
+    places = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+    marks = {place: f"{_MARKS[0]}{number}{_MARKS[1]}" for number, place in enumerate(places)}
+    if any(mark in turn.text for turn in turns for mark in _MARKS):
+        raise DataError(f"{record.source}: the text holds private characters (U+E000, U+E001); remove them")
+    shown = show([Turn(t.role, marks[place]) if place in marks else t for place, t in enumerate(turns)], record)
+    pieces, rest = [], shown
+    for mark in marks.values():
+        before, found, rest = rest.partition(mark)
+        if not found or mark in rest:
+            raise DataError(
+                f"data.template '{name}' leaves out or repeats what the assistant says in {record.source}, so it is "
+                "not clear what to train on; write a Jinja file that shows every turn once"
+            )
+        pieces.append(before)
+    whole = show(turns, record)
+    end = rest.rstrip()
+    texts = [turns[place].text for place in places]
+    if _join(pieces, texts, rest) != whole:
+        texts = [text.strip() for text in texts]
+        if _join(pieces, texts, rest) != whole:
+            raise DataError(
+                f"data.template '{name}' changes what the assistant says in {record.source}, so it is not clear what "
+                "to train on; write a Jinja file that shows it as it is"
+            )
+    segments: list[Segment] = []
+    for number, piece in enumerate(pieces):
+        if number:  # the end of the assistant's turn before
+            closed = end if end and piece.startswith(end) else ""
+            segments.append(Segment(texts[number - 1] + closed, True))
+            piece = piece[len(closed) :]
+        segments.append(Segment(piece, False))
+    prompt = "".join(segment.text for segment in segments)
+    question = show(turns[: places[-1]], record, ask=True)
+    own = prompt[len(question) :] if prompt.startswith(question) else ""
+    last = segments.pop().text
+    if not last.endswith(own):
+        own = ""
+    segments.append(Segment(last.removesuffix(own), False))
+    return Rendered(tuple(part for part in segments if part.text), own + texts[-1] + end, question)
+
+
+def _join(pieces: Sequence[str], texts: Sequence[str], rest: str) -> str:
+    return "".join(piece + text for piece, text in zip(pieces, texts, strict=True)) + rest

@@ -1,0 +1,238 @@
+"""Where a base comes from: a local folder, or a hub name that becomes one; what cannot be used is refused unread.
+
+A base is safetensors, JSON and tokenizer files. Pickles are never opened and code of a repository is never run, so a
+folder that holds pickles, or a config that only such code could read, is turned away here, before weights are loaded.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from fedmira.errors import ModelError, nearest
+
+PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+_SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]
+_WEIGHTS = ["model*.safetensors"]
+_NOT_FETCHED = ["*/*", "*.fp16*"]  # copies in other formats lie in folders and under other names
+_CAUSAL = "FedMira needs a causal decoder (GPT-2, Llama, Qwen, Mistral, Gemma, Phi, ...)"
+
+
+def find_folder(name: str, *, revision: str | None = None, weights: bool = False) -> Path:
+    """Return the folder with a base's files; a hub name is fetched into the hub's cache, or found there.
+
+    revision: branch, tag or commit of a hub name, None for its main branch; weights: fetch safetensors too.
+    Raises ModelError: not found, not reachable, no config, no safetensors, pickles, an adapter instead of a base.
+    """
+    folder = Path(name)
+    local = folder.is_dir()
+    if not local and (folder.exists() or name.startswith((".", "/", "~")) or not _HUB_NAME.match(name)):
+        raise refuse(name, f"no such folder (current folder: {Path.cwd()})")
+    if local and revision is not None:
+        raise ModelError(
+            f"model.revision '{revision}': model.base_model '{name}' is a folder, and only hub names have revisions; "
+            "leave it out"
+        )
+    if not local:
+        folder = _fetch(name, revision, [*_SMALL, *(_WEIGHTS if weights else [])])
+    _check_files(name, folder, local=local, weights=weights)
+    return folder
+
+
+def load_config(name: str, folder: Path) -> transformers.PretrainedConfig:
+    """Read a base's config. Raises ModelError with the reason if it is no causal decoder, or none that can be used."""
+    facts = _read_json(name, folder / "config.json")
+    kind = facts.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
+        if "auto_map" in facts:
+            raise refuse(name, f"model_type '{kind}' needs code from its repository, which FedMira never runs")
+        known = [str(known) for known in CONFIG_MAPPING_NAMES]
+        raise refuse(
+            name,
+            f"config.json has model_type {kind!r}, which transformers {transformers.__version__} does not know"
+            f"{nearest(str(kind), known)}",
+        )
+    if facts.get("quantization_config") or facts.get("compression_config"):
+        found = facts.get("quantization_config") or {}
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+        raise refuse(
+            name,
+            f"its weights are quantised (method: {method}); FedMira trains on plain float weights, so use the model "
+            "that this one was made from",
+        )
+    if facts.get("transformers_weights"):
+        raise refuse(name, "config.json names other weights (transformers_weights); expected model.safetensors")
+    if facts.get("is_encoder_decoder") or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise refuse(name, f"a {kind} model is no causal decoder; {_CAUSAL}")
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise refuse(name, f"a {kind} model is an encoder and no causal decoder; {_CAUSAL}")
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        whole = config.get_text_config() is config
+    except Exception as error:  # whatever a config makes transformers raise is that config's fault
+        raise refuse(name, f"config.json cannot be used: {first_line(error)}") from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise refuse(name, f"a {kind} model is no causal decoder; {_CAUSAL}")
+    if not whole:
+        parts = ", ".join(sorted(config.sub_configs))
+        raise refuse(name, f"a {kind} model is more than a text decoder (its config holds {parts}); {_CAUSAL}")
+    # A config may ask for attention kernels from a hub, which are code too; None lets transformers choose its own.
+    config._attn_implementation = None
+    return config
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> transformers.PreTrainedTokenizerBase:
+    """Load the tokenizer alone. Raises ModelError if there is none, or it has no end-of-text token."""
+    folder = find_folder(name, revision=revision)
+    load_config(name, folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise refuse(name, f"no usable tokenizer: {first_line(error)}") from None
+    if not len(tokenizer):
+        raise refuse(name, f"no usable tokenizer: found no tokenizer.json or other vocabulary in '{folder}'")
+    if tokenizer.eos_token_id is None:
+        raise refuse(name, "the tokenizer has no end-of-text token, so answers could not end")
+    return tokenizer
+
+
+def count_positions(name: str, *, revision: str | None = None) -> int | None:
+    """Return how many positions a base has, by its config alone; None where there is no limit.
+
+    Raises ModelError like load_base, long before weights are read.
+    """
+    return positions(load_config(name, find_folder(name, revision=revision)))
+
+
+def positions(config: transformers.PretrainedConfig) -> int | None:
+    """Return how many positions a base has whose frequencies do not depend on the texts that share a pass.
+
+    "longrope" (Phi-3 with 128k) has two sets of frequencies and takes the second for a whole pass as soon as one text
+    in it is longer than the first was made for: a client's losses would depend on who else is in the pass.
+    """
+    limits = [getattr(config, "max_position_embeddings", None)]
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in [ropes, *ropes.values()]:  # one for all layers, or one for each kind of layer
+        if isinstance(rope, Mapping) and rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings"))
+    return min((int(limit) for limit in limits if limit is not None), default=None)
+
+
+def fingerprint(name: str, *, revision: str | None = None) -> str:
+    """sha256 over config.json, tokenizer files and weights, so that two sites can tell they hold one base."""
+    return digest(find_folder(name, revision=revision, weights=True))
+
+
+def digest(folder: Path) -> str:
+    """Return the fingerprint of the base in a folder."""
+    total = hashlib.sha256()
+    patterns = ("config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.safetensors")
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        if path.is_file():
+            total.update(path.name.encode())
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def refuse(name: str, why: str) -> ModelError:
+    """Make the error that says which base is meant and why it cannot be used."""
+    return ModelError(f"model.base_model '{name}': {why}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its kind."""
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def list_pickles(folder: Path) -> list[str]:
+    """Return the names of the files of a folder that are pickles by their ending."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES and not path.is_dir())
+
+
+def join_some(names: Sequence[str]) -> str:
+    """Return up to five names in a row, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _check_files(name: str, folder: Path, *, local: bool, weights: bool) -> None:
+    """local: the user's own folder, and not one of the hub's cache; there other programs may have put pickles, which
+    stay unread, and weights are there once they were asked for."""
+    pickles = list_pickles(folder) if local or weights else []
+    files = {path.name for path in folder.glob("*.safetensors")}
+    if pickles and not files:
+        raise refuse(
+            name,
+            f"holds {pickles[0]} and no safetensors; pickles can run code and are refused. Convert the weights with "
+            "transformers' save_pretrained.",
+        )
+    if pickles and local:
+        raise refuse(
+            name,
+            f"holds pickles beside its safetensors: {join_some(pickles)}. "
+            "FedMira reads only safetensors; remove the pickles.",
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise refuse(name, "holds a PEFT adapter (adapter_config.json); merge it into its base first, or name the base")
+    if not (folder / "config.json").is_file():
+        raise refuse(name, "no config.json in this folder; expected a transformers model")
+    if weights and not files:
+        raise refuse(name, "has no safetensors (model.safetensors, or an index and its parts); FedMira reads no others")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and (local or weights):
+        shards = _read_json(name, index).get("weight_map")
+        strange = [shard for shard in shards.values() if shard not in files] if isinstance(shards, dict) else [shards]
+        if strange:
+            raise refuse(name, f"{index.name} points to {strange[0]!r}, which is no safetensors file of this folder")
+
+
+def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """Return the folder of a hub name in the hub's cache, filled as far as `patterns` ask: one revision, no code."""
+    where = f"no such folder here ({Path.cwd()}), and the Hugging Face hub"
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED))
+    except GatedRepoError:
+        raise refuse(name, "is gated: accept its terms on its hub page and set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise ModelError(f"model.revision '{revision}': '{name}' has no such branch, tag or commit") from None
+    except RepositoryNotFoundError:
+        raise refuse(name, f"{where} has no such model, or a private one (set HF_TOKEN)") from None
+    except LocalEntryNotFoundError as error:
+        asked = "" if revision is None else f" at revision '{revision}'"
+        if constants.HF_HUB_OFFLINE:
+            why = f"may not be asked (HF_HUB_OFFLINE is set); the local cache has it not, or not whole{asked}"
+        else:
+            cause = first_line(error.__cause__ or error)
+            why = f"cannot be reached ({cause}); with HF_HUB_OFFLINE=1 only the local cache is searched"
+        raise refuse(name, f"{where} {why}") from None
+    except (OSError, ValueError) as error:
+        raise refuse(name, f"{where} gave an error: {first_line(error)}") from None
+
+
+def _read_json(name: str, path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise refuse(name, f"{path.name} cannot be read: {first_line(error)}") from None
+    if not isinstance(facts, dict):
+        raise refuse(name, f"{path.name} holds a {type(facts).__name__}, expected an object")
+    return facts

@@ -1,0 +1,136 @@
+"""Look before you run: what a study would cost, and what its examples look like to the model. Nothing is written."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from fedmira.config import Config
+from fedmira.data.batches import Encoded
+from fedmira.engine.probe import measure_speeds
+from fedmira.engine.rounds import Observer
+from fedmira.methods import build
+from fedmira.plan import Plan, Work, count_run, count_start, plan_cohort
+from fedmira.prepare import Prepared, prepare, take_in, using_threads
+from fedmira.runs import StudyFolder
+
+COPIES = 4  # full checkpoints and the deltas since, at most, in the size of one that is full
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One training example as the model gets it: pieces of text, and whether loss is taken on each."""
+
+    client: str
+    tokens: int
+    labels: int
+    pieces: tuple[tuple[str, bool], ...]
+
+
+def silent(event: str, facts: object) -> None:
+    """Observe nothing."""
+
+
+def show_examples(config: Config, *, observer: Observer = silent) -> Iterator[Shown]:
+    """Yield the first training example of every client, as tokenised and cut. Raises as `run` does, without a base."""
+    tokenizer, intake = take_in(config, observer)
+    for client in intake.clients:
+        example = client.train[0]
+        pieces = tuple((tokenizer.decode(example.ids[a:b]), trained) for a, b, trained in _spans(example))
+        yield Shown(client.id, len(example.ids), example.labels, pieces)
+
+
+def _spans(example: Encoded) -> Iterator[tuple[int, int, bool]]:
+    """Cut an example into runs of ids with and without loss."""
+    done = 0
+    for start, stop in example.labelled:
+        if done < start:
+            yield done, start, False
+        yield start, stop, True
+        done = stop
+
+
+def plan_study(config: Config, *, overwrite: bool = False, observer: Observer = silent) -> Plan:
+    """Check everything that `run` checks, measure a short probe, and return what the study would cost.
+
+    Raises what `run` would raise before it starts.
+    """
+    folder = StudyFolder(Path(config.output_dir))
+    folder.check_free(overwrite=overwrite)
+    prepared = prepare(config, observer)
+    observer("start", {"what": "measuring a few passes"})
+    with using_threads(prepared.threads):
+        return _plan(prepared)
+
+
+def _plan(prepared: Prepared) -> Plan:
+    federation = prepared.federation
+    config, clients, base = federation.config, federation.clients, federation.base
+    seed = config.seeds[0]
+    cohort = prepared.cohorts[seed]
+    sampled = len(cohort.schedule[0])
+    measured = plan_cohort(base, federation.layout, clients, batch_size=config.training.batch_size, sampled=sampled)
+    plain = build("local", {}, cohort)
+    speeds = measure_speeds(federation, plain, torch.from_numpy(cohort.schedule[0]), seed=seed)
+    writes = any(metric != "loss" for metric in config.evaluation.metrics)
+    each = federation.layout.size * 4
+    start_work = count_start(clients, writes=writes, max_examples=config.evaluation.max_examples)
+    works: dict[str, Work] = {}
+    travels: dict[str, int] = {}
+    rows, checkpoints = 1, 0
+    for entry in prepared.entries:
+        method = prepared.methods[entry.folder, seed]
+        works[entry.folder] = count_run(
+            clients,
+            cohort.schedule,
+            batch_size=config.training.batch_size,
+            steps=config.training.local_steps,
+            epochs=config.training.local_epochs,
+            every=config.evaluation.every,
+            personal=method.personal,
+            writes=writes,
+            max_examples=config.evaluation.max_examples,
+        )
+        travels[entry.folder] = 2 * sampled * each if method.exchanges else 0
+        ever = len({int(k) for ids in cohort.schedule for k in ids}) if method.personal else 1
+        rows = max(rows, len(clients) if method.personal else 1)
+        checkpoints += COPIES * ever * each * len(config.seeds)
+    seconds = {label: speeds.seconds(work) for label, work in works.items()}
+    runs = len(prepared.entries) * len(config.seeds)
+    return Plan(
+        clients=len(clients),
+        sampled=sampled,
+        rounds=config.federation.rounds,
+        cohort=federation.cohort,
+        examples=sum(len(client.train) for client in clients),
+        tokens=sum(client.tokens for client in clients),
+        trained_tokens=sum(client.trained_tokens for client in clients),
+        truncation=asdict(prepared.intake.truncation),
+        parameters=federation.layout.parameters,
+        memory={
+            "base": sum(value.numel() * value.element_size() for value in base.model.parameters()),
+            "rows": rows * each,
+            "cohort": federation.cohort * measured.bytes_each,
+            "free": measured.bytes_free,
+        },
+        disk={
+            "adapters": len(clients) * federation.layout.parameters * 4 * runs,
+            "checkpoints": checkpoints,
+            "free": _free_disk(Path(config.output_dir)),
+        },
+        bytes_per_round=travels,
+        speeds=speeds,
+        start_seconds=speeds.seconds(start_work),
+        work=works,
+        run_seconds=seconds,
+        runs=runs,
+        total_seconds=speeds.seconds(start_work) + len(config.seeds) * sum(seconds.values()),
+    )
+
+
+def _free_disk(folder: Path) -> int:
+    """Bytes free where a folder is or would be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free

@@ -1,0 +1,136 @@
+"""What a user sees while FedMira works: live bars on a terminal, plain lines elsewhere, all on standard error."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from fedmira.data.rows import FAULTS_SHOWN
+from fedmira.prepare import Intake
+from fedmira.screen import shown_name
+
+
+class Watch:
+    """Prints what a study does: live bars on a terminal, plain lines elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.console = Console(stderr=True, quiet=quiet)
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self.task: TaskID | None = None
+        self.name = ""
+
+    def __enter__(self) -> "Watch":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
+        show = getattr(self, f"on_{event}", None)
+        if show is not None:
+            show(facts)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def on_data(self, facts: Mapping[str, Any]) -> None:
+        intake: Intake = facts["intake"]
+        clients, cut = intake.clients, intake.truncation
+        counts = [len(client.train) for client in clients]
+        self.say(
+            f"data: format {intake.format} ({', '.join(intake.keys.values())}), template {intake.template}; "
+            f"{len(clients)} clients, {sum(counts)} training examples ({min(counts)} to {max(counts)} each), "
+            f"{sum(client.trained_tokens for client in clients)} trained tokens"
+        )
+        if intake.others:
+            self.say(f"warning: {intake.others} files of another kind stand in the folder and are not read")
+        if intake.skipped:
+            total = intake.examples + len(intake.skipped)
+            self.say(f"warning: {len(intake.skipped)} of {total} examples cannot be read and are skipped:")
+            for fault in intake.skipped[:FAULTS_SHOWN]:
+                self.say(f"  - {fault}")
+        if intake.left_out:
+            self.say(f"warning: the partitioner leaves out {intake.left_out} of {intake.examples} examples")
+        if cut.prompts_cut or cut.answers_cut or cut.dropped:
+            self.say(
+                f"truncation: of {cut.examples} examples {cut.prompts_cut} prompts cut at their start, "
+                f"{cut.answers_cut} answers cut at their end, {cut.dropped} dropped"
+            )
+        if cut.questions_cut:
+            self.say(f"truncation: {cut.questions_cut} prompts cut at their start where an answer is written to them")
+        if alone := [client.name for client in clients if len(client.train) == 1]:
+            self.say(
+                f"warning: {len(alone)} clients have one training example only, such as '{shown_name(alone[0])}': what "
+                "is not held out for them is n/a, and an adapter trained on one text may give it away"
+            )
+
+    def on_model(self, facts: Mapping[str, Any]) -> None:
+        federation = facts["federation"]
+        base = federation.base
+        self.say(
+            f"base: {federation.config.model.base_model}, {str(base.dtype).removeprefix('torch.')} on {base.device}; "
+            f"adapters: rank {federation.config.lora.r} on {len(base.shapes)} layers, "
+            f"{federation.layout.parameters:,} parameters each; {facts['sampled']} clients a round, "
+            f"{federation.cohort} in one pass"
+        )
+
+    def on_start(self, facts: Mapping[str, Any]) -> None:
+        self.say(f"{facts['what']} ...")
+
+    def on_run(self, facts: Mapping[str, Any]) -> None:
+        run = facts["facts"]
+        self.name = f"{run['label']}, seed {run['seed']}"
+        pull = run["pull_percent"]
+        coupled = f": pull per round {pull[1]:.3g} % (from {pull[0]:.3g} to {pull[2]:.3g})" if pull else ""
+        self.say(f"{self.name}{coupled}")
+        for note in facts["notes"]:
+            self.say(f"warning: {note}")
+        self._bar(self.name, run["rounds"])
+
+    def on_round(self, facts: Mapping[str, Any]) -> None:
+        record = facts["record"]
+        loss = "" if record.validation_loss is None else f", validation loss {record.validation_loss:.4f}"
+        trained = sum(record.train_loss) / len(record.train_loss)
+        line = f"train loss {trained:.4f}{loss}, {record.seconds:.1f} s"
+        if self.console.is_terminal:
+            self._move(record.round, f"{self.name}: {line}")
+        else:
+            self.say(f"{self.name}: round {record.round}/{facts['rounds']}: {line}")
+        for name, reason in record.refused.items():
+            self.say(f"warning: round {record.round}: upload of '{name}' refused: {reason}")
+
+    def on_scoring(self, facts: Mapping[str, Any]) -> None:
+        if self.task is None or facts["done"] == facts["clients"] or self.bars.tasks[-1].total != facts["clients"]:
+            self._bar(f"{self.name or 'base'}: writing test answers", facts["clients"])
+        self._move(facts["done"])
+
+    def on_complete(self, facts: Mapping[str, Any]) -> None:
+        self._drop()
+        if facts["refused"]:
+            self.say(f"warning: {self.name}: {facts['refused']} uploads were refused; log.txt says which and why")
+
+    def _bar(self, text: str, total: int) -> None:
+        self._drop()
+        self.task = self.bars.add_task(text, total=total)
+
+    def _move(self, done: int, text: str | None = None) -> None:
+        if self.task is not None:
+            if text is None:
+                self.bars.update(self.task, completed=done)
+            else:
+                self.bars.update(self.task, completed=done, description=text)
+
+    def _drop(self) -> None:
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+            self.task = None
