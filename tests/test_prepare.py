@@ -24,7 +24,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(tmp_path: Path) -> Path:
     """120 rows sorted by kind, each with a prompt of its own."""
     made = [
-        {"prompt": f"w{index % 20 + 2} w{index // 20 + 2}", "completion": "w9", "kind": KINDS[index // 40], "place": index}
+        {
+            "prompt": f"w{index % 20 + 2} w{index // 20 + 2}",
+            "completion": "w9",
+            "kind": KINDS[index // 40],
+            "place": index,
+        }
         for index in range(120)
     ]
     path = tmp_path / "rows.jsonl"
@@ -144,3 +149,17 @@ def test_a_template_of_ones_own_reaches_the_examples(base: Path, rows: Path) -> 
     plain, framed = take(base, rows).clients[0].train[0], take(base, rows, template=str(own)).clients[0].train[0]
     assert framed.ids[1:-3] == plain.ids[:-2]
     assert len(framed.ids) == len(plain.ids) + 2
+
+
+def test_splits_that_the_data_names_are_kept_or_their_mixing_is_told(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "split.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": "w3", "completion": f"w{place}", "kind": "a", "split": split}) + "\n"
+            for split, count in (("train", 6), ("test", 2))
+            for place in range(3, 3 + count)
+        )
+    )
+    mixed, kept = take(base, path), take(base, path, split_column="split")
+    assert (mixed.pooled, kept.pooled) == (["test", "train"], ())
+    assert (len(mixed.clients[0].train), len(kept.clients[0].train), len(kept.clients[0].test)) == (8, 6, 2)

@@ -18,7 +18,7 @@ from fedmira.config import Config, MethodEntry, NaturalIdPartitioner, Partitione
 from fedmira.data import partitioners
 from fedmira.data.batches import ClientData, Truncation, encode_client
 from fedmira.data.formats import Record, read_records
-from fedmira.data.partition import column_values, form_clients
+from fedmira.data.partition import SPLITS, column_values, form_clients
 from fedmira.data.rows import Fault
 from fedmira.data.templates import Template, make_template
 from fedmira.engine.rounds import Federation, Observer
@@ -46,6 +46,7 @@ class Intake:
     others: int  # files in the folder that are of another kind, and not read
     skipped: Sequence[Fault]  # bad rows, with on_bad_row: skip
     left_out: int  # examples that the partitioner gives to nobody
+    pooled: Sequence[str]  # splits that the data itself names, and that are mixed and drawn anew
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +188,15 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None) -> I
         examples=len(reading.records),
         others=reading.counts["others"],
         skipped=reading.skipped,
+        pooled=_pooled_splits(reading.records) if section.split_column is None else (),
         left_out=0 if parts is None else len(reading.records) - sum(len(part) for part in parts),
     )
+
+
+def _pooled_splits(records: Sequence[Record]) -> list[str]:
+    """Return the splits that a column `split` names, if it names several: mixing them is worth a word."""
+    named = {record.columns.get("split", "") for record in records}
+    return sorted(named) if len(named) > 1 and named <= set(SPLITS) else []
 
 
 def _partition(records: Sequence[Record], chosen: Partitioner | None, default_seed: int) -> list[np.ndarray] | None:

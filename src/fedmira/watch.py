@@ -59,6 +59,11 @@ class Watch:
             self.say(f"warning: {len(intake.skipped)} of {total} examples cannot be read and are skipped:")
             for fault in intake.skipped[:FAULTS_SHOWN]:
                 self.say(f"  - {fault}")
+        if intake.pooled:
+            self.say(
+                f"warning: the data's own splits ({', '.join(intake.pooled)}) are mixed and drawn anew; to keep them: "
+                "data.split_column=split"
+            )
         if intake.left_out:
             self.say(f"warning: the partitioner leaves out {intake.left_out} of {intake.examples} examples")
         if cut.prompts_cut or cut.answers_cut or cut.dropped:
