@@ -16,11 +16,12 @@ import typer
 from rich.console import Console
 
 from fedmira import bundled, preview, study
+from fedmira.chat import open_chat
 from fedmira.doctor import describe_machine, examine
 from fedmira.draft import draft_config
 from fedmira.errors import FedMiraError, Stopped
 from fedmira.reports.render import summary_tables
-from fedmira.screen import show_examples, show_plan
+from fedmira.screen import questions, show_examples, show_plan, side_by_side, visible
 from fedmira.watch import Watch
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="show what the lo
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 
+SAVED = "finished rounds of a study that had begun are saved; it goes on with 'fedmira resume STUDY'"
 PLAIN_WIDTH = 120  # of tables that go to a file or a pipe
 
 
@@ -130,6 +132,30 @@ def export(
 
 
 @app.command()
+def chat(
+    run: Annotated[Path | None, typer.Argument(help="a run: STUDY/<method>/seed-<n>", show_default=False)] = None,
+    client: Annotated[str | None, typer.Option(help="whose adapter")] = None,
+    adapter: Annotated[list[Path] | None, typer.Option(help="a PEFT folder, beside or without a run")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="one question; default: ask until Ctrl-D")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="another base: a folder or a hub name")] = None,
+    template: Annotated[str | None, typer.Option(help="another template: alpaca, chat, none or a file")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="length of an answer; default: 128")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Ask a client's adapter and the untouched base the same questions, side by side."""
+    opened = open_chat(
+        run, client=client, folders=adapter or (), model=model, template=template, max_new_tokens=max_new_tokens
+    )
+    print(f"template {opened.template.name}; greedy answers; Ctrl-D ends", file=sys.stderr)
+    for text in [prompt] if prompt is not None else questions():
+        replies = opened.ask(text)
+        print(json.dumps(replies, ensure_ascii=False) if as_json else side_by_side(replies), flush=True)
+
+
+@app.command()
 def methods(as_json: AsJson = False, debug: Debug = False) -> None:
     """List the methods, with the first line of each one's description."""
     found = {name: (study.load_method(name).__doc__ or "").strip().splitlines()[0] for name in study.methods()}
@@ -182,18 +208,18 @@ def main() -> None:
         error.show()  # type: ignore[attr-defined]
         code = 2
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted: finished rounds are saved; go on with 'fedmira resume STUDY'", file=sys.stderr)
+        print(f"interrupted: {SAVED}", file=sys.stderr)
         code = 130
     except _Terminated:
-        print("stopped: finished rounds are saved; go on with 'fedmira resume STUDY'", file=sys.stderr)
+        print(f"stopped: {SAVED}", file=sys.stderr)
         code = Stopped.exit_code
     except FedMiraError as error:
         if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+            _trace(error)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         code = error.exit_code
     except Exception as error:
-        traceback.print_exc()
+        _trace(error)
         print(f"bug: {type(error).__name__}; please report it with the lines above", file=sys.stderr)
         code = 1
     sys.exit(code)
@@ -208,8 +234,30 @@ def _stop(number: int, frame: object) -> None:
     raise _Terminated(Stopped.exit_code)
 
 
+def _trace(error: BaseException) -> None:
+    """Print where an error arose, and what led to it: our own words, and of others only the kind.
+
+    What a library says in an error may be text of an example (KeyError and ValueError show the value); from Python the
+    exception has it all.
+    """
+    chain = [error]
+    while cause := chain[-1].__cause__ or (None if chain[-1].__suppress_context__ else chain[-1].__context__):
+        chain.append(cause)
+    for one in reversed(chain):
+        own = f": {visible(str(one))}" if isinstance(one, FedMiraError) else " (its words are not shown)"
+        frames = "".join(traceback.format_tb(one.__traceback__))
+        print(f"Traceback (most recent call last):\n{frames}{type(one).__qualname__}{own}\n", file=sys.stderr)
+
+
+class _Plain(logging.Formatter):
+    """Writes one log record on one line that cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(f"{record.levelname}: {record.getMessage()}")
+
+
 def _log_to_stderr(level: int) -> logging.Handler:
     handler = logging.StreamHandler()
     handler.setLevel(level)
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(_Plain())
     return handler

@@ -5,23 +5,20 @@ Nothing below the engine sees these classes except a method's own `Config` base.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fedmira.errors import ConfigError, nearest
 
 Metric = Literal["loss", "rouge_l", "exact_match", "word_accuracy"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Whole = Annotated[int, Field(ge=0, lt=2**31)]  # beyond it array lengths overflow; no federation has so many of anything
+Count = Annotated[Whole, Field(ge=1)]
+PATHS = frozenset({"path", "base_model", "output_dir", "template"})  # keys of any section whose text may be a path
+NAME_BYTES, PATH_LETTERS = 255, 4000  # what Linux and macOS bear, with room for the names inside a study
 
 
 class Strict(BaseModel):
@@ -33,13 +30,49 @@ class Strict(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic reads true as 1; `rounds: true` is a slip, not one round."""
-        found = value if isinstance(value, list | tuple) else [value]
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        if annotation is not bool and any(isinstance(word, bool) for word in found):
-            raise ValueError("true and false are not allowed here")
+    def _nothing_is_read_as_something_else(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic reads true as 1, "3" as 3 and "no" as false; in a config each of them is a slip."""
+        key = str(info.field_name)
+        annotation = cls.model_fields[key].annotation
+        if annotation is bool and not isinstance(value, bool):
+            raise ValueError("should be true or false")
+        for word in value if isinstance(value, list | tuple) else [value]:
+            _check_kind(word, annotation)
+        if key in PATHS and isinstance(value, str):
+            _check_path(value)
         return value
+
+
+def _check_kind(word: Any, annotation: Any) -> None:
+    """Raise ValueError for a value of a kind that its key does not have, though pydantic would convert it."""
+    if not isinstance(word, bool | int | float | str | list | tuple | Mapping | BaseModel | None):
+        raise ValueError("is no text, number, list or mapping")
+    if isinstance(word, bool) and annotation is not bool:
+        raise ValueError("true and false are not allowed here")
+    if not isinstance(word, str):
+        return
+    kinds, choices = _kinds(annotation)
+    if str not in kinds and word not in choices and kinds & {int, float}:
+        raise ValueError(f"should be a number{''.join(f', or {choice}' for choice in choices)}; a text is none")
+    if str in kinds and not word:
+        raise ValueError("is empty; write null, or leave the key out")
+    if re.search("[\ud800-\udfff]", word):
+        raise ValueError("contains half a character (a lone surrogate)")
+
+
+def _kinds(annotation: Any) -> tuple[set[Any], list[Any]]:
+    """Return the types that stand anywhere in an annotation, and the choices of its Literals."""
+    if get_origin(annotation) is Literal:
+        return set(), list(get_args(annotation))
+    inner = [_kinds(part) for part in get_args(annotation)]
+    return {annotation}.union(*(kinds for kinds, _ in inner)), [choice for _, own in inner for choice in own]
+
+
+def _check_path(path: str) -> None:
+    """Raise ValueError for a path that no file can have: asking for it would be an error of the system's own."""
+    longest = max(len(name.encode(errors="surrogatepass")) for name in path.split("/"))
+    if "\0" in path or longest > NAME_BYTES or len(path) > PATH_LETTERS:
+        raise ValueError(f"is no path: at most {PATH_LETTERS} letters, {NAME_BYTES} bytes between two /, and no NUL")
 
 
 class ModelConfig(Strict):
@@ -56,8 +89,8 @@ class ModelConfig(Strict):
 class LoraConfig(Strict):
     """The adapters; names and meaning as in PEFT's LoraConfig."""
 
-    r: Annotated[int, Field(ge=1)] = 8
-    lora_alpha: Annotated[float, Field(gt=0)] = 16
+    r: Annotated[int, Field(ge=1, le=65_536)] = 8  # above the width of any base it says nothing more
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = 16
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: list[str] | Literal["all-linear", "auto"] = "auto"  # auto: PEFT's list for the architecture
 
@@ -81,7 +114,7 @@ class IidPartitioner(Strict):
     """Equal parts, drawn at random."""
 
     name: Literal["iid"]
-    num_partitions: Annotated[int, Field(ge=1)]  # clients
+    num_partitions: Count  # clients
     shuffle: bool = True  # false: parts in file order, which are alike only if the file is in random order
     seed: Seed | None = None  # null = data.seed
 
@@ -90,7 +123,7 @@ class SizePartitioner(Strict):
     """Parts of given sizes."""
 
     name: Literal["size"]
-    partition_sizes: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]  # examples of each client
+    partition_sizes: Annotated[list[Count], Field(min_length=1)]  # examples of each client
     shuffle: bool = True  # false: parts in file order
     seed: Seed | None = None  # null = data.seed
 
@@ -99,7 +132,7 @@ class GrowingPartitioner(Strict):
     """Parts whose sizes grow with their number i = 1, 2, ...: as i, i^2 or e^i."""
 
     name: Literal["linear", "square", "exponential"]
-    num_partitions: Annotated[int, Field(ge=1)]  # clients
+    num_partitions: Count  # clients
     shuffle: bool = True  # false: parts in file order
     seed: Seed | None = None  # null = data.seed
 
@@ -108,10 +141,10 @@ class DirichletPartitioner(Strict):
     """Label skew: each class is shared out by a Dirichlet draw."""
 
     name: Literal["dirichlet"]
-    num_partitions: Annotated[int, Field(ge=1)]  # clients
+    num_partitions: Count  # clients
     partition_by: str  # the column that holds the class
     alpha: Annotated[float, Field(gt=0)] | list[Annotated[float, Field(gt=0)]]  # small = skewed, large = alike
-    min_partition_size: Annotated[int, Field(ge=0)] = 10  # examples every client has at least; drawn again until then
+    min_partition_size: Whole = 10  # examples every client has at least; drawn again until then
     self_balancing: bool = False  # clients with more than their share get no more
     shuffle: bool = True  # order within each client
     seed: Seed | None = None  # null = data.seed
@@ -121,9 +154,9 @@ class PathologicalPartitioner(Strict):
     """Each client has a few classes only."""
 
     name: Literal["pathological"]
-    num_partitions: Annotated[int, Field(ge=1)]  # clients
+    num_partitions: Count  # clients
     partition_by: str  # the column that holds the class
-    num_classes_per_partition: Annotated[int, Field(ge=1)]
+    num_classes_per_partition: Count
     class_assignment_mode: Literal["random", "deterministic", "first-deterministic"] = "random"
     shuffle: bool = True  # order within each client
     seed: Seed | None = None  # null = data.seed
@@ -133,10 +166,10 @@ class ShardPartitioner(Strict):
     """Examples sorted by class and cut into shards, some for each client (McMahan et al. 2017)."""
 
     name: Literal["shard"]
-    num_partitions: Annotated[int, Field(ge=1)]  # clients
+    num_partitions: Count  # clients
     partition_by: str  # the column that holds the class
-    num_shards_per_partition: Annotated[int, Field(ge=1)] | None = None  # this, or shard_size, or both
-    shard_size: Annotated[int, Field(ge=1)] | None = None  # examples
+    num_shards_per_partition: Count | None = None  # this, or shard_size, or both
+    shard_size: Count | None = None  # examples
     keep_incomplete_shard: bool = False  # the last shard, smaller than the others; false: its examples are left out
     shuffle: bool = True  # which shards a client gets, and their order
     seed: Seed | None = None  # null = data.seed
@@ -169,13 +202,20 @@ def _partitioner_name(value: Any) -> str:
     return re.sub(r"_?partitioner$", "", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
 
 
+def _slip(value: Any) -> str:
+    """Return what to say of a mapping without `name` that has a key like it; nothing if there is none."""
+    keys = [str(key) for key in value] if isinstance(value, Mapping) and "name" not in value else []
+    wrong = get_close_matches("name", keys, n=1, cutoff=0.7)
+    return f": '{wrong[0]}' is an unknown key (did you mean 'name'?)" if wrong else ""
+
+
 class ClientsConfig(Strict):
     """Who is a client: every value of a column, each value dealt at random to several, or what a partitioner says."""
 
     by: str = "task"  # a column of the data: "task", "category", "file" (one file per client), ...
-    per_group: Annotated[int, Field(ge=1)] = 1  # clients that share one value's examples, dealt at random
+    per_group: Count = 1  # clients that share one value's examples, dealt at random
     partitioner: Partitioner | None = None  # names and parameters of flwr-datasets; takes the place of `by`
-    first: Annotated[int, Field(ge=1)] | None = None  # only the first n values (or parts) in file order; null = all
+    first: Count | None = None  # only the first n values (or parts) in file order; null = all
     groups: str | None = None  # column that names a client's group in reports; null = the value of `by`
 
     @field_validator("partitioner", mode="wrap")
@@ -186,7 +226,7 @@ class ClientsConfig(Strict):
             return handler(value)
         name = _partitioner_name(value)
         if name not in PARTITIONERS:
-            found = f"name '{value['name']}' is unknown" if name else "found no name"
+            found = f"name {_short(value['name'])} is unknown" if name else f"found no name{_slip(value)}"
             raise ValueError(f"{found}{nearest(name, list(PARTITIONERS))}; known: {', '.join(PARTITIONERS)}")
         return PARTITIONERS[name].model_validate({**value, "name": name})
 
@@ -210,7 +250,7 @@ class DataConfig(Strict):
     columns: dict[str, str] = {}  # FedMira's name -> the data's column, where they differ
     on_bad_row: Literal["error", "skip"] = "error"  # skip: count bad rows, say how many, go on with the others
     template: str = "auto"  # alpaca | none | chat (the tokenizer's) | a Jinja file; auto: the format's usual one
-    max_length: Annotated[int, Field(ge=4)] = 512  # tokens of prompt + answer + end
+    max_length: Annotated[int, Field(ge=4, lt=2**31)] = 512  # tokens of prompt + answer + end
     truncation: Literal["prompt"] = "prompt"  # the answer is kept, the prompt is cut at its start
     split: SplitConfig = SplitConfig()
     split_column: str | None = None  # column with train | validation | test; overrides `split`
@@ -222,17 +262,17 @@ class DataConfig(Strict):
 class FederationConfig(Strict):
     """Rounds and who takes part."""
 
-    rounds: Annotated[int, Field(ge=1)]
+    rounds: Count
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0  # fraction of clients per round, at least one
-    cohort: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # clients trained in one pass
+    cohort: Count | Literal["auto"] = "auto"  # clients trained in one pass
 
 
 class TrainingConfig(Strict):
     """A client's local phase; names as in transformers' TrainingArguments."""
 
-    local_steps: Annotated[int, Field(ge=1)] | None = None
-    local_epochs: Annotated[int, Field(ge=1)] | None = None  # may stand for local_steps
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    local_steps: Count | None = None
+    local_epochs: Count | None = None  # may stand for local_steps
+    batch_size: Count = 8
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -252,10 +292,10 @@ class TrainingConfig(Strict):
 class EvaluationConfig(Strict):
     """What is measured; the final test on all clients always runs."""
 
-    every: Annotated[int, Field(ge=1)] = 1  # rounds between validations of all clients (the curve)
+    every: Count = 1  # rounds between validations of all clients (the curve)
     metrics: list[Metric] = ["loss"]
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    max_examples: Annotated[int, Field(ge=1)] | None = None  # generated answers per client; None = its whole test split
+    max_new_tokens: Count = 64
+    max_examples: Count | None = None  # generated answers per client; None = its whole test split
 
     @field_validator("metrics")
     @classmethod
@@ -272,11 +312,18 @@ class ReportConfig(Strict):
 class MethodEntry(BaseModel):
     """One entry of `methods:`; everything but name and label belongs to the method's own Config."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
-    name: str = Field(
-        pattern=r"^[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
-    )  # a method's id, or a dotted path
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_name(cls, value: Any) -> Any:
+        if slip := _slip(value):
+            raise ValueError(f"found no name{slip}")
+        return value
+
+    name: str = Field(  # a method's id, or a dotted path
+        max_length=200, pattern=r"^[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
+    )
     label: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
 
     @property
@@ -356,7 +403,8 @@ def describe_fault(fault: Any, model: type[BaseModel], raw: Any, prefix: str = "
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         owner = _section(model, loc[:-1], raw)
-        allowed = sorted(_keys(owner))
+        beside = MethodEntry.model_fields if prefix and len(loc) == 1 else ()  # a method's own settings stand by these
+        allowed = sorted({*_keys(owner), *beside})
         return f"{where}: unknown key{nearest(str(loc[-1]), allowed)}; allowed here: {', '.join(allowed)}"
     if fault["type"] == "missing":
         return f"{where}: missing; it has no default"
@@ -366,8 +414,14 @@ def describe_fault(fault: Any, model: type[BaseModel], raw: Any, prefix: str = "
     plain = isinstance(found, str | int | float | bool | None)
     if fault["type"] == "value_error" and not plain:
         return f"{where}: {message}"
-    shown = f"found {found!r}" if plain else f"found a {type(found).__name__}"
+    shown = f"found {_short(found)}" if plain else f"found a {type(found).__name__}"
     return f"{where}: {shown}: {message[0].lower()}{message[1:]}"
+
+
+def _short(value: Any) -> str:
+    """Return a wrong value as one line of an error shows it; Python refuses to write out 4300 digits."""
+    text = "a huge number" if isinstance(value, int) and value.bit_length() > 1000 else repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

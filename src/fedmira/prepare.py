@@ -25,7 +25,7 @@ from fedmira.engine.rounds import Federation, Observer
 from fedmira.engine.schedule import draw_schedule
 from fedmira.errors import ConfigError, ModelError
 from fedmira.methods.base import Cohort, Method
-from fedmira.model.load import count_positions, load_base, load_tokenizer
+from fedmira.model.load import choose_device, count_positions, load_base, load_tokenizer
 from fedmira.plan import plan_cohort
 
 # Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
@@ -44,6 +44,7 @@ class Intake:
     template: str
     examples: int  # read
     others: int  # files in the folder that are of another kind, and not read
+    empty: int  # files or splits without an example, with on_bad_row: skip
     skipped: Sequence[Fault]  # bad rows, with on_bad_row: skip
     left_out: int  # examples that the partitioner gives to nobody
     pooled: Sequence[str]  # splits that the data itself names, and that are mixed and drawn anew
@@ -81,6 +82,7 @@ def prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None 
 
     saved: run.json of an earlier run of the study, whose dtype, threads and cohort are used again.
     """
+    choose_device(config.model.device)  # refused now if it is not there, and not after minutes of reading
     tokenizer, intake = take_in(config, observer)
     clients = intake.clients
     cohorts = {
@@ -187,6 +189,7 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None) -> I
         template=template.name,
         examples=len(reading.records),
         others=reading.counts["others"],
+        empty=reading.counts["empty"],
         skipped=reading.skipped,
         pooled=_pooled_splits(reading.records) if section.split_column is None else (),
         left_out=0 if parts is None else len(reading.records) - sum(len(part) for part in parts),

@@ -1,20 +1,16 @@
 """Results on standard output: examples as the model gets them, and what a study would cost."""
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from rich.console import Console
 from rich.text import Text
 
+from fedmira.data.partition import shown_name
 from fedmira.plan import Plan
 from fedmira.preview import Shown
-
-
-def shown_name(name: str) -> str:
-    """Return a client's name fit for one line of a terminal."""
-    plain = "".join(letter if letter.isprintable() else "?" for letter in name)
-    return plain if len(plain) <= 60 else f"{plain[:57]}..."
 
 
 def show_examples(shown: Sequence[Shown], as_json: bool) -> None:
@@ -30,13 +26,13 @@ def show_examples(shown: Sequence[Shown], as_json: bool) -> None:
         text = Text()
         for piece, trained in one.pieces:
             marked = piece if console.is_terminal and not console.no_color else f"[[{piece}]]"
-            text.append(_visible(marked) if trained else _visible(piece), style="green" if trained else "dim")
+            text.append(visible(marked) if trained else visible(piece), style="green" if trained else "dim")
         console.print(text, soft_wrap=True)
     console.print("loss is taken on what is green, or in [[ ]]", highlight=False, markup=False)
 
 
-def _visible(text: str) -> str:
-    """Keep control characters of somebody's data from steering the terminal."""
+def visible(text: str) -> str:
+    """Keep control characters of somebody's data, and their names, from steering the terminal."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in text)
 
 
@@ -87,3 +83,24 @@ def _time(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def questions() -> Iterator[str]:
+    """Yield what is typed, or the lines of a file, until they end."""
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if text.strip():
+            yield text
+
+
+def side_by_side(replies: Mapping[str, str]) -> str:
+    """Return answers under each other, every line after its speaker's name."""
+    width = max(len(shown_name(name)) for name in replies) + 2
+    lines = []
+    for name, reply in replies.items():
+        first, *more = visible(reply).split("\n")
+        lines += [f"{shown_name(name) + ':':{width}s}{first}", *(" " * width + line for line in more)]
+    return "\n".join(lines)

@@ -30,6 +30,7 @@ from fedmira.errors import ConfigError, FedMiraError, MethodError, Stopped, Stor
 from fedmira.export import export_adapter, short_targets
 from fedmira.graph import Graph
 from fedmira.methods.base import Cohort, Method
+from fedmira.model.source import list_pickles
 from fedmira.prepare import Prepared, client_table, prepare, using_threads
 from fedmira.reports.render import write_report
 from fedmira.reports.stats import read_results
@@ -56,6 +57,11 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """run.json: state, method, settings, seed, versions, base fingerprint, cohort, threads, bytes, seconds."""
         return RunFolder(self.path).facts
+
+    @property
+    def config(self) -> Config:
+        """The config of this run alone."""
+        return StudyFolder(self.path).config()
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
@@ -173,13 +179,16 @@ def report(path: str | Path) -> Path:
 def export(run: str | Path | Run, *, client: str | None = None, out: str | Path = "adapters") -> list[Path]:
     """Copy the PEFT folders of one client, or of all, to `out/<client>`; return the copies.
 
-    Raises StoreError if the run has no such adapter, or a copy would overwrite something.
+    Raises StoreError if the run has no such adapter, it holds a pickle, or a copy would overwrite something.
     """
     opened = run if isinstance(run, Run) else load_run(run)
     wanted = [client] if client else sorted(path.name for path in (opened.path / "adapters").glob("*"))
     if not wanted:
         raise StoreError(f"'{opened.path}' has no adapters yet; finish it with 'fedmira resume {opened.path}'")
     sources = [opened.adapters(name) for name in wanted]
+    for source in sources:
+        if pickles := list_pickles(source):  # whoever put it there: nobody is to get it from us
+            raise StoreError(f"'{source}' holds a pickle, {pickles[0]}, which FedMira never writes; remove it")
     targets = [Path(out) / name for name in wanted]
     taken = [target for target in targets if target.exists()]
     if taken:
@@ -331,6 +340,7 @@ def _facts(prepared: Prepared, method: Method, entry: MethodEntry, seed: int) ->
         "sampled": len(cohort.schedule[0]),
         "personal": method.personal,
         "base_model": config.model.base_model,
+        "template": prepared.intake.template,
         "base_fingerprint": federation.base.fingerprint,
         "layout_fingerprint": federation.layout.fingerprint,
         "graph_sha256": None if method.graph is None else method.graph.fingerprint,

@@ -6,9 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from fedmira.data.partition import shown_name
 from fedmira.data.rows import FAULTS_SHOWN
 from fedmira.prepare import Intake
-from fedmira.screen import shown_name
 
 
 class Watch:
@@ -54,6 +54,8 @@ class Watch:
         )
         if intake.others:
             self.say(f"warning: {intake.others} files of another kind stand in the folder and are not read")
+        if intake.empty:
+            self.say(f"warning: {intake.empty} files or splits hold no example, so there is no client of theirs")
         if intake.skipped:
             total = intake.examples + len(intake.skipped)
             self.say(f"warning: {len(intake.skipped)} of {total} examples cannot be read and are skipped:")

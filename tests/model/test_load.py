@@ -139,8 +139,17 @@ def test_a_tokenizer_that_ends_texts_with_an_id_beyond_the_vocabulary_is_refused
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<end>"})
     assert tokenizer.eos_token_id == tiny.VOCABULARY
-    with pytest.raises(ModelError, match="ends or fills texts with id 23, but the model knows 23 ids"):
+    with pytest.raises(ModelError, match="ends texts with id 23, the model knows 23 ids"):
         wrap(tiny.model("llama"), tokenizer, name="x", targets="auto", fingerprint="x")
+
+
+def test_padding_is_an_id_that_the_model_knows() -> None:
+    for word, pad in ((None, tiny.END), ("w4", 4), ("<pad>", tiny.END)):  # the last is new, and beyond the vocabulary
+        tokenizer = tiny.tokenizer()
+        if word is not None:
+            tokenizer.add_special_tokens({"pad_token": word})
+        base = wrap(tiny.model("llama"), tokenizer, name="x", targets="auto", fingerprint="x")
+        assert base.pad_id == pad
 
 
 def test_a_first_pass_that_fails_is_told_with_the_base() -> None:
@@ -179,6 +188,25 @@ def test_a_dtype_in_which_a_models_mask_overflows_is_refused_with_another() -> N
         ModelError, match=r"Gemma2ForCausalLM in torch\.float64 continues.*model\.dtype: float32 may do"
     ):
         tiny.base("gemma2", dtype=torch.float64)
+
+
+def test_a_base_that_is_too_large_for_its_device_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "to", full)
+    with pytest.raises(ModelError, match=r"does not fit on cpu in torch\.float32: CUDA out of memory"):
+        load_base(str(saved), dtype="float32", device="cpu")
+
+
+class NoHead(transformers.LlamaForCausalLM):
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+def test_a_model_without_output_head_is_refused() -> None:
+    with pytest.raises(ModelError, match="NoHead has no separate decoder and output head"):
+        refused(NoHead(tiny.config("llama")))
 
 
 class NoWords(transformers.LlamaForCausalLM):

@@ -176,6 +176,36 @@ def test_the_rule_of_a_window_is_worked_out_once_for_each_bucket_and_only_where_
     assert calls == [([3, 4, 5, 6, 7], [3, 4, 5, 6, 7])]  # places in the sequence, behind the other text
 
 
+def test_attention_with_sinks_is_padded(caplog: pytest.LogCaptureFixture) -> None:
+    """GPT-OSS lets a head look at nothing: its softmax has one score more."""
+    config = transformers.GptOssConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        pad_token_id=None,
+        eos_token_id=tiny.END,
+    )
+    with caplog.at_level("INFO"):
+        made = transformers.GptOssForCausalLM(config).eval()
+        base = wrap(made, tiny.tokenizer(), name="x", targets="auto", fingerprint="x")
+    assert not base.packs
+    assert "attention with ['s_aux'] cannot be packed" in caplog.text
+
+
+def test_everything_that_a_pass_computes_with_moves_to_its_device() -> None:
+    """On the device "meta", which holds shapes alone; only the order of clients stays on the host."""
+    for plan in (pack(batch_of([[3, 2], [5]]), pad_id=0), pad(batch_of([[3, 2], [5]]))):
+        moved = plan.to(torch.device("meta"))
+        parts = {**vars(moved), **({} if moved.attention is None else vars(moved.attention))}
+        assert [name for name, part in parts.items() if isinstance(part, Tensor) and not part.is_meta] == ["order"]
+
+
 class OwnMask(transformers.LlamaForCausalLM):
     """A decoder that brings a mask of its own to every layer."""
 

@@ -135,7 +135,10 @@ def test_attention_kernels_that_a_config_asks_for_are_not_fetched(changed: Chang
         ("{", "config.json cannot be read: Expecting property name"),
         ("[]", "config.json holds a list, expected an object"),
         ("[" * 100_000, "config.json cannot be read"),
-        ('{"model_type": "llama", "hidden_size": "wide"}', "config.json cannot be used"),
+        (
+            '{"model_type": "llama", "hidden_size": "wide"}',
+            r"config\.json cannot be used: .*hidden_size.* expected int, got str",
+        ),
         ('{"model_type": ["llama"]}', "model_type"),
     ],
     ids=["broken", "list", "deep", "wrong type", "kind is a list"],
@@ -200,6 +203,20 @@ def test_a_missing_tokenizer_is_refused(saved: Path) -> None:
         file.unlink()
     with pytest.raises(ModelError, match="no usable tokenizer"):
         load_tokenizer(str(saved))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "LlamaTokenizer"), ("gemma2", "GemmaTokenizer"), ("gpt2", None)]
+)
+def test_an_empty_tokenizer_that_transformers_makes_up_is_refused(
+    tmp_path: Path, family: str, kind: str | None
+) -> None:
+    tiny.config(family).save_pretrained(tmp_path)
+    if kind is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).encode("of") in ([], [3])
+    with pytest.raises(ModelError, match=r"it has no words; is tokenizer\.json missing\?"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_damaged_tokenizer_is_refused(saved: Path) -> None:

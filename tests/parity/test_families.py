@@ -196,7 +196,14 @@ class Own(nn.Linear):
         return x @ self.weight.T + (0 if self.bias is None else self.bias)
 
 
-@pytest.mark.parametrize(("kind", "linear"), [(Own, True), (Router, False)])
+class Twofold(nn.Linear):
+    """What none would."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * weight
+
+
+@pytest.mark.parametrize(("kind", "linear"), [(Own, True), (Router, False), (Twofold, False)])
 def test_a_subclass_of_linear_is_a_target_if_it_does_what_a_linear_layer_does(kind: type, linear: bool) -> None:
     plain = tiny.model("llama")
     plain.model.layers[0].mlp.up_proj = kind(16, 20).to(torch.float64)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmira.data.partition import Client
+from fedmira.data.partition import Client, shown_name
 from fedmira.data.templates import Rendered, Template
 from fedmira.errors import DataError, ShapeError
 
@@ -155,8 +155,8 @@ def encode_client(
     train, validation, test = (tuple(example for example, _ in part if example is not None) for part in splits)
     if not train:
         raise DataError(
-            f"client '{client.name}': no training example keeps a token to train on at data.max_length = {max_length} "
-            f"({len(client.train)} dropped); raise it"
+            f"client '{shown_name(client.name)}': no training example keeps a token to train on at data.max_length = "
+            f"{max_length} ({len(client.train)} dropped); raise it"
         )
     return ClientData(
         id=client.id,
@@ -168,6 +168,16 @@ def encode_client(
         test=test,
         truncation=sum((counts for _, counts in fitted), Truncation()),
     )
+
+
+def encode_questions(
+    shown: Sequence[Rendered], tokenizer: Tokenizer, template: Template, *, max_question: int | None
+) -> list[list[int]]:
+    """Tokenise prompts that answers are to be written to, as `encode_client` does; None = nothing is cut."""
+    end = tokenizer.eos_token_id or 0
+    prompts = _chats(shown, tokenizer, end) if template.complete else _prompts(shown, tokenizer, end)
+    asked = [(one.ids if one.question is None else one.question, one.opening) for one in prompts]
+    return [list(_cut(ids, opening, len(ids) if max_question is None else max_question)[0]) for ids, opening in asked]
 
 
 @dataclass(frozen=True)

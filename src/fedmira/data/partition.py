@@ -86,7 +86,7 @@ def form_clients(
         splits = _split(name, own, subsample, validation=validation, test=test, column=split_column, seed=seed)
         if not splits["train"]:
             raise DataError(
-                f"client '{_shown(name)}': none of its {len(own)} records is one to train on (data.split_column "
+                f"client '{shown_name(name)}': none of its {len(own)} records is one to train on (data.split_column "
                 f"'{split_column}'); mark some as train, or leave it out"
             )
         group = value or None if groups is None else _group(name, own, groups)
@@ -159,7 +159,9 @@ def _check_column(key: str, column: str, known: Sequence[str]) -> None:
         hint = ". A client is every value of a column (file: one file per client); with no such column, let a "
         hint += "partitioner form them: data.clients.partitioner: {name: iid, num_partitions: 10}"
     found = (
-        f"found: {', '.join(_shown(name) for name in known[:20])}" if known else "the data has no columns beside text"
+        f"found: {', '.join(shown_name(name) for name in known[:20])}"
+        if known
+        else "the data has no columns beside text"
     )
     raise DataError(f"data.{key}: no column '{column}'{nearest(column, known)}; {found}{hint}")
 
@@ -179,7 +181,7 @@ def _by_value(records: Sequence[Record], by: str, per_group: int, first: int | N
     for name, value, own in named:
         if not own:
             raise DataError(
-                f"client '{_shown(name)}': no record is left for it: '{_shown(value)}' has {len(held[value])}; "
+                f"client '{shown_name(name)}': no record is left for it: '{shown_name(value)}' has {len(held[value])}; "
                 "lower data.clients.per_group"
             )
     return named
@@ -219,7 +221,7 @@ def _group(name: str, records: Sequence[Record], column: str) -> str | None:
     if len(values) > 1:
         found = f"{len(values)} values" if "" not in values else "a value of some records only"
         raise DataError(
-            f"client '{_shown(name)}': found {found} in '{column}' (data.clients.groups); "
+            f"client '{shown_name(name)}': found {found} in '{column}' (data.clients.groups); "
             "a client is in one group: take a column that is constant within each client"
         )
     return values.pop() or None
@@ -277,7 +279,7 @@ def _split(
         odd = [record.source for record, value in zip(records, values, strict=True) if value not in SPLITS]
         if odd:
             raise DataError(
-                f"client '{_shown(name)}': {len(odd)} records have a '{column}' other than {', '.join(SPLITS)} "
+                f"client '{shown_name(name)}': {len(odd)} records have a '{column}' other than {', '.join(SPLITS)} "
                 f"(data.split_column): {', '.join(odd[:5])}; rename these values"
             )
         chosen = {split: [index for index, value in enumerate(values) if value == split] for split in SPLITS}
@@ -301,7 +303,7 @@ def _thin(indices: Sequence[int], fraction: float, generator: np.random.Generato
     return sorted(indices[place] for place in generator.permutation(len(indices))[:keep])
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
     """Return a name fit for one line of an error."""
     plain = "".join(letter if letter.isprintable() else "?" for letter in name)
     return plain if len(plain) <= 60 else f"{plain[:57]}..."

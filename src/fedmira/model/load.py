@@ -61,7 +61,8 @@ class Base:
     def pad_id(self) -> int:
         """Any id will do: padding stands right of every label in training and is masked in generation."""
         pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else self.tokenizer.eos_token_id)
+        known = pad is not None and pad < len(self.head.weight)  # some tokenizers add one that their base never saw
+        return int(pad if known else self.tokenizer.eos_token_id)
 
 
 def load_base(
@@ -78,7 +79,7 @@ def load_base(
     revision: branch, tag or commit of a hub name, None for its main branch. dtype "auto": bfloat16 where the machine
     multiplies it fast (CUDA sm80+, CPUs with avx512_bf16 or amx_bf16), else float32. targets "auto": PEFT's list for
     the architecture, or every linear layer where PEFT has none.
-    Raises ModelError: not found, not a causal decoder, weights that are pickles or do not fit the config.
+    Raises ModelError: not found, not a causal decoder, weights that are pickles, do not fit the config or the device.
     """
     tokenizer = load_tokenizer(name, revision=revision) if tokenizer is None else tokenizer
     where = choose_device(device)
@@ -101,7 +102,11 @@ def load_base(
     wrong = sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]])
     if wrong:
         raise refuse(name, f"weights do not fit its config.json: {len(wrong)} such as {wrong[0]}")
-    return wrap(model.to(where), tokenizer, name=name, targets=targets, fingerprint=digest(folder))
+    try:
+        model = model.to(where)
+    except torch.OutOfMemoryError as error:
+        raise refuse(name, f"does not fit on {where} in {kind}: {first_line(error)}") from None
+    return wrap(model, tokenizer, name=name, targets=targets, fingerprint=digest(folder))
 
 
 def wrap(
@@ -123,15 +128,12 @@ def wrap(
     output = model.get_output_embeddings()
     if output is None or decoder is model:
         raise refuse(name, f"{type(model).__name__} has no separate decoder and output head")
-    head = Head(
-        output.weight,
-        getattr(output, "bias", None),
-        scale=float(getattr(config, "logit_scale", None) or 1 / float(getattr(config, "logits_scaling", None) or 1)),
-        cap=getattr(config, "final_logit_softcapping", None),
-    )
+    head = _make_head(output, config)
     vocabulary = len(model.get_input_embeddings().weight)
-    if (largest := max(tokenizer.eos_token_id, tokenizer.pad_token_id or 0)) >= vocabulary:
-        raise refuse(name, f"its tokenizer ends or fills texts with id {largest}, but the model knows {vocabulary} ids")
+    if tokenizer.eos_token_id >= vocabulary:
+        raise refuse(
+            name, f"its tokenizer ends texts with id {tokenizer.eos_token_id}, the model knows {vocabulary} ids"
+        )
     with quiet():
         check_decoder(model, decoder, head, name=name)
         check_prompts(model, vocabulary=vocabulary, name=name)
@@ -157,6 +159,15 @@ def wrap(
         transposed=bool(model.get_submodule(names[0]).transposed),
         packs=packed,
         stack=stack,
+    )
+
+
+def _make_head(output: nn.Linear, config: transformers.PretrainedConfig) -> Head:
+    return Head(
+        output.weight,
+        getattr(output, "bias", None),
+        scale=float(getattr(config, "logit_scale", None) or 1 / float(getattr(config, "logits_scaling", None) or 1)),
+        cap=getattr(config, "final_logit_softcapping", None),
     )
 
 

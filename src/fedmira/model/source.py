@@ -60,18 +60,35 @@ def find_folder(name: str, *, revision: str | None = None, weights: bool = False
 def load_config(name: str, folder: Path) -> transformers.PretrainedConfig:
     """Read a base's config. Raises ModelError with the reason if it is no causal decoder, or none that can be used."""
     facts = _read_json(name, folder / "config.json")
+    kind = _check_facts(name, facts)
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        whole = config.get_text_config() is config
+    except Exception as error:  # whatever a config makes transformers raise is that config's fault
+        raise refuse(name, f"config.json cannot be used: {first_line(error)}") from None
+    if config.is_encoder_decoder:
+        raise refuse(name, f"a {kind} model is no causal decoder; {_CAUSAL}")
+    if not whole:
+        parts = ", ".join(sorted(config.sub_configs))
+        raise refuse(name, f"a {kind} model is more than a text decoder (its config holds {parts}); {_CAUSAL}")
+    # A config may ask for attention kernels from a hub, which are code too; None lets transformers choose its own.
+    config._attn_implementation = None
+    return config
+
+
+def _check_facts(name: str, facts: Mapping[str, Any]) -> str:
+    """Return the kind of model of a config.json. Raises ModelError if the file alone shows that it cannot be used."""
     kind = facts.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
         if "auto_map" in facts:
             raise refuse(name, f"model_type '{kind}' needs code from its repository, which FedMira never runs")
-        known = [str(known) for known in CONFIG_MAPPING_NAMES]
         raise refuse(
             name,
             f"config.json has model_type {kind!r}, which transformers {transformers.__version__} does not know"
-            f"{nearest(str(kind), known)}",
+            f"{nearest(str(kind), list(CONFIG_MAPPING_NAMES))}",
         )
     if facts.get("quantization_config") or facts.get("compression_config"):
-        found = facts.get("quantization_config") or {}
+        found = facts.get("quantization_config")
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
         raise refuse(
             name,
@@ -80,23 +97,11 @@ def load_config(name: str, folder: Path) -> transformers.PretrainedConfig:
         )
     if facts.get("transformers_weights"):
         raise refuse(name, "config.json names other weights (transformers_weights); expected model.safetensors")
-    if facts.get("is_encoder_decoder") or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise refuse(name, f"a {kind} model is no causal decoder; {_CAUSAL}")
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not facts.get("is_encoder_decoder"):
         raise refuse(name, f"a {kind} model is an encoder and no causal decoder; {_CAUSAL}")
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        whole = config.get_text_config() is config
-    except Exception as error:  # whatever a config makes transformers raise is that config's fault
-        raise refuse(name, f"config.json cannot be used: {first_line(error)}") from None
-    if getattr(config, "is_encoder_decoder", False):
-        raise refuse(name, f"a {kind} model is no causal decoder; {_CAUSAL}")
-    if not whole:
-        parts = ", ".join(sorted(config.sub_configs))
-        raise refuse(name, f"a {kind} model is more than a text decoder (its config holds {parts}); {_CAUSAL}")
-    # A config may ask for attention kernels from a hub, which are code too; None lets transformers choose its own.
-    config._attn_implementation = None
-    return config
+    return kind
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> transformers.PreTrainedTokenizerBase:
@@ -107,8 +112,9 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> transformers.Pr
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise refuse(name, f"no usable tokenizer: {first_line(error)}") from None
-    if not len(tokenizer):
-        raise refuse(name, f"no usable tokenizer: found no tokenizer.json or other vocabulary in '{folder}'")
+    # Without its files transformers makes an empty tokenizer for some kinds, and texts would have no tokens.
+    if not set(tokenizer.get_vocab().values()) - {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
+        raise refuse(name, "no usable tokenizer: it has no words; is tokenizer.json missing?")
     if tokenizer.eos_token_id is None:
         raise refuse(name, "the tokenizer has no end-of-text token, so answers could not end")
     return tokenizer
@@ -159,9 +165,9 @@ def refuse(name: str, why: str) -> ModelError:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its kind."""
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    """Return the first line of an error's text, with the second where that says what is wrong; or the error's kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def list_pickles(folder: Path) -> list[str]:
