@@ -59,7 +59,7 @@ def init(
         print(json.dumps({"config": str(file), **found}))
         return
     clients = f"one client per {found['by']}" if found["partitioner"] == "null" else f"clients: {found['partitioner']}"
-    print(f"wrote {file}: format {found['format']}, {clients}\nnext: fedmira run {file} --dry-run")
+    print(f"wrote {file}: format {found['format']}, {clients}\nnext: fedmira run {file} --show-example, then --dry-run")
 
 
 @app.command()

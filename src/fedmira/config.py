@@ -232,9 +232,9 @@ class ClientsConfig(Strict):
 
     @model_validator(mode="after")
     def _one_rule(self) -> "ClientsConfig":
-        twice = sorted({"by", "per_group"} & self.model_fields_set) if self.partitioner else []
-        if twice and not (self.by == "task" and self.per_group == 1):
-            raise ValueError(f"give either partitioner or {' and '.join(twice)}")
+        if self.partitioner and (self.by != "task" or self.per_group != 1):  # a default may be written out
+            other = "per_group" if self.by == "task" else f"by: {self.by}"
+            raise ValueError(f"a partitioner takes the place of by and per_group; remove '{other}', or the partitioner")
         return self
 
 

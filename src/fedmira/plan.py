@@ -157,6 +157,7 @@ class Plan:
     tokens: int  # of all training examples
     trained_tokens: int  # of these, loss is taken on
     truncation: dict[str, int]
+    by_client: dict[str, dict[str, int]]  # id -> examples of train, validation, test; trained_tokens
     parameters: int  # of one adapter
     memory: dict[str, int]  # base | rows | cohort | free
     disk: dict[str, int]  # adapters | checkpoints (at most) | free

@@ -108,6 +108,15 @@ def _plan(prepared: Prepared) -> Plan:
         tokens=sum(client.tokens for client in clients),
         trained_tokens=sum(client.trained_tokens for client in clients),
         truncation=asdict(prepared.intake.truncation),
+        by_client={
+            client.id: {
+                "train": len(client.train),
+                "validation": len(client.validation),
+                "test": len(client.test),
+                "trained_tokens": client.trained_tokens,
+            }
+            for client in clients
+        },
         parameters=federation.layout.parameters,
         memory={
             "base": sum(value.numel() * value.element_size() for value in base.model.parameters()),

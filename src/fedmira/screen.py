@@ -12,23 +12,29 @@ from fedmira.data.partition import shown_name
 from fedmira.plan import Plan
 from fedmira.preview import Shown
 
+CLIENTS_SHOWN = 32  # more than this are in --json
+
 
 def show_examples(shown: Sequence[Shown], as_json: bool) -> None:
     """Print examples as the model gets them; what loss is taken on is green, or in brackets where no colour is."""
     if as_json:
-        print(json.dumps([asdict(one) for one in shown], ensure_ascii=False))
+        print(json.dumps([asdict(one) for one in shown]))
         return
     console = Console()
     for one in shown:
-        console.print(
-            f"--- {shown_name(one.client)}: {one.tokens} tokens, loss on {one.labels}", highlight=False, markup=False
-        )
+        title = f"--- {shown_name(one.client)}: {plural(one.tokens, 'token')}, loss on {one.labels}"
+        console.print(title, highlight=False, markup=False, soft_wrap=True)
         text = Text()
         for piece, trained in one.pieces:
             marked = piece if console.is_terminal and not console.no_color else f"[[{piece}]]"
             text.append(visible(marked) if trained else visible(piece), style="green" if trained else "dim")
         console.print(text, soft_wrap=True)
     console.print("loss is taken on what is green, or in [[ ]]", highlight=False, markup=False)
+
+
+def plural(count: int, word: str) -> str:
+    """Write a number of things."""
+    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def visible(text: str) -> str:
@@ -66,6 +72,11 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     }
     for name, line in lines.items():
         print(f"{name:12s}{line}")
+    if len(plan.by_client) <= CLIENTS_SHOWN:
+        print(f"\n{'client':34s}{'train':>8s}{'validation':>12s}{'test':>8s}{'trained tokens':>16s}")
+        for client, own in plan.by_client.items():
+            name = client if len(client) < 33 else f"{client[:30]}..."
+            print(f"{name:34s}{own['train']:8d}{own['validation']:12d}{own['test']:8d}{own['trained_tokens']:16d}")
     for what, need in (("memory", memory["base"] + memory["rows"]), ("disk", disk["adapters"] + disk["checkpoints"])):
         free = {"memory": memory["free"] + memory["base"], "disk": disk["free"]}[what]
         if need > free:

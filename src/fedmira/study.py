@@ -25,6 +25,7 @@ from fedmira import methods as method_files
 from fedmira.adapters import Adapters
 from fedmira.config import Config, MethodEntry, check_config
 from fedmira.config_file import read_config
+from fedmira.data.partition import shown_name
 from fedmira.engine.rounds import Federation, Observer, Scores, run_rounds, score_start
 from fedmira.errors import ConfigError, FedMiraError, MethodError, Stopped, StoreError, WireError
 from fedmira.export import export_adapter, short_targets
@@ -405,7 +406,7 @@ def _export_all(
             fan_in_fan_out=federation.base.transposed,
             card={
                 "client": client.id,
-                "group": client.group,
+                "group": f"`{shown_name(client.group or 'none').replace('`', '?')}`",  # others named it: no Markdown
                 "method": f"{facts['method']} {facts['settings'] or ''}".strip(),
                 "rounds": facts["rounds"],
                 "seed": facts["seed"],

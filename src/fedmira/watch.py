@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from fedmira.data.partition import shown_name
 from fedmira.data.rows import FAULTS_SHOWN
 from fedmira.prepare import Intake
+from fedmira.screen import plural
 
 
 class Watch:
@@ -47,15 +48,21 @@ class Watch:
         intake: Intake = facts["intake"]
         clients, cut = intake.clients, intake.truncation
         counts = [len(client.train) for client in clients]
+        keys = f" ({', '.join(intake.keys.values())})" if intake.keys else ""
         self.say(
-            f"data: format {intake.format} ({', '.join(intake.keys.values())}), template {intake.template}; "
-            f"{len(clients)} clients, {sum(counts)} training examples ({min(counts)} to {max(counts)} each), "
+            f"data: format {intake.format}{keys}, template {intake.template}; {plural(len(clients), 'client')}, "
+            f"{plural(sum(counts), 'training example')} ({min(counts)} to {max(counts)} each), "
             f"{sum(client.trained_tokens for client in clients)} trained tokens"
         )
         if intake.others:
-            self.say(f"warning: {intake.others} files of another kind stand in the folder and are not read")
+            self.say(f"warning: {plural(intake.others, 'file')} of another kind in the folder, not read")
         if intake.empty:
-            self.say(f"warning: {intake.empty} files or splits hold no example, so there is no client of theirs")
+            self.say(f"warning: {plural(intake.empty, 'file')} without an example")
+        if odd := sum(client.asked_otherwise for client in clients):
+            self.say(
+                f"warning: {plural(odd, 'example')} do not begin with the prompt that the template asks with "
+                "(add_generation_prompt), so answers are asked for as never in training; compare them in the template"
+            )
         if intake.skipped:
             total = intake.examples + len(intake.skipped)
             self.say(f"warning: {len(intake.skipped)} of {total} examples cannot be read and are skipped:")
@@ -77,8 +84,9 @@ class Watch:
             self.say(f"truncation: {cut.questions_cut} prompts cut at their start where an answer is written to them")
         if alone := [client.name for client in clients if len(client.train) == 1]:
             self.say(
-                f"warning: {len(alone)} clients have one training example only, such as '{shown_name(alone[0])}': what "
-                "is not held out for them is n/a, and an adapter trained on one text may give it away"
+                f"warning: {plural(len(alone), 'client')} with one training example only, such as "
+                f"'{shown_name(alone[0])}': scores on an empty split are n/a, and an adapter trained on one text may "
+                "give it away"
             )
 
     def on_model(self, facts: Mapping[str, Any]) -> None:

@@ -228,7 +228,7 @@ def test_a_question_and_an_answer_and_nothing_else_are_a_prompt_and_a_completion
 def test_a_question_with_more_beside_it_is_read_only_when_it_is_named(tmp_path: Path) -> None:
     row = {"question": "Who?", "answer": "me", "context": SECRET}
     path = write(tmp_path / "a.jsonl", row)
-    assert "no known format" in fault(path)
+    assert "nothing that may belong to the question stands beside them" in fault(path)
     assert "'context' stands beside 'question' and 'answer' and would not be read" in fault(
         path, format="prompt_completion"
     )

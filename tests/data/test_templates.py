@@ -252,6 +252,26 @@ def test_no_chat_template_is_an_error_and_never_a_default(tokenizer: PreTrainedT
         make_template("auto", usual="chat", tokenizer=tokenizer)
 
 
+def test_turns_that_are_only_shown_are_not_trained_on(tokenizer: PreTrainedTokenizerFast) -> None:
+    given = (
+        Turn("user", "How do you do?"),
+        Turn("assistant", "Well, thanks.", trained=False),
+        Turn("user", "And now?"),
+    )
+    one = encode(talk(*given), chat(tokenizer, CHATML), tokenizer)
+    assert labelled(one, tokenizer) == ["As before.<|end|></s>"]
+
+
+def test_a_template_that_asks_otherwise_than_it_shows_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    odd = CHATML.replace("{{ '<|start|>assistant\n' }}", "{{ '<|start|>model\n' }}")
+    client = Client("c", "c", None, {}, (talk(), talk()), (talk(),), ())
+    for source, count in ((odd, 3), (CHATML, 0), (THINKS, 0)):
+        data = encode_client(client, tokenizer, template=chat(tokenizer, source), max_length=400)
+        assert data.asked_otherwise == count
+    data = encode_client(client, tokenizer, template=chat(tokenizer, odd), max_length=400)
+    assert tokenizer.decode(data.validation[0].question).endswith("<|start|>model\n")
+
+
 @pytest.mark.parametrize("template", [ALPACA, NONE])
 def test_a_conversation_does_not_fit_a_template_of_single_requests(template: Template) -> None:
     with pytest.raises(DataError, match=r"talks.jsonl:7 is a conversation; use data.template: chat"):

@@ -93,6 +93,7 @@ class ClientData:
     validation: tuple[Encoded, ...]
     test: tuple[Encoded, ...]
     truncation: Truncation  # over all three splits
+    asked_otherwise: int = 0  # examples whose prompt, where an answer is asked for, is not how they begin
 
     @property
     def trained_tokens(self) -> int:
@@ -167,6 +168,7 @@ def encode_client(
         validation=validation,
         test=test,
         truncation=sum((counts for _, counts in fitted), Truncation()),
+        asked_otherwise=sum(not one.begins for one in shown),
     )
 
 

@@ -6,6 +6,7 @@ kinds than text, and lists of tools make a row bad.
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from fedmira.data.records import Keys, Record, Turn, check_text, present, required, shown, take_columns
 from fedmira.data.rows import BadRow, Place, Row, kind_of
@@ -51,7 +52,8 @@ def convert_chat(row: Row, keys: Keys, place: Place) -> Iterator[Record]:
         turns = _turns(row, required(row, keys, "messages" if "messages" in keys else "conversations"))
         first = 0
     else:
-        asked, said = _turns(row, "prompt"), _turns(row, "completion")
+        asked = [replace(turn, trained=False) for turn in _turns(row, "prompt")]  # as in TRL: the completion is learned
+        said = _turns(row, "completion")
         turns, first = [*asked, *said], len(asked)
     spoken = [index for index, turn in enumerate(turns) if turn.role == "assistant" and index >= first]
     if not spoken:

@@ -19,7 +19,10 @@ from fedmira.data.rows import BadRow, Fault, Place, Row, as_row, kind_of
 
 _PLAIN_ID = re.compile(r"[\w.:#/-]{1,120}")
 _UNREAD = ("history", "system")  # LLaMA-Factory's Alpaca: without them the example would mean something else
-_HARMLESS = frozenset({"id", "file", "split", *ALIASES})  # may stand beside a question and its answer
+_HARMLESS = frozenset(  # may stand beside a question and its answer: none of them belongs to the question
+    {"id", "index", "file", "split", "client", "site", "user", "owner", "group", "source", "subject", "topic", "level"}
+    | {"type", "language", "license", "url", *ALIASES}
+)
 
 
 # ---------------------------------------------------------------- instruction, input, answer

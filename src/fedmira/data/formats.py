@@ -238,6 +238,12 @@ def _unknown_format(row: Row, columns: Mapping[str, str], place: Place) -> str:
         for entry in FORMATS
         for unnamed in [{*ALIASES, *entry.anywhere}]
     )
+    if {"question", "answer"} <= set(row):  # else it would look as if these were unknown
+        return (
+            "'question' and 'answer' are taken as prompt and completion only where nothing that may belong to the "
+            "question stands beside them; if they are all that is needed, say so: data.columns {prompt: question, "
+            "completion: answer}"
+        )
     mapped = f" and data.columns for {', '.join(columns)}" if columns else ""
     header = "; is the first line a header?" if place.headed else "."
     return (

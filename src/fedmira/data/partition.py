@@ -175,16 +175,15 @@ def _by_value(records: Sequence[Record], by: str, per_group: int, first: int | N
     held: dict[str, list[Record]] = {}
     for record, value in zip(records, _values(records, by, "clients.by"), strict=True):
         held.setdefault(value, []).append(record)
-    named = [
+    for value in list(held)[:first]:  # before anything is dealt: the number may be anything
+        if (count := len(held[value])) < per_group:
+            raise DataError(
+                f"client '{shown_name(f'{value}-{count}')}': no record is left for it: '{shown_name(value)}' has "
+                f"{count}; lower data.clients.per_group"
+            )
+    return [
         (name, value, own) for value in list(held)[:first] for name, own in _deal(value, held[value], per_group, seed)
     ]
-    for name, value, own in named:
-        if not own:
-            raise DataError(
-                f"client '{shown_name(name)}': no record is left for it: '{shown_name(value)}' has {len(held[value])}; "
-                "lower data.clients.per_group"
-            )
-    return named
 
 
 def _by_parts(records: Sequence[Record], parts: Sequence[np.ndarray], first: int | None) -> list[_Named]:

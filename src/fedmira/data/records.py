@@ -22,6 +22,7 @@ class Turn:
 
     role: str  # system, user, assistant or tool
     text: str  # may be empty
+    trained: bool = True  # of the assistant's turns: is loss taken on it
 
 
 @dataclass(frozen=True)

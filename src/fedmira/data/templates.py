@@ -43,6 +43,7 @@ class Rendered:
     prompt: tuple[Segment, ...]
     answer: str
     question: str  # the prompt that an answer is written to; may end before `prompt` does
+    begins: bool = True  # does the example begin with the question; else the model is asked as it never was in training
 
 
 @dataclass(frozen=True)
@@ -231,17 +232,18 @@ def _mark_turns(turns: Sequence[Turn], record: Record, name: str, show: Callable
     for number, piece in enumerate(pieces):
         if number:  # the end of the assistant's turn before
             closed = end if end and piece.startswith(end) else ""
-            segments.append(Segment(texts[number - 1] + closed, True))
+            segments.append(Segment(texts[number - 1] + closed, turns[places[number - 1]].trained))
             piece = piece[len(closed) :]
         segments.append(Segment(piece, False))
     prompt = "".join(segment.text for segment in segments)
     question = show(turns[: places[-1]], record, ask=True)
-    own = prompt[len(question) :] if prompt.startswith(question) else ""
+    begins = prompt.startswith(question)
+    own = prompt[len(question) :] if begins else ""
     last = segments.pop().text
     if not last.endswith(own):
         own = ""
     segments.append(Segment(last.removesuffix(own), False))
-    return Rendered(tuple(part for part in segments if part.text), own + texts[-1] + end, question)
+    return Rendered(tuple(part for part in segments if part.text), own + texts[-1] + end, question, begins)
 
 
 def _join(pieces: Sequence[str], texts: Sequence[str], rest: str) -> str:

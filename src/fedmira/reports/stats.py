@@ -28,16 +28,17 @@ FEWEST_PAIRS = 6  # with 5 pairs the smallest two-sided p is 2 / 2^5 = 0.06: no 
 class Comparison:
     """One method against the baseline, paired over the clients that have a value for both.
 
-    difference: mean over pairs of (method - baseline), None without pairs. wins, ties, losses: pairs where the method
-    is better, exactly equal, worse, in the metric's own direction. p: two-sided Wilcoxon signed-rank (zero differences
-    dropped), None with a reason. p_holm: adjusted over the m methods of this metric that have a p; in ascending order
-    p_(i) -> max_{j <= i} min(1, (m - j + 1) p_(j)).
+    difference: mean over pairs of (method - baseline), None without pairs; half_width: of its 95 % t-interval, as in
+    MethodSummary. wins, ties, losses: pairs where the method is better, exactly equal, worse, in the metric's own
+    direction. p: two-sided Wilcoxon signed-rank (zero differences dropped), None with a reason. p_holm: adjusted over
+    the m methods of this metric that have a p; in ascending order p_(i) -> max_{j <= i} min(1, (m - j + 1) p_(j)).
     Source: Wilcoxon 1945; Holm 1979.
     """
 
     baseline: str
     pairs: int
     difference: float | None
+    half_width: float | None
     wins: int
     ties: int
     losses: int
@@ -52,8 +53,9 @@ class MethodSummary:
 
     mean = sum_k x_k / K; half_width = t_{0.975, K-1} s / sqrt(K) with s^2 = sum_k (x_k - mean)^2 / (K - 1), None below
     two clients; lowest_tenth = mean of the worst ceil(K / 10) clients. missing: clients of the study without a value
-    (n/a), left out of everything else. mean and worst are None if K = 0. against: None for the baseline itself, or if
-    the study has no baseline.
+    (n/a), left out of everything else. mean and worst are None if K = 0. views: whose adapter was measured, each
+    client's own (personal) or the shared one (global); empty for the untouched base. against: None for the baseline
+    itself, or if the study has no baseline.
     """
 
     method: str
@@ -68,6 +70,7 @@ class MethodSummary:
     worst_client: str | None
     worst: float | None
     lowest_tenth: float | None
+    views: tuple[str, ...]
     against: Comparison | None = None
 
 
@@ -165,6 +168,23 @@ def summarise_base(
     return _summary(values, method=UNTOUCHED_BASE, metric=metric, split=split, runs=frame.head(0))
 
 
+def gains(
+    frame: pd.DataFrame, *, metric: str, split: str = "test", baseline: str = "local"
+) -> tuple[str, pd.DataFrame]:
+    """Return who the clients are compared with, and by how much each is better off [clients, methods], NaN = n/a.
+
+    gain_k = reference_k - x_k for a loss, x_k - reference_k for a score: positive is better. The reference is the
+    baseline, which then has no column, or the untouched base where the baseline was not measured.
+    """
+    values = client_values(frame, metric=metric, split=split)
+    if baseline in values.columns:
+        reference, other = baseline, values.pop(baseline)
+    else:
+        reference, other = UNTOUCHED_BASE, base_values(frame, metric=metric, split=split, baseline=baseline)
+    gained = {method: _gain(values[method], other, metric) for method in values.columns}
+    return reference, pd.DataFrame(gained, index=values.index)
+
+
 def curve(frame: pd.DataFrame, metric: str = "loss", split: str = "validation") -> dict[str, list[tuple[int, float]]]:
     """Return for each method (round, mean over clients of their mean over seeds), rounds ascending, n/a left out."""
     rows = _served(frame, metric=metric, split=split).dropna(subset=["value"])
@@ -175,6 +195,21 @@ def curve(frame: pd.DataFrame, metric: str = "loss", split: str = "validation") 
         for method in frame["method"].unique()
         if len(own := means[means["method"] == method].sort_values("round"))
     }
+
+
+def _gain(own: "pd.Series[float]", other: "pd.Series[float]", metric: str) -> "pd.Series[float]":
+    """own - other in the metric's own direction: positive is better."""
+    # Two infinite losses are a tie; their difference as numbers would be NaN.
+    differences = (own - other).mask(own == other, 0.0)
+    return -differences if metric in LOWER_IS_BETTER else differences
+
+
+def _half_width(values: "pd.Series[float]") -> float | None:
+    """Half of the 95 % t-interval of a mean over clients; None below two, or if one is infinite."""
+    count = len(values)
+    if count < 2 or not all(math.isfinite(value) for value in values):
+        return None
+    return float(stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / math.sqrt(count))
 
 
 def _served(frame: pd.DataFrame, *, metric: str, split: str) -> pd.DataFrame:
@@ -196,9 +231,6 @@ def _summary(values: "pd.Series[float]", *, method: str, metric: str, split: str
     """Summarise the values [clients] of one method; `runs` are the rows that name its seeds and rounds."""
     worst_first = values.dropna().sort_values(ascending=metric not in LOWER_IS_BETTER, kind="stable")
     count = len(worst_first)
-    half_width = None
-    if count > 1 and all(math.isfinite(value) for value in worst_first):
-        half_width = float(stats.t.ppf(0.975, count - 1) * worst_first.std(ddof=1) / math.sqrt(count))
     return MethodSummary(
         method=method,
         metric=metric,
@@ -208,19 +240,19 @@ def _summary(values: "pd.Series[float]", *, method: str, metric: str, split: str
         clients=count,
         missing=len(values) - count,
         mean=float(worst_first.mean()) if count else None,
-        half_width=half_width,
+        half_width=_half_width(worst_first),
         worst_client=str(worst_first.index[0]) if count else None,
         worst=float(worst_first.iloc[0]) if count else None,
         lowest_tenth=float(worst_first.head(math.ceil(count / 10)).mean()) if count else None,
+        views=tuple(sorted({str(view) for view in runs["view"]})),
     )
 
 
 def _compare(own: "pd.Series[float]", other: "pd.Series[float]", *, metric: str, baseline: str) -> Comparison:
     """Compare the values [clients] of a method with the baseline's; Holm's p is filled in later."""
     both = pd.DataFrame({"own": own, "other": other}).dropna()
-    # Two infinite losses are a tie; their difference as numbers would be NaN.
-    differences = (both["own"] - both["other"]).mask(both["own"] == both["other"], 0.0)
-    gains = -differences if metric in LOWER_IS_BETTER else differences
+    gains = _gain(both["own"], both["other"], metric)
+    differences = -gains if metric in LOWER_IS_BETTER else gains
     p: float | None = None
     reason = ""
     if len(both) < FEWEST_PAIRS:
@@ -233,6 +265,7 @@ def _compare(own: "pd.Series[float]", other: "pd.Series[float]", *, metric: str,
         baseline=baseline,
         pairs=len(both),
         difference=float(differences.mean()) if len(both) else None,
+        half_width=_half_width(differences),
         wins=int((gains > 0).sum()),
         ties=int((gains == 0).sum()),
         losses=int((gains < 0).sum()),

@@ -1,0 +1,135 @@
+"""Each client's gain: bars where clients are few, a sorted line where they are many; and a method's line in the tables."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from fedmira.reports.axes import Axis, Box, balanced_axis, enclosing_axis, spread_out
+from fedmira.reports.record import Metric, StudyRecord
+from fedmira.reports.stats import MethodSummary, gains
+from fedmira.reports.wording import clean, phrase, short, signed
+
+BARS_SHOWN = 60  # clients; more are drawn as one sorted line
+ROW = 18
+WIDTH, LEFT, RIGHT = 350, 112, 56
+AREA = Box(350, 190, 48, 10, 12, 34)
+MOST_POINTS = 240
+DOTS = Box(190, 22, 6, 6, 0, 0)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One client. x, width: of its bar, from zero; told: its signed gain."""
+
+    client: str
+    name: str
+    y: float
+    x: float
+    width: float
+    effect: str  # better | worse | level
+    told: str
+
+
+@dataclass(frozen=True)
+class GainPanel:
+    """One method's clients, the best first. path: the sorted line where there are no bars."""
+
+    label: str
+    better: int
+    equal: int
+    worse: int
+    missing: int
+    best: tuple[str, float] | None
+    least: tuple[str, float] | None
+    box: Box
+    axis: Axis
+    bars: list[Bar]
+    path: str
+    split: tuple[float, float]  # x where gain stops being positive, and where it begins to be negative
+    title: str
+
+
+@dataclass(frozen=True)
+class Gains:
+    """All methods on one metric, against one reference, on one scale."""
+
+    metric: Metric
+    reference: str
+    panels: list[GainPanel]
+
+
+@dataclass(frozen=True)
+class Dots:
+    """One line of a table as a picture: mean, interval, worst client, in pixels."""
+
+    mean: float
+    low: float
+    high: float
+    worst: float
+
+
+def gain_panels(record: StudyRecord, metric: Metric) -> Gains:
+    """Lay out every method's gains on one metric."""
+    reference, table = gains(record.frame, metric=metric.name, baseline=record.baseline)
+    finite = [float(value) for value in table.to_numpy().ravel() if math.isfinite(value)]
+    panels = [_panel(str(label), table[label], finite, reference, metric) for label in table.columns]
+    return Gains(metric, reference, panels)
+
+
+def dots(metric: Metric) -> tuple[Axis, Mapping[str, Dots]]:
+    """Lay out means, intervals and worst clients of a metric's table on one scale; infinite ones stand at its end."""
+    spans = {item.method: _span(item) for item in metric.lines if item.mean is not None}
+    values = [value for span in spans.values() for value in span if math.isfinite(value)]
+    axis = enclosing_axis(values or [0.0], DOTS.left, DOTS.x_end)
+    return axis, {label: Dots(*(axis.at(value) for value in span)) for label, span in spans.items()}
+
+
+def _span(item: MethodSummary) -> tuple[float, float, float, float]:
+    mean, half, worst = item.mean, item.half_width or 0.0, item.worst
+    assert mean is not None  # the caller left such lines out
+    return mean, mean - half, mean + half, mean if worst is None else worst
+
+
+def _panel(
+    label: str, series: "pd.Series[float]", finite: Sequence[float], reference: str, metric: Metric
+) -> GainPanel:
+    known = series.dropna().sort_values(ascending=False, kind="stable")
+    ranked = [(str(client), float(value)) for client, value in known.items()]
+    better, worse = sum(value > 0 for _, value in ranked), sum(value < 0 for _, value in ranked)
+    few = len(ranked) <= BARS_SHOWN
+    box = Box(WIDTH, 24 + ROW * max(len(ranked), 1), LEFT, RIGHT, 4, 20) if few else AREA
+    axis = balanced_axis(finite, box.left, box.x_end) if few else balanced_axis(finite, box.y_end, box.top)
+    ends = f"; best {clean(ranked[0][0])} {signed(ranked[0][1])}" if ranked else ""
+    ends += f", worst {clean(ranked[-1][0])} {signed(ranked[-1][1])}" if ranked else ""
+    share = (box.x_end - box.left) / max(len(ranked), 1)
+    return GainPanel(
+        label=label,
+        better=better,
+        equal=len(ranked) - better - worse,
+        worse=worse,
+        missing=len(series) - len(ranked),
+        best=ranked[0] if ranked else None,
+        least=ranked[-1] if ranked else None,
+        box=box,
+        axis=axis,
+        bars=[_bar(place, client, value, axis) for place, (client, value) in enumerate(ranked)] if few else [],
+        path="" if few else _path(ranked, box, axis),
+        split=(round(box.left + share * better, 1), round(box.x_end - share * worse, 1)),
+        title=f"Gain of each client under {clean(label)} against {clean(reference)} on {phrase(metric.name)}: {better} "
+        f"better, {len(ranked) - better - worse} equal, {worse} worse{ends}",
+    )
+
+
+def _bar(place: int, client: str, value: float, axis: Axis) -> Bar:
+    start, end = sorted((axis.at(0.0), axis.at(value)))
+    effect = "better" if value > 0 else "worse" if value < 0 else "level"
+    return Bar(client, short(client, 15), 4 + ROW * place, start, round(end - start, 1), effect, signed(value))
+
+
+def _path(ranked: Sequence[tuple[str, float]], box: Box, axis: Axis) -> str:
+    """Draw the sorted gains from left to right."""
+    step = (box.x_end - box.left) / (len(ranked) - 1)
+    places = spread_out(len(ranked), MOST_POINTS)
+    return " ".join(f"{box.left + step * place:.1f},{axis.at(ranked[place][1])}" for place in places)

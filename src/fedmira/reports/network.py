@@ -1,0 +1,277 @@
+"""The task graph of a method, its clients coloured by gain; groups where there are too many clients to be told apart."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedmira.errors import StoreError
+from fedmira.reports.axes import CIRCLE, DIAMOND, SQUARE, Box, gain_colour
+from fedmira.reports.places import place_nodes
+from fedmira.reports.record import StudyRecord, read_object
+from fedmira.reports.stats import gains
+from fedmira.reports.wording import clean, number, plural, short, signed
+
+MOST_CLIENTS, MOST_GROUPS = 200, 60
+MOST_EDGES = 600  # the strongest are drawn
+MOST_LABELS = 40
+WIDE = Box(760, 470, 46, 46, 26, 34)
+NARROW = Box(350, 420, 34, 34, 24, 30)
+SWATCHES = 9  # steps of the colour scale's legend
+
+
+@dataclass(frozen=True, eq=False)
+class TaskGraph:
+    """graph.json. rows, columns, weights [E]: its edges; None if there were too many to be written."""
+
+    kind: str
+    note: str
+    clients: list[str]
+    entries: int
+    edges: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+
+
+@dataclass(frozen=True)
+class Node:
+    """A client or a group. scale: of the mark; label: empty where there is no room."""
+
+    x: float
+    y: float
+    fill: str
+    mark: str
+    scale: float
+    label: str
+    told: str
+    known: bool
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The graph in one size. edges: (x1, y1, x2, y2, opacity)."""
+
+    box: Box
+    nodes: list[Node]
+    edges: list[tuple[float, float, float, float, float]]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A method's graph. refused: why it is not drawn, else empty; scale: (colour, gain) from worst to best."""
+
+    label: str
+    about: str
+    refused: str = ""
+    groups: bool = False
+    drawings: list[Drawing] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    scale: list[tuple[str, str]] = field(default_factory=list)
+    title: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Nodes:
+    """What is drawn: nodes in the graph's order, with members (1 for a client), gain (NaN = n/a) and weights [N, N]."""
+
+    names: list[str]
+    groups: list[str]
+    members: list[int]
+    gains: list[float]
+    weights: np.ndarray
+    joined: list[int]
+
+
+def networks(record: StudyRecord) -> list[Network]:
+    """Draw the graph of every method that has one, as its first run had it.
+
+    Raises StoreError if a graph.json is damaged.
+    """
+    made = []
+    for label in record.labels:
+        run = record.first_run(label)
+        graph = read_graph(record, run.folder) if run else None
+        if graph is not None:
+            made.append(_network(record, label, graph))
+    return made
+
+
+def read_graph(record: StudyRecord, folder: str) -> TaskGraph | None:
+    """Read a run's graph.json; None if it has none. Raises StoreError if it is damaged."""
+    path = record.path / folder / "graph.json"
+    found = read_object(path)
+    if not found:
+        return None
+    try:
+        clients = [str(name) for name in found["clients"]]
+        edges = None
+        if found.get("edges") is not None:
+            table = np.array(found["edges"], dtype=np.float64).reshape(-1, 3)
+            rows, columns = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
+            ends = np.concatenate([rows, columns])
+            if not np.isfinite(table).all() or (len(ends) and (ends.min() < 0 or ends.max() >= len(clients))):
+                raise ValueError("an edge leads to no client")
+            edges = (rows, columns, table[:, 2])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"'{path}' is damaged ({type(error).__name__}: {error}): graph.json has clients and edges "
+            "[[from, to, weight], ...] between their places; restore it from a copy"
+        ) from None
+    entries = found.get("entries")
+    return TaskGraph(
+        kind=str(found.get("kind", "unknown")),
+        note=str(found.get("note", "")),
+        clients=clients,
+        entries=entries if isinstance(entries, int) else 0 if edges is None else len(edges[0]),
+        edges=edges,
+    )
+
+
+def _network(record: StudyRecord, label: str, graph: TaskGraph) -> Network:
+    note = f" ({clean(graph.note)})" if graph.note else ""
+    about = f"{clean(graph.kind)} graph{note}: {plural(len(graph.clients), 'client')}, {graph.entries:,} weights"
+    own, named = _own_gains(record, label)
+    of_clients = len(graph.clients) <= MOST_CLIENTS
+    if graph.edges is None and of_clients:
+        return Network(label, about, "its weights are not in graph.json")
+    nodes = _clients(record, graph, own) if of_clients else _groups(record, graph, own)
+    if not of_clients and not 1 < len(nodes.names) <= MOST_GROUPS:
+        return Network(
+            label,
+            about,
+            f"{len(graph.clients):,} clients are too many to be told apart (up to {MOST_CLIENTS} are drawn), and "
+            f"they form {plural(len(nodes.names), 'group')} (2 to {MOST_GROUPS} are drawn instead)",
+        )
+    finite = [abs(value) for value in nodes.gains if math.isfinite(value)]
+    limit = max(finite, default=0.0)
+    steps = [limit * (2 * step / (SWATCHES - 1) - 1) for step in range(SWATCHES)]
+    known = [value for value in nodes.gains if not math.isnan(value)]
+    better, worse = sum(value > 0 for value in known), sum(value < 0 for value in known)
+    what = "groups" if not of_clients else "clients"
+    return Network(
+        label=label,
+        about=about,
+        groups=not of_clients,
+        drawings=[_drawing(nodes, box, limit) for box in (WIDE, NARROW)],
+        notes=_notes(graph, nodes),
+        scale=[(gain_colour(step, limit), signed(step)) for step in steps] if limit else [],
+        title=f"Task graph of {clean(label)}, {what} coloured by {named}: {len(nodes.names)} {what}, {better} better, "
+        f"{len(known) - better - worse} equal, {worse} worse, {len(nodes.gains) - len(known)} without a value",
+    )
+
+
+def _own_gains(record: StudyRecord, label: str) -> tuple[dict[str, float], str]:
+    """Return each client's gain under a method, and what it is a gain of."""
+    if record.judged is None:
+        return {}, "gain (not measured)"
+    reference, table = gains(record.frame, metric=record.judged.name, baseline=record.baseline)
+    own = table[label].to_dict() if label in table.columns else {}
+    return {str(client): float(value) for client, value in own.items()}, f"gain over {clean(reference)}"
+
+
+def _clients(record: StudyRecord, graph: TaskGraph, own: Mapping[str, float]) -> _Nodes:
+    weights = _symmetric(graph, list(range(len(graph.clients))), len(graph.clients))
+    return _Nodes(
+        names=graph.clients,
+        groups=[record.group(client) or "" for client in graph.clients],
+        members=[1] * len(graph.clients),
+        gains=[own.get(client, math.nan) for client in graph.clients],
+        weights=weights,
+        joined=np.count_nonzero(weights, axis=1).tolist(),
+    )
+
+
+def _groups(record: StudyRecord, graph: TaskGraph, own: Mapping[str, float]) -> _Nodes:
+    """Merge clients of one group into a node: mean gain, and the sum of the weights between two groups."""
+    of_client = [record.group(client) or "(no group)" for client in graph.clients]
+    names = list(dict.fromkeys(of_client))
+    place = {name: index for index, name in enumerate(names)}
+    values: list[list[float]] = [[] for _ in names]
+    for client, group in zip(graph.clients, of_client, strict=True):
+        if math.isfinite(value := own.get(client, math.nan)):
+            values[place[group]].append(value)
+    weights = np.zeros((0, 0))
+    if len(names) <= MOST_GROUPS:  # more are not drawn
+        weights = _symmetric(graph, [place[group] for group in of_client], len(names))
+    return _Nodes(
+        names=names,
+        groups=names,
+        members=[of_client.count(name) for name in names] if len(names) <= MOST_GROUPS else [],
+        gains=[sum(some) / len(some) if some else math.nan for some in values],
+        weights=weights,
+        joined=np.count_nonzero(weights, axis=1).tolist(),
+    )
+
+
+def _symmetric(graph: TaskGraph, place: Sequence[int], count: int) -> np.ndarray:
+    """Return the weights [N, N] between nodes, the larger of both directions; place: the node of each client."""
+    weights = np.zeros((count, count))
+    if graph.edges is not None:
+        rows, columns, values = graph.edges
+        node = np.array(place, dtype=np.int64)
+        np.add.at(weights, (node[rows], node[columns]), values)
+    np.fill_diagonal(weights, 0.0)
+    return np.maximum(weights, weights.T)
+
+
+def _notes(graph: TaskGraph, nodes: _Nodes) -> list[str]:
+    drawn, notes = np.count_nonzero(nodes.weights) // 2, []
+    if graph.edges is None:
+        notes.append("Edges are not drawn: there were too many to be written to graph.json.")
+    elif drawn > MOST_EDGES:
+        notes.append(f"Of {drawn:,} edges the {MOST_EDGES} strongest are drawn.")
+    if len(nodes.names) != len(graph.clients):
+        notes.append("A mark is a group, coloured by the mean gain of its clients; a larger mark has more clients.")
+    if graph.edges is not None and len(nodes.names) == len(graph.clients):
+        rows, columns, weights = graph.edges
+        forth = {(r, c): w for r, c, w in zip(rows.tolist(), columns.tolist(), weights.tolist(), strict=True)}
+        if any(forth.get((c, r), 0.0) != w for (r, c), w in forth.items()):
+            notes.append("Weights differ by direction; an edge shows the larger of both.")
+    return notes
+
+
+def _drawing(nodes: _Nodes, box: Box, limit: float) -> Drawing:
+    order = sorted(range(len(nodes.names)), key=lambda node: (nodes.groups.index(nodes.groups[node]), node))
+    room = (box.x_end - box.left, box.y_end - box.top)
+    places = place_nodes(nodes.weights, order, aspect=room[0] / room[1]) * room + (box.left, box.top)
+    rows, columns = np.nonzero(np.triu(nodes.weights))
+    weights = nodes.weights[rows, columns]
+    strongest = np.argsort(-weights, kind="stable")[:MOST_EDGES]
+    faint = 0.75 if len(strongest) <= 120 else 0.35
+    edges = [
+        (*places[rows[edge]].round(1).tolist(), *places[columns[edge]].round(1).tolist(), round(share, 2))
+        for edge in strongest.tolist()
+        if (share := faint * (0.25 + 0.75 * float(weights[edge] / weights.max()))) > 0
+    ]
+    most = max(nodes.members)
+    usual = 1.9 if len(nodes.names) <= MOST_LABELS else 1.3 if len(nodes.names) <= 100 else 1.0
+    labelled = len(nodes.names) <= MOST_LABELS
+    return Drawing(
+        box=box,
+        nodes=[
+            Node(
+                x=round(float(places[place, 0]), 1),
+                y=round(float(places[place, 1]), 1),
+                fill="#FFFFFF" if math.isnan(gain) else gain_colour(gain, limit),
+                mark=_mark(gain),
+                scale=usual if most == 1 else round(1.0 + 2.2 * math.sqrt(nodes.members[place] / most), 2),
+                label=short(name, 12) if labelled else "",
+                told=_told(nodes, place),
+                known=not math.isnan(gain),
+            )
+            for place, (name, gain) in enumerate(zip(nodes.names, nodes.gains, strict=True))
+        ],
+        edges=edges,
+    )
+
+
+def _mark(gain: float) -> str:
+    return CIRCLE if gain > 0 or math.isnan(gain) else SQUARE if gain < 0 else DIAMOND
+
+
+def _told(nodes: _Nodes, place: int) -> str:
+    name, group, gain = nodes.names[place], nodes.groups[place], nodes.gains[place]
+    inside = f" ({clean(group)})" if group and group != name else ""
+    inside += f", {plural(nodes.members[place], 'client')}" if nodes.members[place] > 1 else ""
+    strongest = float(nodes.weights[place].max(initial=0.0))
+    neighbours = f"{plural(nodes.joined[place], 'neighbour')}, strongest weight {number(strongest, 2)}"
+    return f"{clean(name)}{inside}: gain {'n/a' if math.isnan(gain) else signed(gain)}; {neighbours}"

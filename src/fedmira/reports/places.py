@@ -1,0 +1,86 @@
+"""Where the nodes of a graph are drawn: the same graph always gets the same picture, with no draw of chance in it."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+
+DENSE = 0.5  # share of all pairs from which on a part is drawn as a circle: forces would make a knot of it
+STEPS = 150  # of the forces
+
+
+def place_nodes(weights: np.ndarray, order: Sequence[int], *, aspect: float) -> np.ndarray:
+    """Return places [N, 2] in [0, 1] x [0, 1], x first.
+
+    weights [N, N]: symmetric, non-negative. order: all nodes, those that belong together side by side. aspect: width over
+    height. Parts that nothing joins get discs of their own, packed in rows; within a part, forces (Fruchterman and
+    Reingold 1991) start from a circle in that order, or the circle stays where most pairs are joined.
+    """
+    _, labels = connected_components(csr_array(weights), directed=False)
+    parts: dict[int, list[int]] = {}
+    for node in order:
+        parts.setdefault(int(labels[node]), []).append(node)
+    members = sorted(parts.values(), key=len, reverse=True)  # stable: equal parts keep the order
+    discs = [(nodes, *_disc(weights[np.ix_(nodes, nodes)])) for nodes in members]
+    places = np.zeros((len(weights), 2))
+    for (nodes, own, radius), (x, y) in zip(discs, _packed([radius for *_, radius in discs], aspect), strict=True):
+        places[nodes] = own * radius * 0.8 + (x, y)
+    return _fitted(places)
+
+
+def _disc(weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """Lay out one connected part in the unit disc, and say how large a disc it needs."""
+    count = len(weights)
+    if count == 1:
+        return np.zeros((1, 2)), 0.9
+    angles = np.arange(count) * 2 * math.pi / count - math.pi / 2
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    if count <= 3 or np.count_nonzero(weights) >= DENSE * count * (count - 1):
+        return circle, max(1.6, 0.35 * count) if count > 12 else 1.2 + 0.12 * count
+    return _forces(weights, circle), 1.1 * math.sqrt(count)
+
+
+def _forces(weights: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Let joined nodes pull and all nodes push each other, in cooling steps; return places in the unit disc."""
+    count = len(weights)
+    pull = weights / weights.max()
+    ideal = math.sqrt(math.pi / count)
+    places = start.copy()
+    for step in range(STEPS):
+        apart = places[:, None] - places[None]
+        distance = np.maximum(np.linalg.norm(apart, axis=2), 1e-3)
+        force = ideal**2 / distance - pull * distance**2 / ideal
+        np.fill_diagonal(force, 0.0)
+        move = (apart / distance[..., None] * force[..., None]).sum(axis=1) - 0.3 * places
+        length = np.maximum(np.linalg.norm(move, axis=1, keepdims=True), 1e-9)
+        places += move / length * np.minimum(length, 0.15 * (1 - step / STEPS) + 0.002)
+    places -= places.mean(axis=0)
+    return places / np.linalg.norm(places, axis=1).max()
+
+
+def _packed(radii: Sequence[float], aspect: float) -> list[tuple[float, float]]:
+    """Set discs in rows, as many beside each other as keep the whole near the aspect; return their centres."""
+    wanted = math.sqrt(sum((2 * radius) ** 2 for radius in radii) * aspect)
+    rows: list[list[float]] = [[]]
+    for radius in radii:
+        if rows[-1] and sum(rows[-1]) * 2 + radius > wanted:
+            rows.append([])
+        rows[-1].append(radius)
+    widest = max(sum(row) * 2 for row in rows)
+    centres, y = [], 0.0
+    for row in rows:
+        gap = (widest - sum(row) * 2) / len(row)
+        x = gap / 2
+        for radius in row:
+            centres.append((x + radius, y + max(row)))
+            x += 2 * radius + gap
+        y += 2 * max(row)
+    return centres
+
+
+def _fitted(places: np.ndarray) -> np.ndarray:
+    """Stretch places to the unit square; where all agree in a coordinate, to its middle."""
+    low, high = places.min(axis=0), places.max(axis=0)
+    return np.where(high > low, (places - low) / np.where(high > low, high - low, 1.0), 0.5)

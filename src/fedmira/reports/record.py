@@ -1,0 +1,165 @@
+"""What a study's folders hold, read for its report. Any key of run.json, clients.json or metrics.jsonl may be absent."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedmira.errors import StoreError
+from fedmira.reports import wording
+from fedmira.reports.examples import Example, read_examples
+from fedmira.reports.stats import (
+    LOWER_IS_BETTER,
+    MethodSummary,
+    find_runs,
+    read_results,
+    summarise,
+    summarise_base,
+)
+from fedmira.runs import RunFolder
+from fedmira.store import read_json
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run as its folder tells it. fields: run.json; rounds: metrics.jsonl."""
+
+    folder: str  # relative to the study, with forward slashes
+    label: str
+    seed: int
+    adapters: int  # folders below adapters/
+    fields: Mapping[str, Any]
+    rounds: Sequence[Mapping[str, Any]]
+    logged: bool  # is there a metrics.jsonl?
+
+    @property
+    def state(self) -> str:
+        return str(self.fields.get("state", "unknown"))
+
+    @cached_property
+    def sampled(self) -> Counter[str]:
+        """How many rounds each client took part in; those that never did are absent."""
+        return Counter(str(client) for line in self.rounds for client in line.get("clients", ()))
+
+    @property
+    def never_sampled(self) -> int | None:
+        """Clients that took part in no round; None if the run does not tell."""
+        clients = self.fields.get("clients")
+        return clients - len(self.sampled) if isinstance(clients, int) and self.logged else None
+
+    def total(self, key: str) -> float | None:
+        """Sum a figure over the rounds, or read it from run.json; None if neither has it."""
+        parts = [line[key] for line in self.rounds if isinstance(line.get(key), int | float)]
+        found = self.fields.get(key, sum(parts) if parts else None)
+        return found if isinstance(found, int | float) else None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Everything the report says of one metric."""
+
+    name: str
+    title: str
+    lower_is_better: bool
+    base: MethodSummary | None
+    methods: list[MethodSummary]
+
+    @property
+    def lines(self) -> list[MethodSummary]:
+        """The lines of its table: the untouched base first, then the methods."""
+        return [item for item in (self.base, *self.methods) if item]
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """A study as it is read for a report. clients: clients.json, by id."""
+
+    path: Path
+    name: str
+    baseline: str
+    frame: pd.DataFrame
+    runs: list[RunRecord]
+    metrics: list[Metric]
+    clients: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def labels(self) -> list[str]:
+        """The methods that were run, measured or not."""
+        return list(dict.fromkeys(run.label for run in self.runs))
+
+    @property
+    def judged(self) -> Metric | None:
+        """The metric by which gain is told: the first that is not the loss, because a loss can be lowered by hedging."""
+        return next((metric for metric in self.metrics if metric.name != "loss"), next(iter(self.metrics), None))
+
+    def first_run(self, label: str) -> RunRecord | None:
+        """The run of a method with the lowest seed."""
+        return next((run for run in self.runs if run.label == label), None)
+
+    def group(self, client: str) -> str | None:
+        """The group a client belongs to, where clients.json names one."""
+        found = self.clients.get(client, {}).get("group")
+        return None if found is None else str(found)
+
+    def examples(self) -> dict[str, list[Example]]:
+        """What the first seed's runs wrote to test prompts, by client; empty unless report.examples."""
+        first = self.runs[0].seed
+        return read_examples({run.label: self.path / run.folder for run in self.runs if run.seed == first})
+
+
+def read_study(study: Path) -> StudyRecord:
+    """Read a study. Raises StoreError if it has no results, or a file is damaged."""
+    frame = read_results(study)
+    runs = [_read_run(study, folder) for folder in find_runs(study)]
+    # A study may give `local` another label; the runs know which method they are.
+    baseline = next((run.label for run in runs if run.fields.get("method") == "local"), "local")
+    measured = frame[(frame["split"] == "test") & (frame["round"] > 0)]["metric"].unique()
+    names = sorted((str(name) for name in measured), key=lambda name: name != "loss")
+    return StudyRecord(
+        path=study,
+        name=study.resolve().name,
+        baseline=baseline,
+        frame=frame,
+        runs=runs,
+        metrics=[
+            Metric(
+                name=name,
+                title=wording.title(name),
+                lower_is_better=name in LOWER_IS_BETTER,
+                base=summarise_base(frame, metric=name, baseline=baseline),
+                methods=summarise(frame, metric=name, baseline=baseline),
+            )
+            for name in names
+        ],
+        clients=_read_clients(study / runs[0].folder),
+    )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an absent file is an empty one. Raises StoreError if it is damaged or no object."""
+    fields = read_json(path) if path.is_file() else {}
+    if not isinstance(fields, dict):
+        raise StoreError(f"'{path}' holds a {type(fields).__name__}: {path.name} is an object; restore it from a copy")
+    return fields
+
+
+def _read_clients(run: Path) -> dict[str, Mapping[str, Any]]:
+    return {name: own for name, own in read_object(run / "clients.json").items() if isinstance(own, dict)}
+
+
+def _read_run(study: Path, folder: Path) -> RunRecord:
+    logged = (folder / "metrics.jsonl").is_file()
+    adapters = folder / "adapters"
+    return RunRecord(
+        folder=folder.relative_to(study).as_posix(),
+        label=folder.parent.name,
+        seed=int(folder.name.removeprefix("seed-")),
+        adapters=sum(entry.is_dir() for entry in adapters.iterdir()) if adapters.is_dir() else 0,
+        fields=read_object(folder / "run.json"),
+        rounds=[line for line in RunFolder(folder).records() if isinstance(line, dict)] if logged else [],
+        logged=logged,
+    )

@@ -1,0 +1,108 @@
+"""What the terminal shows at the end: clients one by one where they are few, then a line for each method."""
+
+import math
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from fedmira.reports.record import Metric, StudyRecord, read_study
+from fedmira.reports.stats import MethodSummary, client_values
+from fedmira.reports.wording import counts, interval, number
+
+CLIENTS_SHOWN = 32  # more than this are read in the report, not in the terminal
+
+
+def summary_tables(study: Path) -> list[Table]:
+    """Return what the terminal shows: clients one by one where they are few, then a line for each method.
+
+    Methods: mean with 95 % interval over clients and the worst client, metric by metric, the untouched base first;
+    wins/ties/losses against the baseline on the first metric that is not the loss, else on the loss.
+    Raises StoreError if the study has no results.
+    """
+    record = read_study(study)
+    clients = _client_table(record) if record.frame["client"].nunique() <= CLIENTS_SHOWN else None
+    return [table for table in (clients, _method_table(record)) if table is not None]
+
+
+def _client_table(record: StudyRecord) -> Table | None:
+    """One line per client: every metric of every method, and whether it gained or lost against the baseline."""
+    judged = record.judged
+    if judged is None or not judged.methods:
+        return None
+    labels = [item.method for item in record.metrics[0].methods]
+    shown = " / ".join(metric.title.lower() for metric in record.metrics)
+    table = Table(
+        title=Text(f"{record.name}, client by client: {shown}"),
+        caption=Text(f"+ better, - worse, = equal to {record.baseline} on {judged.title.lower()}"),
+    )
+    table.add_column("client")
+    for label in labels:
+        table.add_column(Text(label), justify="right")
+    values = {metric.name: _by_client(record, metric) for metric in record.metrics}
+    baseline = values[judged.name].get(record.baseline)
+    for client in record.frame["client"].unique():
+        cells = []
+        for label in labels:
+            numbers = " ".join(number(values[metric.name][label][client]) for metric in record.metrics)
+            mark = ""
+            if baseline is not None and label != record.baseline:
+                mark = _mark(values[judged.name][label][client], baseline[client], judged.lower_is_better)
+            cells.append(Text(f"{numbers} {mark}".rstrip()))
+        table.add_row(Text(str(client)), *cells)
+    return table
+
+
+def _by_client(record: StudyRecord, metric: Metric) -> dict[str, dict[str, float]]:
+    """Return method -> client -> value, NaN = n/a."""
+    table = client_values(record.frame, metric=metric.name).astype(float)
+    return {
+        str(label): {str(client): float(value) for client, value in table[label].items()} for label in table.columns
+    }
+
+
+def _mark(own: float, other: float, lower_is_better: bool) -> str:
+    if math.isnan(own) or math.isnan(other):
+        return "?"
+    return "=" if own == other else "+" if (own < other) == lower_is_better else "-"
+
+
+def _method_table(record: StudyRecord) -> Table:
+    table = Table(title=Text(f"{record.name}: test split, over clients"), caption=_caption(record))
+    table.add_column("method")
+    for metric in record.metrics:
+        table.add_column(metric.title.lower() if metric.name == "loss" else metric.title, justify="right")
+        table.add_column("worst", justify="right")
+    judged = record.judged
+    if judged:
+        table.add_column(Text(f"W/T/L against {record.baseline} ({judged.title})"), justify="right")
+    for label in _labels(record):
+        cells = [Text(label)]
+        compared = ""
+        for metric in record.metrics:
+            summary = next((item for item in metric.lines if item.method == label), None)
+            cells += [Text(interval(summary)), Text(number(summary.worst) if summary else "n/a")]
+            if metric is judged and summary:
+                compared = counts(summary)
+        table.add_row(*cells, Text(compared))
+    return table
+
+
+def _labels(record: StudyRecord) -> list[str]:
+    """List the lines of a table over all metrics: the untouched base first, then the methods."""
+    items: list[MethodSummary] = [item for metric in record.metrics for item in metric.lines]
+    return list(dict.fromkeys(item.method for item in sorted(items, key=lambda item: bool(item.rounds))))
+
+
+def _caption(record: StudyRecord) -> Text:
+    lines = ["mean ± half of the 95 % t-interval over clients"]
+    missing = max((item.missing for metric in record.metrics for item in metric.methods), default=0)
+    if missing:
+        lines.append(f"clients without a value (n/a), left out: {missing}")
+    refused = sum(int(run.fields.get("refused_uploads") or 0) for run in record.runs)
+    if refused:
+        lines.append(f"uploads refused, not merged: {refused}")
+    unfinished = [f"{run.folder} {run.state}" for run in record.runs if run.state != "complete"]
+    if unfinished:
+        lines.append(f"not complete: {', '.join(unfinished)}")
+    return Text("; ".join(lines))

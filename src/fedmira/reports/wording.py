@@ -1,0 +1,125 @@
+"""Figures and names as people read them; `None` and NaN are n/a, a diverged loss is ∞."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fedmira.reports.stats import MethodSummary
+
+MINUS = "\u2212"
+NAMES = {
+    "loss": "Test loss",
+    "rouge_l": "ROUGE-L",
+    "exact_match": "Exact match",
+    "word_accuracy": "Word accuracy",
+}
+# Control characters, halves of a pair, and marks that reorder the text around them: shown by number, so that a name
+# can neither hide nor rearrange what stands beside it.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def title(metric: str) -> str:
+    """Name a metric at the head of a table."""
+    return NAMES.get(metric, metric)
+
+
+def phrase(metric: str) -> str:
+    """Name a metric inside a sentence."""
+    return title(metric) if metric == "rouge_l" else title(metric).lower() if metric in NAMES else metric
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Format a measured value; what would round to zero keeps two figures."""
+    if value is None or math.isnan(value):
+        return "n/a"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if value and abs(value) < 0.5 * 10**-digits:
+        return f"{value:.1e}"
+    return f"{value:.{digits}f}"
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """Format a difference with its sign, for the page."""
+    if value is None or math.isnan(value):
+        return "n/a"
+    sign = "+" if value > 0 else MINUS if value < 0 else ""
+    return sign + number(abs(value), digits)
+
+
+def interval(summary: MethodSummary | None) -> str:
+    """Format a mean with half of its interval."""
+    if summary is None or summary.mean is None:
+        return "n/a"
+    half = f" ± {number(summary.half_width)}" if summary.half_width is not None else ""
+    return number(summary.mean) + half
+
+
+def counts(summary: MethodSummary) -> str:
+    """Format wins/ties/losses; empty where nothing is compared."""
+    return f"{summary.against.wins}/{summary.against.ties}/{summary.against.losses}" if summary.against else ""
+
+
+def chance(p: float) -> str:
+    """Format a p value."""
+    return f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
+
+
+def count(value: Any) -> str:
+    """Format a whole number with thousands parted; anything else is n/a."""
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "n/a"
+
+
+def plural(value: int, word: str) -> str:
+    """Say how many: 1 client, 2 clients."""
+    return f"{value:,} {word}{'' if value == 1 else 's'}"
+
+
+def size(value: Any) -> str:
+    """Format a number of bytes with a decimal unit; anything else is n/a."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "n/a"
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = min(int(math.log10(value) // 3), len(units) - 1) if value >= 1 else 0
+    return f"{value / 1000**power:.{1 if power else 0}f} {units[power]}"
+
+
+def seconds(value: Any) -> str:
+    """Format a time; anything but a number is n/a."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "n/a"
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def spread(values: Any) -> str:
+    """Format a list of numbers as its smallest and largest; anything else is n/a."""
+    numbers = [item for item in values if isinstance(item, int | float)] if isinstance(values, Sequence) else []
+    return f"{min(numbers):.2g} to {max(numbers):.2g}" if numbers else "n/a"
+
+
+def clean(text: object) -> str:
+    """Make a name from someone else's data fit to be shown: what cannot be seen is written as its number."""
+    return _UNSEEN.sub(lambda found: f"[U+{ord(found.group()):04X}]", str(text))
+
+
+def short(text: object, limit: int) -> str:
+    """Clean a name and cut it to so many characters."""
+    cleaned = clean(text)
+    return cleaned if len(cleaned) <= limit else cleaned[: limit - 1] + "…"
+
+
+def listed(names: Iterable[object], most: int) -> str:
+    """List names up to a number, and say how many more there are."""
+    every = list(names)
+    rest = f" and {len(every) - most:,} more" if len(every) > most else ""
+    return ", ".join(short(name, 40) for name in every[:most]) + rest
+
+
+def pretty(fields: Mapping[str, Any]) -> str:
+    """Write settings as indented JSON."""
+    return json.dumps(dict(fields), indent=2, ensure_ascii=False)
