@@ -394,6 +394,10 @@ def test_an_adapter_with_a_pickle_is_not_handed_on(inputs: tuple[Path, Path], co
         assert (ended.code, ended.out) == (2, "")
         assert "holds a pickle, adapter_model.bin" in ended.err
     assert not (tmp_path / "copies").exists()
+    (run / "adapters" / "ada" / "adapter_model.safetensors").unlink()
+    talked = command("chat", run, "--client", "ada", "-p", "w2 w3")
+    assert (talked.code, talked.out) == (2, "")
+    assert "adapter_model.safetensors" in talked.err
     assert command("export", run, "--client", "bo", "--out", tmp_path / "copies").code == 0
     assert not (tmp_path / "mark").exists()
 

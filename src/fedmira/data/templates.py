@@ -103,7 +103,10 @@ def _from_file(name: str, tokenizer: ChatTokenizer) -> Template:
         if "messages" in source:  # tags such as {% generation %} are known to transformers only
             return _chat_template(name, source, tokenizer)
         raise DataError(f"data.template '{name}', line {error.lineno}: not a Jinja template: {error.message}") from None
-    shown = meta.find_undeclared_variables(tree)
+    try:
+        shown, compiled = meta.find_undeclared_variables(tree), environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:  # a filter or a test that there is not
+        raise DataError(f"data.template '{name}', line {error.lineno}: {error.message}") from None
     if "messages" in shown:
         return _chat_template(name, source, tokenizer)
     unknown = sorted(shown - set(FIELDS))
@@ -114,12 +117,11 @@ def _from_file(name: str, tokenizer: ChatTokenizer) -> Template:
         )
     if next(tree.find_all((nodes.Include, nodes.Extends, nodes.Import, nodes.FromImport)), None):
         raise DataError(f"data.template '{name}' uses another file; write it out in one")
-    compiled = environment.from_string(source)
 
     def request(record: Record) -> str:
         try:
             return compiled.render(instruction=record.instruction, input=record.input)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template can divide by zero, too
             raise DataError(f"data.template '{name}' cannot show {record.source}: {type(error).__name__}") from None
 
     return Template(name, lambda record: _single(record, request(_request_only(record, name))))
@@ -186,7 +188,7 @@ def _chat_template(name: str, source: str, tokenizer: ChatTokenizer) -> Template
             return tokenizer.apply_chat_template(
                 messages, chat_template=source, tokenize=False, add_generation_prompt=ask
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # whatever a template does wrong is that template's fault
             own = str(error) if str(error) in source else type(error).__name__  # its own words, never the data's
             raise DataError(f"data.template '{name}' cannot show {record.source}: {own}") from None
 
