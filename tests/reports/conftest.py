@@ -1,17 +1,27 @@
 """Hand-made study folders for the report tests."""
 
 import csv
+import gc
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.reports.hand_made import curve_rows, rows
 
 from fedmira.runs import RESULT_COLUMNS
 
 Row = tuple[object, ...]
 WriteRun = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_corrections() -> Iterator[None]:
+    """Let statsmodels, which collects garbage with each correction, look at the tests' own objects only."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -36,3 +46,12 @@ def write_run(study: Path) -> WriteRun:
         return run
 
     return write
+
+
+@pytest.fixture
+def pair(study: Path, write_run: WriteRun) -> Path:
+    """local and mira on two clients, with a round 0 and two metrics."""
+    start = rows({"a": 5, "b": 7}, number=0) + rows({"a": 0.1, "b": 0.1}, "rouge_l", number=0)
+    write_run("local", [*start, *curve_rows(5, 4, 3), *rows({"a": 3, "b": 5}), *rows({"a": 0.5, "b": 0.2}, "rouge_l")])
+    write_run("mira", [*start, *curve_rows(5, 3, 2), *rows({"a": 2, "b": 4}), *rows({"a": 0.6, "b": 0.2}, "rouge_l")])
+    return study

@@ -17,6 +17,7 @@ from fedmira.reports.stats import (
     client_values,
     curve,
     find_runs,
+    gains,
     read_results,
     summarise,
     summarise_base,
@@ -152,6 +153,19 @@ def test_a_client_without_a_value_on_one_side_is_no_pair():
     assert compared([1, None, 3], [2, 2, None]).pairs == 1
 
 
+def test_the_difference_has_its_own_paired_interval():
+    # differences -1 and -3: mean -2, s = sqrt 2, t(0.975, 1) = 12.706, half = 12.706 * sqrt 2 / sqrt 2
+    assert compared([1, 2], [2, 5]).half_width == pytest.approx(12.7062, abs=1e-4)
+
+
+def test_one_pair_has_no_interval():
+    assert compared([1], [2]).half_width is None
+
+
+def test_a_difference_with_a_diverged_client_has_no_interval():
+    assert compared([1, math.inf], [2, 5]).half_width is None
+
+
 def test_no_pair_at_all_has_no_difference():
     against = compared([None, 1], [1, None])
     assert (against.pairs, against.difference, against.p) == (0, None, None)
@@ -240,6 +254,44 @@ def test_without_local_the_first_method_gives_the_untouched_base():
 
 def test_an_unmeasured_base_is_none():
     assert summarise_base(table(*losses("mira", [1])), metric="loss") is None
+
+
+def test_the_view_that_was_measured_is_named():
+    shared = table(*losses("fedavg", [1])).assign(view="global")
+    frame = pd.concat([table(("a", "local", 0, 0, 9.0), *losses("local", [1])), shared])
+    base = summarise_base(frame, metric="loss")
+    assert base is not None
+    assert (one(frame, "local").views, one(frame, "fedavg").views, base.views) == (("personal",), ("global",), ())
+
+
+def test_gain_is_positive_where_a_client_is_better_off():
+    frame = table(*losses("local", [2, 2, 2]), *losses("mira", [1, 2, 5]))
+    assert gains(frame, metric="loss")[1]["mira"].tolist() == [1, 0, -3]
+    assert gains(scores(frame), metric="rouge_l")[1]["mira"].tolist() == [-1, 0, 3]
+
+
+def test_gain_is_against_training_alone_which_has_none_itself():
+    reference, found = gains(table(*losses("local", [2]), *losses("mira", [1])), metric="loss")
+    assert (reference, list(found.columns)) == ("local", ["mira"])
+
+
+def test_without_training_alone_gain_is_against_the_untouched_base():
+    reference, found = gains(table(("c0", "mira", 0, 0, 9.0), *losses("mira", [1])), metric="loss")
+    assert (reference, found["mira"].tolist()) == ("untouched base", [8])
+
+
+def test_gain_without_a_value_on_one_side_is_not_available():
+    found = gains(table(*losses("local", [2, None]), *losses("mira", [None, 1])), metric="loss")[1]
+    assert found["mira"].isna().all()
+
+
+def test_two_diverged_losses_are_no_gain_and_one_is_an_infinite_one():
+    found = gains(table(*losses("local", [math.inf] * 2), *losses("mira", [math.inf, 1])), metric="loss")[1]
+    assert found["mira"].tolist() == [0, math.inf]
+
+
+def test_gain_with_nothing_but_training_alone_is_an_empty_table():
+    assert gains(table(*losses("local", [2, 3])), metric="loss")[1].shape == (2, 0)
 
 
 def test_client_values_keep_a_line_for_a_client_without_value():

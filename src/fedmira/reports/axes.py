@@ -1,4 +1,4 @@
-"""Boxes, axes, colours and marks that the page's charts share. All places are pixels, rounded so that pages stay small."""
+"""Boxes, axes, colours and marks that the page's charts share; places are pixels, rounded so that pages stay small."""
 
 import math
 from collections.abc import Sequence
@@ -90,10 +90,11 @@ def enclosing_axis(values: Sequence[float], start: float, end: float) -> Axis:
 
 
 def round_axis(low: int, high: int, start: float, end: float) -> Axis:
-    """Lay out an axis of rounds that ends with the last one; its marks are whole numbers."""
+    """Lay out an axis of rounds that ends with the last one; its marks are whole numbers, the last round among them."""
     high = max(high, low + 1)
     axis = Axis(low, high, start, end, [])
-    places = [place for place in marks(low, high, whole=True) if low <= place <= high]
+    apart = 0.1 * (high - low)
+    places = [place for place in marks(low, high, whole=True) if low <= place <= high - apart] + [high]
     return Axis(low, high, start, end, [(axis.at(place), f"{place:g}") for place in places])
 
 

@@ -9,7 +9,7 @@ from fedmira.reports.record import RunRecord, StudyRecord
 from fedmira.reports.stats import base_values, curve, gains
 from fedmira.reports.wording import clean, number, short
 
-WIDE = Box(760, 340, 56, 18, 14, 44)
+WIDE = Box(860, 350, 56, 18, 14, 44)
 NARROW = Box(350, 300, 46, 14, 12, 42)
 PANEL = Box(178, 128, 36, 8, 8, 22)
 PANELS = 12  # clients whose merges are drawn, of each method

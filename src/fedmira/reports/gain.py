@@ -1,4 +1,4 @@
-"""Each client's gain: bars where clients are few, a sorted line where they are many; and a method's line in the tables."""
+"""Each client's gain: bars where clients are few, one sorted line where they are many; and the pictures in tables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,14 @@ import pandas as pd
 from fedmira.reports.axes import Axis, Box, balanced_axis, enclosing_axis, spread_out
 from fedmira.reports.record import Metric, StudyRecord
 from fedmira.reports.stats import MethodSummary, gains
-from fedmira.reports.wording import clean, phrase, short, signed
+from fedmira.reports.wording import clean, fitted, phrase, signed
 
 BARS_SHOWN = 60  # clients; more are drawn as one sorted line
-ROW = 18
+ROW, FONT = 18, 12
 WIDTH, LEFT, RIGHT = 350, 112, 56
 AREA = Box(350, 190, 48, 10, 12, 34)
 MOST_POINTS = 240
-DOTS = Box(190, 22, 6, 6, 0, 0)
+DOTS = Box(150, 22, 6, 6, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,9 @@ def _panel(
 def _bar(place: int, client: str, value: float, axis: Axis) -> Bar:
     start, end = sorted((axis.at(0.0), axis.at(value)))
     effect = "better" if value > 0 else "worse" if value < 0 else "level"
-    return Bar(client, short(client, 15), 4 + ROW * place, start, round(end - start, 1), effect, signed(value))
+    return Bar(
+        client, fitted(client, (LEFT - 8) / FONT), 4 + ROW * place, start, round(end - start, 1), effect, signed(value)
+    )
 
 
 def _path(ranked: Sequence[tuple[str, float]], box: Box, axis: Axis) -> str:

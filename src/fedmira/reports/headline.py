@@ -17,8 +17,9 @@ OPPOSITE = {"better": "worse", "worse": "better"}
 class Statement:
     """One method against training alone.
 
-    verdict, from p after Holm's correction: better | worse (p < 0.05, with mean and majority on that side), mixed (p < 0.05,
-    but they disagree), unclear (p >= 0.05), equal (no client differs), few (too few clients for a test), none (no pair).
+    verdict, from p after Holm's correction: better | worse (p < 0.05, with mean and majority on that side), mixed
+    (p < 0.05, but they disagree), unclear (p >= 0.05), equal (no client differs), few (too few clients for a test),
+    none (no pair).
     """
 
     method: str

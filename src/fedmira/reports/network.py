@@ -1,4 +1,4 @@
-"""The task graph of a method, its clients coloured by gain; groups where there are too many clients to be told apart."""
+"""The task graph of a method, its clients coloured by gain; groups where clients are too many to be told apart."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,13 @@ from fedmira.reports.axes import CIRCLE, DIAMOND, SQUARE, Box, gain_colour
 from fedmira.reports.places import place_nodes
 from fedmira.reports.record import StudyRecord, read_object
 from fedmira.reports.stats import gains
-from fedmira.reports.wording import clean, number, plural, short, signed
+from fedmira.reports.wording import clean, fitted, number, plural, signed
 
 MOST_CLIENTS, MOST_GROUPS = 200, 60
 MOST_EDGES = 600  # the strongest are drawn
-MOST_LABELS = 40
-WIDE = Box(760, 470, 46, 46, 26, 34)
-NARROW = Box(350, 420, 34, 34, 24, 30)
+MOST_LABELS, LABEL_PITCH, LABEL_EMS = 40, 17, 8  # named marks; pixels of width that each needs; length of a name
+WIDE = Box(860, 480, 46, 46, 26, 36)
+NARROW = Box(350, 380, 34, 34, 24, 30)
 SWATCHES = 9  # steps of the colour scale's legend
 
 
@@ -34,7 +34,8 @@ class TaskGraph:
 
 @dataclass(frozen=True)
 class Node:
-    """A client or a group. scale: of the mark; label: empty where there is no room."""
+    """A client or a group. scale: of the mark. label: empty where there is no room; label_y: on the side away from the
+    neighbours."""
 
     x: float
     y: float
@@ -42,6 +43,7 @@ class Node:
     mark: str
     scale: float
     label: str
+    label_y: float
     told: str
     known: bool
 
@@ -131,6 +133,8 @@ def _network(record: StudyRecord, label: str, graph: TaskGraph) -> Network:
     about = f"{clean(graph.kind)} graph{note}: {plural(len(graph.clients), 'client')}, {graph.entries:,} weights"
     own, named = _own_gains(record, label)
     of_clients = len(graph.clients) <= MOST_CLIENTS
+    if len(graph.clients) < 2:
+        return Network(label, about, "nobody has a neighbour")
     if graph.edges is None and of_clients:
         return Network(label, about, "its weights are not in graph.json")
     nodes = _clients(record, graph, own) if of_clients else _groups(record, graph, own)
@@ -221,6 +225,8 @@ def _notes(graph: TaskGraph, nodes: _Nodes) -> list[str]:
         notes.append(f"Of {drawn:,} edges the {MOST_EDGES} strongest are drawn.")
     if len(nodes.names) != len(graph.clients):
         notes.append("A mark is a group, coloured by the mean gain of its clients; a larger mark has more clients.")
+        if graph.edges is not None and not drawn:
+            notes.append("No edge leads from one group to another.")
     if graph.edges is not None and len(nodes.names) == len(graph.clients):
         rows, columns, weights = graph.edges
         forth = {(r, c): w for r, c, w in zip(rows.tolist(), columns.tolist(), weights.tolist(), strict=True)}
@@ -242,9 +248,10 @@ def _drawing(nodes: _Nodes, box: Box, limit: float) -> Drawing:
         for edge in strongest.tolist()
         if (share := faint * (0.25 + 0.75 * float(weights[edge] / weights.max()))) > 0
     ]
-    most = max(nodes.members)
-    usual = 1.9 if len(nodes.names) <= MOST_LABELS else 1.3 if len(nodes.names) <= 100 else 1.0
-    labelled = len(nodes.names) <= MOST_LABELS
+    scales = _scales(nodes)
+    labelled = len(nodes.names) <= min(MOST_LABELS, box.width // LABEL_PITCH)
+    neighbours = nodes.weights @ places[:, 1] / np.maximum(nodes.weights.sum(axis=1), 1e-300)
+    above = (nodes.weights.sum(axis=1) > 0) & (places[:, 1] < neighbours - 1)
     return Drawing(
         box=box,
         nodes=[
@@ -253,8 +260,9 @@ def _drawing(nodes: _Nodes, box: Box, limit: float) -> Drawing:
                 y=round(float(places[place, 1]), 1),
                 fill="#FFFFFF" if math.isnan(gain) else gain_colour(gain, limit),
                 mark=_mark(gain),
-                scale=usual if most == 1 else round(1.0 + 2.2 * math.sqrt(nodes.members[place] / most), 2),
-                label=short(name, 12) if labelled else "",
+                scale=scales[place],
+                label=fitted(name, LABEL_EMS) if labelled else "",
+                label_y=round(-6 * scales[place] - 3 if above[place] else 6 * scales[place] + 11, 1),
                 told=_told(nodes, place),
                 known=not math.isnan(gain),
             )
@@ -262,6 +270,14 @@ def _drawing(nodes: _Nodes, box: Box, limit: float) -> Drawing:
         ],
         edges=edges,
     )
+
+
+def _scales(nodes: _Nodes) -> list[float]:
+    """Return the size of each mark: by the clients of a group, else by how many marks there are."""
+    most = max(nodes.members)
+    if most > 1:
+        return [round(1.0 + 2.2 * math.sqrt(members / most), 2) for members in nodes.members]
+    return [1.9 if len(nodes.names) <= MOST_LABELS else 1.3 if len(nodes.names) <= 100 else 1.0] * len(nodes.names)
 
 
 def _mark(gain: float) -> str:

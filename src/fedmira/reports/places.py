@@ -9,13 +9,14 @@ from scipy.sparse.csgraph import connected_components
 
 DENSE = 0.5  # share of all pairs from which on a part is drawn as a circle: forces would make a knot of it
 STEPS = 150  # of the forces
+TRIES = 120  # row widths
 
 
 def place_nodes(weights: np.ndarray, order: Sequence[int], *, aspect: float) -> np.ndarray:
     """Return places [N, 2] in [0, 1] x [0, 1], x first.
 
-    weights [N, N]: symmetric, non-negative. order: all nodes, those that belong together side by side. aspect: width over
-    height. Parts that nothing joins get discs of their own, packed in rows; within a part, forces (Fruchterman and
+    weights [N, N]: symmetric, non-negative. order: all nodes, those that belong together side by side. aspect: width
+    over height. Parts that nothing joins get discs of their own, packed in rows; within a part, forces (Fruchterman and
     Reingold 1991) start from a circle in that order, or the circle stays where most pairs are joined.
     """
     _, labels = connected_components(csr_array(weights), directed=False)
@@ -26,8 +27,8 @@ def place_nodes(weights: np.ndarray, order: Sequence[int], *, aspect: float) -> 
     discs = [(nodes, *_disc(weights[np.ix_(nodes, nodes)])) for nodes in members]
     places = np.zeros((len(weights), 2))
     for (nodes, own, radius), (x, y) in zip(discs, _packed([radius for *_, radius in discs], aspect), strict=True):
-        places[nodes] = own * radius * 0.8 + (x, y)
-    return _fitted(places)
+        places[nodes] = own * radius * 0.75 + (x, y)
+    return _fitted(places, aspect)
 
 
 def _disc(weights: np.ndarray) -> tuple[np.ndarray, float]:
@@ -35,7 +36,8 @@ def _disc(weights: np.ndarray) -> tuple[np.ndarray, float]:
     count = len(weights)
     if count == 1:
         return np.zeros((1, 2)), 0.9
-    angles = np.arange(count) * 2 * math.pi / count - math.pi / 2
+    flat = math.pi / count if count % 2 == 0 and count > 2 else 0.0  # a square lies on a side, a pair stands
+    angles = np.arange(count) * 2 * math.pi / count - math.pi / 2 + flat
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     if count <= 3 or np.count_nonzero(weights) >= DENSE * count * (count - 1):
         return circle, max(1.6, 0.35 * count) if count > 12 else 1.2 + 0.12 * count
@@ -61,14 +63,11 @@ def _forces(weights: np.ndarray, start: np.ndarray) -> np.ndarray:
 
 
 def _packed(radii: Sequence[float], aspect: float) -> list[tuple[float, float]]:
-    """Set discs in rows, as many beside each other as keep the whole near the aspect; return their centres."""
-    wanted = math.sqrt(sum((2 * radius) ** 2 for radius in radii) * aspect)
-    rows: list[list[float]] = [[]]
-    for radius in radii:
-        if rows[-1] and sum(rows[-1]) * 2 + radius > wanted:
-            rows.append([])
-        rows[-1].append(radius)
-    widest = max(sum(row) * 2 for row in rows)
+    """Set discs in rows and return their centres; of many row widths the one that shows the discs largest."""
+    whole = 2 * sum(radii)
+    tried = [_rows(radii, whole * (step + 1) / TRIES) for step in range(TRIES)]
+    rows = min(tried, key=lambda rows: max(_widest(rows), aspect * sum(2 * max(row) for row in rows)))
+    widest = _widest(rows)
     centres, y = [], 0.0
     for row in rows:
         gap = (widest - sum(row) * 2) / len(row)
@@ -80,7 +79,23 @@ def _packed(radii: Sequence[float], aspect: float) -> list[tuple[float, float]]:
     return centres
 
 
-def _fitted(places: np.ndarray) -> np.ndarray:
-    """Stretch places to the unit square; where all agree in a coordinate, to its middle."""
-    low, high = places.min(axis=0), places.max(axis=0)
-    return np.where(high > low, (places - low) / np.where(high > low, high - low, 1.0), 0.5)
+def _rows(radii: Sequence[float], width: float) -> list[list[float]]:
+    """Break discs into rows of at most this width; a wider disc stands alone."""
+    rows: list[list[float]] = [[]]
+    for radius in radii:
+        if rows[-1] and 2 * (sum(rows[-1]) + radius) > width * (1 + 1e-9):
+            rows.append([])
+        rows[-1].append(radius)
+    return rows
+
+
+def _widest(rows: Sequence[Sequence[float]]) -> float:
+    return max(2 * sum(row) for row in rows)
+
+
+def _fitted(places: np.ndarray, aspect: float) -> np.ndarray:
+    """Scale places evenly, so that circles stay round, and set them in the middle of the unit square of this aspect."""
+    middle = (places.min(axis=0) + places.max(axis=0)) / 2
+    extent = places.max(axis=0) - places.min(axis=0)
+    largest = max(float(extent[0]) / aspect, float(extent[1]))
+    return (places - middle) / (largest or 1.0) / (aspect, 1.0) + 0.5

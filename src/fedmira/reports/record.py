@@ -1,4 +1,4 @@
-"""What a study's folders hold, read for its report. Any key of run.json, clients.json or metrics.jsonl may be absent."""
+"""What a study's folders hold, read for its report; keys of run.json, clients.json and metrics.jsonl may be absent."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -93,7 +93,7 @@ class StudyRecord:
 
     @property
     def judged(self) -> Metric | None:
-        """The metric by which gain is told: the first that is not the loss, because a loss can be lowered by hedging."""
+        """The metric by which gain is told: the first that is not the loss, which hedging between answers can lower."""
         return next((metric for metric in self.metrics if metric.name != "loss"), next(iter(self.metrics), None))
 
     def first_run(self, label: str) -> RunRecord | None:

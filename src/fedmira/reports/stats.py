@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
@@ -261,10 +262,12 @@ def _compare(own: "pd.Series[float]", other: "pd.Series[float]", *, metric: str,
         reason = "all differences are zero"
     else:
         p = float(stats.wilcoxon(differences.to_numpy()).pvalue)
+    with np.errstate(invalid="ignore"):  # infinite both ways: the mean is no number, and that is meant
+        difference = float(differences.mean()) if len(both) else None
     return Comparison(
         baseline=baseline,
         pairs=len(both),
-        difference=float(differences.mean()) if len(both) else None,
+        difference=difference,
         half_width=_half_width(differences),
         wins=int((gains > 0).sum()),
         ties=int((gains == 0).sum()),

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -99,7 +100,13 @@ def seconds(value: Any) -> str:
 def spread(values: Any) -> str:
     """Format a list of numbers as its smallest and largest; anything else is n/a."""
     numbers = [item for item in values if isinstance(item, int | float)] if isinstance(values, Sequence) else []
-    return f"{min(numbers):.2g} to {max(numbers):.2g}" if numbers else "n/a"
+    return between(f"{min(numbers):.2g}", f"{max(numbers):.2g}") if numbers else "n/a"
+
+
+def between(low: object, high: object) -> str:
+    """Say a range, or the one value that it holds."""
+    first, last = (f"{end:,}" if isinstance(end, int) else str(end) for end in (low, high))
+    return first if first == last else f"{first} to {last}"
 
 
 def clean(text: object) -> str:
@@ -113,11 +120,36 @@ def short(text: object, limit: int) -> str:
     return cleaned if len(cleaned) <= limit else cleaned[: limit - 1] + "…"
 
 
+def fitted(text: object, ems: float) -> str:
+    """Clean a name and cut it to about so many ems of a usual font, since letters differ in width."""
+    cleaned = clean(text)
+    wide = 0.0
+    for place, letter in enumerate(cleaned):
+        wide += _width(letter)
+        if wide > ems:
+            return cleaned[: max(place - 1, 1)] + "…"
+    return cleaned
+
+
+def _width(letter: str) -> float:
+    """Estimate a letter's width in ems, rather too large than too small."""
+    if unicodedata.combining(letter):
+        return 0.0
+    if unicodedata.east_asian_width(letter) in "WF":
+        return 1.1
+    return 1.0 if letter in "mwMW@%" else 0.4 if letter in "ijlftrI.,:;'|!()[] " else 0.8 if letter.isupper() else 0.68
+
+
 def listed(names: Iterable[object], most: int) -> str:
     """List names up to a number, and say how many more there are."""
     every = list(names)
     rest = f" and {len(every) - most:,} more" if len(every) > most else ""
     return ", ".join(short(name, 40) for name in every[:most]) + rest
+
+
+def unbroken(text: str) -> str:
+    """Keep "p = 0.01" on one line."""
+    return re.sub(r"\bp ([=<]) ", "p\u00a0\\1\u00a0", text)
 
 
 def pretty(fields: Mapping[str, Any]) -> str:

@@ -1,0 +1,268 @@
+"""What a study was made of: data, sampling, costs, and what to keep in mind when its figures are read."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedmira.reports.axes import spread_out
+from fedmira.reports.record import Metric, RunRecord, StudyRecord
+from fedmira.reports.stats import base_values, client_values, gains
+from fedmira.reports.wording import between, clean, count, listed, plural, seconds, size, spread
+
+CLIENTS_LISTED = 300  # in a table; of more clients the ends are listed
+ENDS_LISTED = 25
+NAMES_LISTED = 20
+EXAMPLES_SHOWN = 30  # clients
+CUTS = {
+    "prompts_cut": "prompts cut at their start",
+    "questions_cut": "test prompts cut to leave room for an answer",
+    "answers_cut": "answers cut at their end",
+    "dropped": "examples dropped",
+}
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """One run's costs, as text."""
+
+    folder: str
+    state: str
+    rounds: str
+    time: str
+    training: str
+    merging: str
+    speed: str
+    up: str
+    down: str
+    each: str
+    pull: str
+    never: str
+    adapters: int
+
+
+@dataclass(frozen=True)
+class ClientTable:
+    """One metric, client by client. lines: (client, its name, [untouched base, each method's value]); None = n/a."""
+
+    metric: Metric
+    methods: list[str]
+    lines: list[tuple[str, str, list[float | None]]]
+    note: str
+
+
+def notices(record: StudyRecord) -> list[str]:
+    """Say what limits the figures, gravest first."""
+    said = []
+    unfinished = [f"{clean(run.folder)} ({clean(run.state)})" for run in record.runs if run.state != "complete"]
+    if unfinished:
+        said.append(f"Not complete, so read with care: {listed(unfinished, NAMES_LISTED)}.")
+    rounds = sorted({turn for metric in record.metrics for item in metric.methods for turn in item.rounds})
+    if len(rounds) > 1:
+        said.append(f"The runs were tested after different numbers of rounds: {', '.join(map(str, rounds))}.")
+    tested = {item.method for metric in record.metrics for item in metric.methods}
+    untested = [label for label in record.labels if label not in tested]
+    if tested and untested:
+        said.append(f"Not tested yet, and not in the tables: {listed(untested, NAMES_LISTED)}.")
+    for metric in record.metrics:
+        values = client_values(record.frame, metric=metric.name)
+        for label in values.columns:
+            lost = sum(math.isinf(value) for value in values[label])
+            if lost:
+                said.append(
+                    f"{clean(label)} diverged: {plural(lost, 'client')} without a finite {metric.title.lower()}."
+                )
+    missing = max((item.missing for metric in record.metrics for item in metric.methods), default=0)
+    if missing:
+        said.append(
+            f"{plural(missing, 'client')} without a value (n/a; no test example, or not measured) "
+            f"{'is' if missing == 1 else 'are'} left out of means and tests."
+        )
+    return said + _sampling_notices(record)
+
+
+def _sampling_notices(record: StudyRecord) -> list[str]:
+    said = []
+    never = max((run.never_sampled or 0 for run in record.runs), default=0)
+    if never:
+        said.append(
+            f"{plural(never, 'client')} {'was' if never == 1 else 'were'} never sampled (most, over the seeds). Under "
+            "a personal method such a client is scored at the common start: it can neither gain nor lose."
+        )
+    refused = sum(int(run.total("refused_uploads") or 0) for run in record.runs)
+    if refused:
+        said.append(f"{plural(refused, 'upload')} refused, and not merged: see log.txt of the run.")
+    return said
+
+
+def basis(record: StudyRecord) -> str:
+    """Say what the figures rest on: split, rounds, clients, seeds."""
+    items = [item for metric in record.metrics for item in metric.methods]
+    rounds = sorted({turn for item in items for turn in item.rounds})
+    seeds = sorted({seed for item in items for seed in item.seeds})
+    if not rounds:
+        return f"{plural(record.frame['client'].nunique(), 'client')}; not tested yet."
+    after = plural(rounds[0], "round") if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]} rounds"
+    said = f"Test split after {after}; {plural(record.frame['client'].nunique(), 'client')}; "
+    if len(seeds) == 1:
+        return f"{said}one seed ({seeds[0]}): chance in training and sampling is not averaged out."
+    return f"{said}{len(seeds)} seeds. A client counts once: its seeds are averaged first."
+
+
+def data_facts(record: StudyRecord) -> list[tuple[str, str]]:
+    """Describe the clients' data from clients.json; empty if there is none."""
+    clients = record.clients
+    if not clients:
+        return []
+    groups = {group for client in clients if (group := record.group(client)) is not None}
+    counts = [_mapping(own.get("examples")) for own in clients.values()]
+    train = [_whole(one.get("train")) for one in counts]
+    facts = [
+        ("Clients", f"{len(clients):,}" + (f" in {plural(len(groups), 'group')}" if len(groups) > 1 else "")),
+        (
+            "Examples",
+            f"{sum(train):,} to train on ({between(min(train), max(train))} a client), "
+            f"{sum(_whole(one.get('validation')) for one in counts):,} for validation, "
+            f"{sum(_whole(one.get('test')) for one in counts):,} for the test",
+        ),
+    ]
+    tokens = sum(_whole(own.get("trained_tokens")) for own in clients.values())
+    facts.append(("Tokens with a loss", f"{tokens:,} in the training split"))
+    cuts = []
+    for key, what in CUTS.items():
+        hit = [_whole(own.get(key)) for own in clients.values() if _whole(own.get(key))]
+        if hit:
+            cuts.append(f"{sum(hit):,} {what} ({plural(len(hit), 'client')})")
+    facts.append(("Cut to fit", "; ".join(cuts) if cuts else "nothing: every prompt and answer is whole"))
+    without = [client for client, one in zip(clients, counts, strict=True) if not _whole(one.get("test"))]
+    if without:
+        facts.append(("No test example", f"{plural(len(without), 'client')}: {listed(without, NAMES_LISTED)}"))
+    return facts
+
+
+def sampling_facts(record: StudyRecord) -> list[tuple[str, str]]:
+    """Say, seed by seed, how often clients were sampled and who never was; one schedule serves all methods."""
+    facts = []
+    for seed in sorted({run.seed for run in record.runs}):
+        run = max((run for run in record.runs if run.seed == seed), key=lambda run: len(run.rounds))
+        if not run.rounds:
+            continue
+        every = list(record.clients) or [str(name) for name in record.frame["client"].unique()]
+        times = [run.sampled.get(client, 0) for client in every]
+        never = [client for client, often in zip(every, times, strict=True) if not often]
+        said = (
+            f"{count(run.fields.get('sampled'))} of {len(every):,} clients a round, "
+            f"{plural(len(run.rounds), 'round')}; each took part {between(min(times), max(times))} times"
+            f"{'' if min(times) == max(times) else f', {sum(times) / len(times):.1f} on average'}; "
+        )
+        said += f"never: {len(never):,} ({listed(never, NAMES_LISTED)})" if never else "nobody was left out"
+        facts.append((f"Seed {seed}", said))
+    return facts
+
+
+def setup_facts(record: StudyRecord) -> list[tuple[str, str]]:
+    """Name base, adapter, machine and versions, as the first run has them."""
+    fields = record.runs[0].fields
+    facts = []
+    if "base_model" in fields:
+        mark = str(fields.get("base_fingerprint", ""))[:12]
+        facts.append(("Base model", clean(fields["base_model"]) + (f", sha256 {clean(mark)}…" if mark else "")))
+    if "parameters" in fields:
+        facts.append(("Adapter", f"{count(fields['parameters'])} parameters a client"))
+    computed = [clean(fields[key]) for key in ("device", "dtype") if key in fields]
+    computed += [f"{key}: {clean(fields[key])}" for key in ("threads", "cohort") if key in fields]
+    if computed:
+        facts.append(("Computed on", ", ".join(computed)))
+    versions = _mapping(fields.get("versions"))
+    if versions:
+        facts.append(("Versions", ", ".join(f"{clean(name)} {clean(version)}" for name, version in versions.items())))
+    times = [str(run.fields["started"]) for run in record.runs if run.fields.get("started")]
+    if times:
+        facts.append(("Begun", clean(min(times))))
+    return facts
+
+
+def run_lines(record: StudyRecord) -> list[RunLine]:
+    """Tell every run's state and costs."""
+    return [_run_line(run) for run in record.runs]
+
+
+def _run_line(run: RunRecord) -> RunLine:
+    uploads = sum(run.sampled.values())
+    up, down, tokens = run.total("bytes_up"), run.total("bytes_down"), run.total("tokens")
+    training = run.total("seconds_training")
+    planned = run.fields.get("rounds")
+    never = run.never_sampled
+    return RunLine(
+        folder=run.folder,
+        state=run.state,
+        rounds=f"{len(run.rounds)} of {planned}" if isinstance(planned, int) and run.logged else "n/a",
+        time=seconds(run.total("seconds")),
+        training=seconds(training),
+        merging=seconds(run.total("seconds_merge")),
+        speed=f"{tokens / training:,.0f}" if tokens and training else "n/a",
+        up=size(up),
+        down=size(down),
+        each=size(up / uploads) if up is not None and uploads else "n/a",
+        pull=spread(run.fields.get("pull_percent")),
+        never="n/a" if never is None else f"{never:,}",
+        adapters=run.adapters,
+    )
+
+
+def client_tables(record: StudyRecord) -> list[ClientTable]:
+    """List each metric client by client, the judged one first; of many clients only the two ends."""
+    tables = []
+    for metric in sorted(record.metrics, key=lambda metric: metric is not record.judged):
+        values = client_values(record.frame, metric=metric.name)
+        methods = [str(label) for label in values.columns]
+        values.insert(0, "", base_values(record.frame, metric=metric.name, baseline=record.baseline))
+        note = ""
+        if len(values) > CLIENTS_LISTED:
+            kept, note = _ends(record, metric, [str(client) for client in values.index])
+            values = values.loc[kept]
+        lines = [
+            (str(client), _name(record, str(client)), [None if math.isnan(value) else float(value) for value in line])
+            for client, line in zip(values.index, values.to_numpy(dtype=float), strict=True)
+        ]
+        tables.append(ClientTable(metric, methods, lines, note))
+    return tables
+
+
+def _ends(record: StudyRecord, metric: Metric, clients: Sequence[str]) -> tuple[list[str], str]:
+    """Choose the clients with the least and the greatest gain under the last method that has gains."""
+    said = f"Of {len(clients):,} clients, "
+    rest = "results.csv of each run has all."
+    reference, table = gains(record.frame, metric=metric.name, baseline=record.baseline)
+    if table.empty or table.isna().all().all():
+        return list(clients[: 2 * ENDS_LISTED]), f"{said}the first {2 * ENDS_LISTED}; {rest}"
+    label = [name for name in table.columns if not table[name].isna().all()][-1]
+    ranked = [str(client) for client in table[label].dropna().sort_values(kind="stable").index]
+    kept = ranked[:ENDS_LISTED] + ranked[ENDS_LISTED:][-ENDS_LISTED:]
+    return kept, (
+        f"{said}those with the {ENDS_LISTED} smallest and the {ENDS_LISTED} greatest gains of {clean(label)} over "
+        f"{clean(reference)}, ascending; {rest}"
+    )
+
+
+def _name(record: StudyRecord, client: str) -> str:
+    """What the data calls a client, where that is not its id."""
+    name = str(record.clients.get(client, {}).get("name", client))
+    return "" if name == client else name
+
+
+def shown_examples(record: StudyRecord) -> tuple[dict[str, Any], str]:
+    """Return the test examples to show, by client, and what is left out of them."""
+    examples = record.examples()
+    clients = list(examples)
+    kept = {clients[place]: examples[clients[place]] for place in spread_out(len(clients), EXAMPLES_SHOWN)}
+    rest = f" {len(kept)} of {len(clients):,} clients, at even steps; examples.jsonl of each run has all."
+    return kept, rest if len(kept) < len(clients) else ""
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) else 0
