@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 # Tests never reach a model hub, and two workers with one thread each do not fight for the cores.
 QUIET_HUB := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: install install-base demo check test test-slow pretrain clean
+.PHONY: install install-base demo check test test-slow pretrain docs clean
 
 install: .venv/.installed-dev
 
@@ -46,6 +46,10 @@ test-slow:
 pretrain:
 	@test -e .venv/.installed-base || $(MAKE) --no-print-directory install-base
 	$(BIN)/python -m fedmira.bundled.pretrain
+
+# The pages of the methods, from their docstrings and settings; a test fails while they are stale.
+docs:
+	$(BIN)/python docs/make_methods.py
 
 # Leaves .venv/ and runs/ alone: one is slow to make, the other is yours.
 clean:

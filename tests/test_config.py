@@ -2,7 +2,6 @@
 
 import math
 import string
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
 
 import fedmira
-from fedmira import bundled, config
+from fedmira import bundled
 from fedmira.config import Config, check_config
 from fedmira.config_file import dump_config, parse_yaml, read_config
 from fedmira.errors import ConfigError
@@ -211,61 +209,11 @@ def test_all_bad_overrides_are_reported_together(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- unknown keys
 
 
-def places() -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every section of the config, and every method's own settings, by its path."""
-    yield "", Config
-    sections = {"model": config.ModelConfig, "lora": config.LoraConfig, "data": config.DataConfig}
-    sections |= {"data.split": config.SplitConfig, "data.clients": config.ClientsConfig}
-    sections |= {"federation": config.FederationConfig, "training": config.TrainingConfig}
-    sections |= {"evaluation": config.EvaluationConfig}
-    yield from sections.items()
-    for name in ("fedavg", "mira"):
-        yield f"methods.{('local', 'fedavg', 'mira').index(name)}", fedmira.load_method(name).Config
-    yield "methods.2.graph", fedmira.load_method("mira").Config.model_fields["graph"].annotation  # type: ignore[misc]
-
-
-def keys(model: type[BaseModel]) -> list[str]:
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def one_edit(word: str) -> Iterator[str]:
-    """Every slip of a typist: a letter left out, doubled, exchanged with the next, or a neighbour of the alphabet."""
-    for place, letter in enumerate(word):
-        yield word[:place] + word[place + 1 :]
-        yield word[:place] + letter + word[place:]
-        yield word[:place] + chr((ord(letter) - 96) % 26 + 97) + word[place + 1 :]
-        if place + 1 < len(word):
-            yield word[:place] + word[place + 1] + letter + word[place + 2 :]
-
-
-def misspelt() -> Iterator[tuple[str, type[BaseModel], str, str]]:
-    for path, model in places():
-        allowed = {*keys(model), *model.model_fields, "name", "label"}
-        for key in keys(model):
-            for wrong in sorted(set(one_edit(key)) - allowed - {""}):
-                yield path, model, key, wrong
-
-
 def place_in(content: dict[str, Any], path: str) -> dict[str, Any]:
     found: Any = content
     for word in path.split(".") if path else []:
         found = found[int(word)] if word.isdigit() else found[word]
     return found
-
-
-def test_every_misspelt_key_is_refused_and_the_right_one_suggested() -> None:
-    total = right = 0
-    for path, _, key, wrong in misspelt():
-        content = raw()
-        section = place_in(content, path)
-        section[wrong] = section.pop(key, 1)
-        where = f"{path}.{wrong}" if path else wrong
-        said = [fault for fault in faults_of(content) if fault.startswith(f"{where}: unknown key")]
-        assert len(said) == 1, (where, faults_of(content))
-        total += 1
-        right += f"(did you mean '{key}'?)" in said[0]
-    assert total > 1000
-    assert right >= 0.95 * total
 
 
 def test_an_unknown_key_is_refused_with_the_keys_that_are_allowed_there() -> None:

@@ -1,185 +1,47 @@
-"""The pages of docs are true: all that they show is written, run and compared.
+"""The pages of docs are true: all that they show is written, run and compared; pages.py says how. So is the README."""
 
-A page's blocks take effect in the order in which they stand, in one folder:
-    ```LANGUAGE file=NAME     the block is this file
-    ```yaml config=NAME       the file NAME.yaml: study.yaml with these sections in the place of its own
-    ```python                 code that is run, to make files that are no text
-    ```console                lines that begin with "$ " are commands, the others what they print on a terminal;
-                              "..." on a line of its own stands for any lines
-Beside them lies `base`, a small base model with one token per byte.
-"""
-
-import difflib
+import dataclasses
+import inspect
+import json
 import re
 import shlex
 import shutil
-import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-import transformers
-from tests import tiny
-from tests.small_study import command
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tests.laws import laws
+from tests.pages import (
+    ROOT,
+    Block,
+    WrongPage,
+    matches,
+    replace_sections,
+    run_code,
+    run_command,
+    run_page,
+    save_base,
+    spans,
+    split_page,
+    unknown_words,
+)
 
+import fedmira
 from fedmira.config import PARTITIONERS, ClientsConfig, DataConfig, SplitConfig
 from fedmira.data.chats import ROLES
 from fedmira.data.formats import FORMATS
 from fedmira.data.sources import EXTENSIONS
 from fedmira.data.templates import NAMES
+from fedmira.methods.base import Change, Clock, Method, State, Tools
 
-DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ("data",)
-
-STUDY = "study.yaml"
-# In the manner of Zephyr: a name for each turn, and the end of text after it.
-CHAT = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-TURNS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+DOCS = ROOT / "docs"
+PAGES = sorted(path.stem for path in DOCS.glob("*.md"))  # those of the methods are made: test_make_methods.py
+EVERY = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *DOCS.glob("**/*.md")))
 
 
-class WrongPage(AssertionError):
-    """A page says what is not so; the message says where."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """One fenced block. line: of its first line of text, counted from 1."""
-
-    line: int
-    language: str
-    file: str | None
-    config: str | None
-    text: str
-
-
-def read_blocks(page: str) -> Iterator[Block]:
-    """Yield the fenced blocks of a page. Raises WrongPage for one that nothing would check."""
-    opening: tuple[int, str] | None = None
-    lines: list[str] = []
-    for number, line in enumerate(page.splitlines(), start=1):
-        if not line.lstrip().startswith("```"):
-            lines.append(line)
-        elif opening is None:
-            opening, lines = (number + 1, line), []
-        else:
-            yield _block(opening[0], opening[1], "".join(f"{line}\n" for line in lines))
-            opening = None
-    if opening is not None:
-        raise WrongPage(f"line {opening[0] - 1}: this block is never closed")
-
-
-def _block(line: int, fence: str, text: str) -> Block:
-    found = re.fullmatch(r"```(\w+)(?: (file|config)=([\w./-]+))?", fence)
-    language, kind, name = found.groups() if found else ("", None, None)
-    if not found or (kind is None) != (language in ("console", "python")) or (kind == "config" and language != "yaml"):
-        raise WrongPage(f"line {line - 1}: nothing checks a block that begins with {fence!r}")
-    return Block(line, language, name if kind == "file" else None, name if kind == "config" else None, text)
-
-
-def run_page(page: str, folder: Path) -> int:
-    """Write, run and compare all blocks of a page; return how many commands ran. Raises WrongPage with every fault."""
-    blocks = list(read_blocks(page))
-    faults, ran = list(_unused(blocks)), 0
-    for block in blocks:
-        if block.file is not None:
-            _write(folder / block.file, block.text)
-        elif block.config is not None:
-            _write(folder / f"{block.config}.yaml", replace_sections((folder / STUDY).read_text("utf-8"), block.text))
-        elif block.language == "python":
-            faults += _run_code(block, folder)
-        else:
-            for line, words, shown in read_session(block):
-                faults += _differences(line, words, shown, folder)
-                ran += 1
-    if faults:
-        raise WrongPage("\n".join(faults))
-    return ran
-
-
-def _unused(blocks: list[Block]) -> Iterator[str]:
-    """Yield a fault for each file that no later block names: nothing would check it."""
-    for place, block in enumerate(blocks):
-        name = f"{block.config}.yaml" if block.config else (block.file or "").partition("/")[0]
-        if not any(name in later.text for later in blocks[place + 1 :]) and name:
-            yield f"line {block.line}: nothing uses '{name}'"
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
-
-
-def replace_sections(config: str, sections: str) -> str:
-    """Return a config with some of its top-level sections replaced."""
-
-    def split(text: str) -> dict[str, str]:
-        return {part.partition(":")[0]: part for part in re.split(r"(?m)^(?=\w)", text) if part}
-
-    return "".join({**split(config), **split(sections)}.values())
-
-
-def _run_code(block: Block, folder: Path) -> list[str]:
-    """Run Python code in a folder; return a fault if it fails."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        try:
-            exec(compile(block.text, "page", "exec"), {})
-        except Exception as error:
-            lines = [
-                frame.lineno or 1 for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "page"
-            ]
-            return [f"line {block.line - 1 + max(lines, default=1)}: {error!r}"]
-    return []
-
-
-def read_session(block: Block) -> Iterator[tuple[int, str, list[str]]]:
-    """Yield each command of a console block with its line and what the page shows of its output."""
-    lines = block.text.splitlines()
-    starts = [place for place, line in enumerate(lines) if line.startswith("$ ")]
-    if not starts or starts[0] != 0:
-        raise WrongPage(f"line {block.line}: a console block begins with a command")
-    for start, stop in zip(starts, [*starts[1:], len(lines)], strict=True):
-        yield block.line + start, lines[start].removeprefix("$ "), lines[start + 1 : stop]
-
-
-def _differences(line: int, words: str, shown: list[str], folder: Path) -> list[str]:
-    """Run a command; return a fault if it does not print what is shown, or ends as the page does not say."""
-    program, *arguments = shlex.split(words)
-    if program != "fedmira":
-        raise WrongPage(f"line {line}: '{program}' is not run here, only fedmira is")
-    ended = command(*arguments, folder=folder)
-    printed = (ended.err + ended.out).splitlines()  # a terminal shows both, and progress comes first
-    if matches(shown, printed) and ended.code == 2 * any(text.startswith("error: ") for text in shown):
-        return []
-    diff = difflib.unified_diff(shown, printed, "on the page", "printed", lineterm="")
-    return [f"line {line}: {words} (exit code {ended.code})", *diff]
-
-
-def matches(shown: list[str], printed: list[str]) -> bool:
-    """Are these the same lines, apart from white space at their ends and lines that "..." stands for?"""
-    pattern = "".join(r"(?:.*\n)*?" if line == "..." else re.escape(line.rstrip()) + r"\n" for line in shown)
-    text = "".join(line.rstrip() + "\n" for line in printed)
-    return re.fullmatch(f"{pattern}\n*", text) is not None or (not pattern and not text)
-
-
-def save_base(folder: Path) -> Path:
-    """Write a base with one token per byte and a chat template, so that a reader can count the tokens on a page."""
-    words = ["</s>", *TURNS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    inner = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="</s>", extra_special_tokens=list(TURNS), chat_template=CHAT
-    ).save_pretrained(folder)
-    sizes = {"vocab_size": len(words), "eos_token_id": 0, "max_position_embeddings": 1024}
-    tiny.model("llama", dtype=torch.float32, **sizes).save_pretrained(folder)
-    return folder
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -190,22 +52,143 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", PAGES)
 def test_what_a_page_shows_is_what_happens(name: str, base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "base")
-    assert run_page((DOCS / f"{name}.md").read_text(encoding="utf-8"), tmp_path) > 0
+    run_page(read(f"docs/{name}.md"), tmp_path)
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_the_links_of_a_page_lead_somewhere(name: str) -> None:
-    page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
-    headings = [line.lstrip("# ") for line in page.splitlines() if re.match(r"#+ ", line)]
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    found = re.findall(r"\]\(([^)\s]+)\)", page)
-    local = [link for link in found if not link.startswith("https://")]
-    lost = [
-        link
-        for link in local
-        if not (link[1:] in anchors if link.startswith("#") else (DOCS / link.partition("#")[0]).exists())
-    ]
+@pytest.mark.parametrize("page", EVERY)
+def test_commands_and_targets_that_a_sentence_names_are_there(page: str) -> None:
+    assert list(unknown_words(read(page))) == []
+
+
+@pytest.mark.parametrize("page", EVERY)
+def test_the_links_of_a_page_lead_somewhere(page: str) -> None:
+    prose = "\n".join(split_page(read(page))[1].values())
+    lost = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", prose)):
+        file, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / file if file else ROOT / page
+        if link.startswith("https://"):
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            lost.append(link)
     assert lost == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    prose = split_page(page.read_text(encoding="utf-8"))[1].values()
+    headings = [line.lstrip("# ") for line in prose if re.match(r"#+ ", line)]
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# ---------------------------------------------------------------- the README
+
+# What stands in the README for something of the reader's, and what stands there in this test.
+STANDS_FOR = {
+    "Qwen/Qwen2.5-0.5B": "base",
+    "FILE": "other.yaml",
+    "PATH": "my.jsonl",
+    "NAME": "base",
+    "CONFIG": "small.yaml",
+    '"demo"': '"small.yaml"',
+    "STUDY_OR_RUN": "runs/mine",
+    "RUN": "runs/mine/mira/seed-0",
+    "ID": "hospital_a",
+    "DIR": "out",
+    "N": "11",
+    "a.b=c ...": "training.batch_size=4",
+    "mira-paper data.path=...": "mira-paper data.path=tasks.jsonl model.base_model=base federation.rounds=1 "
+    "evaluation.metrics=[loss]",
+}
+
+
+def run_readme(page: str, folder: Path) -> int:
+    """Run every command and every piece of code of a README; return how many ran. Raises WrongPage with every fault.
+
+    Blocks are run one after another, commands of a sentence or a table each in a copy of what the blocks have left.
+    """
+    blocks, faults, ran = split_page(page)[0], [], 0
+    names: dict[str, Any] = {}
+    _save_rows(folder, [text for _, fence, text in blocks if fence == "```json"])
+    for line, fence, text in blocks:
+        if fence == "```python":
+            faults += run_code(Block(line, "python", None, None, fill_in(text)), folder, names)[0]
+            ran += 1
+        elif fence == "```bash":
+            for number, words in enumerate(text.splitlines(), start=line):
+                faults += _run_words(number, words, folder)
+                ran += 1
+        elif fence != "```json":
+            raise WrongPage(f"line {line - 1}: nothing checks a block that begins with {fence!r}")
+    if (folder / "mine.yaml").is_file():
+        sections = "output_dir: runs/small\nfederation: {rounds: 1}\n"
+        text = (folder / "mine.yaml").read_text(encoding="utf-8")
+        (folder / "small.yaml").write_text(replace_sections(text, sections), encoding="utf-8")
+    for place, (line, text) in enumerate(spans(page)):
+        copy = folder.with_name(f"{folder.name}-{place}")
+        if text.startswith(("fedmira ", "fedmira.")):
+            shutil.copytree(folder, copy)
+            code = Block(line, "python", None, None, fill_in(text))
+            faults += (
+                _run_words(line, text, copy)
+                if text.startswith("fedmira ")
+                else run_code(code, copy, {"fedmira": fedmira})[0]
+            )
+            ran += 1
+    if faults:
+        raise WrongPage("\n".join(faults))
+    return ran
+
+
+def fill_in(text: str) -> str:
+    """Put something real where the README says FILE or NAME."""
+    for name in sorted(STANDS_FOR, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w./-]){re.escape(name)}(?![\w./-])", lambda _, name=name: STANDS_FOR[name], text)
+    return text
+
+
+def _run_words(line: int, text: str, folder: Path) -> list[str]:
+    """Run one command of the README, which has to end well."""
+    words = " ".join(shlex.split(fill_in(re.sub(r"[\[\]]", "", text)), comments=True))
+    if left := [word for word in re.split(r"[ =]", words) if re.fullmatch(r"[A-Z_]+|.*\.\.\..*", word)]:
+        raise WrongPage(f"line {line}: nothing stands for '{left[0]}' of `{text}` here; add it to STANDS_FOR")
+    ended = run_command(line, words, folder)
+    return [] if ended.code == 0 else [f"line {line}: {words} (exit code {ended.code})", *ended.err.splitlines()]
+
+
+def _save_rows(folder: Path, shown: Sequence[str]) -> None:
+    """Write my.jsonl, rows of the README for two clients, and tasks.jsonl, a few of Natural Instructions."""
+    rows = [json.loads(line) for text in shown for line in text.splitlines()]
+    mine = [{**row, "client": client} for row in rows for client in ("hospital_a", "hospital_b") for _ in range(10)]
+    instances = [{"input": f"{number}", "output": f"{number + 1}"} for number in range(20)]
+    tasks = [{"task": name, "category": "sums", "definition": "Add 1.", "instances": instances} for name in "abcd"]
+    for name, some in (("my", mine), ("tasks", tasks)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+
+
+def test_the_commands_and_the_code_of_the_readme_run(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "readme" / "base")
+    assert run_readme(read("README.md"), tmp_path / "readme") > 0
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("```bash\nfedmira method\n```", r"line 2: fedmira method \(exit code 2\)"),
+        ("```bash\nfedmira methods\nmake dem\n```", "line 3: the Makefile has no target 'dem'"),
+        ("```bash\ncurl x.org\n```", "line 2: 'curl' is not run here"),
+        ("```\ntext\n```", "line 1: nothing checks"),
+        ("```python\nfedmira = 1\n1 / 0\n```", "line 3: ZeroDivisionError"),
+        ("Try `fedmira report STUDY`.", "line 1: nothing stands for 'STUDY' of `fedmira report STUDY` here"),
+        ("Try `fedmira run a.yaml lora.r=...`.", r"nothing stands for '\.\.\.' of"),
+        ("Try `fedmira methods --jsn`.", r"line 1: fedmira methods --jsn \(exit code 2\)"),
+        ("Try `fedmira.runn`.", "line 1: AttributeError"),
+    ],
+)
+def test_what_a_readme_shows_and_does_not_run_is_found_out(page: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "readme").mkdir()
+    with pytest.raises(WrongPage, match=message):
+        run_readme(page, tmp_path / "readme")
 
 
 # ---------------------------------------------------------------- nothing is left out
@@ -240,6 +223,34 @@ def test_the_page_on_data_has_each_partitioners_parameters_and_defaults(name: st
             continue
         usual = "" if field.is_required() or field.default is None else f": {field.default}"
         assert f"`{parameter}{usual}`".replace("False", "false") in row
+
+
+def quoted(page: str) -> set[str]:
+    """Return what stands in backticks on a page, whole and word by word."""
+    found = {text for _, text in spans(read(page))}
+    return found | {word for text in found for word in re.findall(r"\w+", text)}
+
+
+def test_the_index_names_every_page() -> None:
+    linked = set(re.findall(r"\]\((\S+)\)", read("docs/README.md")))
+    assert {f"{name}.md" for name in PAGES} - {"README.md"} | {"methods/README.md"} <= linked
+
+
+def test_the_page_on_python_has_every_public_name_with_the_arguments_that_it_takes() -> None:
+    table = dict(re.findall(r"\[`(\w+)(\(.*?\))?`\]\(#", read("docs/python-api.md")))
+    public = {name: getattr(fedmira, name) for name in fedmira.__all__ if name != "FedMiraError"}
+    given = {
+        name: f"({', '.join(inspect.signature(value).parameters)})" if inspect.isfunction(value) else ""
+        for name, value in public.items()
+    }
+    assert table == given
+
+
+def test_the_page_on_adding_a_method_names_every_law_and_every_field() -> None:
+    words = quoted("docs/adding-a-method.md")
+    assert [name for name in laws.LAWS if name.removeprefix("law_") not in words] == []
+    fields = [one.name for kind in (Method, Tools, State, Change, Clock) for one in dataclasses.fields(kind)]
+    assert [name for name in fields if name not in words] == []
 
 
 # ---------------------------------------------------------------- a page that is wrong is found out
@@ -279,11 +290,81 @@ def test_output_that_is_what_the_page_shows_passes(tmp_path: Path) -> None:
         ("```json file=a/b.json\n{}\n```", "line 2: nothing uses 'a'"),
         ("```console\nfedmira methods\n```", "line 2: a console block begins with a command"),
         ("```console\n$ rm -r runs\n```", "line 2: 'rm' is not run here"),
+        ("```console\n$ make dem\n```", "line 2: the Makefile has no target 'dem'"),
+        ("```output file=a\n```", "line 1: nothing checks"),
+        ("```output\n1\n```", "line 2: no code before this output"),
+        ("```python\n1\n```\n```output\n```\n```output\n```", "line 7: no code before this output"),
     ],
 )
 def test_a_block_that_nothing_would_check_fails(page: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(WrongPage, match=message):
         run_page(page, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("```python\nprint(1)\n```\n```output\n2\n```", r"line 5: output\n(.*\n)*-2\n\+1"),
+        ("```console\n$ ls a\n```", r"line 2: ls a \(exit code 2\)"),
+        ("```console\n$ ls\na.txt\n```", r"line 2: ls \(exit code 0\)\n(.*\n)*-a.txt"),
+        ("```console\n$ make test\npassed\n```", r"line 2: make test \(exit code 0\)"),
+        ("```python\nx = 1\n```\n```python\nassert x == 2\n```", "line 5: AssertionError"),
+    ],
+)
+def test_what_is_printed_otherwise_fails(page: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(WrongPage, match=message):
+        run_page(page, tmp_path)
+
+
+def test_code_is_run_with_what_stands_before_it_on_the_page(tmp_path: Path) -> None:
+    page = """```python file=mine/one.py
+x = 1
+```
+```python
+from mine.one import x
+print(x)
+```
+```output
+1
+```
+```python file=mine/one.py
+x = 2
+```
+```python
+x += 1
+from mine.one import x as newer
+print(x, newer)
+```
+```output
+2 2
+```
+```console
+$ ls mine
+...
+one.py
+$ make test
+```
+"""
+    assert run_page(page, tmp_path) == 4
+
+
+@pytest.mark.parametrize(
+    ("sentence", "fault"),
+    [
+        ("`fedmira runn x`", "no command 'runn'"),
+        ("`fedmira run x --show-exampel`", "no option '--show-exampel'"),
+        ("`--show-exampel`", "no command has this option"),
+        ("``make demos``", "no target 'demos'"),
+        ("`python docs/make_method.py`", "no such file"),
+    ],
+)
+def test_a_sentence_that_names_what_is_not_there_fails(sentence: str, fault: str) -> None:
+    assert [text.partition(": ")[2].split(": ")[1] for text in unknown_words(f"# Title\n\nTry {sentence}.")] == [fault]
+
+
+def test_a_sentence_may_name_all_that_is_there() -> None:
+    page = "`fedmira run CONFIG [a.b=c ...] --dry-run`, `--json`, `make install PYTHON=python3.12`, `fedmira`, `make`\n"
+    assert list(unknown_words(f"{page}`python docs/make_methods.py`\n```text\n`fedmira runn`\n```\n")) == []
 
 
 def test_code_on_a_page_that_fails_fails_the_page(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from safetensors.torch import load_file
@@ -18,12 +19,17 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def test_the_bare_loop_gives_the_engines_adapters_to_1e_5(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("bare_loop", EXAMPLES / "bare_loop.py")
+def load_example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    bare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bare)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_bare_loop_gives_the_engines_adapters_to_1e_5(tmp_path: Path) -> None:
+    bare = load_example("bare_loop")
     config = fedmira.load_config(
         "demo",
         [
@@ -45,6 +51,21 @@ def test_the_bare_loop_gives_the_engines_adapters_to_1e_5(tmp_path: Path) -> Non
         assert len(ours) == len(adapter)
         for name, value in adapter.items():
             assert (ours[name.replace(".default", "")] - value).abs().max() < 1e-5
+
+
+def test_the_example_in_python_ends_with_mira_ahead_of_training_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = load_example("api")
+    means = example.main(tmp_path / "api")
+    assert means.shape == (3, 2)
+    assert means.loc["mira", "5 rounds"] > means.loc["local", "5 rounds"]
+    told = capsys.readouterr().out
+    assert "mira: complete after 3 rounds" in told
+    assert "north-1 answers: " in told
+    study = fedmira.Study(tmp_path / "api")
+    assert [len(run.rounds) for run in study.runs] == [5, 5, 5]
+    assert example.scores_of(study, "word_accuracy").shape == (8, 3)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "own_data"])

@@ -540,22 +540,6 @@ def test_a_client_that_is_not_there_is_refused_with_those_that_are(client: str, 
         find(study, "mira").adapters(client)
 
 
-def test_export_copies_one_client_or_all(study: Study, tmp_path: Path) -> None:
-    run = find(study, "mira")
-    assert fedmira.export(run, client="ada", out=tmp_path / "one") == [tmp_path / "one" / "ada"]
-    copies = fedmira.export(run.path, out=tmp_path / "all")
-    assert sorted(copy.name for copy in copies) == sorted(CLIENTS)
-    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
-        assert (tmp_path / "all" / "ada" / name).read_bytes() == (run.adapters("ada") / name).read_bytes()
-
-
-def test_export_overwrites_nothing_and_copies_all_or_none(study: Study, tmp_path: Path) -> None:
-    (tmp_path / "cy").mkdir()
-    with pytest.raises(StoreError, match=r"'.*cy' exists already; choose another --out"):
-        fedmira.export(find(study, "mira"), out=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["cy"]
-
-
 @pytest.mark.parametrize("opening", [fedmira.load_run, fedmira.resume, fedmira.report, fedmira.export])
 def test_a_folder_that_is_none_of_ours_is_refused(opening: Callable[[Path], object], tmp_path: Path) -> None:
     with pytest.raises(StoreError):

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +20,11 @@ from fedmira import bundled, preview, study
 from fedmira.chat import open_chat
 from fedmira.doctor import describe_machine, examine
 from fedmira.draft import draft_config
-from fedmira.errors import FedMiraError, Stopped
+from fedmira.errors import ConfigError, FedMiraError, Stopped
+from fedmira.merge import TOLERANCES, Merged
 from fedmira.reports.render import summary_tables
 from fedmira.screen import questions, show_examples, show_plan, side_by_side, visible
+from fedmira.vllm import serve_line, serve_merged_line
 from fedmira.watch import Watch
 
 app = typer.Typer(
@@ -122,13 +125,32 @@ def report(
 def export(
     run: Annotated[Path, typer.Argument(help="a run: STUDY/<method>/seed-<n>")],
     client: Annotated[str | None, typer.Option(help="one client; default: all")] = None,
-    out: Annotated[Path, typer.Option(help="folder for the copies")] = Path("adapters"),
+    out: Annotated[
+        Path | None, typer.Option(help="folder for the copies; default: adapters, or merged with --merge")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="write whole models: adapters merged into the base")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="of merged models: float32, bfloat16, float64; default: the run's")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Copy clients' adapters out of a run, as standard PEFT folders."""
-    copies = [str(path) for path in study.export(run, client=client, out=out)]
-    print(json.dumps({"adapters": copies}) if as_json else "\n".join(copies))
+    """Copy clients' adapters out of a run, as PEFT folders or merged into the base, and tell how to serve them."""
+    opened = study.load_run(run)
+    if merge:
+        models = study.merge(opened, client=client, out=out or Path("merged"), dtype=dtype)
+        _show_merged(models, as_json)
+        return
+    if dtype is not None:
+        raise ConfigError(["--dtype: only merged models have a type of their own; give --merge too"], "export")
+    settings, architecture = opened.config.model, opened.facts.get("architecture")
+    copies = study.export(opened, client=client, out=out or Path("adapters"))
+    line = visible(serve_line(settings.base_model, copies, revision=settings.revision, architecture=architecture))
+    if as_json:
+        print(json.dumps({"adapters": [str(path) for path in copies], "vllm": line}))
+        return
+    print("\n".join(str(path) for path in copies))
+    print(line, file=sys.stderr)
 
 
 @app.command()
@@ -186,6 +208,23 @@ def _show(done: study.Study, as_json: bool) -> None:
     for opened in done.runs:
         console.print(f"adapters: {opened.path / 'adapters'}", highlight=False, soft_wrap=True)
     console.print(f"report:   {done.path / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _show_merged(models: Sequence[Merged], as_json: bool) -> None:
+    """Print where merged models lie, and how far their logits are from those of base and adapter apart."""
+    if as_json:
+        differences = {one.client: one.difference for one in models}
+        print(json.dumps({"models": [str(one.path) for one in models], "differences": differences}))
+        return
+    print("\n".join(str(one.path) for one in models))
+    for one in models:
+        blurred = "; rounding hides much of what the adapter does: --dtype float32 keeps it" if one.blurred else ""
+        print(
+            f"{one.client}: logits differ by at most {one.difference:.1e} of the largest from base and adapter apart "
+            f"({one.dtype}: {TOLERANCES[one.dtype]:.0e} allowed); the adapter moves them by {one.effect:.1e}{blurred}",
+            file=sys.stderr,
+        )
+    print(serve_merged_line(models[0].path), file=sys.stderr)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Whole = Annotated[int, Field(ge=0, lt=2**31)]  # beyond it array lengths overflow; no federation has so many of anything
 Count = Annotated[Whole, Field(ge=1)]
+Length = Annotated[int, Field(ge=1, le=1_000_000)]  # of a run or a phase: its schedule is held in memory
 PATHS = frozenset({"path", "base_model", "output_dir", "template"})  # keys of any section whose text may be a path
 NAME_BYTES, PATH_LETTERS = 255, 4000  # what Linux and macOS bear, with room for the names inside a study
 
@@ -262,7 +263,7 @@ class DataConfig(Strict):
 class FederationConfig(Strict):
     """Rounds and who takes part."""
 
-    rounds: Count
+    rounds: Length
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0  # fraction of clients per round, at least one
     cohort: Count | Literal["auto"] = "auto"  # clients trained in one pass
 
@@ -270,8 +271,8 @@ class FederationConfig(Strict):
 class TrainingConfig(Strict):
     """A client's local phase; names as in transformers' TrainingArguments."""
 
-    local_steps: Count | None = None
-    local_epochs: Count | None = None  # may stand for local_steps
+    local_steps: Length | None = None
+    local_epochs: Length | None = None  # may stand for local_steps
     batch_size: Count = 8
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
@@ -352,11 +353,14 @@ class Config(Strict):
     methods: Annotated[list[MethodEntry], Field(min_length=1)]
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
+    report_to: list[Literal["tensorboard", "trackio"]] = []  # follow every round there; extras, both inside the study
 
     @model_validator(mode="after")
     def _distinct(self) -> "Config":
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeat: each seed runs once")
+        if len(set(self.report_to)) < len(self.report_to):
+            raise ValueError(f"report_to {self.report_to} repeats: name each tracker once")
         folders = [entry.folder for entry in self.methods]
         twice = sorted({name for name in folders if folders.count(name) > 1})
         if twice:

@@ -1,9 +1,10 @@
 """One client's row as a standard PEFT folder: adapter_model.safetensors, adapter_config.json and a model card."""
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -11,13 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedmira import bundled
 from fedmira.adapters import Adapters, Layout
+from fedmira.card import Card, model_card, shown_base
 from fedmira.errors import StoreError
 from fedmira.model.source import join_some, list_pickles
-from fedmira.store import write_atomic
+from fedmira.store import sync_folder, write_atomic
 
 PREFIX = "base_model.model."
+FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
 
 
 def export_adapter(
@@ -27,30 +29,35 @@ def export_adapter(
     base_model: str,
     target_modules: Sequence[str],
     fan_in_fan_out: bool,
-    card: Mapping[str, Any],
+    card: Card,
+    revision: str | None = None,
 ) -> None:
     """Write one client's adapter [1, P] so that PeftModel.from_pretrained loads it with equal logits.
 
-    Tensors are float32 and cut to the client's own rank; alpha is scale x rank. Nothing is fetched from a hub.
+    base_model, revision: as the config has them. Tensors are float32 and cut to the client's own rank; alpha is
+    scale x rank. No hub is asked; PEFT's way of saving a whole model may look there whether the vocabulary has grown.
     Raises StoreError if the folder cannot be written.
     """
     rank = int(adapters.ranks[0])
+    alpha = _plain(float(adapters.scale[0]) * rank)
     tensors = peft_tensors(adapters)
     config = LoraConfig(
         r=rank,
-        lora_alpha=_plain(float(adapters.scale[0]) * rank),
+        lora_alpha=alpha,
         target_modules=list(target_modules),
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
         fan_in_fan_out=fan_in_fan_out,
         base_model_name_or_path=base_model,
+        revision=revision,
         inference_mode=True,
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     config.save_pretrained(str(folder))
-    write_atomic(folder / "README.md", model_card(base_model, card).encode())
+    own: Card = {**card, "rank": rank, "alpha": alpha}
+    write_atomic(folder / "README.md", model_card(base_model, own, revision=revision).encode())
 
 
 def peft_tensors(adapters: Adapters) -> dict[str, Tensor]:
@@ -62,6 +69,68 @@ def peft_tensors(adapters: Adapters) -> dict[str, Tensor]:
         tensors[f"{name}.lora_A.weight"] = adapters.leaf(first)[0, :rank].contiguous()
         tensors[f"{name}.lora_B.weight"] = adapters.leaf(second)[0, :, :rank].contiguous()
     return tensors
+
+
+def copy_adapters(sources: Sequence[Path], targets: Sequence[Path]) -> None:
+    """Copy adapter folders, all or none: the three files of each, and nothing else that may lie there.
+
+    A base that the config names by an absolute path is called by its last name in the copies, which are handed on.
+    Raises StoreError if a file is missing, a pickle lies beside them, a target is taken or the disk does not take it.
+    """
+    check_adapters(sources)
+    check_free(targets)
+    with ExitStack() as stack:
+        places = [stack.enter_context(new_folder(target)) for target in targets]
+        for source, place in zip(sources, places, strict=True):
+            for name in FILES:
+                shutil.copyfile(source / name, place / name)
+            _name_base_only(place / "adapter_config.json")
+
+
+def check_adapters(folders: Sequence[Path]) -> None:
+    """Raise StoreError unless every folder holds an adapter's three files and no pickle."""
+    for folder in folders:
+        if pickles := list_pickles(folder):  # whoever put it there: nobody is to get it from us
+            raise StoreError(f"'{folder}' holds a pickle, {pickles[0]}, which FedMira never writes; remove it")
+        missing = [name for name in FILES if not (folder / name).is_file()]
+        if missing:
+            raise StoreError(f"'{folder}' has no {missing[0]}; was the run cut short at its end? 'fedmira resume' it")
+
+
+def check_free(targets: Sequence[Path]) -> None:
+    """Raise StoreError if something lies where one of these folders is to be made."""
+    taken = [target for target in targets if target.exists() or target.is_symlink()]
+    if taken:
+        raise StoreError(f"'{taken[0]}' exists already; choose another --out")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give an empty folder that becomes `target` once the block has ended well, and is gone otherwise.
+
+    Raises StoreError where the disk is full, read-only or in the way.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.exists():  # a crash left it
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise StoreError(f"cannot write '{target}': {error.strerror or error}; choose another --out") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _name_base_only(path: Path) -> None:
+    """Take the folders of an absolute path out of adapter_config.json; any other name of a base stays."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    name = config.get("base_model_name_or_path")
+    if isinstance(name, str) and shown_base(name) != name:
+        path.write_text(json.dumps({**config, "base_model_name_or_path": shown_base(name)}, indent=2, sort_keys=True))
 
 
 def read_adapter(folder: Path, layout: Layout) -> Tensor:
@@ -106,36 +175,6 @@ def short_targets(modules: Sequence[str], linears: Sequence[str]) -> list[str]:
     endings = sorted({name.rsplit(".", 1)[-1] for name in modules})
     matched = {name for name in linears if name.rsplit(".", 1)[-1] in endings}
     return endings if matched == set(modules) else list(modules)
-
-
-def model_card(base_model: str, card: Mapping[str, Any]) -> str:
-    """Write a short model card with Hugging Face front matter; `card` is shown as a list."""
-    load = repr(base_model)
-    if base_model.startswith(bundled.PREFIX):
-        load = f"fedmira.bundled.resolve({base_model!r})"
-    lines = [
-        "---",
-        f"base_model: {json.dumps(base_model)}",
-        "library_name: peft",
-        "pipeline_tag: text-generation",
-        "tags: [lora, federated-learning, fedmira]",
-        "---",
-        "",
-        "# Personal LoRA adapter made with FedMira",
-        "",
-        *(f"- {name}: {value}" for name, value in card.items()),
-        "",
-        "```python",
-        *(["import fedmira.bundled"] if base_model.startswith(bundled.PREFIX) else []),
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"base = AutoModelForCausalLM.from_pretrained({load})",
-        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 def _plain(value: float) -> float | int:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 View = Literal["personal", "global"]  # each client's own adapter, or the one that all share
 State = Literal["running", "complete", "interrupted", "failed"]
+TRACKIO_FOLDER = ".trackio"  # of a study; no method's label begins with a dot
 RESULT_COLUMNS = ("client", "method", "seed", "round", "view", "split", "metric", "value")
 
 
@@ -272,6 +273,8 @@ def _finite(value: Any) -> Any:
 def _belongs(path: Path) -> bool:
     """Is this entry of a study's folder one that FedMira wrote?"""
     if path.is_dir() and not path.is_symlink():
+        if path.name == TRACKIO_FOLDER:
+            return True
         runs = list(path.iterdir())
         return bool(runs) and all(run.name.startswith("seed-") and (run / "config.yaml").is_file() for run in runs)
     return path.name.removeprefix(".").removesuffix(".tmp") in ("config.yaml", "summary.json", "report.html")

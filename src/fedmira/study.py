@@ -6,37 +6,37 @@ checked before a folder is made; what a run has saved is never overwritten.
 
 import importlib.metadata
 import logging
+import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from fedmira import bundled
 from fedmira import methods as method_files
-from fedmira.adapters import Adapters
 from fedmira.config import Config, MethodEntry, check_config
 from fedmira.config_file import read_config
-from fedmira.data.partition import shown_name
 from fedmira.engine.rounds import Federation, Observer, Scores, run_rounds, score_start
 from fedmira.errors import ConfigError, FedMiraError, MethodError, Stopped, StoreError, WireError
-from fedmira.export import export_adapter, short_targets
+from fedmira.export import copy_adapters
 from fedmira.graph import Graph
+from fedmira.handover import write_adapters
+from fedmira.merge import Merged, merge_adapters
 from fedmira.methods.base import Cohort, Method
-from fedmira.model.source import list_pickles
 from fedmira.prepare import Prepared, client_table, prepare, using_threads
 from fedmira.reports.render import write_report
 from fedmira.reports.stats import read_results
 from fedmira.runs import RunFolder, StudyFolder, find_study
 from fedmira.store import read_json, write_json
+from fedmira.trackers import check_trackers, tracking
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,7 @@ def run(config: Config, *, observer: Observer = silent, overwrite: bool = False)
     overwrite: replace a study that is already there; otherwise that is an error. Raises a FedMiraError before anything
     is written if data, model, methods or the folder cannot work.
     """
+    check_trackers(config.report_to)
     folder = StudyFolder(Path(config.output_dir))
     folder.check_free(overwrite=overwrite)
     prepared = prepare(config, observer)
@@ -124,8 +125,8 @@ def run(config: Config, *, observer: Observer = silent, overwrite: bool = False)
         with folder.held():
             folder.clear()
     folder.create(config)
-    with folder.held():
-        return _run_all(folder, prepared, observer)
+    with folder.held(), tracking(config.report_to, folder.path, observer) as watched:
+        return _run_all(folder, prepared, watched)
 
 
 def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observer = silent) -> Study:
@@ -148,12 +149,13 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observe
                 "overrides",
             )
         config = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": int(value)})})
-    with folder.held():
+    check_trackers(config.report_to)
+    with folder.held(), tracking(config.report_to, folder.path, observer) as watched:
         prepared = prepare(config, observer, saved=_saved_facts(folder))
         _check_clients(folder, prepared.federation)
         if overrides:
             folder.rewrite(config)
-        return _run_all(folder, prepared, observer, only=only)
+        return _run_all(folder, prepared, watched, only=only)
 
 
 def load_run(path: str | Path) -> Run:
@@ -182,21 +184,35 @@ def export(run: str | Path | Run, *, client: str | None = None, out: str | Path 
 
     Raises StoreError if the run has no such adapter, it holds a pickle, or a copy would overwrite something.
     """
-    opened = run if isinstance(run, Run) else load_run(run)
-    wanted = [client] if client else sorted(path.name for path in (opened.path / "adapters").glob("*"))
-    if not wanted:
-        raise StoreError(f"'{opened.path}' has no adapters yet; finish it with 'fedmira resume {opened.path}'")
-    sources = [opened.adapters(name) for name in wanted]
-    for source in sources:
-        if pickles := list_pickles(source):  # whoever put it there: nobody is to get it from us
-            raise StoreError(f"'{source}' holds a pickle, {pickles[0]}, which FedMira never writes; remove it")
-    targets = [Path(out) / name for name in wanted]
-    taken = [target for target in targets if target.exists()]
-    if taken:
-        raise StoreError(f"'{taken[0]}' exists already; choose another --out")
-    for source, target in zip(sources, targets, strict=True):
-        shutil.copytree(source, target)
+    sources = _adapters(run, client)
+    targets = [Path(out) / source.name for source in sources]
+    copy_adapters(sources, targets)
     return targets
+
+
+def merge(
+    run: str | Path | Run, *, client: str | None = None, out: str | Path = "merged", dtype: str | None = None
+) -> list[Merged]:
+    """Merge the adapter of one client, or of each, into the base; write whole models to `out/<client>`.
+
+    dtype: float32, bfloat16 or float64; None = as in the run. What is written was loaded again and compared.
+    Raises StoreError, ConfigError or ModelError, before any weights are loaded wherever that can be known.
+    """
+    sources = _adapters(run, client)
+    opened = Run(sources[0].parent.parent)
+    targets = [Path(out) / source.name for source in sources]
+    return merge_adapters(sources, targets, facts=opened.facts, revision=opened.config.model.revision, dtype=dtype)
+
+
+def _adapters(run: str | Path | Run, client: str | None) -> list[Path]:
+    """Return the adapter folder of one client, or of all. Raises StoreError if there is none."""
+    opened = run if isinstance(run, Run) else load_run(run)
+    if client is not None:
+        return [opened.adapters(client)]
+    found = sorted(path for path in (opened.path / "adapters").glob("*") if path.is_dir())
+    if not found:
+        raise StoreError(f"'{opened.path}' has no adapters yet; finish it with 'fedmira resume {opened.path}'")
+    return found
 
 
 def _saved_facts(folder: StudyFolder) -> dict[str, Any] | None:
@@ -261,12 +277,12 @@ def _run_one(
         else:
             folder.create(config, facts, client_table(federation))
         _write_graph(folder, method, cohort)
-        observer("run", {"facts": facts, "notes": prepared.notes[entry.folder]})
+        observer("run", {"folder": folder.path, "facts": facts, "notes": prepared.notes[entry.folder]})
         with folder.logging():
             for note in prepared.notes[entry.folder]:
                 log.warning(note)
             serve = run_rounds(federation, method, cohort.schedule, folder, seed=seed, start=start, observer=observer)
-            _export_all(folder, prepared, facts, serve, observer)
+            write_adapters(folder, prepared, serve, observer)
         records = folder.records()
         refused = sum(len(record["refused"]) for record in records)
         folder.update(
@@ -320,8 +336,17 @@ def _marked(folder: RunFolder) -> Iterator[None]:
         with suppress(StoreError, OSError):  # a full disk: the state stays "running", which resumes as well
             folder.update(state=state, finished=_now())
         if outside:
-            raise Stopped(f"{error or type(error).__name__}; finished rounds are saved") from error
+            raise Stopped(f"{_told(error)}; finished rounds are saved") from error
         raise
+
+
+def _told(error: BaseException) -> str:
+    """Say what stopped a run: our words and the system's. Those of a library may hold text of an example."""
+    if isinstance(error, FedMiraError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{os.strerror(error.errno)}{f': {error.filename!r}' if error.filename else ''}"
+    return "out of memory" if isinstance(error, MemoryError | torch.OutOfMemoryError) else type(error).__name__
 
 
 def _facts(prepared: Prepared, method: Method, entry: MethodEntry, seed: int) -> dict[str, Any]:
@@ -343,6 +368,7 @@ def _facts(prepared: Prepared, method: Method, entry: MethodEntry, seed: int) ->
         "base_model": config.model.base_model,
         "template": prepared.intake.template,
         "base_fingerprint": federation.base.fingerprint,
+        "architecture": type(federation.base.model).__name__,
         "layout_fingerprint": federation.layout.fingerprint,
         "graph_sha256": None if method.graph is None else method.graph.fingerprint,
         "parameters": federation.layout.parameters,
@@ -382,39 +408,6 @@ def _write_graph(folder: RunFolder, method: Method, cohort: Cohort) -> None:
             "edges": edges,
         },
     )
-
-
-def _export_all(
-    folder: RunFolder,
-    prepared: Prepared,
-    facts: Mapping[str, Any],
-    serve: Callable[[Tensor], Adapters],
-    observer: Observer,
-) -> None:
-    """Write one PEFT folder per client."""
-    federation = prepared.federation
-    targets = short_targets([name for name, _, _ in federation.base.shapes], prepared.linears)
-    for position, client in enumerate(federation.clients):
-        served = serve(torch.tensor([position]))
-        ranks = federation.ranks[position : position + 1]
-        scale = torch.tensor([federation.config.lora.lora_alpha]) / ranks
-        export_adapter(
-            folder.adapters / client.id,
-            replace(served, ranks=ranks, scale=scale),
-            base_model=federation.config.model.base_model,
-            target_modules=targets,
-            fan_in_fan_out=federation.base.transposed,
-            card={
-                "client": client.id,
-                "group": f"`{shown_name(client.group or 'none').replace('`', '?')}`",  # others named it: no Markdown
-                "method": f"{facts['method']} {facts['settings'] or ''}".strip(),
-                "rounds": facts["rounds"],
-                "seed": facts["seed"],
-                "base sha256": facts["base_fingerprint"],
-                "training examples": len(client.train),
-            },
-        )
-        observer("export", {"done": position + 1, "clients": len(federation)})
 
 
 def _now() -> str:

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from fedmira.data.partition import shown_name
 from fedmira.data.rows import FAULTS_SHOWN
 from fedmira.prepare import Intake
-from fedmira.screen import plural
+from fedmira.screen import plural, visible
 
 
 class Watch:
@@ -42,7 +42,7 @@ class Watch:
             show(facts)
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(visible(text), highlight=False, markup=False, soft_wrap=True)
 
     def on_data(self, facts: Mapping[str, Any]) -> None:
         intake: Intake = facts["intake"]

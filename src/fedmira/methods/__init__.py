@@ -2,7 +2,12 @@
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -31,7 +36,8 @@ def names() -> list[str]:
 def load(name: str) -> MethodModule:
     """Import a method by id (hyphens read as underscores) or by dotted path.
 
-    Raises MethodError naming the nearest id if there is none, or if the file has no Config and build.
+    A dotted path is looked up as Python does, then in the current folder. Raises MethodError naming the nearest id if
+    there is none, the file and line if a file of the user's cannot be imported, or if it has no Config and build.
     """
     wanted = name.replace("-", "_")
     wanted = ALIASES.get(wanted, wanted)
@@ -40,14 +46,69 @@ def load(name: str) -> MethodModule:
         module: Any = importlib.import_module(f"{__name__}.{wanted}")
     elif "." in wanted:
         try:
-            module = importlib.import_module(wanted)
-        except ImportError as error:
-            raise MethodError(f"method '{name}' cannot be imported: {error}") from None
+            module = _import_from_anywhere(wanted)
+        except Exception as error:  # the user's own code, which may raise anything
+            raise MethodError(f"method '{name}' cannot be imported: {_told(error, wanted)}") from error
     else:
         raise MethodError(f"unknown method '{name}'{nearest(wanted, known)}; known: {', '.join(known)}")
-    if not hasattr(module, "Config") or not hasattr(module, "build"):
-        raise MethodError(f"method '{name}' ({module.__file__}) needs a Config and a build(config, cohort)")
+    settings = getattr(module, "Config", None)
+    fits = isinstance(settings, type) and issubclass(settings, Settings)
+    if not fits or not callable(getattr(module, "build", None)):
+        place = _near(module.__file__) if module.__file__ else "a folder"
+        raise MethodError(
+            f"method '{name}' ({place}) needs a class Config(Settings) and a "
+            f"build(config, cohort); Settings is in {Settings.__module__}"
+        )
     return module
+
+
+def _import_from_anywhere(path: str) -> ModuleType:
+    """Import a dotted path; the command `fedmira` has its own folder on sys.path, and not the one it was called in."""
+    top = path.partition(".")[0]
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name != top:
+            raise
+    with _current_folder_searched():
+        return importlib.import_module(path)
+
+
+@contextmanager
+def _current_folder_searched() -> Iterator[None]:
+    """Let imports find files of the current folder for a while, last of all: there they shadow nothing."""
+    folder = str(Path.cwd())
+    importlib.invalidate_caches()  # the file may be younger than the last look into the folder
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the file itself may have changed sys.path
+            sys.path.remove(folder)
+
+
+def _told(error: Exception, path: str) -> str:
+    """Say where in the user's files an import failed, and why; no data have been read yet that words could tell of."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{_near(error.filename)}:{error.lineno}: {type(error).__name__}: {error.msg}"
+    words = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<") and frame.filename not in (__file__, importlib.__file__)
+    ]
+    if not frames:
+        file = f"{path.replace('.', '/')}.py"
+        return f"{words}; it is {file} below the current folder ({Path.cwd()}), or a module of an installed package"
+    own = Path(frames[0].filename).parent  # below it the user's files lie; a library deeper down tells less
+    place = [frame for frame in frames if Path(frame.filename).is_relative_to(own)][-1]
+    return f"{_near(place.filename)}:{place.lineno}: {words}"
+
+
+def _near(file: str) -> str:
+    """Write a path as seen from the current folder, where it lies below it."""
+    path, here = Path(file), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def entry_faults(index: int, entry: MethodEntry) -> list[str]:

@@ -1,0 +1,160 @@
+"""Training speed: FedMira's local phase against the plain PEFT loop, interleaved, in real tokens per second.
+
+    python benchmarks/speed/training.py [--units abc] [--pairs 5] [--json FILE]
+
+Useful FLOP/s count what the mathematics needs and nothing else: 2 per frozen weight and real token forward and 2 backward
+(4 in all; none below the first adapted layer on the way back), the output head at labelled positions only, attention and
+adapters left out. The machine's matmul rate is measured in the same run.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from units import BATCH, STEPS, Unit, real_tokens, units
+from yardstick import ALPHA, CLIP, LEARNING_RATE, RANK, PeftLoop
+
+from fedmira.adapters import lora_layout, start_adapters
+from fedmira.data.batches import ClientData
+from fedmira.engine.phase import Training, local_phase
+from fedmira.methods import build
+from fedmira.methods.base import Clock, Cohort, Message
+from fedmira.model.load import Base, load_base
+from fedmira.optim import adamw
+
+
+def matmul_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """FLOP/s of products 4096 x 768 x 3072."""
+    left, right = torch.randn(4096, 768, dtype=dtype), torch.randn(768, 3072, dtype=dtype)
+    left @ right
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        left @ right
+        count += 1
+    return count * 2 * 4096 * 768 * 3072 / (time.perf_counter() - began)
+
+
+def useful_flops(base: Base, clients: tuple[ClientData, ...]) -> float:
+    """FLOPs that a local phase needs: 4 per frozen weight of the blocks and real token, 4 per head weight and label."""
+    tokens = real_tokens(clients)
+    labels = sum(one.labels for client in clients for one in client.train)
+    blocks = sum(
+        module.weight.numel()
+        for module in base.decoder.modules()
+        if getattr(module, "weight", None) is not None
+        and module.weight.ndim == 2
+        and not isinstance(module, torch.nn.Embedding)
+    )
+    return 4.0 * blocks * tokens + 4.0 * base.head.weight.numel() * labels
+
+
+class Engine:
+    """FedMira on one unit."""
+
+    def __init__(self, unit: Unit, dtype: str) -> None:
+        self.base = load_base(str(unit.base), dtype=dtype, device="cpu", targets=list(unit.targets))
+        self.layout = lora_layout(self.base.shapes, RANK)
+        count = len(unit.clients)
+        self.start = start_adapters(self.layout, torch.full((count,), RANK), ALPHA, torch.Generator().manual_seed(0))
+        ids = tuple(client.id for client in unit.clients)
+        examples = tuple(len(client.train) for client in unit.clients)
+        self.method = build("local", {}, Cohort(ids, examples, ({},) * count, (), 0))
+        self.unit = unit
+        self.training = Training(
+            optimizer=adamw(),
+            learning_rate=LEARNING_RATE,
+            batch_size=BATCH,
+            local_steps=STEPS,
+            local_epochs=None,
+            max_grad_norm=CLIP,
+            keep_optimizer=False,
+            dropout=0.0,
+            seed=0,
+        )
+
+    def train(self) -> tuple[float, float]:
+        """One local phase of all clients; return seconds and their mean loss."""
+        began = time.perf_counter()
+        done = local_phase(
+            self.base,
+            self.method,
+            self.unit.clients,
+            self.start,
+            Message(self.start.rows),
+            {},
+            training=self.training,
+            clock=Clock(1),
+            cohort=len(self.unit.clients),
+        )
+        assert done.tokens == real_tokens(self.unit.clients)
+        return time.perf_counter() - began, float(done.losses.mean())
+
+
+def measure(unit: Unit, pairs: int) -> dict[str, Any]:
+    """Interleave: one client of the yardstick in fp32, one under autocast, FedMira in bf16, FedMira in fp32."""
+    plain = PeftLoop(unit.base, unit.targets)
+    ours, exact = Engine(unit, "bfloat16"), Engine(unit, "float32")
+    times: dict[str, list[float]] = {"plain fp32": [], "plain bf16": [], "fedmira bf16": [], "fedmira fp32": []}
+    losses: dict[str, float] = {}
+    rates: list[float] = []
+    tokens = [sum(len(one.ids) for one in client.train) for client in unit.clients]
+    for number in range(-1, pairs):
+        which = number % len(unit.clients)
+        client = unit.clients[which]
+        found = {
+            "plain fp32": plain.train(client, steps=STEPS, batch_size=BATCH),
+            "fedmira bf16": ours.train(),
+            "plain bf16": plain.train(client, steps=STEPS, batch_size=BATCH, autocast=True),
+            "fedmira fp32": exact.train(),
+        }
+        if number < 0:
+            continue  # warm-up
+        for name, (seconds, loss) in found.items():
+            work = tokens[which] if name.startswith("plain") else sum(tokens)
+            times[name].append(work / seconds)
+            losses[name] = loss
+        rates.append(matmul_rate(torch.bfloat16, 0.5))
+    useful = useful_flops(ours.base, unit.clients) / sum(tokens)
+    rate = statistics.median(rates)
+    return {
+        "unit": unit.name,
+        "title": unit.title,
+        "tokens": sum(tokens),
+        "tokens_per_second": {name: statistics.median(values) for name, values in times.items()},
+        "spread": {name: [min(values), max(values)] for name, values in times.items()},
+        "ratio": [ours_ / plain_ for ours_, plain_ in zip(times["fedmira bf16"], times["plain fp32"], strict=True)],
+        "useful_gflops": useful * statistics.median(times["fedmira bf16"]) / 1e9,
+        "bf16_matmul_gflops": rate / 1e9,
+        "share": useful * statistics.median(times["fedmira bf16"]) / rate,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--units", default="abc")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for unit in units(options.units):
+        row = measure(unit, options.pairs)
+        rows.append(row)
+        speeds = ", ".join(f"{name} {value:,.0f}" for name, value in row["tokens_per_second"].items())
+        print(
+            f"({row['unit']}) {row['title']}: tokens/s: {speeds}; ratio {statistics.median(row['ratio']):.2f} "
+            f"({min(row['ratio']):.2f} to {max(row['ratio']):.2f}); {row['useful_gflops']:.0f} useful GFLOP/s of "
+            f"{row['bf16_matmul_gflops']:.0f} ({row['share']:.0%}); peak RSS {row['peak_rss_mb']:.0f} MB",
+            flush=True,
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The pages of the methods are what their source says today, and their configs run."""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+import pytest
+import torch
+import yaml
+from pydantic import Field
+from tests.pages import ROOT, split_page
+
+import fedmira
+from fedmira.methods import names
+from fedmira.methods.base import Message, Method, Settings
+
+FOLDER = ROOT / "docs" / "methods"
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_methods", ROOT / "docs" / "make_methods.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+made = load_script()
+
+
+def test_the_pages_of_the_methods_are_what_the_source_says_today() -> None:
+    kept = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md")}
+    stale = sorted(name for name in {**kept, **made.pages()} if kept.get(name) != made.pages().get(name))
+    assert stale == [], "these pages of docs/methods are not what the source says; run: python docs/make_methods.py"
+
+
+def test_the_config_that_a_page_shows_runs(tmp_path: Path) -> None:
+    entries: dict[str, Any] = {}
+    for name in names():
+        (text,) = (text for _, fence, text in split_page(made.pages()[f"{name}.md"])[0] if fence == "```yaml")
+        entries |= {entry["name"]: entry for entry in yaml.safe_load(text)["methods"]}
+    assert sorted(entries) == names()
+    small = ["data.clients.first=3", "federation.rounds=1", "training.local_steps=1", "evaluation.metrics=[loss]"]
+    shown = f"methods={yaml.safe_dump(list(entries.values()), default_flow_style=True)}"
+    config = fedmira.load_config("demo", [f"output_dir={tmp_path / 'study'}", *small, shown])
+    assert [run.facts["state"] for run in fedmira.run(config).runs] == ["complete"] * len(entries)
+
+
+def test_pages_are_written_and_those_of_methods_that_are_no_more_go(tmp_path: Path) -> None:
+    (tmp_path / "gone.md").write_text("old", encoding="utf-8")
+    made.main(tmp_path)
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == made.pages()
+
+
+class Inner(Settings):
+    """A section."""
+
+    kind: Literal["near", "far"] = "near"  # where | from
+
+
+class Outer(Settings):
+    """Settings of every kind."""
+
+    rate: float = Field(default=0.5, ge=0, lt=1, alias="lambda")  # *stars* stay
+    steps: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,  # beside the default, on a line of its own
+    )
+    fast: bool = True  # sets_no_italics_
+    parts: tuple[str, ...] = ("a", "b")  # names
+    must: str  # has no default
+    inner: Inner = Inner()
+
+
+class Grown(Outer):
+    """Settings that inherit."""
+
+    more: float = Field(default=1.0, gt=0)  # of the same
+
+
+class Silent(Settings):
+    """A setting that nobody explains."""
+
+    share: float = 0.5
+
+
+def test_settings_are_shown_as_they_are_written_in_a_config() -> None:
+    assert list(made.settings_rows(Grown)) == [
+        ("`lambda`", "`0.5`", "number at least 0 and below 1", "\\*stars\\* stay"),
+        ("`steps`", "`null`", "whole number at least 1 or `null`", "beside the default, on a line of its own"),
+        ("`fast`", "`true`", "`true`, `false`", "sets_no_italics\\_"),
+        ("`parts`", "`[a, b]`", "list of text", "names"),
+        ("`must`", "must be given", "text", "has no default"),
+        ("`inner.kind`", "`near`", "`near`, `far`", "where \\| from"),
+        ("`more`", "`1.0`", "number above 0", "of the same"),
+    ]
+
+
+def test_a_setting_without_a_comment_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Silent\.share has no comment beside it"):
+        list(made.settings_rows(Silent))
+
+
+def test_equations_become_blocks_and_sources_links() -> None:
+    lines = ["", "    a = b * c", "      + d", "", "With `a*b` and a*b,", "see arXiv:1602.05629.", "Source: [x] 2017"]
+    assert list(made._paragraphs(lines)) == [
+        "```text\na = b * c\n  + d\n```",
+        "With `a*b` and a\\*b,\nsee [arXiv:1602.05629](https://arxiv.org/abs/1602.05629).\n\nSource: \\[x\\] 2017",
+    ]
+
+
+def test_nested_settings_are_written_on_one_line() -> None:
+    assert made._scalar({"kind": "file", "on": True, "at": None, "of": [1, 2]}) == (
+        "{kind: file, on: true, at: null, of: [1, 2]}"
+    )
+
+
+def described(method: Method, **changes: Any) -> Mapping[str, str]:
+    return made.describe(replace(method, **changes))
+
+
+def test_the_facts_are_those_of_the_method_that_is_built() -> None:
+    fedavg, local = (made.build(fedmira.load_method(name)) for name in ("fedavg", "local"))
+    assert list(described(fedavg).values()) == [
+        "the shared one (`global`)",
+        "the sum of the uploads",
+        "are used",
+        "S x P x 4 up, S x P x 4 down",
+    ]
+    assert list(described(local).values()) == [
+        "an adapter of its own (`personal`)",
+        "nothing",
+        "are not used",
+        "nothing",
+    ]
+    assert described(fedavg, needs="each")["the server must see"] == "each upload"
+
+
+def test_what_travels_is_measured_on_the_messages() -> None:
+    fedavg = made.build(fedmira.load_method("fedavg"))
+
+    def finish(adapters: Any, memory: Any, given: Message, tools: Any) -> Any:
+        assert len(tools.rng("noise")) == len(adapters)
+        rows = torch.cat([adapters.rows, given.rows[:, ::2]], dim=1)
+        return Message(rows, {"loss": torch.zeros(len(adapters))}), memory
+
+    travels = described(fedavg, finish=finish)["bytes that travel per round"]
+    assert travels == "S x 1.5 x P x 4 + S x 8 up, S x P x 4 down"
