@@ -136,7 +136,7 @@ def test_the_type_is_the_runs_or_the_one_that_is_asked_for(here: Path, run: Run,
     assert (plain.dtype, narrow.dtype) == ("float32", "bfloat16")
     whole = AutoModelForCausalLM.from_pretrained(narrow.path, dtype=torch.bfloat16)
     found = distance(logits(whole), apart(here / "base", run.adapters("007"), torch.bfloat16))
-    assert 1e-4 < found < TOLERANCES["bfloat16"]
+    assert 1e-4 < found < 0.2
 
 
 def test_an_adapter_that_rounding_swallows_is_told(here: Path, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_target_that_is_taken_is_refused(run: Run, tmp_path: Path, loads: list
 
 
 def test_an_unknown_type_is_refused_with_those_there_are(run: Run, tmp_path: Path, loads: list[str]) -> None:
-    with pytest.raises(ConfigError, match="--dtype: found 'int8'; allowed here: float64, float32, bfloat16"):
+    with pytest.raises(ConfigError, match="--dtype: found 'int8'; allowed here: float32, bfloat16, float64"):
         study.merge(run, out=tmp_path, dtype="int8")
     assert loads == []
 
@@ -250,7 +250,9 @@ def test_a_merge_that_does_not_come_out_equal_is_not_kept(
 ) -> None:
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, **_: self.unload())  # the base without the adapter
     for dtype in ("float32", "bfloat16"):
-        with pytest.raises(ModelError, match=rf"logits differ by .* is allowed in {dtype}\. It is not kept"):
+        with pytest.raises(
+            ModelError, match=r"logits differ by .* base and adapter apart; 1e-04 is allowed\. It is not kept"
+        ):
             study.merge(run, client="007", out=tmp_path, dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 
@@ -297,14 +299,14 @@ def test_merge_in_json_gives_models_and_differences(run: Run, tmp_path: Path) ->
     assert (ended.code, ended.err) == (0, "")
     found = json.loads(ended.out)
     assert found["models"] == [str(tmp_path / "out" / "ada")]
-    assert 0 < found["differences"]["ada"] < TOLERANCES["bfloat16"]
+    assert 0 < found["differences"]["ada"] < 0.2
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--dtype", "float32"], "give --merge too"),
-        (["--merge", "--dtype", "float8"], "allowed here: float64, float32, bfloat16"),
+        (["--merge", "--dtype", "float8"], "allowed here: float32, bfloat16, float64"),
         (["--merge", "--client", "nobody"], "there are: 007, ada"),
     ],
 )

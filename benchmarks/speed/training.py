@@ -2,9 +2,9 @@
 
     python benchmarks/speed/training.py [--units abc] [--pairs 5] [--json FILE]
 
-Useful FLOP/s count what the mathematics needs and nothing else: 2 per frozen weight and real token forward and 2 backward
-(4 in all; none below the first adapted layer on the way back), the output head at labelled positions only, attention and
-adapters left out. The machine's matmul rate is measured in the same run.
+Useful FLOP/s count what the mathematics needs and nothing else: 2 per frozen weight and real token forward and 2
+backward (4 in all), the output head at labelled positions only; attention and adapters are left out. The machine's
+matmul rate is measured in the same run.
 """
 
 import argparse

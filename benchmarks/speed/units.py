@@ -1,7 +1,7 @@
 """The work that speed is measured on: three bases, 8 clients each, prompts and answers of real lengths.
 
 (a) GPT-2's shape with 6 layers, (b) a small Llama, both with random weights and random ids in the lengths of Natural
-Instructions; (c) the small pretrained base `nano` on the text itself. The same tokens go to FedMira and to the yardstick.
+Instructions; (c) the small pretrained base `nano` on the text itself. FedMira and the yardstick get the same tokens.
 """
 
 import os

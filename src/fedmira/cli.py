@@ -21,7 +21,7 @@ from fedmira.chat import open_chat
 from fedmira.doctor import describe_machine, examine
 from fedmira.draft import draft_config
 from fedmira.errors import ConfigError, FedMiraError, Stopped
-from fedmira.merge import TOLERANCES, Merged
+from fedmira.merge import Merged
 from fedmira.reports.render import summary_tables
 from fedmira.screen import questions, show_examples, show_plan, side_by_side, visible
 from fedmira.vllm import serve_line, serve_merged_line
@@ -221,7 +221,7 @@ def _show_merged(models: Sequence[Merged], as_json: bool) -> None:
         blurred = "; rounding hides much of what the adapter does: --dtype float32 keeps it" if one.blurred else ""
         print(
             f"{one.client}: logits differ by at most {one.difference:.1e} of the largest from base and adapter apart "
-            f"({one.dtype}: {TOLERANCES[one.dtype]:.0e} allowed); the adapter moves them by {one.effect:.1e}{blurred}",
+            f"({one.dtype}); the adapter moves them by {one.effect:.1e}{blurred}",
             file=sys.stderr,
         )
     print(serve_merged_line(models[0].path), file=sys.stderr)

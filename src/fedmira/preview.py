@@ -15,6 +15,7 @@ from fedmira.methods import build
 from fedmira.plan import Plan, Work, count_run, count_start, plan_cohort
 from fedmira.prepare import Prepared, prepare, take_in, using_threads
 from fedmira.runs import StudyFolder
+from fedmira.trackers import check_trackers
 
 COPIES = 4  # full checkpoints and the deltas since, at most, in the size of one that is full
 
@@ -57,6 +58,7 @@ def plan_study(config: Config, *, overwrite: bool = False, observer: Observer = 
 
     Raises what `run` would raise before it starts.
     """
+    check_trackers(config.report_to)
     folder = StudyFolder(Path(config.output_dir))
     folder.check_free(overwrite=overwrite)
     prepared = prepare(config, observer)

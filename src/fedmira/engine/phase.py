@@ -129,6 +129,7 @@ def _train_together(
 ) -> PhaseResult:
     """One pass per step for clients in descending order of their number of steps."""
     adapters = adapters.with_rows(given.rows.to(base.device, copy=True)).mask_()
+    given = Message(given.rows.to(base.device), {name: value.to(base.device) for name, value in given.scalars.items()})
     memory = {name: value.to(base.device) for name, value in memory.items()}
     steps = torch.tensor([len(plan) for plan in plans])
     sums = torch.zeros(len(clients), dtype=torch.float64)
