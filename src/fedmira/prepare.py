@@ -72,7 +72,7 @@ def take_in(config: Config, observer: Observer) -> tuple[Any, Intake]:
     base_path, revision = bundled.resolve(config.model.base_model), config.model.revision
     tokenizer = load_tokenizer(base_path, revision=revision)
     max_question = _check_positions(config, count_positions(base_path, revision=revision))
-    intake = _read_clients(config, tokenizer, max_question)
+    intake = _read_clients(config, tokenizer, max_question, observer)
     observer("data", {"intake": intake})
     return tokenizer, intake
 
@@ -149,7 +149,7 @@ def _is_linear(module: torch.nn.Module) -> bool:
     )
 
 
-def _read_clients(config: Config, tokenizer: Any, max_question: int | None) -> Intake:
+def _read_clients(config: Config, tokenizer: Any, max_question: int | None, observer: Observer) -> Intake:
     section = config.data
     reading = read_records(
         bundled.resolve(section.path),
@@ -177,10 +177,14 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None) -> I
         split_column=section.split_column,
         seed=section.seed,
     )
-    clients = [
-        encode_client(client, tokenizer, template=template, max_length=section.max_length, max_question=max_question)
-        for client in formed
-    ]
+    clients = []
+    for done, client in enumerate(formed, 1):
+        clients.append(
+            encode_client(
+                client, tokenizer, template=template, max_length=section.max_length, max_question=max_question
+            )
+        )
+        observer("encoding", {"done": done, "clients": len(formed)})
     return Intake(
         clients=clients,
         truncation=sum((client.truncation for client in clients), Truncation()),

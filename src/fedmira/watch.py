@@ -27,7 +27,8 @@ class Watch:
             disable=quiet or not self.console.is_terminal,
         )
         self.task: TaskID | None = None
-        self.name = ""
+        self.name = ""  # of the run under way
+        self.step = ""  # what the bar counts, if not rounds
 
     def __enter__(self) -> "Watch":
         self.bars.start()
@@ -45,6 +46,7 @@ class Watch:
         self.console.print(visible(text), highlight=False, markup=False, soft_wrap=True)
 
     def on_data(self, facts: Mapping[str, Any]) -> None:
+        self._drop()
         intake: Intake = facts["intake"]
         clients, cut = intake.clients, intake.truncation
         counts = [len(client.train) for client in clients]
@@ -124,15 +126,26 @@ class Watch:
         for name, reason in record.refused.items():
             self.say(f"warning: round {record.round}: upload of '{name}' refused: {reason}")
 
+    def on_encoding(self, facts: Mapping[str, Any]) -> None:
+        self._step("tokenising clients", facts)
+
     def on_scoring(self, facts: Mapping[str, Any]) -> None:
-        if self.task is None or facts["done"] == facts["clients"] or self.bars.tasks[-1].total != facts["clients"]:
-            self._bar(f"{self.name or 'base'}: writing test answers", facts["clients"])
-        self._move(facts["done"])
+        self._step(f"{self.name or 'base'}: writing test answers", facts)
+
+    def on_export(self, facts: Mapping[str, Any]) -> None:
+        self._step(f"{self.name}: writing adapters", facts)
 
     def on_complete(self, facts: Mapping[str, Any]) -> None:
         self._drop()
         if facts["refused"]:
             self.say(f"warning: {self.name}: {facts['refused']} uploads were refused; log.txt says which and why")
+
+    def _step(self, text: str, facts: Mapping[str, Any]) -> None:
+        """Move the bar of a step that goes client by client."""
+        if self.step != text:
+            self._bar(text, facts["clients"])
+            self.step = text
+        self._move(facts["done"])
 
     def _bar(self, text: str, total: int) -> None:
         self._drop()
@@ -146,6 +159,7 @@ class Watch:
                 self.bars.update(self.task, completed=done, description=text)
 
     def _drop(self) -> None:
+        self.step = ""
         if self.task is not None:
             self.bars.remove_task(self.task)
             self.task = None
