@@ -163,3 +163,18 @@ def test_splits_that_the_data_names_are_kept_or_their_mixing_is_told(base: Path,
     mixed, kept = take(base, path), take(base, path, split_column="split")
     assert (mixed.pooled, kept.pooled) == (["test", "train"], ())
     assert (len(mixed.clients[0].train), len(kept.clients[0].train), len(kept.clients[0].test)) == (8, 6, 2)
+
+
+def test_prompts_that_run_into_their_answers_and_unknown_words_are_counted(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "glued.jsonl"
+    rows = [("w3?", "w4", "a"), ("w3? ", "w4", "a"), ("w3", " w4", "a"), ("w3 :", "w4", "a"), ("zebra", " zebra", "b")]
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c, "kind": k}) + "\n" for p, c, k in rows))
+    intake = take(base, path)
+    assert intake.glued == 1
+    assert 0 < intake.unknown < 1
+    assert take(base, path, template="alpaca").glued == 0
+
+
+def test_a_method_may_be_given_by_its_name_alone() -> None:
+    raw = small_study.settings(Path("b"), Path("d"), Path("s"), methods=["local", "mira"])
+    assert [entry.folder for entry in check_config(raw).methods] == ["local", "mira"]

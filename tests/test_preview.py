@@ -165,7 +165,7 @@ def test_init_never_overwrites(tmp_path: Path) -> None:
     ("rows", "clients"),
     [
         ([{"instruction": "a", "output": "b", "site": "x"}], {"by": "site"}),
-        ([{"instruction": "a", "output": "b"}] * 4, {"partitioner": {"name": "iid", "num_partitions": 4}}),
+        ([{"instruction": "a", "output": "b"}] * 80, {"partitioner": {"name": "iid", "num_partitions": 4}}),
         (
             [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "task": "t"}],
             {"by": "task"},

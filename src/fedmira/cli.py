@@ -62,6 +62,8 @@ def init(
         print(json.dumps({"config": str(file), **found}))
         return
     clients = f"one client per {found['by']}" if found["partitioner"] == "null" else f"clients: {found['partitioner']}"
+    if note := found.get("note"):
+        print(f"note: {note}", file=sys.stderr)
     print(f"wrote {file}: format {found['format']}, {clients}\nnext: fedmira run {file} --show-example, then --dry-run")
 
 

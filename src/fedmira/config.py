@@ -318,6 +318,8 @@ class MethodEntry(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _has_a_name(cls, value: Any) -> Any:
+        if isinstance(value, str):  # `- mira` is `- {name: mira}`
+            return {"name": value}
         if slip := _slip(value):
             raise ValueError(f"found no name{slip}")
         return value

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from fedmira.bundled import presets
 from fedmira.config import Config
-from fedmira.errors import ConfigError
+from fedmira.errors import ConfigError, nearest
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,7 +60,10 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ConfigError(
-            [f"no such config file (current folder: {Path.cwd()}); the README shows one to begin with"],
+            [
+                f"no such config file{nearest(str(path), presets())} (current folder: {Path.cwd()}); 'fedmira init' "
+                f"writes one, and bundled are {', '.join(presets())}"
+            ],
             str(path),
         )
     try:

@@ -12,7 +12,8 @@ from fedmira.errors import ConfigError, StoreError
 from fedmira.store import write_atomic
 
 OWNERS = ("client", "site", "user", "task", "file", "category")  # columns that may say whose an example is, best first
-DEALT = 10  # clients of a partitioner, where no column says it
+DEALT = 10  # clients of a partitioner, at most, where no column says it
+EACH = 20  # examples that each of them should have
 
 
 def draft_config(file: Path, *, data: str | None = None, model: str | None = None) -> dict[str, str]:
@@ -32,10 +33,12 @@ def draft_config(file: Path, *, data: str | None = None, model: str | None = Non
         columns = known_columns(reading.records)
         owner = next((name for name in OWNERS if name in columns), None)
         if owner is None:
-            partitioner = f"{{name: iid, num_partitions: {min(DEALT, len(reading.records))}}}"
+            partitioner = f"{{name: iid, num_partitions: {min(DEALT, max(1, len(reading.records) // EACH))}}}"
         splits = {record.columns.get("split") for record in reading.records}
         column = "split" if splits <= set(SPLITS) else "null"
         found = {"format": reading.format, "by": owner or "task", "split_column": column, "max_length": "512"}
+        if reading.template == "chat":
+            found["note"] = "conversations need a base with a chat template, or data.template: FILE (docs/data.md)"
     text = (Path(bundled.__file__).parent / "init.yaml").read_text(encoding="utf-8")
     words = {
         "NAME": re.sub(r"[^\w-]", "-", file.stem),
@@ -50,6 +53,8 @@ def draft_config(file: Path, *, data: str | None = None, model: str | None = Non
         text = text.replace(f"@{name}@", _scalar(value))
     text = text.replace("@FILE@", re.sub(r"[^\w./ -]", "?", str(file)))
     text = text.replace("partitioner: null ", f"partitioner: {partitioner} ", 1)
+    if data is not None or model is not None:
+        text = re.sub(r"# As written it runs .*\n", "", text)
     write_atomic(file, text.encode())
     return {**found, "partitioner": partitioner}
 

@@ -1,6 +1,7 @@
 """Everything that can be checked and settled before a study writes anything: data, methods, base, cohort, threads."""
 
 import hashlib
+import re
 import warnings
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +48,8 @@ class Intake:
     empty: int  # files or splits without an example, with on_bad_row: skip
     skipped: Sequence[Fault]  # bad rows, with on_bad_row: skip
     left_out: int  # examples that the partitioner gives to nobody
+    unknown: float  # share of the training tokens that the tokenizer does not know
+    glued: int  # prompts that end, and whose answers begin, without a space or line break
     pooled: Sequence[str]  # splits that the data itself names, and that are mixed and drawn anew
 
 
@@ -195,9 +198,25 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         others=reading.counts["others"],
         empty=reading.counts["empty"],
         skipped=reading.skipped,
+        unknown=_unknown_share(clients, getattr(tokenizer, "unk_token_id", None)),
+        glued=_count_glued(reading.records) if template.name == "none" and reading.format != "text" else 0,
         pooled=_pooled_splits(reading.records) if section.split_column is None else (),
         left_out=0 if parts is None else len(reading.records) - sum(len(part) for part in parts),
     )
+
+
+def _unknown_share(clients: Sequence[ClientData], unknown: int | None) -> float:
+    """Return the share of tokens that stand for words the tokenizer does not know; GPT-2's is its end of text."""
+    if unknown is None:
+        return 0.0
+    found = sum(one.ids[:-1].count(unknown) for client in clients for one in client.train)
+    return found / max(1, sum(client.tokens for client in clients))
+
+
+def _count_glued(records: Sequence[Record]) -> int:
+    """Count prompts that run into their answers: `Capital of Peru?Lima`."""
+    pairs = ((record.input if record.input.strip() else record.instruction, record.answers[0]) for record in records)
+    return sum(bool(re.search(r"[\w.?!)]$", prompt)) and answer[:1].isalnum() for prompt, answer in pairs)
 
 
 def _pooled_splits(records: Sequence[Record]) -> list[str]:

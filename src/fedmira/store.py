@@ -177,7 +177,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(f"'{path}' is missing: '{path.parent}' is no FedMira run folder") from None
+        runs = sorted(str(run.parent) for run in path.parent.glob("*/seed-*/run.json"))
+        hint = f", but a study; its runs are {', '.join(runs[:6])}{', ...' if len(runs) > 6 else ''}" if runs else ""
+        raise StoreError(f"'{path}' is missing: '{path.parent}' is no FedMira run folder{hint}") from None
     except ValueError as error:
         raise StoreError(f"'{path}' is damaged: {error}") from None
 

@@ -106,7 +106,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     source = Path(path)
     preset = bundled.preset(str(path))
-    if preset is not None and not source.exists():
+    if preset is not None and not source.is_file():  # a folder of that name is in nobody's way
         source = preset
     return check_config(read_config(source, overrides), str(path), method_files.entry_faults)
 
@@ -332,7 +332,9 @@ def _marked(folder: RunFolder) -> Iterator[None]:
             isinstance(error, FedMiraError) and isinstance(error.__cause__, OSError)
         )
         state = "interrupted" if outside or isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
-        log.error("%s: %s", state, type(error).__name__)
+        signals = {KeyboardInterrupt: "by Ctrl-C", SystemExit: "by a signal"}
+        why = next((text for kind, text in signals.items() if isinstance(error, kind)), type(error).__name__)
+        log.error("%s: %s", state, why)
         with suppress(StoreError, OSError):  # a full disk: the state stays "running", which resumes as well
             folder.update(state=state, finished=_now())
         if outside:

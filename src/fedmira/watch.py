@@ -11,6 +11,8 @@ from fedmira.data.rows import FAULTS_SHOWN
 from fedmira.prepare import Intake
 from fedmira.screen import plural, visible
 
+UNKNOWN_SHARE = 0.01  # of the tokens; below it, rare characters
+
 
 class Watch:
     """Prints what a study does: live bars on a terminal, plain lines elsewhere."""
@@ -70,6 +72,16 @@ class Watch:
             self.say(f"warning: {len(intake.skipped)} of {total} examples cannot be read and are skipped:")
             for fault in intake.skipped[:FAULTS_SHOWN]:
                 self.say(f"  - {fault}")
+        if intake.unknown > UNKNOWN_SHARE:
+            self.say(
+                f"warning: {intake.unknown:.0%} of the training tokens are unknown to the base's tokenizer; nothing "
+                "can be learned from them: take a base whose tokenizer knows these texts"
+            )
+        if intake.glued:
+            self.say(
+                f"warning: {plural(intake.glued, 'prompt')} run into their answers without a space or line break; "
+                "put one at the end of the prompt, or take a template (alpaca, chat, a file)"
+            )
         if intake.pooled:
             self.say(
                 f"warning: the data's own splits ({', '.join(intake.pooled)}) are mixed and drawn anew; to keep them: "
@@ -100,6 +112,10 @@ class Watch:
             f"{federation.layout.parameters:,} parameters each; {facts['sampled']} clients a round, "
             f"{federation.cohort} in one pass"
         )
+
+        for split in ("validation", "test"):
+            if not any(getattr(client, split) for client in federation.clients):
+                self.say(f"warning: no client has a {split} example (data.split, split_column): its scores are n/a")
 
     def on_start(self, facts: Mapping[str, Any]) -> None:
         self.say(f"{facts['what']} ...")
