@@ -212,7 +212,7 @@ def test_a_list_that_is_no_json_is_a_fault_that_cannot_be_skipped(
     assert expected in fault(tmp_path / "a.json", on_bad_row=mode)
 
 
-@pytest.mark.parametrize("damage", [b"not gzip", gzip.compress(GOOD * 100)[:-12], gzip.compress(GOOD)[:15] + b"xxxx"])
+@pytest.mark.parametrize("damage", [b"not gzip", gzip.compress(GOOD * 100, mtime=0)[:-12], gzip.compress(GOOD)[:15] + b"xxxx"])
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz"])
 @pytest.mark.parametrize("mode", ["error", "skip"])
 def test_a_damaged_archive_is_a_fault_that_cannot_be_skipped(
@@ -329,7 +329,7 @@ def test_whatever_the_bytes_are_reading_them_gives_rows_and_faults_only(data: by
 def test_a_line_over_64_mib_is_one_bad_row(tmp_path: Path, name: str) -> None:
     long = b'{"prompt": "' + b"x" * (64 << 20) + b'", "completion": "b"}'
     content = GOOD + b"\n" + long + b"\n" + GOOD
-    (tmp_path / name).write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
+    (tmp_path / name).write_bytes(gzip.compress(content, 1, mtime=0) if name.endswith(".gz") else content)
     assert f"1 fault:\n  - {name}:2: the line is longer than 64 MiB" in fault(tmp_path / name)
     reading = skipping(tmp_path / name)
     assert [record.source for record in reading.records] == [f"{name}:1", f"{name}:3"]
@@ -337,7 +337,7 @@ def test_a_line_over_64_mib_is_one_bad_row(tmp_path: Path, name: str) -> None:
 
 
 def test_a_line_that_long_is_never_held_in_memory() -> None:
-    bomb = io.BytesIO(gzip.compress(bytes(200 << 20), 1))
+    bomb = io.BytesIO(gzip.compress(bytes(200 << 20), 1, mtime=0))
     tracemalloc.start()
     with gzip.open(bomb) as stream:
         found = list(read_lines(stream, START, limit=1 << 20))  # type: ignore[arg-type]
