@@ -212,7 +212,11 @@ def test_a_list_that_is_no_json_is_a_fault_that_cannot_be_skipped(
     assert expected in fault(tmp_path / "a.json", on_bad_row=mode)
 
 
-@pytest.mark.parametrize("damage", [b"not gzip", gzip.compress(GOOD * 100, mtime=0)[:-12], gzip.compress(GOOD)[:15] + b"xxxx"])
+@pytest.mark.parametrize(
+    "damage",
+    [b"not gzip", gzip.compress(GOOD * 100, mtime=0)[:-12], gzip.compress(GOOD, mtime=0)[:15] + b"xxxx"],
+    ids=["no-gzip", "cut", "damaged"],
+)
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz"])
 @pytest.mark.parametrize("mode", ["error", "skip"])
 def test_a_damaged_archive_is_a_fault_that_cannot_be_skipped(
