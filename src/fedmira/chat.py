@@ -15,8 +15,8 @@ from fedmira.data.formats import Record, Turn
 from fedmira.data.templates import Template, make_template
 from fedmira.errors import ConfigError, ModelError, StoreError
 from fedmira.export import read_adapter
+from fedmira.model.generate import answers
 from fedmira.model.load import Base, load_base, load_tokenizer
-from fedmira.model.passes import answers
 from fedmira.runs import RunFolder
 from fedmira.study import Run
 

@@ -12,8 +12,9 @@ from fedmira.data.batches import Batch, ClientData, Encoded, Truncation, collate
 from fedmira.evaluation import measure
 from fedmira.evaluation.measure import measure_answers, measure_loss
 from fedmira.evaluation.rouge import score_answer
+from fedmira.model import lanes
+from fedmira.model.generate import answers
 from fedmira.model.load import Base
-from fedmira.model.passes import answers
 
 VALIDATION = (3, 0, 5, 1)  # client 1 has no examples
 
@@ -96,6 +97,7 @@ def test_answers_are_scored_for_each_client_with_its_own_adapter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(measure, "ANSWER_ROWS", rows)
+    monkeypatch.setattr(lanes, "ANSWER_ROWS", rows)
     done: list[int] = []
     found = measure_answers(
         base,
@@ -151,7 +153,7 @@ def test_a_large_split_is_measured_in_passes_of_bounded_size(
     real = measure.losses
 
     def watch(base: Base, adapters: Adapters, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        sizes.append(batch.ids.numel())
+        sizes.append(int(batch.lengths.sum()))
         return real(base, adapters, batch)
 
     monkeypatch.setattr(measure, "losses", watch)

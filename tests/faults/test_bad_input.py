@@ -18,6 +18,7 @@ from tests import small_study, tiny
 from tests.data.bad_rows import BAD_LINES, SECRET
 from tests.small_study import Ended, command, has_traceback
 
+from fedmira.engine import probe
 from fedmira.runs import RunFolder
 
 LOCAL = [{"name": "local"}]
@@ -430,17 +431,16 @@ def test_ctrl_c_while_data_are_read_ends_with_130_and_writes_nothing(
 def test_ctrl_c_while_a_dry_run_measures_ends_with_130_and_writes_nothing(
     inputs: tuple[Path, Path], config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embed, left = torch.nn.functional.embedding, iter(range(12, -1, -1))
+    train = probe.local_phase
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
-        if next(left, 1) == 0:
-            signal.raise_signal(signal.SIGINT)
-        return embed(*arguments, **options)
+        signal.raise_signal(signal.SIGINT)
+        return train(*arguments, **options)
 
     written = config(inputs[1], base=inputs[0])
     before = sorted(tmp_path.rglob("*"))
     with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.functional, "embedding", interrupted)
+        patch.setattr(probe, "local_phase", interrupted)
         ended = command("run", written, "--dry-run")
     assert (ended.code, ended.out) == (130, "")
     assert "measuring a few passes ..." in ended.err

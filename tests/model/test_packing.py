@@ -15,8 +15,10 @@ from transformers.masking_utils import create_causal_mask
 
 from fedmira.adapters import Adapters
 from fedmira.data.batches import NO_LOSS, Batch, Encoded, collate
+from fedmira.model.attention import Buckets, Rule, Spans
 from fedmira.model.load import Base, wrap
-from fedmira.model.packing import SEGMENT_FILL, Rule, pack, pad
+from fedmira.model.lora import Dropout
+from fedmira.model.packing import GROUP, SEGMENT_FILL, SHARED, _groups, pack, pad
 from fedmira.model.passes import gradients, losses
 
 BASE = tiny.base("gpt2", targets=["c_attn"])
@@ -79,8 +81,9 @@ def test_a_pass_holds_every_token_once_and_little_else(lengths: list[list[int]])
             own = torch.cat([batch.ids[client, place, :length] for place, length in enumerate(lengths[client])])
             assert real == slice(0, len(own))
             assert torch.equal(view[real, 0], own)
-    # attention takes every token to one row and back
-    assert torch.equal(plan.attention.index[plan.attention.back], torch.arange(plan.ids.shape[1]))
+    gathered = pack(batch, pad_id=0, fused=True).attention
+    assert isinstance(gathered, Buckets)  # these take every token to one row and back
+    assert torch.equal(gathered.index[gathered.back], torch.arange(plan.ids.shape[1]))
 
 
 def test_positions_restart_at_every_example() -> None:
@@ -158,9 +161,9 @@ def test_a_window_or_chunk_holds_in_packed_passes_however_long_the_texts_are(fam
 
 def test_the_rule_of_a_window_is_worked_out_once_for_each_bucket_and_only_where_a_text_is_longer() -> None:
     """Texts of 5 and 3 tokens, seen through a window of 4: two buckets, of which the first needs a mask."""
-    plan = pack(batch_of([[3, 5]]), pad_id=0).attention
-    assert plan is not None
-    assert plan.buckets == ((1, 5), (1, 3))
+    plan = pack(batch_of([[3, 5]]), pad_id=0, fused=True).attention
+    assert isinstance(plan, Buckets)
+    assert plan.shapes == ((1, 5), (1, 3))
     calls = []
 
     def sees(batch: Tensor, head: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
@@ -168,12 +171,110 @@ def test_the_rule_of_a_window_is_worked_out_once_for_each_bucket_and_only_where_
         return (keys <= queries) & (keys > queries - 4)
 
     rule = Rule(sees, 4)
-    mask = rule.mask(plan, 0)
-    assert mask is rule.mask(plan, 0)
+    mask = plan.mask(rule, 0)
+    assert mask is plan.mask(rule, 0)
     assert mask is not None
     assert mask.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
-    assert rule.mask(plan, 1) is None
+    assert plan.mask(rule, 1) is None
     assert calls == [([3, 4, 5, 6, 7], [3, 4, 5, 6, 7])]  # places in the sequence, behind the other text
+
+
+def test_short_texts_share_a_span_and_see_nothing_of_each_other() -> None:
+    plan = pack(batch_of([[3, 2]]), pad_id=0).attention
+    assert isinstance(plan, Spans)
+    rule = Rule(lambda batch, head, queries, keys: keys > queries - 2, 2)
+    ((block,),) = plan.blocks(rule, torch.float32)
+    assert (block.bias == 0).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 0, 1, 1],
+    ]
+    assert plan.blocks(rule, torch.float32) is plan.blocks(rule, torch.float32)
+    ((plain,),) = plan.blocks(Rule(rule.sees, 3), torch.float32)  # no text is longer than the window
+    assert (plain.bias == 0).int().tolist()[2] == [1, 1, 1, 0, 0]
+
+
+def alike(heads: list[int], rests: list[list[int]], *, labels: int = 2) -> Batch:
+    """Clients whose examples begin with `heads` equal tokens; the last `labels` tokens of each have a label."""
+    stream = np.random.default_rng(1)
+    texts = []
+    for head, own in zip(heads, rests, strict=True):
+        start = stream.integers(2, tiny.VOCABULARY, head).tolist()
+        texts.append(
+            [
+                Encoded((*start, *stream.integers(2, tiny.VOCABULARY, rest).tolist()), head + rest - labels, ("",))
+                for rest in own
+            ]
+        )
+    return collate(texts, pad_id=0)
+
+
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in tiny.PADDED])
+def test_what_examples_share_is_computed_once_and_changes_no_loss_or_gradient(family: str) -> None:
+    dtype = tiny.DTYPES.get(family, torch.float64)
+    wide = {"sliding_window": 40} if family in ("mistral", "gemma2", "gemma3", "phi3") else {}
+    base = tiny.base(family, targets="all-linear", dtype=dtype, **wide)
+    batch = alike([12, 0, 9, 20], [[4, 3, 6], [5, 9], [3], [2, 8, 2, 5]])
+    assert pack(batch, pad_id=0, share=True).ids.shape[1] < 0.7 * pack(batch, pad_id=0).ids.shape[1]
+    stack = tiny.adapters(tiny.layout(base, 2), (2, 1, 2, 1), dtype=dtype)
+    found, wanted = torch.zeros_like(stack.rows), torch.zeros_like(stack.rows)
+    one, counts = gradients(base, stack, batch, into=found)
+    other, same = gradients(replace(base, reach=1), stack, batch, into=wanted)  # nothing is shared beyond a window
+    assert torch.equal(counts, same)
+    limits = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    if family == "mixtral":  # its router's softmax is in float32
+        limits = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(one, other, **limits)
+    torch.testing.assert_close(found, wanted, **limits)
+    assert bool(found.any())
+
+
+def test_positions_go_on_from_what_is_shared_and_the_token_before_a_label_is_never_shared() -> None:
+    """Ten equal tokens; in the second example the label stands at place 9, so place 8 must be its own."""
+    first = Encoded((2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13), 11, ("",))
+    second = Encoded((2, 3, 4, 5, 6, 7, 8, 9, 10, 11), 9, ("",))
+    plan = pack(collate([[first, second]], pad_id=0), pad_id=0, share=True)
+    assert plan.positions is not None
+    assert plan.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 8, 9]]
+    assert plan.where.tolist() == [10, 12]
+    assert plan.targets.tolist() == [13, 11]
+
+
+def test_groups_stay_small_and_short_beginnings_are_not_shared() -> None:
+    batch = alike([100, SHARED - 1], [[150, 150, 150, 150], [3, 4]])
+    plan = pack(batch, pad_id=0, share=True)
+    assert [(one.client, one.examples, one.shared) for own in _groups(batch) for one in own] == [
+        (0, (0, 1), 100),
+        (0, (2, 3), 100),
+        (1, (0,), 0),
+        (1, (1,), 0),
+    ]
+    assert max(100 + 2 * 150, 0) <= GROUP < 100 + 3 * 150
+    assert plan.ids.shape[1] >= 2 * 400 + 2 * (SHARED - 1) + 7
+
+
+def test_under_dropout_and_beyond_a_window_nothing_is_shared() -> None:
+    base = tiny.base("mistral", targets="all-linear")
+    assert base.reach == 4
+    assert tiny.base("llama").reach is None
+    batch = alike([12], [[4, 3, 6]])
+    seen: list[int] = []
+    hook = base.decoder.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    stack = tiny.adapters(tiny.layout(base, 2), (2,))
+    into = torch.zeros_like(stack.rows)
+    gradients(base, stack, batch, into=into)
+    open_base = replace(base, reach=None)
+    gradients(open_base, stack, batch, into=into, dropout=Dropout(0.5, [1]))
+    gradients(open_base, stack, batch, into=into)
+    hook.remove()
+    total = int(batch.lengths.sum())
+    assert seen[0] >= total
+    assert seen[1] >= total
+    assert seen[2] < total
 
 
 def test_attention_with_sinks_is_padded(caplog: pytest.LogCaptureFixture) -> None:

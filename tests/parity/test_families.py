@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fedmira.data.batches import Batch, collate
 from fedmira.errors import ModelError
+from fedmira.model.generate import padded_answers
 from fedmira.model.load import Base
 from fedmira.model.lora import find_targets
-from fedmira.model.passes import answers
 
 MLP = ["down_proj", "gate_proj", "up_proj"]
 HEADS = ["k_proj", "o_proj", "q_proj", "v_proj"]
@@ -147,7 +147,7 @@ def test_what_stands_in_the_padding_changes_no_logit_loss_or_gradient(family: st
 
 
 def written(pairing: Pairing, pad: str) -> list[tuple[list[int], list[Tensor]]]:
-    """What `answers` writes when prompts are filled with a given word: per row its ids and the logits of each."""
+    """What `padded_answers` writes to prompts filled with a given word: per row its ids and the logits of each."""
     base: Base = pairing.base
     base.tokenizer.pad_token = pad
     assert base.tokenizer.decode([base.pad_id]) == pad
@@ -155,7 +155,7 @@ def written(pairing: Pairing, pad: str) -> list[tuple[list[int], list[Tensor]]]:
     hook = base.model.register_forward_hook(lambda _, given, out: steps.append(out.logits[:, -1]))
     prompts = [[list(one.ids[: one.prompt_length]) for one in texts] for texts in pairing.texts]
     try:
-        answers(base, pairing.stack, prompts, max_new_tokens=5)
+        padded_answers(base, pairing.stack, prompts, max_new_tokens=5)
     finally:
         hook.remove()
     rows = []

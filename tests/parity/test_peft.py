@@ -15,8 +15,9 @@ from fedmira.engine.phase import Training, local_phase, plan_steps
 from fedmira.export import export_adapter, read_adapter, short_targets
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message
+from fedmira.model.generate import answers
 from fedmira.model.lora import find_targets
-from fedmira.model.passes import answers, losses
+from fedmira.model.passes import losses
 from fedmira.optim import adamw, sgd
 
 SHORT = {"gpt2": ["c_attn"]}
@@ -135,7 +136,8 @@ def test_the_base_is_untouched_between_passes(small: Pairing) -> None:
     small.gradients()
     ids = torch.tensor([[2, 3, 4]])
     with torch.no_grad():
-        assert torch.equal(small.base.model(input_ids=ids).logits, small.plain(input_ids=ids).logits)
+        found, wanted = small.base.model(input_ids=ids).logits, small.plain(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-14)  # a fused GELU rounds in its own way
     assert all(value.grad is None and not value.requires_grad for value in small.base.model.parameters())
 
 

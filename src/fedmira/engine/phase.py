@@ -132,7 +132,7 @@ def _train_together(
     given = Message(given.rows.to(base.device), {name: value.to(base.device) for name, value in given.scalars.items()})
     memory = {name: value.to(base.device) for name, value in memory.items()}
     steps = torch.tensor([len(plan) for plan in plans])
-    sums = torch.zeros(len(clients), dtype=torch.float64)
+    sums = torch.zeros(len(clients), dtype=torch.float64, device=base.device)  # read at the end: a step never waits
     gradient = torch.zeros_like(adapters.rows)
     clock = replace(clock, learning_rate=training.learning_rate)
     trained = 0
@@ -162,7 +162,7 @@ def _train_together(
             losses, _ = gradients(base, current, batch, into=gradient[:count], dropout=dropout)
             nonlocal first_call
             if first_call:  # a method may ask again at other points; the loss of a step is the one it began with
-                sums[:count] += losses.double().cpu()
+                sums[:count] += losses
             first_call = False
             return losses, gradient[:count]
 
@@ -194,7 +194,7 @@ def _train_together(
     return PhaseResult(
         returned=Message(message.rows.cpu(), {name: value.cpu() for name, value in message.scalars.items()}),
         memory={name: value.cpu() for name, value in memory.items()},
-        losses=sums / steps,
+        losses=sums.cpu() / steps,
         steps=steps,
         tokens=trained,
     )

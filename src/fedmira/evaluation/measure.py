@@ -1,7 +1,7 @@
 """Score every client with the adapter it would use: token cross-entropy and greedy answers, many clients per pass."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -9,13 +9,15 @@ from torch import Tensor
 from fedmira.adapters import Adapters
 from fedmira.data.batches import ClientData, Encoded, collate
 from fedmira.evaluation.rouge import score_answer
+from fedmira.model.generate import ANSWER_ROWS, answers
 from fedmira.model.load import Base
-from fedmira.model.passes import answers, losses
+from fedmira.model.passes import losses
+
+__all__ = ["ANSWER_ROWS", "measure_answers", "measure_loss"]
 
 Serve = Callable[[Tensor], Adapters]  # client positions [n] -> their adapters, in that order
 
-PASS_TOKENS = 8192  # padded tokens of one evaluation pass
-ANSWER_ROWS = 64  # prompts decoded in one pass
+PASS_TOKENS = 8192  # tokens of one pass that scores losses; with padding where the base needs it
 
 
 def measure_loss(
@@ -32,15 +34,10 @@ def measure_loss(
         queues = [sorted(_examples(clients[k], split), key=lambda one: -len(one.ids)) for k in chunk]
         nats = torch.zeros(len(chunk), dtype=torch.float64)
         tokens = torch.zeros(len(chunk), dtype=torch.int64)
-        done = 0
-        while any(len(queue) > done for queue in queues):
-            longest = max(len(example.ids) for queue in queues for example in queue[done : done + 1])
-            width = max(1, PASS_TOKENS // (longest * len(chunk)))
-            batch = collate([queue[done : done + width] for queue in queues], pad_id=base.pad_id)
-            sums, counts = losses(base, adapters, batch)
+        for parts in _deal(queues, padded=not base.packs):
+            sums, counts = losses(base, adapters, collate(parts, pad_id=base.pad_id))
             nats += sums.double().cpu()
             tokens += counts.cpu()
-            done += width
         for k, total, count in zip(chunk, nats.tolist(), tokens.tolist(), strict=True):
             if count:  # a loss that is no number has diverged; as n/a it would make its method look better
                 found[k] = total / count if math.isfinite(total) else math.inf
@@ -69,26 +66,21 @@ def measure_answers(
     found: dict[int, dict[str, float | None]] = {k: dict.fromkeys(metrics) for k in ids}
     finished = len([k for k in ids if not _examples(clients[k], split)])
     for chunk in _chunks(clients, ids, split=split, cohort=min(cohort, ANSWER_ROWS)):
-        adapters = serve(torch.tensor(chunk))
-        queues = [
-            sorted(enumerate(_examples(clients[k], split)[:max_examples]), key=lambda one: -len(one[1].question))
-            for k in chunk
-        ]
-        totals = [dict.fromkeys(metrics, 0.0) for _ in chunk]
-        width = max(1, ANSWER_ROWS // len(chunk))
-        for done in range(0, max(len(queue) for queue in queues), width):
-            parts = [queue[done : done + width] for queue in queues]
-            active = [row for row, part in enumerate(parts) if part]
-            prompts = [[one.question for _, one in parts[row]] for row in active]
-            texts = answers(base, adapters.take(torch.tensor(active)), prompts, max_new_tokens=max_new_tokens)
-            for row, own in zip(active, texts, strict=True):
-                for (place, example), text in zip(parts[row], own, strict=True):
-                    written(chunk[row], place, text)
-                    scores = score_answer(text, example.answers)
-                    for metric in metrics:
-                        totals[row][metric] += scores[metric]
-        for k, queue, total in zip(chunk, queues, totals, strict=True):
-            found[k] = {metric: value / len(queue) for metric, value in total.items()}
+        asked = [_examples(clients[k], split)[:max_examples] for k in chunk]
+        texts = answers(
+            base,
+            serve(torch.tensor(chunk)),
+            [[example.question for example in own] for own in asked],
+            max_new_tokens=max_new_tokens,
+        )
+        for k, own, said in zip(chunk, asked, texts, strict=True):
+            total = dict.fromkeys(metrics, 0.0)
+            for place, (example, text) in enumerate(zip(own, said, strict=True)):
+                written(k, place, text)
+                scores = score_answer(text, example.answers)
+                for metric in metrics:
+                    total[metric] += scores[metric]
+            found[k] = {metric: value / len(own) for metric, value in total.items()}
         finished += len(chunk)
         progress(finished)
     return [found[k] for k in ids]
@@ -96,6 +88,27 @@ def measure_answers(
 
 def _examples(client: ClientData, split: str) -> Sequence[Encoded]:
     return {"train": client.train, "validation": client.validation, "test": client.test}[split]
+
+
+def _deal(queues: Sequence[Sequence[Encoded]], *, padded: bool) -> Iterator[list[Sequence[Encoded]]]:
+    """Deal clients' examples, the longest first, into passes of PASS_TOKENS, or of one example of each client.
+
+    padded: an example counts as long as the longest of its pass.
+    """
+    places = [0] * len(queues)
+    while active := [k for k, queue in enumerate(queues) if places[k] < len(queue)]:
+        longest = max(len(queues[k][places[k]].ids) for k in active)
+        room = PASS_TOKENS // len(active)
+        parts: list[Sequence[Encoded]] = [()] * len(queues)
+        for k in active:
+            start, used = places[k], 0
+            for example in queues[k][start:]:
+                used += longest if padded else len(example.ids)
+                if used > room and places[k] > start:
+                    break
+                places[k] += 1
+            parts[k] = queues[k][start : places[k]]
+        yield parts
 
 
 def _chunks(clients: Sequence[ClientData], ids: Sequence[int], *, split: str, cohort: int) -> list[list[int]]:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fedmira.errors import ModelError
+from fedmira.model.fused import fuse
 from fedmira.model.lora import Stack, find_targets, install
 from fedmira.model.loss import Head
 from fedmira.model.source import (
@@ -31,6 +32,7 @@ from fedmira.model.source import (
     positions,
     refuse,
 )
+from fedmira.model.tail import Tail, find_tail
 from fedmira.model.trial import check_decoder, check_prompts, list_unfit, packs
 
 __all__ = ["Base", "choose_device", "choose_dtype", "count_positions", "fingerprint", "load_base", "load_tokenizer"]
@@ -56,6 +58,8 @@ class Base:
     transposed: bool  # adapted weights are [in, out] (Conv1D)
     packs: bool  # passes may lay examples end to end; else they are padded
     stack: Stack = field(default_factory=Stack)
+    reach: int | None = None  # longest text whose attention is plainly causal (windows, chunks); None: any
+    tail: Tail | None = None  # what follows the last attention, where it can be cut to the labels
 
     @property
     def pad_id(self) -> int:
@@ -137,6 +141,7 @@ def wrap(
     with quiet():
         check_decoder(model, decoder, head, name=name)
         check_prompts(model, vocabulary=vocabulary, name=name)
+        fuse(decoder)
         names = _choose_targets(model, targets, head=output)
         layers = {layer: model.get_submodule(layer) for layer in names}
         unfit = list_unfit(decoder, layers, vocabulary=vocabulary)
@@ -144,7 +149,8 @@ def wrap(
             names = _leave_out(names, unfit, targets, name=name)
         stack = Stack()
         shapes = install(model, names, stack)
-        packed = packs(model, decoder)
+        reaches = packs(model, decoder)
+        tail = find_tail(model, decoder, stack) if reaches is not None else None
     return Base(
         name=name,
         model=model,
@@ -157,8 +163,10 @@ def wrap(
         device=head.weight.device,
         max_positions=positions(config),
         transposed=bool(model.get_submodule(names[0]).transposed),
-        packs=packed,
+        packs=reaches is not None,
+        reach=min(reaches, default=None) if reaches else None,
         stack=stack,
+        tail=tail,
     )
 
 

@@ -59,10 +59,12 @@ class _WeightedLoss(torch.autograd.Function):
         losses = torch.empty(len(targets), dtype=_wide(hidden), device=hidden.device)
         for start, stop in _chunks(len(targets), len(head.weight)):
             logits = head.logits(hidden[start:stop])
-            wanted = targets[start:stop]
-            losses[start:stop] = _cross_entropy(logits, wanted)
+            wanted = targets[start:stop, None]
             push = torch.softmax(logits, dim=1)
-            push[torch.arange(len(wanted), device=push.device), wanted] -= 1
+            # The largest probability is 1 / sum_v exp(logit_v - largest logit): no second pass of exponentials.
+            total = logits.amax(1) - push.amax(1).log()
+            losses[start:stop] = total - logits.gather(1, wanted).squeeze(1)
+            push.scatter_add_(1, wanted, push.new_full((1, 1), -1.0).expand(len(wanted), 1))
             if head.cap is not None:
                 push.mul_(1 - (logits / head.cap).square())
             push.mul_(weights[start:stop, None].to(push.dtype) * head.scale)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from fedmira.data.batches import Batch
+from fedmira.model.attention import packed_attention
 from fedmira.model.loss import Head
-from fedmira.model.packing import pack, packed_attention
+from fedmira.model.packing import pack
 from fedmira.model.source import first_line, refuse
 
 log = logging.getLogger(__name__)
@@ -103,8 +104,11 @@ def list_unfit(decoder: nn.Module, layers: dict[str, nn.Module], *, vocabulary: 
     return unfit
 
 
-def packs(model: transformers.PreTrainedModel, decoder: nn.Module) -> bool:
-    """Measure whether uneven examples laid end to end give the hidden states that each gives alone."""
+def packs(model: transformers.PreTrainedModel, decoder: nn.Module) -> frozenset[int] | None:
+    """Measure whether uneven examples laid end to end give the hidden states that each gives alone.
+
+    Return the reaches of its windows and chunks in tokens, none where it has no such layers; None if it does not pack.
+    """
     generator = torch.Generator().manual_seed(1)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     device = model.get_input_embeddings().weight.device
@@ -115,16 +119,16 @@ def packs(model: transformers.PreTrainedModel, decoder: nn.Module) -> bool:
         labels=torch.full((len(lengths), 1, 9), -100),
         lengths=torch.tensor(lengths)[:, None],
     )
-    plan = pack(batch, pad_id=0).to(device)
+    plan = pack(batch, pad_id=0, fused=device.type != "cpu").to(device)
     assert plan.attention is not None
     with torch.no_grad():
         alone = [decoder(input_ids=ids[0].to(device), use_cache=False).last_hidden_state[0] for ids in own]
         try:
-            with packed_attention(model, plan.attention):
+            with packed_attention(model, plan.attention) as turn:
                 states = decoder(input_ids=plan.ids, position_ids=plan.positions, use_cache=False).last_hidden_state
         except Exception as error:  # any architecture's own code may choke on a packed pass: padded ones it can do
             log.info("%s is trained on padded batches: %s", type(model).__name__, _describe(error))
-            return False
+            return None
     together = states[0]
     starts = {
         client: segment.start + place * segment.tokens
@@ -138,7 +142,7 @@ def packs(model: transformers.PreTrainedModel, decoder: nn.Module) -> bool:
     fits = worst <= _tolerance(together.dtype) * max(1.0, max(float(_wide(one).abs().max()) for one in alone))
     if not fits:
         log.info("%s is trained on padded batches: packed states differ by %.2g", type(model).__name__, worst)
-    return fits
+    return frozenset(turn.reaches) if fits else None
 
 
 def _sizes(given: Sequence[object]) -> list[int]:

@@ -1,0 +1,418 @@
+"""Greedy answers of many clients at once, each with its own adapter, with keys and values kept between tokens.
+
+A pass takes *lanes* of prompts, each of one client. What all prompts of a client begin with (a task's instruction) is
+computed and kept once per lane; of it only keys and values are needed, so the last layer does no more than these. The
+rest of the prompts is computed in batches of similar length, and gives every answer's first token. Answers that go on
+become rows, w per lane (some blank), so that the low-rank part stays one `bmm` over the clients; every row writes one
+token per step, and when enough rows have ended the others are drawn together.
+
+Any decoder can do this whose layers ask transformers' attention interface and take `position_ids`. Whether one does is
+measured on random tokens when it first answers; the others (recurrent layers, ALiBi, ...) are left to transformers'
+`generate`, with prompts padded on the left.
+
+Greedy means: the largest logit, the lowest id among equals; no penalties, no forced or forbidden tokens. An answer
+ends after any of the base's end-of-text ids, or after `max_new_tokens`.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from itertools import groupby
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from fedmira.adapters import Adapters
+from fedmira.model.kept import Enough, Part, Sees, Turn, attending, places_of
+from fedmira.model.lanes import ANSWER_ROWS, Lane, Text, blanks_among, deal_batches, deal_rows, plan_passes, segments_of
+from fedmira.model.load import Base, quiet
+from fedmira.model.source import first_line
+
+__all__ = ["ANSWER_ROWS", "answers", "padded_answers"]
+
+log = logging.getLogger(__name__)
+
+LEFT_SHARE = 0.75  # the rows are drawn together when so few of them are still writing
+LOGIT_BYTES = 64 * 2**20  # float32 logits held at once
+CHECK_EVERY = 8  # tokens between two looks at which rows have ended, where looking makes the host wait
+
+
+def answers(
+    base: Base, adapters: Adapters, prompts: Sequence[Sequence[Sequence[int]]], *, max_new_tokens: int
+) -> list[list[str]]:
+    """Return the greedy answer to every prompt; prompts[k] are the token ids of client k's, at least one token each.
+
+    A prompt and its answer must fit in the base's positions: the data layer cuts prompts for that, and counts.
+    """
+    kept = _find_kept(base)
+    found = [[""] * len(own) for own in prompts]
+    token_bytes = None if kept is None else kept.token_bytes
+    for lanes in plan_passes(prompts, max_new_tokens=max_new_tokens, token_bytes=token_bytes):
+        own = adapters.take(torch.tensor([lane.client for lane in lanes]))
+        if kept is None:
+            texts = padded_answers(base, own, [lane.prompts for lane in lanes], max_new_tokens=max_new_tokens)
+        else:
+            written = _write(base, kept, own, lanes, max_new_tokens=max_new_tokens)
+            texts = [base.tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in written]
+        for lane, said in zip(lanes, texts, strict=True):
+            for place, text in zip(lane.places, said, strict=True):
+                found[lane.client][place] = text
+    return found
+
+
+def padded_answers(
+    base: Base, adapters: Adapters, prompts: Sequence[Sequence[Sequence[int]]], *, max_new_tokens: int
+) -> list[list[str]]:
+    """Return the same by transformers' `generate`, in one batch with prompts padded on the left; at least one."""
+    width = max(len(own) for own in prompts)
+    filler = [base.pad_id]
+    flat = [list(ids) for own in prompts for ids in [*own, *[filler] * (width - len(own))]]
+    longest = max(len(ids) for ids in flat)
+    tokens = torch.full((len(flat), longest), base.pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for row, ids in enumerate(flat):
+        tokens[row, longest - len(ids) :] = torch.tensor(ids)
+        mask[row, longest - len(ids) :] = 1
+    greedy = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=base.pad_id)
+    with base.stack.filled(adapters, dtype=base.dtype, device=base.device), torch.no_grad(), quiet():
+        out = base.model.generate(tokens.to(base.device), attention_mask=mask.to(base.device), generation_config=greedy)
+    stops = set(_stops(base))
+    written = [_until(row, stops) for row in out[:, longest:].tolist()]
+    texts = base.tokenizer.batch_decode(written, skip_special_tokens=True)
+    return [texts[k * width : k * width + len(own)] for k, own in enumerate(prompts)]
+
+
+def _until(ids: Sequence[int], stops: set[int]) -> list[int]:
+    """Cut after the first end of text."""
+    end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+    return list(ids[: end + 1])
+
+
+def _stops(base: Base) -> list[int]:
+    """The ids that end a text: those of the checkpoint and the tokenizer's, as loaded (see load.wrap)."""
+    assert base.model.generation_config is not None
+    found = base.model.generation_config.eos_token_id
+    return [found] if isinstance(found, int) else list(found or [])
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is known of a base whose keys and values can be kept (kept.py).
+
+    token_bytes: keys and values of one token, all layers; rules: what each layer's tokens may see.
+    """
+
+    token_bytes: int
+    rules: tuple[Sees | None, ...]
+
+
+@dataclass(eq=False)
+class _Rows:
+    """Answers that go on, in lanes of equal width w: R rows, blank ones included.
+
+    parts: keys and values of what a lane's prompts begin with, of the rest of each row's, of what it wrote; keys
+    [R, L]: positions of all their tokens, NOWHERE for blanks; begins [R]: the position of the first token written.
+    lanes: the adapter of each lane; asked [R]: each row's prompt, -1 for a blank row; chosen [R]: the last token; ended
+    [R]: whether it needs no further one; shared, own: real tokens of each lane in the first part, each row in the
+    second.
+    """
+
+    parts: tuple[Part, Part, Part]
+    keys: Tensor
+    begins: Tensor
+    lanes: list[int]
+    asked: list[int]
+    chosen: Tensor
+    ended: Tensor
+    shared: list[int]
+    own: list[int]
+
+    @property
+    def width(self) -> int:
+        return len(self.asked) // len(self.lanes)
+
+    def draw(self) -> list[list[int]] | None:
+        """Return the rows to go on with, as new lanes; None if all may stay."""
+        going = (~self.ended).tolist()
+        if sum(going) > LEFT_SHARE * len(going):
+            return None
+        starts = range(0, len(going), self.width)
+        own = [[row for row in range(start, start + self.width) if going[row]] for start in starts]
+        first, prompts, written = self.parts
+        lanes = deal_rows([rows for rows in own if rows], shared=first.length, each=prompts.length + written.length)
+        return lanes if sum(len(rows) for rows in lanes) <= LEFT_SHARE * len(going) else None
+
+    def take(self, lanes: list[list[int]]) -> "_Rows":
+        """Return what is left when only these rows go on, as `draw` names them; one named again is blank there."""
+        rows = [row for lane in lanes for row in lane]
+        places = [lane[0] // self.width for lane in lanes]
+        shared, own = [self.shared[place] for place in places], [self.own[row] for row in rows]
+        device = self.begins.device
+        index = torch.tensor(rows, dtype=torch.int64, device=device)
+        first, prompts, written = self.parts
+        parts = (
+            first.of(torch.tensor(places, dtype=torch.int64, device=device), max(shared, default=0)),
+            prompts.of(index, max(own, default=0)),
+            written.of(index, written.length),
+        )
+        starts = (0, first.length, first.length + prompts.length)
+        keys = [self.keys[:, start : start + part.length] for start, part in zip(starts, parts, strict=True)]
+        blank = blanks_among(rows)
+        return _Rows(
+            parts=parts,
+            keys=torch.cat(keys, dim=1).index_select(0, index),
+            begins=self.begins.index_select(0, index),
+            lanes=[self.lanes[place] for place in places],
+            asked=[-1 if again else self.asked[row] for row, again in zip(rows, blank, strict=True)],
+            chosen=self.chosen.index_select(0, index),
+            ended=torch.tensor(blank, dtype=torch.bool, device=device),
+            shared=shared,
+            own=own,
+        )
+
+
+def _write(
+    base: Base, kept: Kept, adapters: Adapters, lanes: Sequence[Lane], *, max_new_tokens: int
+) -> list[list[list[int]]]:
+    """Return the tokens written to each prompt of each lane, the end of text among them; adapters [S] of the lanes."""
+    with torch.no_grad(), quiet():
+        found, rows = _begin(base, kept.rules, adapters, lanes, ends=_stops(base), new=max_new_tokens)
+        step = 0
+        while rows.asked:
+            own = adapters.take(torch.tensor(rows.lanes))
+            with base.stack.filled(own, dtype=base.dtype, device=base.device):
+                told, drawn = _go_on(base, kept, rows, range(step, max_new_tokens - 1))
+            step += len(told)
+            _tell(told, rows, into=found)
+            rows = rows.take(drawn)
+    ends = set(_stops(base))
+    texts = iter([_until(ids, ends) for ids in found])
+    return [[next(texts) for _ in lane.places] for lane in lanes]
+
+
+def _go_on(base: Base, kept: Kept, rows: _Rows, steps: range) -> tuple[list[Tensor], list[list[int]]]:
+    """Write a token per step until the rows are better drawn together; return the tokens [R], and the rows to keep."""
+    stops = torch.tensor(_stops(base), device=base.device)
+    check = 1 if base.device.type == "cpu" else CHECK_EVERY
+    told: list[Tensor] = []
+    for step in steps:
+        if step % check == 0:
+            drawn = rows.draw()
+            if drawn is not None:
+                return told, drawn
+        rows.chosen = _choose(base, _step(base, kept.rules, rows, step))
+        rows.ended |= (rows.chosen[:, None] == stops).any(dim=1)
+        told.append(rows.chosen)
+    return told, []
+
+
+def _tell(told: list[Tensor], rows: _Rows, *, into: list[list[int]]) -> None:
+    """Append the tokens chosen since the last time, each [R]."""
+    if told:
+        for place, ids in zip(rows.asked, torch.stack(told, dim=1).tolist(), strict=True):
+            if place >= 0:
+                into[place] += ids
+
+
+def _begin(
+    base: Base,
+    rules: tuple[Sees | None, ...],
+    adapters: Adapters | None,
+    lanes: Sequence[Lane],
+    *,
+    ends: Sequence[int],
+    new: int,
+) -> tuple[list[list[int]], _Rows]:
+    """Compute all prompts; return the first token of each and the rows that go on. adapters None: the base alone."""
+    first = Part(len(lanes), max(lane.shared for lane in lanes))
+    openings = [Text(k, k, lane.prompts[0][: lane.shared], 0) for k, lane in enumerate(lanes) if lane.shared]
+    for batch in deal_batches(openings):
+        _fill(base, rules, adapters, batch, into=first, rows=[text.place for text in batch], enough=True)
+    asked = [(k, lane, ids) for k, lane in enumerate(lanes) for ids in lane.prompts]
+    texts = [Text(k, place, ids[lane.shared :], lane.shared) for place, (k, lane, ids) in enumerate(asked)]
+    found: list[list[int]] = [[] for _ in texts]
+    filled: dict[int, tuple[Part, int]] = {}  # the part that holds a text's keys and values, and its row there
+    for batch in deal_batches(texts):
+        part = Part(len(batch), max(len(text.tokens) for text in batch))
+        states = _fill(base, rules, adapters, batch, into=part, after=first)
+        for row, (text, token) in enumerate(zip(batch, _choose(base, states).tolist(), strict=True)):
+            found[text.place].append(token)
+            filled[text.place] = (part, row)
+    going = [text for text in texts if new > 1 and found[text.place][0] not in ends]
+    return found, _gather(base, going, found, first, filled, new=new)
+
+
+def _gather(
+    base: Base,
+    texts: Sequence[Text],
+    found: Sequence[list[int]],
+    first: Part,
+    filled: dict[int, tuple[Part, int]],
+    *,
+    new: int,
+) -> _Rows:
+    """Lay the texts that go on out as rows."""
+    longest = max((len(text.tokens) for text in texts), default=0)
+    own = [[text.place for text in group] for _, group in groupby(texts, key=lambda text: text.lane)]
+    dealt = deal_rows(own, shared=first.length, each=longest + new - 1)
+    of = {text.place: text for text in texts}
+    rows = [of[place] for lane in dealt for place in lane]
+    lanes = [of[lane[0]] for lane in dealt]
+    prompts, written = Part(len(rows), longest), Part(len(rows), max(1, new - 1))
+    by_part: dict[Part, list[tuple[int, int]]] = {}
+    for row, text in enumerate(rows):
+        part, place = filled[text.place]
+        by_part.setdefault(part, []).append((row, place))
+    for part, places in by_part.items():
+        here, there = (torch.tensor(one, device=base.device) for one in zip(*places, strict=True))
+        prompts.copy(part, here, there)
+    shared = [text.after for text in lanes]
+    after, sizes = torch.tensor([[text.after, len(text.tokens)] for text in rows], dtype=torch.int64).view(-1, 2).T
+    cut = first.of(
+        torch.tensor([text.lane for text in lanes], dtype=torch.int64, device=base.device), max(shared, default=0)
+    )
+    keys = [
+        places_of(cut.length, torch.zeros_like(after), after),
+        places_of(longest, after, sizes),
+        places_of(written.length, after + sizes, torch.full_like(sizes, written.length)),
+    ]
+    blank = blanks_among([text.place for text in rows])
+    return _Rows(
+        parts=(cut, prompts, written),
+        keys=torch.cat(keys, dim=1).to(base.device),
+        begins=(after + sizes).to(base.device),
+        lanes=[text.lane for text in lanes],
+        asked=[-1 if again else text.place for text, again in zip(rows, blank, strict=True)],
+        chosen=torch.tensor([found[text.place][0] for text in rows], dtype=torch.int64, device=base.device),
+        ended=torch.tensor(blank, dtype=torch.bool, device=base.device),
+        shared=shared,
+        own=sizes.tolist(),
+    )
+
+
+def _fill(
+    base: Base,
+    rules: tuple[Sees | None, ...],
+    adapters: Adapters | None,
+    texts: Sequence[Text],
+    *,
+    into: Part,
+    after: Part | None = None,
+    rows: list[int] | None = None,
+    enough: bool = False,
+) -> Tensor:
+    """Compute one batch of texts, padded on the right: nothing real sees what comes after it.
+
+    Returns the last hidden states [n, d]; none if keys and values are `enough`. rows: of `into`, None for all in turn.
+    """
+    device = base.device
+    sizes = torch.tensor([len(text.tokens) for text in texts])
+    begins = torch.tensor([text.after for text in texts])
+    longest, before = int(sizes.max()), int(begins.max())
+    ids = torch.full((len(texts), longest), base.pad_id)
+    for row, text in enumerate(texts):
+        ids[row, : len(text.tokens)] = torch.tensor(text.tokens)
+    # No position beyond a text's own: the base may have no more.
+    queries = begins[:, None] + torch.minimum(torch.arange(longest), sizes[:, None] - 1)
+    keys = places_of(longest, begins, sizes)
+    earlier = []
+    if after is not None and before:
+        keys = torch.cat([places_of(before, torch.zeros_like(begins), begins), keys], dim=1)
+        earlier.append(after.seen_by(torch.tensor([text.lane for text in texts], device=device), before))
+    turn = Turn(
+        into=into,
+        rows=slice(None) if rows is None else torch.tensor(rows, device=device),
+        place=0,
+        earlier=earlier,
+        queries=queries.to(device),
+        keys=keys.to(device),
+        rules=rules,
+        enough_at=len(rules) - 1 if enough else None,
+    )
+    filled: AbstractContextManager[None] = nullcontext()
+    if adapters is not None:
+        own = adapters.take(torch.tensor(list(dict.fromkeys(text.lane for text in texts))))
+        filled = base.stack.filled(own, dtype=base.dtype, device=device, segments=segments_of(texts, longest))
+    with filled, suppress(Enough):
+        states = _pass(base, turn, ids.to(device))
+        return states[torch.arange(len(texts), device=device), (sizes - 1).to(device)]
+    return torch.empty(0, device=device)
+
+
+def _step(base: Base, rules: tuple[Sees | None, ...], rows: _Rows, step: int) -> Tensor:
+    """Compute what comes after the last token of every row; return its hidden states [R, d]."""
+    first, own, written = rows.parts
+    earlier = [part for part in (first, own) if part.length]
+    queries = rows.begins[:, None] + step
+    keys = rows.keys[:, : first.length + own.length + step + 1]
+    turn = Turn(written, slice(None), step, earlier, queries, keys, rules, written=True)
+    return _pass(base, turn, rows.chosen[:, None])[:, 0]
+
+
+def _pass(base: Base, turn: Turn, ids: Tensor) -> Tensor:
+    """Hidden states [R, T, d]."""
+    with attending(base.model, turn):
+        states: Tensor = base.decoder(input_ids=ids, position_ids=turn.queries, use_cache=False).last_hidden_state
+    return states
+
+
+def _choose(base: Base, states: Tensor) -> Tensor:
+    """The token with the largest logit [R], the lowest among equals."""
+    size = max(1, LOGIT_BYTES // (4 * len(base.head.weight)))
+    return torch.cat([base.head.logits(some).argmax(dim=-1) for some in torch.split(states, size)])
+
+
+_known: WeakKeyDictionary[Base, Kept | None] = WeakKeyDictionary()
+
+
+def _find_kept(base: Base) -> Kept | None:
+    """Return what is known of a base's keys and values, measured the first time; None where we cannot keep them."""
+    if base not in _known:
+        try:
+            _known[base] = _measure_kept(base)
+        except Exception as error:  # any architecture's own code may choke on it: transformers' generation can do it
+            log.info("%s answers by generate: %s: %s", base.name, type(error).__name__, first_line(error))
+            _known[base] = None
+    return _known[base]
+
+
+def _measure_kept(base: Base) -> Kept | None:
+    """Compare hidden states of kept passes with those of whole texts, each alone, on random tokens."""
+    stream = torch.Generator().manual_seed(4)
+    drawn = torch.randint(len(base.head.weight), (12,), generator=stream).tolist()
+    device = base.device
+    # Lanes of two prompts with 2 tokens in common, and of one alone; 2 steps each.
+    lanes = [
+        Lane(0, (0, 1), ((*drawn[:2], *drawn[3:6]), (*drawn[:2], drawn[7])), 2),
+        Lane(1, (0,), (tuple(drawn[8:10]),), 0),
+    ]
+    with torch.no_grad(), quiet():
+        plain = torch.arange(4, device=device)[None]
+        turn = Turn(Part(1, 4), slice(None), 0, [], plain, plain, None)
+        _pass(base, turn, torch.tensor([drawn[:4]], device=device))
+        rules = tuple(turn.found)
+        _, rows = _begin(base, rules, None, lanes, ends=(), new=3)
+        said, given = [], []
+        for step in range(2):
+            rows.chosen = torch.tensor([drawn[step + row] for row in range(len(rows.asked))], device=device)
+            given.append(rows.chosen.tolist())
+            said.append(_step(base, rules, rows, step))
+        worst = largest = 0.0
+        prompts = [ids for lane in lanes for ids in lane.prompts]
+        for row, place in enumerate(rows.asked):
+            if place < 0:
+                continue
+            whole = torch.tensor([[*prompts[place], *(ones[row] for ones in given)]], device=device)
+            alone = base.decoder(input_ids=whole, use_cache=False).last_hidden_state[0, -2:].double()
+            together = torch.stack([state[row] for state in said]).double()
+            worst = max(worst, float((alone - together).abs().max()))
+            largest = max(largest, float(alone.abs().max()))
+    layers = [*rows.parts[2].keys, *rows.parts[2].values]
+    tolerance = 5e-2 if base.dtype == torch.bfloat16 else 1e-4
+    if not layers or not worst <= tolerance * max(1.0, largest):
+        log.info("%s answers by generate: kept states differ by %.2g", base.name, worst)
+        return None
+    return Kept(sum(kept[0, :, 0].numel() * kept.element_size() for kept in layers), rules)

@@ -1,0 +1,174 @@
+"""Both roads of packed attention give what a plain softmax over the tokens that are seen gives, and its gradient."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedmira.model import attention
+from fedmira.model.attention import (
+    BLOCK,
+    KEPT,
+    SPAN,
+    Attention,
+    Rule,
+    Spans,
+    make_buckets,
+    make_spans,
+    packed_attention,
+)
+
+HEADS, KEYS, WIDTH = 4, 2, 6
+PLAIN = Rule(lambda batch, head, queries, keys: keys <= queries, None)
+WINDOW = Rule(lambda batch, head, queries, keys: (keys <= queries) & (keys > queries - 20), 20)
+SHORT = [5, 1, 40, 3, 60, 30, 2]
+LONG = [KEPT + 90, 7, 2 * BLOCK + 30, 2 * BLOCK]
+
+
+class Config:
+    _attn_implementation = "eager"
+
+
+class Model:
+    config = Config()
+
+
+def states(tokens: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    stream = torch.Generator().manual_seed(tokens)
+    return [
+        torch.randn(1, heads, tokens, WIDTH, generator=stream, dtype=dtype).requires_grad_()
+        for heads in (HEADS, KEYS, KEYS)
+    ]
+
+
+def run(
+    plan: Attention, given: list[Tensor], rule: Rule, cap: float | None, *, last: nn.Module | None = None
+) -> Tensor:
+    module = nn.Identity() if last is None else last
+    with packed_attention(Model(), plan, last=last):  # type: ignore[arg-type]
+        out, _ = attention._attend(module, *given, attention_mask=rule, scaling=0.7, softcap=cap)
+    return out
+
+
+def reference(sizes: list[int], given: list[Tensor], rule: Rule, cap: float | None) -> Tensor:
+    """Every example alone, one softmax over what its tokens see."""
+    parts = []
+    for query, key, value in zip(*(torch.split(one[0], sizes, dim=1) for one in given), strict=True):
+        key, value = (one.repeat_interleave(HEADS // KEYS, dim=0) for one in (key, value))
+        scores = 0.7 * query @ key.mT
+        if cap is not None:
+            scores = cap * torch.tanh(scores / cap)
+        places = torch.arange(query.shape[1])
+        scores = scores.masked_fill(~rule.mask(places), -torch.inf)
+        parts.append((torch.softmax(scores, -1) @ value).transpose(0, 1))
+    return torch.cat(parts)[None]
+
+
+def spans_of(sizes: list[int], where: Tensor) -> Spans:
+    """Spans of examples that share nothing."""
+    return make_spans([(0, size) for size in sizes], where, longest=max(sizes))
+
+
+def plans(sizes: list[int]) -> dict[str, Attention]:
+    lengths = torch.tensor(sizes)
+    where = torch.arange(sum(sizes))
+    return {
+        "spans": spans_of(sizes, where),
+        "buckets": make_buckets(lengths, torch.cumsum(lengths, 0) - lengths),
+    }
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("rule", [PLAIN, WINDOW], ids=["causal", "window"])
+@pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("road", ["spans", "buckets"])
+def test_attention_and_its_gradient_are_those_of_every_example_alone(
+    road: str, sizes: list[int], rule: Rule, cap: float | None
+) -> None:
+    given = states(sum(sizes))
+    push = torch.randn(1, sum(sizes), HEADS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = reference(sizes, given, rule, cap)
+    found = run(plans(sizes)[road], given, rule, cap)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    both = zip(torch.autograd.grad(found, given, push), torch.autograd.grad(wanted, given, push), strict=True)
+    for one, other in both:
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_short_examples_share_a_span_and_long_ones_have_their_own() -> None:
+    spans = spans_of([SPAN // 2, SPAN // 2, 1, SPAN + 5, 3], torch.tensor([0]))
+    assert spans.bounds == (SPAN, SPAN + 1, 2 * SPAN + 6, 2 * SPAN + 9)
+
+
+@pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
+def test_the_last_layer_answers_from_the_first_label_of_a_span_to_its_last(sizes: list[int]) -> None:
+    """Labels in the second and in the last example only; a gradient that comes from them is the whole one."""
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    where = torch.tensor([starts[1], *range(starts[-1] + 1, starts[-1] + sizes[-1])])
+    plan = spans_of(sizes, where)
+    given, last = states(sum(sizes)), nn.Identity()
+    wanted, found = reference(sizes, given, PLAIN, None), run(plan, given, PLAIN, None, last=last)
+    torch.testing.assert_close(found[:, where], wanted[:, where], rtol=1e-10, atol=1e-12)
+    assert bool((found == 0).all(-1).all(-1).any()), "rows that nobody asks for are left out"
+    push = torch.zeros_like(wanted)
+    push[:, where] = torch.randn(1, len(where), HEADS, WIDTH, dtype=torch.float64)
+    both = zip(torch.autograd.grad(found, given, push), torch.autograd.grad(wanted, given, push), strict=True)
+    for one, other in both:
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_a_pass_without_any_label_leaves_everything_out() -> None:
+    plan = spans_of(SHORT, torch.zeros(0, dtype=torch.int64))
+    found = run(plan, states(sum(SHORT)), PLAIN, None, last=nn.Identity())
+    assert not found.any()
+
+
+@pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
+def test_in_bfloat16_the_error_is_one_of_rounding(sizes: list[int]) -> None:
+    """Against float64 on the same numbers: below 1 % of the answers and 2 % of the gradients."""
+    exact = states(sum(sizes))
+    given = [one.detach().bfloat16().requires_grad_() for one in exact]
+    exact = [one.detach().double().requires_grad_() for one in given]
+    found, wanted = run(plans(sizes)["spans"], given, PLAIN, None), reference(sizes, exact, PLAIN, None)
+    push = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    pairs = [(found, wanted, 0.01)]
+    pairs += [
+        (one, other, 0.02)
+        for one, other in zip(
+            torch.autograd.grad(found, given, push), torch.autograd.grad(wanted, exact, push.double()), strict=True
+        )
+    ]
+    for one, other, bound in pairs:
+        assert float((one.detach().double() - other.detach()).norm() / other.detach().norm()) < bound
+
+
+def test_a_long_text_is_cut_into_blocks_that_leave_out_what_none_of_their_queries_sees() -> None:
+    plan = spans_of([300, 7], torch.zeros(1, dtype=torch.int64))
+    assert plan.bounds == (300, 307)
+    short, long = plan.blocks(Rule(lambda batch, head, queries, keys: keys > queries - 100, 100), torch.float32)
+    places = [(one.first, one.start, one.stop, one.blank) for one in long]
+    assert places == [(140, 236, 300, 20), (0, 128, 256, 0), (0, 0, 128, 0)]
+    assert [(one.first, one.start, one.stop, one.blank) for one in short] == [(275, 275, 307, 25)]
+
+
+def test_sizes_are_filled_up_from_what_lies_before() -> None:
+    """The second text's 40 queries become 64: 24 more that see nothing and come to 0; the first has nothing before."""
+    plan = spans_of([133, 40], torch.zeros(1, dtype=torch.int64))
+    ((second,), (first,)) = plan.blocks(PLAIN, torch.float32)
+    assert (first.first, first.start, first.stop, first.blank) == (0, 0, 133, 0)
+    assert (second.first, second.start, second.stop, second.blank) == (109, 109, 173, 24)
+    assert not (second.bias[24:, :24] == 0).any(), "no token sees what lies before its span"
+    assert torch.equal(second.bias[24:, 24:] == 0, torch.ones(40, 40, dtype=torch.bool).tril())
+
+
+def test_examples_of_a_group_see_what_they_share_and_nothing_of_each_other() -> None:
+    """Two tokens shared by rests of 1 and 2, then a text of its own: places 0 1 | 2 | 3 4 | 5."""
+    plan = make_spans([(2, 1, 2), (0, 1)], torch.tensor([2, 4]), longest=4)
+    ((block,),) = plan.blocks(PLAIN, torch.float32)
+    assert (block.bias == 0).int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0],
+        [1, 1, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]

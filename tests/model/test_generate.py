@@ -1,0 +1,257 @@
+"""Greedy answers of many clients in one pass are those that PEFT generates client by client, prompt by prompt."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import tiny
+
+from fedmira.adapters import Adapters
+from fedmira.model import generate, kept, lanes
+from fedmira.model.generate import answers, padded_answers
+from fedmira.model.lanes import count_tokens, plan_passes
+from fedmira.model.load import Base
+
+RANKS = (1, 4, 2, 3)
+NEW = 12
+WINDOWS = ("mistral", "gemma2", "gemma3", "phi3", "qwen2_moe", "llama4")  # of 4 or 16 tokens
+KEEPING = [family for family in (*tiny.FAMILIES, "qwen2_moe", "llama4") if family not in tiny.PADDED]
+
+
+def make(family: str, dtype: torch.dtype = torch.float32, **others: Any) -> tuple[Base, Adapters]:
+    base = tiny.base(family, targets="all-linear", dtype=dtype, **others)
+    return base, tiny.adapters(tiny.layout(base, max(RANKS)), RANKS, dtype=dtype)
+
+
+def draw_prompts(seed: int = 3, counts: tuple[int, ...] = (5, 0, 1, 9)) -> list[list[list[int]]]:
+    """Uneven numbers of prompts, of 1 to 31 tokens; those of the first and the last client begin alike."""
+    stream = np.random.default_rng(seed)
+    made = []
+    for count in counts:
+        opening = stream.integers(2, tiny.VOCABULARY, 12).tolist()
+        made.append(
+            [opening + stream.integers(2, tiny.VOCABULARY, int(stream.integers(1, 20))).tolist() for _ in range(count)]
+        )
+    made[2] = [[7]] * counts[2]
+    return made
+
+
+def by_peft(family: str, base: Base, stack: Adapters, prompts: list[list[list[int]]], end: Any = tiny.END) -> Any:
+    """Every prompt alone, through PEFT's own generate."""
+    plain = tiny.model(family, dtype=stack.rows.dtype)
+    found = []
+    for k, own in enumerate(prompts):
+        made = tiny.peft_client(plain, stack, k, modules=[name for name, _, _ in base.shapes])
+        texts = []
+        for prompt in own:
+            with torch.no_grad():
+                out = made.generate(
+                    input_ids=torch.tensor([prompt]),
+                    attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+                    do_sample=False,
+                    max_new_tokens=NEW,
+                    pad_token_id=tiny.END,
+                    eos_token_id=end,
+                )
+            texts.append(base.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
+        found.append(texts)
+    return found
+
+
+@contextmanager
+def watched(base: Base) -> Iterator[list[torch.Size]]:
+    """The shapes [rows, tokens] of every pass through the decoder."""
+    shapes: list[torch.Size] = []
+    hook = base.decoder.register_forward_pre_hook(
+        lambda _, given, named: shapes.append(named["input_ids"].shape), with_kwargs=True
+    )
+    try:
+        yield shapes
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("family", KEEPING)
+def test_answers_in_float32_are_what_peft_generates_token_for_token(family: str) -> None:
+    base, stack = make(family)
+    assert generate._find_kept(base) is not None
+    prompts = draw_prompts()
+    found = answers(base, stack, prompts, max_new_tokens=NEW)
+    assert found == by_peft(family, base, stack, prompts)
+    assert len({text for own in found for text in own}) > 8
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_windows_are_known_by_their_rule(family: str) -> None:
+    known = generate._find_kept(make(family)[0])
+    assert known is not None
+    assert any(rule is not None for rule in known.rules)
+
+
+@pytest.mark.parametrize("family", tiny.PADDED)
+def test_bases_whose_keys_cannot_be_kept_are_left_to_generate(family: str) -> None:
+    base, stack = make(family)
+    assert generate._find_kept(base) is None
+    prompts = draw_prompts()
+    assert answers(base, stack, prompts, max_new_tokens=NEW) == by_peft(family, base, stack, prompts)
+
+
+def test_a_base_that_keeps_something_else_than_it_should_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = kept.Part.keep
+
+    def wrong(self: Any, layer: int, rows: Any, places: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        real(self, layer, rows, places, key + 0.1, value)
+
+    monkeypatch.setattr(kept.Part, "keep", wrong)
+    assert generate._find_kept(make("llama")[0]) is None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("rows", "kept_bytes", "fill_tokens", "scores"),
+    [(1, 2**30, 2048, 2**24), (3, 2**30, 40, 2**24), (256, 20_000, 2048, 2**24), (256, 2**30, 1, 500)],
+)
+def test_an_answer_does_not_depend_on_what_shares_its_pass(
+    family: str, rows: int, kept_bytes: int, fill_tokens: int, scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, stack = make(family)
+    prompts = draw_prompts()
+    together = answers(base, stack, prompts, max_new_tokens=NEW)
+    monkeypatch.setattr(lanes, "ANSWER_ROWS", rows)
+    monkeypatch.setattr(lanes, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(lanes, "FILL_TOKENS", fill_tokens)
+    monkeypatch.setattr(kept, "SCORES", scores)
+    assert answers(base, stack, prompts, max_new_tokens=NEW) == together
+    order = torch.tensor([3, 0, 2, 1])
+    turned = answers(base, stack.take(order), [prompts[k][::-1] for k in order], max_new_tokens=NEW)
+    assert turned == [together[k][::-1] for k in order]
+
+
+def test_looking_less_often_for_ended_rows_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, stack = make("llama")
+    prompts = draw_prompts()
+    often = answers(base, stack, prompts, max_new_tokens=NEW)
+    monkeypatch.setattr(generate._Rows, "draw", lambda self: None)
+    assert answers(base, stack, prompts, max_new_tokens=NEW) == often
+
+
+def test_an_answer_ends_with_any_of_several_ends() -> None:
+    base, stack = make("llama")
+    prompts = draw_prompts()
+    whole = answers(base, stack, prompts, max_new_tokens=NEW)
+    words = [word for own in whole for text in own for word in text.split()[1:-1]]
+    common = sorted(set(words), key=words.count)[-2:]  # ordinary words that stand inside of answers
+    ends = [tiny.END, *(int(word[1:]) for word in common)]
+    base.model.generation_config.eos_token_id = ends  # type: ignore[union-attr]
+    found = answers(base, stack, prompts, max_new_tokens=NEW)
+    assert found == by_peft("llama", base, stack, prompts, end=ends)
+    last = {text.split()[-1] for own in found for text in own if text}
+    assert set(common) <= last
+    for own, before in zip(found, whole, strict=True):
+        for text, long in zip(own, before, strict=True):
+            assert long.startswith(text)
+            assert not set(common) & set(text.split()[:-1])
+
+
+def test_one_token_is_one_token() -> None:
+    base, stack = make("gpt2")
+    prompts = draw_prompts()
+    long = answers(base, stack, prompts, max_new_tokens=NEW)
+    short = answers(base, stack, prompts, max_new_tokens=1)
+    assert short == [[" ".join(text.split()[:1]) for text in own] for own in long]
+
+
+def test_nobody_asked_is_nobody_answered() -> None:
+    base, stack = make("gpt2")
+    assert answers(base, stack, [[], [], [], []], max_new_tokens=NEW) == [[], [], [], []]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_prompt_that_fills_all_positions_is_answered_beside_short_ones(family: str) -> None:
+    base, stack = make(family)
+    stream = np.random.default_rng(0)
+    opening = stream.integers(2, tiny.VOCABULARY, 20).tolist()
+    lengths = (tiny.POSITIONS - NEW - 20, tiny.POSITIONS - NEW - 25, 1)
+    prompts = [[opening + stream.integers(2, tiny.VOCABULARY, size).tolist() for size in lengths] for _ in RANKS]
+    prompts[1] = [one[20:] for one in prompts[1]]  # begins with nothing in common, and is as much shorter
+    assert answers(base, stack, prompts, max_new_tokens=NEW) == by_peft(family, base, stack, prompts)
+
+
+def test_what_a_clients_prompts_begin_with_is_computed_once() -> None:
+    base, stack = make("llama")
+    generate._find_kept(base)
+    prompts = [[[5, *range(2, 22), 3 + place] for place in range(10)], [], [], []]
+    with watched(base) as shapes:
+        answers(base, stack, prompts, max_new_tokens=1)
+    assert sorted(shapes) == [(1, 21), (10, 1)]
+
+
+def test_prompts_that_are_the_same_or_begin_another_are_answered() -> None:
+    base, stack = make("llama")
+    long = list(range(2, 22))
+    prompts = [[long, long, long[:-3]], [], [], []]
+    assert answers(base, stack, prompts, max_new_tokens=NEW) == by_peft("llama", base, stack, prompts)
+
+
+def test_rows_that_have_ended_are_computed_no_more() -> None:
+    base, stack = make("llama")
+    base.model.generation_config.eos_token_id = [tiny.END, 3, 8, 12]  # type: ignore[union-attr]
+    generate._find_kept(base)
+    prompts = draw_prompts()
+    written: list[int] = []
+    decode = base.tokenizer.batch_decode
+    base.tokenizer.batch_decode = lambda ids, **others: written.extend(map(len, ids)) or decode(ids, **others)  # type: ignore[func-returns-value, method-assign, assignment]
+    with watched(base) as shapes:
+        answers(base, stack, prompts, max_new_tokens=NEW)
+    # Passes of a single token: the last steps are as many as the longest answer has tokens after its first.
+    rows = [shape[0] for shape in shapes if shape[1] == 1][1 - max(written) :]
+    going = [sum(count > step for count in written) for step in range(1, max(written))]
+    assert going[0] > 2 * going[-1]
+    assert all(count <= those < 2 * count + 2 for count, those in zip(going, rows, strict=True))
+
+
+def test_a_base_in_bfloat16_answers_as_generate_does_where_it_is_sure() -> None:
+    base, stack = make("llama", torch.bfloat16)
+    prompts = draw_prompts()
+    known = generate._find_kept(base)
+    assert known is not None
+    assert known.token_bytes == 2 * 2 * 2 * 4 * 2  # layers, keys and values, heads, width, bytes
+    found = answers(base, stack, prompts, max_new_tokens=4)
+    asked = [own for own in prompts if own]
+    theirs = padded_answers(base, stack.take(torch.tensor([0, 2, 3])), asked, max_new_tokens=4)
+    same = [
+        a == b
+        for own, other in zip([f for f in found if f], theirs, strict=True)
+        for a, b in zip(own, other, strict=True)
+    ]
+    assert sum(same) >= 0.6 * len(same)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 10, 256])
+@pytest.mark.parametrize("kept_bytes", [1, 20_000, 2**30])
+@pytest.mark.parametrize("token_bytes", [None, 256])
+def test_passes_hold_every_prompt_once_and_no_more_than_they_may(
+    rows: int, kept_bytes: int, token_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "ANSWER_ROWS", rows)
+    monkeypatch.setattr(lanes, "PADDED_ROWS", rows)
+    monkeypatch.setattr(lanes, "KEPT_BYTES", kept_bytes)
+    prompts = draw_prompts(counts=(30, 0, 1, 7))
+    seen = []
+    for some in plan_passes(prompts, max_new_tokens=NEW, token_bytes=token_bytes):
+        counts = [len(lane.places) for lane in some]
+        if token_bytes is None:
+            assert len(counts) * max(counts) <= rows
+            assert 2 * min(counts) >= max(counts)
+        else:
+            assert sum(counts) <= rows
+            assert sum(counts) == 1 or count_tokens(some, NEW) * token_bytes <= kept_bytes
+        for lane in some:
+            assert [list(ids) for ids in lane.prompts] == [prompts[lane.client][place] for place in lane.places]
+            assert len({ids[: lane.shared] for ids in lane.prompts}) == 1
+            assert all(len(ids) > lane.shared for ids in lane.prompts)
+            seen += [(lane.client, place) for place in lane.places]
+    assert sorted(seen) == [(k, place) for k, own in enumerate(prompts) for place in range(len(own))]
