@@ -43,6 +43,7 @@ from fedmira.methods.base import (
     serve_own,
     start_state,
 )
+from fedmira.mixing import mix_rows
 
 
 class GraphConfig(Settings):
@@ -143,9 +144,5 @@ def laplacian_step(rows: Tensor, near: Coupling, *, coupling: float, stored: Ten
     rows [S, P] uploads in the order of near.ids; stored [K, P] rows on the server, read at near.neighbours only.
     Source: MIRA equation 8.
     """
-    mixing = np.diag(1 - coupling * near.degree) + coupling * near.within
-    mixed = torch.from_numpy(mixing).to(rows.dtype) @ rows
-    if len(near.neighbours):
-        outside = torch.from_numpy(coupling * near.outside).to(rows.dtype)
-        mixed += outside @ stored[torch.from_numpy(near.neighbours)]
-    return mixed
+    within = np.diag(1 - coupling * near.degree) + coupling * near.within
+    return mix_rows(within, rows, outside=coupling * near.outside, stored=stored, neighbours=near.neighbours)

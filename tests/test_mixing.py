@@ -1,0 +1,94 @@
+"""Mixed rows against the plain product, over the limits of strips and turns."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedmira.errors import ShapeError
+from fedmira.mixing import mix_rows
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Let torch use two threads, so that turns run side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("columns", [1, 16, 8192, 32768, 32769, 100_003])
+@pytest.mark.parametrize("count", [1, 3, 8, 32, 100])
+@pytest.mark.usefixtures("threads")
+def test_rows_are_mixed_as_by_one_product_whatever_their_number_and_length(count: int, columns: int) -> None:
+    rows, within = draw(count, columns), draw(count, count).numpy()
+    torch.testing.assert_close(mix_rows(within, rows), torch.from_numpy(within) @ rows, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("neighbours", [[5], [0, 7, 3], list(range(12, 5012))])
+@pytest.mark.usefixtures("threads")
+def test_stored_neighbours_are_added(neighbours: list[int]) -> None:
+    columns = 40_001 if len(neighbours) < 10 else 300
+    rows, stored = draw(4, columns), draw(max(neighbours) + 1, columns)
+    within, outside = draw(4, 4).numpy(), draw(4, len(neighbours)).numpy()
+    outside[outside < 0] = 0
+    outside[2] = 0
+    found = mix_rows(within, rows, outside=outside, stored=stored, neighbours=np.array(neighbours))
+    expected = torch.from_numpy(within) @ rows + torch.from_numpy(outside) @ stored[neighbours]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_stored_rows_that_are_no_neighbours_are_not_read() -> None:
+    stored = torch.full((4, 40_000), torch.nan)
+    stored[2] = 10
+    found = mix_rows(
+        np.array([[0.5]]),
+        torch.full((1, 40_000), 4.0),
+        outside=np.array([[0.25]]),
+        stored=stored,
+        neighbours=np.array([2]),
+    )
+    assert torch.equal(found, torch.full((1, 40_000), 4.5))
+
+
+def test_the_number_of_threads_does_not_change_the_bits() -> None:
+    rows, within = draw(8, 100_003, dtype=torch.float32), draw(8, 8).numpy()
+    stored, outside = draw(5, 100_003, dtype=torch.float32), draw(8, 2).numpy()
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(mix_rows(within, rows, outside=outside, stored=stored, neighbours=np.array([1, 4])))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_float32_rows_are_as_near_to_the_exact_answer_as_one_product() -> None:
+    rows, within = draw(32, 50_000, dtype=torch.float32), draw(32, 32).numpy()
+    exact = torch.from_numpy(within) @ rows.double()
+    plain = (torch.from_numpy(within).float() @ rows - exact).abs().max()
+    found = mix_rows(within, rows)
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() <= 2 * plain
+
+
+def test_inputs_stay_and_the_answer_is_new_memory() -> None:
+    rows, stored = draw(2, 50), draw(3, 50)
+    kept, held = rows.clone(), stored.clone()
+    mix_rows(np.eye(2), rows, outside=np.ones((2, 1)), stored=stored, neighbours=np.array([2])).zero_()
+    assert torch.equal(rows, kept)
+    assert torch.equal(stored, held)
+
+
+def test_weights_that_do_not_fit_are_refused_with_both_shapes() -> None:
+    with pytest.raises(ShapeError, match=r"\(3, 3\): need \[2, 2\] for 2 rows"):
+        mix_rows(np.eye(3), draw(2, 5))
+    with pytest.raises(ShapeError, match=r"\[2, 1\] for 1 stored"):
+        mix_rows(np.eye(2), draw(2, 5), outside=np.ones((2, 3)), stored=draw(4, 5), neighbours=np.array([2]))
