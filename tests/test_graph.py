@@ -1,5 +1,6 @@
 """Graphs, their Laplacians and the largest stable coupling, in numbers worked by hand."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +234,87 @@ def test_just_below_the_limit_a_repeated_step_converges_and_just_above_it_diverg
     for factor, contracts in ((0.99, True), (1.01, False)):
         radius = np.abs(np.linalg.eigvals(np.eye(len(operator)) - factor * limit * operator)).max()
         assert (radius <= 1 + 1e-9) == contracts
+
+
+# ---------------------------------------------------------------- graphs too large to be kept
+
+
+LARGE = {
+    "random": lambda clients: random_graph(clients, seed=3),
+    "uniform": uniform_graph,
+    "groups": lambda clients: group_graph([f"g{k % 4}" for k in range(clients)]),
+}
+
+
+@pytest.fixture(params=LARGE)
+def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Graph, Graph]:
+    """The same graph of 40 clients as a matrix and as a rule."""
+    kept = LARGE[request.param](40)
+    monkeypatch.setattr(graphs, "_LISTED", 0)
+    monkeypatch.setattr(graphs, "_BLOCK", 7)
+    rule = LARGE[request.param](40)
+    assert isinstance(rule.weights, graphs.Rule)
+    assert not isinstance(kept.weights, graphs.Rule)
+    return kept, rule
+
+
+@pytest.mark.parametrize("ids", [[5], [1, 2, 30], [39, 0, 17], range(40)])
+def test_a_graph_that_is_computed_where_it_is_needed_is_the_graph_that_is_kept(
+    ids: list[int], both: tuple[Graph, Graph]
+) -> None:
+    kept, rule = both
+    some = np.array(ids)
+    assert np.array_equal(kept.subgraph(some), rule.subgraph(some))
+    assert np.array_equal(kept.subgraph(some, np.array([7, 5])), rule.subgraph(some, np.array([7, 5])))
+    assert np.array_equal(kept.neighbours(some), rule.neighbours(some))
+    assert kept.degrees(some) == pytest.approx(rule.degrees(some))
+    assert (kept.clients, kept.kind, kept.note, kept.symmetric) == (rule.clients, rule.kind, rule.note, rule.symmetric)
+    assert rule.entries in (kept.entries, None)
+    for kind in graphs.NORMALISATIONS:
+        for stored in (False, True):
+            one, other = (couple(graph, some, kind=kind, stored=stored) for graph in both)
+            assert one.within == pytest.approx(other.within)
+            assert one.outside == pytest.approx(other.outside)
+            assert np.array_equal(one.neighbours, other.neighbours)
+
+
+def test_the_random_recipe_is_one_draw_of_a_whole_matrix() -> None:
+    """Index for index: a_kl = (b_kl + b_lk) / 2 of one row-major draw, as studies that have begun have it."""
+    draw = np.random.default_rng([3, 0x6D697261]).random((40, 40))
+    expected = (draw + draw.T) / 2
+    expected[expected < 0.25] = 0
+    np.fill_diagonal(expected, 0)
+    assert np.array_equal(random_graph(40, seed=3).weights.toarray(), expected)
+
+
+def test_a_large_graphs_fingerprint_tells_its_seed_its_groups_and_its_clients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(graphs, "_LISTED", 0)
+    made = [
+        *(random_graph(clients, seed=seed) for clients, seed in ((100, 0), (100, 1), (101, 0))),
+        *(uniform_graph(clients) for clients in (100, 101)),
+        *(group_graph([f"g{k % count}" for k in range(100)]) for count in (2, 3)),
+        group_graph([f"g{k % 2 if k < 99 else 0}" for k in range(100)]),  # differs after the first 64 only
+    ]
+    assert len({graph.fingerprint for graph in made}) == len(made)
+    assert random_graph(100, seed=0).fingerprint == made[0].fingerprint
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_ten_thousand_clients_need_no_matrix(kind: str) -> None:
+    tracemalloc.start()
+    graph = LARGE[kind](10_000)
+    near = couple(graph, np.arange(0, 10_000, 1250), kind="row", stored=False)
+    assert graph.fingerprint
+    assert graph.edges(10**6) is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert near.within.shape == (8, 8)
+    assert largest_coupling(graph, [near]) > 0
+    assert peak < 10e6  # the matrix is 800 MB
+
+
+def test_a_small_graph_lists_its_edges() -> None:
+    assert group_graph(["x", "y", "x"]).edges(2) == [(0, 2, 1.0), (2, 0, 1.0)]
+    assert group_graph(["x", "y", "x"]).edges(1) is None

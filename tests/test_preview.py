@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from tests import small_study
 from tests.small_study import CLIENTS, command, has_traceback
 
-from fedmira import bundled, preview, study
+from fedmira import bundled, handover, preview, store, study
 from fedmira.config import PARTITIONERS, Config, check_config
 from fedmira.config_file import read_config
 from fedmira.runs import RunFolder
@@ -68,6 +68,33 @@ def test_the_plan_adds_up_and_measured_what_it_says(config: Path) -> None:
     shares = [plan.work[label].trained for label in ("local", "fedavg", "mira")]
     assert shares[0] == shares[1] == shares[2]
     assert plan.work["fedavg"].scored > plan.work["local"].scored  # a shared model changes everybody's loss
+
+
+def test_the_plan_counts_rows_where_they_will_lie(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One round of 3 of 6 clients: 3 rows and 2 x 3 moments; fedavg's own are one row and as many moments."""
+
+    def plan(**changes: Any) -> preview.Plan:
+        raw = small_study.settings(*inputs, tmp_path / "study", federation={"rounds": 1}, **changes)
+        return preview.plan_study(check_config(raw))
+
+    kept = {"training": {"keep_optimizer": True}}
+    row = plan().memory["rows"] // 3
+    assert row > 4 * plan().parameters - 1
+    assert plan(**kept).memory["rows"] == 9 * row
+    assert plan(**kept).disk["rows"] == 0
+    copied = plan().disk["adapters"]
+    assert copied == 3 * 6 * 4 * plan().parameters
+    monkeypatch.setattr(store, "RAM_BYTES", row)
+    monkeypatch.setattr(handover, "LINK_BYTES", 0)
+    large = plan(**kept, methods=[{"name": "fedavg"}])
+    assert (large.memory["rows"], large.disk["rows"]) == (row, 6 * row)  # its one row stays in memory
+    assert large.disk["adapters"] == 4 * plan().parameters  # one file for all
+    large = plan(**kept)
+    assert (large.memory["rows"], large.disk["rows"]) == (row, 9 * row)
+    assert large.disk["adapters"] == (4 + 1 + 4) * 4 * plan().parameters  # one for those never drawn
+    assert large.disk["checkpoints"] == preview.COPIES * (9 + 7 + 9) * row
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(config: Path, tmp_path: Path) -> None:

@@ -11,14 +11,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedmira import store
-from fedmira.errors import StoreError
+from fedmira.errors import ShapeError, StoreError
 from fedmira.store import (
+    Picked,
+    Rows,
     append_lines,
     checkpoint_rounds,
     load_chain,
@@ -197,7 +200,119 @@ def test_json_that_is_missing_or_damaged_is_a_store_error(tmp_path: Path) -> Non
         read_json(tmp_path / "a.json")
 
 
+# ---------------------------------------------------------------- rows of all clients
+
+
+START = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+KINDS = torch.tensor([0, 1, 1, 0])
+ALL = torch.arange(4)
+
+
+@pytest.fixture(params=["memory", "file"])
+def client_rows(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rows:
+    monkeypatch.setattr(store, "RAM_BYTES", 0)
+    found = Rows(START, KINDS, tmp_path if request.param == "file" else None)
+    assert found.mapped == (request.param == "file")
+    return found
+
+
+def test_a_row_that_was_never_written_reads_as_its_own_start(client_rows: Rows) -> None:
+    assert torch.equal(client_rows[torch.tensor([3, 1, 1])], START[[0, 1, 1]])
+    client_rows[torch.tensor([1])] = torch.tensor([[7.0, 8.0, 9.0]])
+    assert client_rows[ALL].tolist() == [[1, 2, 3], [7, 8, 9], [4, 5, 6], [1, 2, 3]]
+
+
+def test_rows_come_back_in_the_order_they_are_asked_for(client_rows: Rows) -> None:
+    values = torch.arange(12.0).view(4, 3)
+    client_rows[torch.tensor([2, 0, 3, 1])] = values
+    assert torch.equal(client_rows[torch.tensor([2, 0, 3, 1])], values)
+    assert torch.equal(client_rows[torch.tensor([0, 0, 1], dtype=torch.int32)], values[[1, 1, 3]])
+
+
+def test_what_is_read_is_a_copy(client_rows: Rows) -> None:
+    for k in (torch.tensor([0]), torch.tensor([1])):
+        client_rows[torch.tensor([1])] = torch.full((1, 3), 7.0)
+        before = client_rows[ALL]
+        client_rows[k].zero_()
+        client_rows.numpy()[k.numpy(), 0:2][:] = 0
+        assert torch.equal(client_rows[ALL], before)
+
+
+def test_columns_are_those_of_the_rows(client_rows: Rows) -> None:
+    client_rows[torch.tensor([1])] = torch.tensor([[7.0, 8.0, 9.0]])
+    for ids in ([2, 1, 0], [1, 1], [3]):
+        expected = client_rows[torch.tensor(ids)][:, 1:3].numpy()
+        assert np.array_equal(client_rows.numpy()[np.array(ids), 1:3], expected)
+
+
+@pytest.mark.parametrize("ids", [0, [0, 1], slice(None), torch.tensor(0), torch.tensor([True] * 4)])
+def test_all_rows_are_never_read_at_once(ids: Any, client_rows: Rows) -> None:
+    with pytest.raises(ShapeError, match=r"take rows\[ids\]"):
+        client_rows[ids]
+    with pytest.raises(AttributeError, match=r"no 'mean'.*take rows\[ids\]"):
+        client_rows.mean(dim=0)
+
+
+def test_a_file_of_rows_has_no_name_and_no_room_for_what_was_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "RAM_BYTES", 1 << 20)
+    found = Rows(torch.zeros(1, 1 << 18), torch.zeros(1000, dtype=torch.int64), tmp_path)  # 1 MB a row
+    found[torch.tensor([500])] = torch.ones(1, 1 << 18)
+    assert found.mapped
+    assert found[torch.tensor([500, 2])].sum(dim=1).tolist() == [1 << 18, 0]
+    assert list(tmp_path.iterdir()) == []
+    assert found._file is not None
+    assert os.fstat(found._file.fileno()).st_blocks * 512 < 3 << 20
+
+
+def test_few_rows_stay_in_memory(tmp_path: Path) -> None:
+    assert not Rows(START, KINDS, tmp_path).mapped
+
+
+def test_a_disk_that_fills_under_a_file_of_rows_is_an_error_and_no_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "RAM_BYTES", 0)
+    found = Rows(START, KINDS, tmp_path)
+    write, calls = os.pwrite, iter(range(100))
+
+    def little(handle: int, data: Any, offset: int) -> int:
+        return write(handle, data[:5], offset) if next(calls) < 6 else fail(errno.ENOSPC)()
+
+    monkeypatch.setattr(os, "pwrite", little)
+    found[torch.tensor([0])] = torch.full((1, 3), 7.0)  # 12 bytes in three parts
+    assert found[torch.tensor([0])].tolist() == [[7, 7, 7]]
+    with pytest.raises(OSError, match="No space left"):
+        found[torch.tensor([1, 2])] = torch.full((2, 3), 7.0)
+    assert torch.equal(found[torch.tensor([1, 2])], START[[1, 1]])  # what was not written whole does not count
+
+
 # ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("block_bytes", [1, 12, 30, 1 << 20])
+def test_rows_are_written_a_block_at_a_time_and_come_back_in_order(
+    block_bytes: int, client_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "BLOCK_BYTES", block_bytes)
+    client_rows[torch.tensor([1, 3])] = torch.tensor([[7.0, 8.0, 9.0], [1.0, 0.0, 1.0]])
+    ids = torch.tensor([3, 0, 1])
+    save_checkpoint(tmp_path / "saved", 1, {"state": {"ids": ids, "rows": Picked(client_rows, ids)}}, full=True)
+    (found,) = load_chain(tmp_path / "saved")
+    assert torch.equal(found.files["state"]["rows"], client_rows[ids])
+    assert torch.equal(found.files["state"]["ids"], ids)
+
+
+@pytest.mark.parametrize("dtype", store.DTYPES)
+def test_every_kind_of_number_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    values = {"odd": torch.tensor([True]), "a": torch.arange(6).view(2, 3).to(dtype), "none": torch.empty(0, 3)}
+    save_checkpoint(tmp_path, 1, {"state": values}, full=True)
+    (found,) = load_chain(tmp_path)
+    assert found.files["state"].keys() == values.keys()
+    for name, value in values.items():
+        assert torch.equal(found.files["state"][name], value)
+        assert found.files["state"][name].dtype == value.dtype
 
 
 def test_a_checkpoint_comes_back_to_the_bit(tmp_path: Path) -> None:

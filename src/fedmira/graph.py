@@ -10,8 +10,9 @@ Source: MIRA (arXiv:2410.15524), equations 3, 4 and 8; normalisation is ours. Ne
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +24,39 @@ from fedmira.errors import MethodError
 Array = np.ndarray
 NORMALISATIONS = ("none", "row", "symmetric")
 _DENSE = 1024  # subgraphs up to this size get exact dense eigenvalues
+_LISTED = 4_000_000  # entries; a graph of more is a rule, of which a round computes its own part
+_BLOCK = 256  # rows of a rule at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """A symmetric matrix of similarities, too large to keep, of which any part can be computed.
+
+    block: row ids [n], column ids [m] -> similarities [n, m], 0 where both are the same client. identity: what the
+    similarities follow from, for fingerprints. entries: how many are not 0; None = not known without computing them.
+    """
+
+    shape: tuple[int, int]
+    block: Callable[[Array, Array], Array]
+    identity: str
+    entries: int | None
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """Similarities of K clients. weights: CSR [K, K], non-negative, diagonal empty; kind and note for reports."""
+    """Similarities of K clients. weights: CSR [K, K], non-negative, diagonal empty, or a rule for them; kind and note
+    for reports.
+    """
 
-    weights: sparse.csr_array
+    weights: sparse.csr_array | Rule
     kind: str
     note: str = ""
 
     def __post_init__(self) -> None:
         if self.weights.shape[0] != self.weights.shape[1]:
             raise MethodError(f"graph: found a {self.weights.shape} matrix, need one row and one column per client")
+        if isinstance(self.weights, Rule):
+            return
         if not np.isfinite(self.weights.data).all() or (self.weights.data < 0).any():
             worst = self.weights.data.min() if len(self.weights.data) else 0.0
             raise MethodError(
@@ -48,27 +69,62 @@ class Graph:
         return self.weights.shape[0]
 
     @property
+    def entries(self) -> int | None:
+        """Similarities that are not 0, each direction counted; None where a rule would have to compute them all."""
+        return self.weights.entries if isinstance(self.weights, Rule) else int(self.weights.nnz)
+
+    @cached_property
     def symmetric(self) -> bool:
+        if isinstance(self.weights, Rule):
+            return True
         difference = abs(self.weights - self.weights.T)
         return difference.nnz == 0 or float(difference.max()) < 1e-12
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the similarities, so that a resumed run can tell that its graph has changed."""
+        """sha256 over the similarities, so that a resumed run can tell that its graph has changed.
+
+        Of a rule: over what they follow from, and the similarities among the first 64 clients.
+        """
+        if isinstance(self.weights, Rule):
+            some = np.arange(min(64, self.clients))
+            digest = hashlib.sha256(f"{self.kind} {self.clients} {self.weights.identity}".encode())
+            digest.update(self.subgraph(some).astype("<f8").tobytes())
+            return digest.hexdigest()
         canonical = self.weights.tocoo()
         digest = hashlib.sha256(repr(canonical.shape).encode())
         for part in (canonical.row.astype("<i8"), canonical.col.astype("<i8"), canonical.data.astype("<f8")):
             digest.update(part.tobytes())
         return digest.hexdigest()
 
-    def subgraph(self, ids: Array) -> Array:
-        """Return the dense similarities [S, S] among `ids`."""
-        return self.weights[ids][:, ids].toarray()
+    def edges(self, most: int) -> list[tuple[int, int, float]] | None:
+        """List (row, column, similarity); None if there are more than `most`, or too many to keep."""
+        if isinstance(self.weights, Rule) or self.weights.nnz > most:
+            return None
+        whole = self.weights.tocoo()
+        return list(zip(whole.row.tolist(), whole.col.tolist(), whole.data.tolist(), strict=True))
+
+    def subgraph(self, ids: Array, others: Array | None = None) -> Array:
+        """Return the dense similarities [S, N] of `ids` to `others` (default: among `ids`)."""
+        columns = ids if others is None else others
+        if isinstance(self.weights, Rule):
+            return self.weights.block(ids, columns)
+        return self.weights[ids][:, columns].toarray()
 
     def neighbours(self, ids: Array) -> Array:
         """Return the ids outside `ids` that some client of `ids` is joined to, ascending."""
-        joined = np.unique(self.weights[ids].indices)
+        if isinstance(self.weights, Rule):
+            joined = np.flatnonzero((self.subgraph(ids, np.arange(self.clients)) > 0).any(axis=0))
+        else:
+            joined = np.unique(self.weights[ids].indices)
         return np.setdiff1d(joined, ids)
+
+    def degrees(self, ids: Array) -> Array:
+        """Return each client's sum of similarities [N] to the others of `ids`."""
+        if isinstance(self.weights, Rule):
+            parts = [ids[start : start + _BLOCK] for start in range(0, len(ids), _BLOCK)]
+            return np.concatenate([self.subgraph(part, ids).sum(axis=1) for part in parts])
+        return self.weights[ids][:, ids].sum(axis=1)
 
 
 def from_matrix(matrix: Array, *, kind: str, note: str = "") -> Graph:
@@ -112,26 +168,69 @@ def make_graph(
 
 def uniform_graph(clients: int) -> Graph:
     """Every pair of clients equally similar: a_kl = 1."""
-    return from_matrix(np.ones((clients, clients)), kind="uniform")
+    if clients**2 <= _LISTED:
+        return from_matrix(np.ones((clients, clients)), kind="uniform")
+    rule = Rule((clients, clients), lambda rows, columns: _apart(rows, columns) * 1.0, "", clients * (clients - 1))
+    return Graph(rule, "uniform")
 
 
 def random_graph(clients: int, *, seed: int) -> Graph:
     """The recipe of MIRA's and FedU's code: b ~ U(0,1)^{KxK}, a = (b + b^T) / 2, entries below 0.25 become 0."""
-    draw = np.random.default_rng([seed, 0x6D697261]).random((clients, clients))
-    values = (draw + draw.T) / 2
-    values[values < 0.25] = 0.0
-    return from_matrix(values, kind="random", note=f"seed {seed}")
+    note = f"seed {seed}"
+    if clients**2 <= _LISTED:
+        draw = _draw(seed, clients, np.arange(clients), np.arange(clients))
+        values = (draw + draw.T) / 2
+        values[values < 0.25] = 0.0
+        return from_matrix(values, kind="random", note=note)
+
+    def block(rows: Array, columns: Array) -> Array:
+        values = (_draw(seed, clients, rows, columns) + _draw(seed, clients, columns, rows).T) / 2
+        values[(values < 0.25) | ~_apart(rows, columns)] = 0.0
+        return values
+
+    return Graph(Rule((clients, clients), block, note, None), "random", note)
+
+
+def _draw(seed: int, clients: int, rows: Array, columns: Array) -> Array:
+    """Return b[rows, columns] of b ~ U(0,1)^{KxK}, as if all of b were drawn row by row from one stream."""
+    bits = np.random.PCG64([seed, 0x6D697261])  # what default_rng draws from; one step of it is one number of b
+    stream = np.random.Generator(bits)
+    low = int(columns.min())
+    span = np.empty(int(columns.max()) + 1 - low)
+    drawn = np.empty((len(rows), len(columns)))
+    place = 0
+    for out, row in zip(drawn, rows.tolist(), strict=True):
+        start = row * clients + low
+        bits.advance((start - place) % 2**128)
+        stream.random(out=span)
+        out[:] = span[columns - low]
+        place = start + len(span)
+    return drawn
 
 
 def group_graph(groups: Sequence[str]) -> Graph:
     """Clients of the same group are joined with a_kl = 1, others not at all."""
     names = {name: index for index, name in enumerate(dict.fromkeys(groups))}
     codes = np.array([names[group] for group in groups])
+    note = f"{len(names)} groups"
+    sizes = np.bincount(codes)
+    if int((sizes**2).sum()) > _LISTED:
+
+        def block(rows: Array, columns: Array) -> Array:
+            return ((codes[rows][:, None] == codes[columns]) & _apart(rows, columns)) * 1.0
+
+        identity = hashlib.sha256(codes.astype("<i8").tobytes()).hexdigest()
+        return Graph(Rule((len(codes),) * 2, block, identity, int((sizes * (sizes - 1)).sum())), "groups", note)
     member = sparse.csr_array((np.ones(len(codes)), (np.arange(len(codes)), codes)), shape=(len(codes), len(names)))
     joined = sparse.csr_array(member @ member.T)
     joined.setdiag(0)
     joined.eliminate_zeros()
-    return Graph(joined, "groups", f"{len(names)} groups")
+    return Graph(joined, "groups", note)
+
+
+def _apart(rows: Array, columns: Array) -> Array:
+    """Return [n, m] bool: False where row and column are the same client."""
+    return rows[:, None] != columns
 
 
 def file_graph(path: str | Path, ids: Sequence[str]) -> Graph:
@@ -225,9 +324,9 @@ def couple(graph: Graph, ids: Array, *, kind: str, stored: bool) -> Coupling:
         return Coupling(ids, normalise(graph.subgraph(ids), kind), np.empty(0, dtype=np.int64), np.empty((len(ids), 0)))
     others = graph.neighbours(ids)
     everyone = np.concatenate([ids, others])
-    subgraph = graph.weights[everyone][:, everyone]
     size = len(ids)
-    whole = normalise(subgraph[:size].toarray(), kind, columns=subgraph.sum(axis=1))
+    degrees = graph.degrees(everyone) if kind == "symmetric" else None
+    whole = normalise(graph.subgraph(ids, everyone), kind, columns=degrees)
     return Coupling(ids, whole[:, :size], others, whole[:, size:])
 
 

@@ -159,8 +159,8 @@ class Plan:
     truncation: dict[str, int]
     by_client: dict[str, dict[str, int]]  # id -> examples of train, validation, test; trained_tokens
     parameters: int  # of one adapter
-    memory: dict[str, int]  # base | rows | cohort | free
-    disk: dict[str, int]  # adapters | checkpoints (at most) | free
+    memory: dict[str, int]  # base | rows (at most, of clients that train) | cohort | free
+    disk: dict[str, int]  # adapters | rows (memory-mapped while a run lasts) | checkpoints (at most) | free
     bytes_per_round: dict[str, int]  # method -> up and down together
     speeds: Speeds
     start_seconds: float  # scoring the untouched base, once

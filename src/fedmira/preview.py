@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from fedmira import handover, store
 from fedmira.config import Config
 from fedmira.data.batches import Encoded
 from fedmira.engine.probe import measure_speeds
-from fedmira.engine.rounds import Observer
+from fedmira.engine.rounds import Observer, make_optimizer
 from fedmira.methods import build
 from fedmira.plan import Plan, Work, count_run, count_start, plan_cohort
 from fedmira.prepare import Prepared, prepare, take_in, using_threads
@@ -81,7 +82,9 @@ def _plan(prepared: Prepared) -> Plan:
     start_work = count_start(clients, writes=writes, max_examples=config.evaluation.max_examples)
     works: dict[str, Work] = {}
     travels: dict[str, int] = {}
-    rows, checkpoints = 1, 0
+    adapters, checkpoints = 0, 0
+    rows = {"memory": 0, "disk": 0}  # of the run that needs most; runs follow each other
+    moments = sum(name != "steps" for name in make_optimizer(config).keys) if config.training.keep_optimizer else 0
     for entry in prepared.entries:
         method = prepared.methods[entry.folder, seed]
         works[entry.folder] = count_run(
@@ -96,9 +99,17 @@ def _plan(prepared: Prepared) -> Plan:
             max_examples=config.evaluation.max_examples,
         )
         travels[entry.folder] = 2 * sampled * each if method.exchanges else 0
-        ever = len({int(k) for ids in cohort.schedule for k in ids}) if method.personal else 1
-        rows = max(rows, len(clients) if method.personal else 1)
-        checkpoints += COPIES * ever * each * len(config.seeds)
+        ever = len({int(k) for ids in cohort.schedule for k in ids})
+        stored = ever if method.personal else 1  # rows that differ from the start
+        needed = {"memory": 0, "disk": 0}
+        for places, used in [(len(clients) if method.personal else 1, stored), *[(len(clients), ever)] * moments]:
+            needed["disk" if places * each > store.RAM_BYTES else "memory"] += used * each
+        rows = {place: max(rows[place], needed[place]) for place in rows}
+        checkpoints += COPIES * (stored + moments * ever) * each * len(config.seeds)
+        whole = federation.layout.parameters * 4
+        links = len(clients) * whole > handover.LINK_BYTES  # then equal adapters share a file
+        distinct = (ever + (ever < len(clients)) if method.personal else 1) if links else len(clients)
+        adapters += distinct * whole * len(config.seeds)
     seconds = {label: speeds.seconds(work) for label, work in works.items()}
     runs = len(prepared.entries) * len(config.seeds)
     return Plan(
@@ -122,12 +133,13 @@ def _plan(prepared: Prepared) -> Plan:
         parameters=federation.layout.parameters,
         memory={
             "base": sum(value.numel() * value.element_size() for value in base.model.parameters()),
-            "rows": rows * each,
+            "rows": rows["memory"],
             "cohort": federation.cohort * measured.bytes_each,
             "free": measured.bytes_free,
         },
         disk={
-            "adapters": len(clients) * federation.layout.parameters * 4 * runs,
+            "adapters": adapters,
+            "rows": rows["disk"],
             "checkpoints": checkpoints,
             "free": _free_disk(Path(config.output_dir)),
         },

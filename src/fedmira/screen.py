@@ -61,10 +61,10 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         "truncation": f"{cut['prompts_cut']} prompts and {cut['answers_cut']} answers cut, {cut['questions_cut']} "
         f"prompts cut where answers are written, {cut['dropped']} of {cut['examples']} examples dropped",
         "adapter": f"{plan.parameters:,} parameters, {_size(4 * plan.parameters)}",
-        "memory": f"base {_size(memory['base'])}, all rows {_size(memory['rows'])}, one pass "
+        "memory": f"base {_size(memory['base'])}, rows {_size(memory['rows'])}, one pass "
         f"{_size(memory['cohort'])}; free {_size(memory['free'])}",
-        "disk": f"adapters {_size(disk['adapters'])}, checkpoints at most {_size(disk['checkpoints'])}; free "
-        f"{_size(disk['free'])}",
+        "disk": f"adapters {_size(disk['adapters'])}, checkpoints at most {_size(disk['checkpoints'])}"
+        f"{f', rows while a run lasts {_size(rows)}' if (rows := disk['rows']) else ''}; free {_size(disk['free'])}",
         "travels": f"per round, up and down: {travels}",
         "speed": f"{', '.join(speeds)} (measured just now)",
         "time": f"about {_time(plan.total_seconds)} for {plan.runs} runs (each: {each}; scoring the untouched base "
@@ -77,7 +77,8 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         for client, own in plan.by_client.items():
             name = client if len(client) < 33 else f"{client[:30]}..."
             print(f"{name:34s}{own['train']:8d}{own['validation']:12d}{own['test']:8d}{own['trained_tokens']:16d}")
-    for what, need in (("memory", memory["base"] + memory["rows"]), ("disk", disk["adapters"] + disk["checkpoints"])):
+    stored = disk["adapters"] + disk["checkpoints"] + disk["rows"]
+    for what, need in (("memory", memory["base"] + memory["rows"]), ("disk", stored)):
         free = {"memory": memory["free"] + memory["base"], "disk": disk["free"]}[what]
         if need > free:
             print(f"warning: {what} for {_size(need)} is needed and {_size(free)} is free")

@@ -1,4 +1,7 @@
-"""Durable files: atomic writes, checkpoints as a chain of what changed, and the way back from a damaged one.
+"""Rows of all clients, and durable files: checkpoints as a chain of what changed, and the way back from a damaged one.
+
+Rows take room once they differ from the common start: in RAM while all of them together would be small, else in a
+memory-mapped file, so that ten thousand clients need as much memory as a hundred.
 
 A checkpoint is a folder `round-000012` with safetensors files and, written last, manifest.json with their sha256. A
 folder without a manifest never counts. "full" holds the whole state; "delta" holds what one round changed, so the cost
@@ -9,25 +12,172 @@ would outweigh it. Going back means: the newest full one that is intact, then it
 import hashlib
 import json
 import logging
+import math
+import mmap
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmira.errors import StoreError
+from fedmira.errors import ShapeError, StoreError
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
 REMEDY = "what was saved before is intact. Make room or choose another output_dir, then 'fedmira resume'"
-Tensors = Mapping[str, Tensor]
+RAM_BYTES = 1 << 30  # rows of all clients that are more than this together are memory-mapped
+BLOCK_BYTES = 4 << 20  # of rows, on their way into a file
+# safetensors' names: https://github.com/huggingface/safetensors#format
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Rows:
+    """One row per client, [K, ...], of which only those that were written take room; read by client, as a tensor is.
+
+    rows[ids] copies the rows of `ids` [n] in that order, rows[ids] = values replaces them; a row that was never written
+    reads as its start. Nothing reads all rows at once: every other operation of a tensor is refused.
+    """
+
+    def __init__(self, start: Tensor, kinds: Tensor, folder: Path | None = None) -> None:
+        """Begin with row k = start[kinds[k]]. start [R, ...]; kinds [K] int64.
+
+        folder: where a file for the rows may be made if they could come to more than RAM_BYTES; None keeps them in RAM.
+        The file has no name: it is gone when the process is, however that ends. Raises OSError if it cannot be made.
+        """
+        self.start, self.kinds = start, kinds
+        self.shape = torch.Size((len(kinds), *start.shape[1:]))
+        self.ndim, self.dtype = len(self.shape), start.dtype
+        self.row_bytes = math.prod(start.shape[1:]) * start.element_size()
+        self.written = torch.zeros(len(kinds), dtype=torch.bool)
+        size = len(kinds) * self.row_bytes
+        self._file = None
+        if folder is None or size <= RAM_BYTES:
+            self._table = torch.empty(self.shape, dtype=self.dtype)  # pages that nobody writes take no memory
+        else:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - as long-lived as the rows
+            self._file.truncate(size)  # a hole: rows that nobody writes take no disk
+            whole = mmap.mmap(self._file.fileno(), size)
+            self._table = torch.frombuffer(whole, dtype=self.dtype).view(self.shape)
+
+    @property
+    def mapped(self) -> bool:
+        """Do the rows lie in a file?"""
+        return self._file is not None
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def __getitem__(self, ids: Tensor) -> Tensor:
+        _check_ids(ids)
+        known = self.written[ids]
+        if bool(known.all()):
+            return self._table[ids]
+        rows = self.start[self.kinds[ids]]
+        rows[known] = self._table[ids[known]]
+        return rows
+
+    def __setitem__(self, ids: Tensor, values: Tensor) -> None:
+        _check_ids(ids)
+        if self._file is None:
+            self._table[ids] = values
+        else:  # not through the map: there a full disk is a signal that kills, here it is an OSError
+            for k, row in zip(ids.tolist(), values.to(self.dtype), strict=True):
+                _write_at(self._file.fileno(), _bytes_of(row), k * self.row_bytes)
+        self.written[ids] = True
+
+    def numpy(self) -> "Columns":
+        """Read the rows as numpy does, by client and columns: numpy()[ids, start:stop]."""
+        return Columns(self.start.numpy(), self.kinds.numpy(), self.written.numpy(), self._table.numpy())
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"rows of all clients have no '{name}': {ASK}")
+
+
+ASK = "there may be too many to be read at once; take rows[ids], ids [n] a tensor of client positions"
+
+
+def _check_ids(ids: object) -> None:
+    """Raise ShapeError unless clients are asked for one by one."""
+    if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
+        found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ShapeError(f"rows of all clients, asked for by {found}: {ASK}")
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Rows [K, P], read by several threads at once; arrays that the rows own."""
+
+    start: np.ndarray
+    kinds: np.ndarray
+    written: np.ndarray
+    table: np.ndarray
+
+    def __getitem__(self, at: tuple[np.ndarray, slice]) -> np.ndarray:
+        """Copy the columns `at[1]` of the rows `at[0]` [n], in that order."""
+        ids, columns = at
+        known = self.written[ids]
+        if known.all():
+            return self.table[ids, columns]
+        part = self.start[self.kinds[ids], columns]
+        part[known] = self.table[ids[known], columns]
+        return part
+
+
+def _write_at(handle: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(handle, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """View a tensor's bytes, in row-major order."""
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """Rows `ids` [n] of a source [K, ...], to be copied a block at a time on their way into a file."""
+
+    source: Tensor | Rows
+    ids: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.ids), *self.source.shape[1:]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield the rows in order, about BLOCK_BYTES at a time."""
+        count = max(1, BLOCK_BYTES // max(1, math.prod(self.shape[1:]) * self.dtype.itemsize))
+        for begin in range(0, len(self.ids), count):
+            yield self.source[self.ids[begin : begin + count]]
+
+
+Tensors = Mapping[str, Tensor | Picked]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +194,16 @@ def write_atomic(path: Path, data: bytes) -> None:
 
     Raises StoreError naming the path and the bytes needed if the disk is full or read-only.
     """
+    _write_pieces(path, [data], len(data))
+
+
+def _write_pieces(path: Path, pieces: Iterable[bytes | memoryview], size_bytes: int) -> None:
+    """Write a file atomically, a piece at a time. Raises as write_atomic does."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -55,7 +211,37 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise StoreError(f"cannot write '{path}' ({len(data)} bytes): {error.strerror}; {REMEDY}") from error
+        raise StoreError(f"cannot write '{path}' ({size_bytes} bytes): {error.strerror}; {REMEDY}") from error
+
+
+def _write_tensors(path: Path, tensors: Tensors) -> dict[str, Any]:
+    """Write a safetensors file without a copy of it in memory; return its entry in the manifest: sha256, bytes."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # every tensor is aligned
+    described: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        value = tensors[name]
+        begin, end = end, end + math.prod(value.shape) * value.dtype.itemsize
+        described[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    header = json.dumps(described, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    size = 8 + len(header) + end
+    digest = hashlib.sha256()
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield len(header).to_bytes(8, "little") + header
+        for name in names:
+            value = tensors[name]
+            for block in value.blocks() if isinstance(value, Picked) else [value]:
+                yield _bytes_of(block)
+
+    def hashed() -> Iterator[bytes | memoryview]:
+        for piece in pieces():
+            digest.update(piece)
+            yield piece
+
+    _write_pieces(path, hashed(), size)
+    return {"sha256": digest.hexdigest(), "bytes": size}
 
 
 def sync_folder(folder: Path) -> None:
@@ -76,18 +262,12 @@ def save_checkpoint(folder: Path, round_number: int, files: Mapping[str, Tensors
     if place.exists():
         shutil.rmtree(place)
     place.mkdir(parents=True)
-    listed = {}
-    size = 0
-    for name, tensors in files.items():
-        data = save({key: value.contiguous() for key, value in tensors.items()})
-        write_atomic(place / f"{name}.safetensors", data)
-        listed[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        size += len(data)
+    listed = {name: _write_tensors(place / f"{name}.safetensors", tensors) for name, tensors in files.items()}
     manifest = {"schema": SCHEMA, "round": round_number, "full": full, "files": listed}
     manifest["sha256"] = _manifest_hash(manifest)
     write_atomic(place / "manifest.json", json.dumps(manifest, indent=1).encode())
     sync_folder(folder)
-    return size
+    return sum(int(entry["bytes"]) for entry in listed.values())
 
 
 def load_chain(folder: Path) -> list[Checkpoint]:

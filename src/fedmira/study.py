@@ -393,21 +393,14 @@ def _write_graph(folder: RunFolder, method: Method, cohort: Cohort) -> None:
     graph: Graph | None = method.graph
     if graph is None:
         return
-    whole = graph.weights.tocoo()
-    edges: list[list[float]] | None = None
-    if whole.nnz <= MAX_GRAPH_EDGES:
-        edges = [
-            [int(row), int(column), float(weight)]
-            for row, column, weight in zip(whole.row, whole.col, whole.data, strict=True)
-        ]
     write_json(
         folder.path / "graph.json",
         {
             "kind": graph.kind,
             "note": graph.note,
             "clients": list(cohort.ids),
-            "entries": int(whole.nnz),
-            "edges": edges,
+            "entries": graph.entries,
+            "edges": graph.edges(MAX_GRAPH_EDGES),
         },
     )
 

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,16 +14,19 @@ from fedmira.engine.journal import Ledger, commit, restore
 from fedmira.errors import StoreError
 from fedmira.methods.base import Change, State
 from fedmira.runs import RunFolder
-from fedmira.store import checkpoint_rounds
+from fedmira.store import Rows, checkpoint_rounds, load_chain
 
 CLIENTS = 6
+EVERYONE = torch.arange(CLIENTS)
 LAYOUT: Layout = lora_layout([("q_proj", 4, 4)], 2)
 
 
 def fresh() -> Ledger:
     """A ledger at the common start, which the seed gives back."""
     start = start_adapters(LAYOUT, torch.full((CLIENTS,), 2), 4.0, torch.Generator().manual_seed(0))
-    return Ledger(State(start, {"mean": torch.zeros(2)}), torch.full((CLIENTS,), torch.nan, dtype=torch.float64))
+    rows: Any = Rows(start.rows[:1], torch.zeros(CLIENTS, dtype=torch.int64))
+    state = State(start.with_rows(rows), {"mean": torch.zeros(2)})
+    return Ledger(state, torch.full((CLIENTS,), torch.nan, dtype=torch.float64))
 
 
 def play(folder: RunFolder, ledger: Ledger, ids: list[int], *, memory: bool = True) -> None:
@@ -41,12 +45,12 @@ def play(folder: RunFolder, ledger: Ledger, ids: list[int], *, memory: bool = Tr
 
 def assert_same(one: Ledger, other: Ledger) -> None:
     assert one.round == other.round
-    assert torch.equal(one.state.adapters.rows, other.state.adapters.rows)
+    assert torch.equal(one.state.adapters.rows[EVERYONE], other.state.adapters.rows[EVERYONE])
     assert torch.equal(one.state.shared["mean"], other.state.shared["mean"])
     assert torch.equal(one.validation.nan_to_num(-1), other.validation.nan_to_num(-1))
     assert one.memory.keys() == other.memory.keys()
     for name, value in one.memory.items():
-        assert torch.equal(value, other.memory[name])
+        assert torch.equal(value[EVERYONE], other.memory[name][EVERYONE])
         assert value.dtype == other.memory[name].dtype
     assert one.touched == other.touched
     assert (one.last_full, one.delta_bytes) == (other.last_full, other.delta_bytes)
@@ -99,8 +103,8 @@ def test_from_the_second_round_on_there_is_always_an_older_round_to_go_back_to(
     expected, other = fresh(), RunFolder(tmp_path_factory.mktemp("shorter"))
     for ids in rounds[: found.round]:
         play(other, expected, ids)
-    assert torch.equal(found.state.adapters.rows, expected.state.adapters.rows)
-    assert torch.equal(found.memory["moment"], expected.memory["moment"])
+    assert torch.equal(found.state.adapters.rows[EVERYONE], expected.state.adapters.rows[EVERYONE])
+    assert torch.equal(found.memory["moment"][EVERYONE], expected.memory["moment"][EVERYONE])
 
 
 def test_a_full_checkpoint_leaves_the_one_before_it_usable(tmp_path: Path) -> None:
@@ -134,6 +138,19 @@ def test_a_first_round_in_which_every_upload_was_refused_is_durable_too(tmp_path
     play(folder, ledger, [], memory=False)
     assert_same(restored(folder), ledger)
     assert restored(folder).round == 1
+
+
+def test_a_delta_holds_the_losses_that_changed_and_a_full_checkpoint_all(tmp_path: Path) -> None:
+    folder, ledger = RunFolder(tmp_path), fresh()
+    play(folder, ledger, [0, 1, 2, 3, 4])
+    play(folder, ledger, [0, 1, 2, 3, 4])
+    play(folder, ledger, [3, 1])
+    ledger.validation[4] = torch.nan  # a loss that is no longer known is a change; client 5's was never known
+    play(folder, ledger, [2])
+    full, *deltas = (checkpoint.files["engine"] for checkpoint in load_chain(folder.checkpoints))
+    assert full["validation"].tolist() == pytest.approx([0.2] * 5 + [torch.nan], nan_ok=True)
+    assert [delta["ids"].tolist() for delta in deltas] == [[1, 3], [2, 4]]
+    assert_same(restored(folder), ledger)
 
 
 def test_clients_that_were_never_sampled_are_not_stored(tmp_path: Path) -> None:
@@ -171,7 +188,7 @@ def test_what_is_recalled_is_a_copy() -> None:
     ledger = fresh()
     ledger.remember(torch.tensor([1]), {"moment": torch.ones(1, 3)}, CLIENTS)
     ledger.recall(torch.tensor([1]))["moment"].zero_()
-    assert ledger.memory["moment"].sum() == 3
+    assert ledger.recall(torch.tensor([1]))["moment"].sum() == 3
 
 
 def test_only_the_names_asked_for_are_recalled() -> None:

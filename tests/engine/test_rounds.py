@@ -112,7 +112,7 @@ def play(
             state = method.init(common_start(house, SEED, len(house) if method.personal else 1), Clock(0))
             ledger = Ledger(state, torch.zeros(len(house), dtype=torch.float64))
             restore(folder, ledger)
-            rows.append(ledger.state.adapters.rows.clone())
+            rows.append(ledger.state.adapters.rows[torch.arange(len(ledger.state.adapters))])
 
     start = score_start(house, observer)
     serve = run_rounds(house, watched, schedule, folder, seed=SEED, start=start, observer=observer)
@@ -169,13 +169,13 @@ def test_the_laplacian_step_reaches_a_client_that_comes_back(mira: Ran) -> None:
 
 
 def test_a_first_time_client_starts_from_the_common_start_whoever_trained_before(personal: Ran) -> None:
-    start = common_start(personal.federation, SEED, 4).rows
+    start = common_start(personal.federation, SEED, 4).rows[torch.arange(4)]
     assert torch.equal(personal.sent[0], start[[0, 1]])
     assert torch.equal(personal.sent[1][1], start[2])
 
 
 def test_silent_clients_keep_their_row(personal: Ran) -> None:
-    start = common_start(personal.federation, SEED, 4).rows
+    start = common_start(personal.federation, SEED, 4).rows[torch.arange(4)]
     assert torch.equal(personal.ledgers[0][[2, 3]], start[[2, 3]])
     assert torch.equal(personal.ledgers[1][[0, 3]], personal.ledgers[0][[0, 3]])
     assert torch.equal(personal.rows[2], personal.ledgers[1][2])
@@ -215,7 +215,7 @@ def test_an_upload_that_is_not_finite_is_silence_and_the_others_go_on(tmp_path: 
         return replace(method, finish=finish)
 
     found = play("local", tmp_path / "run", change=spoil)
-    start = common_start(found.federation, SEED, 4).rows
+    start = common_start(found.federation, SEED, 4).rows[torch.arange(4)]
     assert found.records[0]["refused"] == {"c0": "not_finite"}
     assert found.records[0]["answered"] == ["c1"]
     assert found.records[0]["loss_before"][0] is None

@@ -3,33 +3,42 @@
 Rows of clients that were never sampled are the common start, which the seed gives back; they are not stored.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fedmira.methods.base import Change, Memory, State
 from fedmira.runs import RunFolder
-from fedmira.store import load_chain, prune, save_checkpoint
+from fedmira.store import Picked, Rows, Tensors, load_chain, prune, save_checkpoint
 
 
 @dataclass
 class Ledger:
     """The mutable state of one run between rounds; only the engine writes it.
 
-    state: of the method. memory: kept optimizer moments and private parts, [K, ...]. validation [K]: the newest
-    validation loss of every client, nan where it has no validation split.
+    state: of the method. memory: kept optimizer moments and private parts, [K, ...], read by client (store.Rows).
+    validation [K]: the newest validation loss of every client, nan where it has no validation split; saved [K]: as the
+    newest checkpoint has it. scratch: a folder for what is too large for RAM; None keeps all in RAM.
     """
 
     state: State
     validation: Tensor
+    scratch: Path | None = None
     memory: Memory = field(default_factory=dict)
     round: int = 0
     touched: set[int] = field(default_factory=set)  # rows of state.adapters that differ from the common start
     remembered: set[int] = field(default_factory=set)  # clients whose memory is kept
     delta_bytes: int = 0  # of the deltas since the last full checkpoint
     last_full: int = 0
+    saved: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.saved = self.validation.clone()
 
     def apply(self, change: Change) -> None:
         """Put a merge's decision in place."""
@@ -46,7 +55,9 @@ class Ledger:
         """Keep what the clients of `ids` return at the end of a phase."""
         for name, value in memory.items():
             if name not in self.memory:
-                self.memory[name] = torch.zeros(clients, *value.shape[1:], dtype=value.dtype)
+                nothing = torch.zeros(1, *value.shape[1:], dtype=value.dtype)
+                kept = Rows(nothing, torch.zeros(clients, dtype=torch.int64), self.scratch)
+                self.memory[name] = cast(Tensor, kept)  # reads and writes by client as one
             self.memory[name][ids] = value
         if memory:
             self.remembered.update(ids.tolist())
@@ -58,24 +69,34 @@ def commit(folder: RunFolder, ledger: Ledger, change: Change, trained: Tensor) -
     trained [S]: clients whose memory changed.
     """
     each = ledger.state.adapters.rows.shape[1] * 4
-    remembered_each = sum(value[0].numel() * value.element_size() for value in ledger.memory.values())
+    remembered_each = sum(math.prod(value.shape[1:]) * value.dtype.itemsize for value in ledger.memory.values())
     whole = len(ledger.touched) * each + len(ledger.remembered) * remembered_each
     delta = len(change.ids) * each + (len(trained) * remembered_each if ledger.memory else 0)
     # The second is full as well: were the first the only one, damage to it would lose the run.
     full = ledger.round <= 2 or ledger.delta_bytes + delta >= whole
     ids = torch.tensor(sorted(ledger.touched), dtype=torch.int64) if full else change.ids
     kept = torch.tensor(sorted(ledger.remembered), dtype=torch.int64) if full else trained
-    state = {"ids": ids, "rows": ledger.state.adapters.rows[ids]}
-    state |= {f"shared.{name}": value for name, value in ledger.state.shared.items()}
-    files: dict[str, Mapping[str, Tensor]] = {"state": state, "engine": {"validation": ledger.validation}}
+    shared = {f"shared.{name}": value for name, value in ledger.state.shared.items()}
+    files: dict[str, Tensors] = {
+        "state": {"ids": ids, "rows": Picked(ledger.state.adapters.rows, ids), **shared},
+        "engine": {"validation": ledger.validation} if full else _measured(ledger),
+    }
     if ledger.memory:
-        files["memory"] = {"ids": kept, **ledger.recall(kept)}
+        files["memory"] = {"ids": kept, **{name: Picked(value, kept) for name, value in ledger.memory.items()}}
     save_checkpoint(folder.checkpoints, ledger.round, files, full=full)
+    ledger.saved = ledger.validation.clone()
     if full:
         prune(folder.checkpoints, ledger.last_full)
         ledger.last_full, ledger.delta_bytes = ledger.round, 0
     else:
         ledger.delta_bytes += delta
+
+
+def _measured(ledger: Ledger) -> Tensors:
+    """Return the validation losses that this round changed, and whose they are."""
+    new, old = ledger.validation, ledger.saved
+    ids = ((new != old) & ~(new.isnan() & old.isnan())).nonzero().flatten()
+    return {"ids": ids, "validation": new[ids]}
 
 
 def restore(folder: RunFolder, ledger: Ledger) -> None:
@@ -90,7 +111,8 @@ def restore(folder: RunFolder, ledger: Ledger) -> None:
         state = checkpoint.files["state"]
         shared = {name.removeprefix("shared."): value for name, value in state.items() if name.startswith("shared.")}
         ledger.apply(Change(state["ids"], state["rows"], shared or None))
-        ledger.validation = checkpoint.files["engine"]["validation"]
+        engine = checkpoint.files["engine"]
+        ledger.validation[engine.get("ids", slice(None))] = engine["validation"]  # without ids: everybody's
         memory = dict(checkpoint.files.get("memory", {}))
         if memory:
             ledger.remember(memory.pop("ids"), memory, clients)
@@ -101,5 +123,6 @@ def restore(folder: RunFolder, ledger: Ledger) -> None:
             ledger.delta_bytes += sum(
                 value.numel() * value.element_size() for value in (state["rows"], *memory.values())
             )
+    ledger.saved = ledger.validation.clone()
     if ledger.round:  # what lies beyond is done again, and must not be taken for the new rounds' own
         prune(folder.checkpoints, keep_from=0, keep_to=ledger.round)

@@ -3,11 +3,14 @@
 Everything that differs between methods is in the Method; everything a method must not know is here.
 """
 
+import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,15 +22,17 @@ from fedmira.data.batches import ClientData
 from fedmira.engine.gate import admit, check_change
 from fedmira.engine.journal import Ledger, commit, restore
 from fedmira.engine.phase import PhaseResult, Training, local_phase
-from fedmira.evaluation.measure import measure_answers, measure_loss
+from fedmira.evaluation.measure import PASS_TOKENS, measure_answers, measure_loss
 from fedmira.methods.base import Change, Clock, Memory, Message, Method
 from fedmira.model.load import Base
 from fedmira.optim import Optimizer, adamw, sgd
 from fedmira.runs import Result, RoundRecord, RunFolder, View
+from fedmira.store import Rows
 
 log = logging.getLogger(__name__)
 
 EXAMPLES_KEPT = 3  # of each client, with report.examples
+START_BYTES = 64 << 20  # of rows in one pass that scores the untouched base
 
 Observer = Callable[[str, Mapping[str, object]], None]  # (event, facts): round | scoring
 
@@ -64,11 +69,20 @@ def make_optimizer(config: Config) -> Optimizer:
     return adamw(betas=training.betas, eps=training.eps, weight_decay=training.weight_decay)
 
 
-def common_start(federation: Federation, seed: int, clients: int) -> Adapters:
-    """Draw the start that every client shares; `clients` rows, of which more than one only for personal methods."""
+def common_start(federation: Federation, seed: int, clients: int, scratch: Path | None = None) -> Adapters:
+    """Draw the start that every client shares; `clients` rows, of which more than one only for personal methods.
+
+    Several rows are store.Rows: read by client, they take room once they differ from the start. scratch: a folder for
+    them if they are too large for RAM.
+    """
     ranks = federation.ranks if clients == len(federation) else federation.ranks.amax().expand(clients)
     stream = torch.Generator().manual_seed(seed)
-    return start_adapters(federation.layout, ranks, federation.config.lora.lora_alpha, stream)
+    distinct, kinds = torch.unique(ranks, return_inverse=True)
+    start = start_adapters(federation.layout, distinct, federation.config.lora.lora_alpha, stream)
+    if clients == 1:
+        return start
+    rows = cast(Tensor, Rows(start.rows, kinds, scratch))  # reads and writes by client as one
+    return Adapters(federation.layout, rows, ranks, start.scale[kinds])
 
 
 def score_start(federation: Federation, observer: Observer) -> Scores:
@@ -79,9 +93,10 @@ def score_start(federation: Federation, observer: Observer) -> Scores:
     def serve(ids: Tensor) -> Adapters:
         return start.take(torch.zeros_like(ids))
 
-    validation = measure_loss(
-        federation.base, serve, federation.clients, everyone, split="validation", cohort=federation.cohort
-    )
+    # everyone has the same row, so that a pass is limited by its tokens alone
+    longest = max((len(one.ids) for client in federation.clients for one in client.validation), default=1)
+    cohort = max(federation.cohort, min(PASS_TOKENS // longest, START_BYTES // (4 * federation.layout.size)))
+    validation = measure_loss(federation.base, serve, federation.clients, everyone, split="validation", cohort=cohort)
     return replace(_test(federation, serve, everyone, observer), validation=validation)
 
 
@@ -103,9 +118,9 @@ def run_rounds(
     config = federation.config
     training = make_training(config, seed)
     clients = len(federation)
-    adapters = common_start(federation, seed, clients if method.personal else 1)
+    adapters = common_start(federation, seed, clients if method.personal else 1, folder.path)
     validation = torch.tensor([math.nan if value is None else value for value in start.validation], dtype=torch.float64)
-    ledger = Ledger(method.init(adapters, Clock(0)), validation)
+    ledger = Ledger(method.init(adapters, Clock(0)), validation, folder.path)
     restore(folder, ledger)
     folder.cut_back(ledger.round, validated=_is_due(config, ledger.round))
     view = _view(method)
@@ -305,13 +320,16 @@ def _validate(
     Personal methods change the sampled clients only, so the others' losses stand. A shared model changes everybody's,
     and everybody is scored when a validation is due.
     """
-    scored = list(range(len(federation))) if due and not method.personal else ids.tolist()
-    values = measure_loss(
-        federation.base, serve, federation.clients, scored, split="validation", cohort=federation.cohort
+    sampled = ids.tolist()
+    some = functools.partial(
+        measure_loss, federation.base, serve, federation.clients, split="validation", cohort=federation.cohort
     )
-    _note(ledger, scored, values)
-    by_client = dict(zip(scored, values, strict=True))
-    return [by_client[int(k)] for k in ids]
+    after = some(sampled)  # by themselves, so that their losses are to the bit the same whether all are due or not
+    _note(ledger, sampled, after)
+    if due and not method.personal:
+        others = sorted(set(range(len(federation))) - set(sampled))
+        _note(ledger, others, some(others))
+    return after
 
 
 def _note(ledger: Ledger, ids: Sequence[int], values: Sequence[float | None]) -> None:
