@@ -1,6 +1,6 @@
 """Training speed: FedMira's local phase against the plain PEFT loop, interleaved, in real tokens per second.
 
-    python benchmarks/speed/training.py [--units abc] [--pairs 5] [--json FILE]
+    python benchmarks/speed/training.py [--units abcAB] [--pairs 5] [--json FILE]
 
 Useful FLOP/s count what the mathematics needs and nothing else: 2 per frozen weight and real token forward and 2
 backward (4 in all), the output head at labelled positions only; attention and adapters are left out. The machine's
@@ -8,9 +8,11 @@ matmul rate is measured in the same run.
 """
 
 import argparse
+import copy
 import json
 import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,16 +29,8 @@ from fedmira.methods.base import Clock, Cohort, Message
 from fedmira.model.load import Base, load_base
 from fedmira.optim import adamw
 
-
-def matmul_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """FLOP/s of products 4096 x 768 x 3072."""
-    left, right = torch.randn(4096, 768, dtype=dtype), torch.randn(768, 3072, dtype=dtype)
-    left @ right
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        left @ right
-        count += 1
-    return count * 2 * 4096 * 768 * 3072 / (time.perf_counter() - began)
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from machine import describe, matmul_rate
 
 
 def useful_flops(base: Base, clients: tuple[ClientData, ...]) -> float:
@@ -54,45 +48,45 @@ def useful_flops(base: Base, clients: tuple[ClientData, ...]) -> float:
 
 
 class Engine:
-    """FedMira on one unit."""
+    """FedMira on the clients of one unit."""
 
     def __init__(self, unit: Unit, dtype: str) -> None:
         self.base = load_base(str(unit.base), dtype=dtype, device="cpu", targets=list(unit.targets))
         self.layout = lora_layout(self.base.shapes, RANK)
-        count = len(unit.clients)
-        self.start = start_adapters(self.layout, torch.full((count,), RANK), ALPHA, torch.Generator().manual_seed(0))
-        ids = tuple(client.id for client in unit.clients)
-        examples = tuple(len(client.train) for client in unit.clients)
-        self.method = build("local", {}, Cohort(ids, examples, ({},) * count, (), 0))
-        self.unit = unit
-        self.training = Training(
+        self.clients = unit.clients
+
+    def of(self, clients: tuple[ClientData, ...]) -> "Engine":
+        """Return the same base with other clients."""
+        other = copy.copy(self)
+        other.clients = clients
+        return other
+
+    def train(self, *, steps: int = STEPS) -> tuple[float, float]:
+        """One local phase of all clients in one cohort; return seconds and their mean loss."""
+        count = len(self.clients)
+        start = start_adapters(self.layout, torch.full((count,), RANK), ALPHA, torch.Generator().manual_seed(0))
+        ids = tuple(client.id for client in self.clients)
+        examples = tuple(len(client.train) for client in self.clients)
+        method = build("local", {}, Cohort(ids, examples, ({},) * count, (), 0))
+        training = Training(
             optimizer=adamw(),
             learning_rate=LEARNING_RATE,
             batch_size=BATCH,
-            local_steps=STEPS,
+            local_steps=steps,
             local_epochs=None,
             max_grad_norm=CLIP,
             keep_optimizer=False,
             dropout=0.0,
             seed=0,
         )
-
-    def train(self) -> tuple[float, float]:
-        """One local phase of all clients; return seconds and their mean loss."""
+        message = Message(start.rows)
         began = time.perf_counter()
         done = local_phase(
-            self.base,
-            self.method,
-            self.unit.clients,
-            self.start,
-            Message(self.start.rows),
-            {},
-            training=self.training,
-            clock=Clock(1),
-            cohort=len(self.unit.clients),
+            self.base, method, self.clients, start, message, {}, training=training, clock=Clock(1), cohort=count
         )
-        assert done.tokens == real_tokens(self.unit.clients)
-        return time.perf_counter() - began, float(done.losses.mean())
+        seconds = time.perf_counter() - began
+        assert done.tokens == real_tokens(self.clients)
+        return seconds, float(done.losses.mean())
 
 
 def measure(unit: Unit, pairs: int) -> dict[str, Any]:
@@ -118,7 +112,7 @@ def measure(unit: Unit, pairs: int) -> dict[str, Any]:
             work = tokens[which] if name.startswith("plain") else sum(tokens)
             times[name].append(work / seconds)
             losses[name] = loss
-        rates.append(matmul_rate(torch.bfloat16, 0.5))
+        rates.append(matmul_rate(torch.bfloat16, seconds=0.5))
     useful = useful_flops(ours.base, unit.clients) / sum(tokens)
     rate = statistics.median(rates)
     return {
@@ -137,7 +131,7 @@ def measure(unit: Unit, pairs: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--units", default="abc")
+    parser.add_argument("--units", default="abcAB", help="letters of units.py")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -153,7 +147,8 @@ def main() -> None:
             flush=True,
         )
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        result = {"name": "training", "machine": describe(), "rows": rows}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

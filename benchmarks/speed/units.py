@@ -1,12 +1,14 @@
 """The work that speed is measured on: three bases, 8 clients each, prompts and answers of real lengths.
 
-(a) GPT-2's shape with 6 layers, (b) a small Llama, both with random weights and random ids in the lengths of Natural
-Instructions; (c) the small pretrained base `nano` on the text itself. FedMira and the yardstick get the same tokens.
+(a) GPT-2's shape with 6 layers, (b) a small Llama, both with random weights and the ids of Natural Instructions
+written in their own vocabulary; (c) the small pretrained base `nano` on the text itself. (A) and (B) are (a) and (b)
+with random ids of the same lengths: examples of a task then have no instruction in common. FedMira and the yardstick
+get the same tokens.
 """
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,20 +50,23 @@ def _texts() -> list[ClientData]:
     ]
 
 
-def _same_lengths(clients: list[ClientData], vocabulary: int) -> list[ClientData]:
-    """Replace ids by random ones of another vocabulary; 0 stays the end of text."""
+def _other_vocabulary(clients: list[ClientData], vocabulary: int, *, alike: bool) -> tuple[ClientData, ...]:
+    """Give the texts other ids; 0 stays the end of text.
+
+    alike: one id for another, so that what examples have in common (the task's instruction) they keep in common;
+    else every id is drawn anew and the examples have nothing in common but their lengths.
+    """
     stream = np.random.default_rng(0)
-    out = []
-    for client in clients:
-        train = tuple(
-            Encoded(tuple(stream.integers(1, vocabulary, len(one.ids)).tolist()), one.prompt_length, one.answers)
-            for one in client.train
-        )
-        out.append(ClientData(client.id, client.name, None, {}, train, (), (), Truncation()))
-    return out
+    table = np.concatenate([[0], 1 + stream.permutation(vocabulary - 1)])
+
+    def other(one: Encoded) -> Encoded:
+        ids = table[list(one.ids)] if alike else stream.integers(1, vocabulary, len(one.ids))
+        return Encoded(tuple(ids.tolist()), one.prompt_length, one.answers)
+
+    return tuple(replace(client, train=tuple(other(one) for one in client.train)) for client in clients)
 
 
-def _random_base(config: GPT2Config | LlamaConfig, folder: Path) -> Path:
+def random_base(config: GPT2Config | LlamaConfig, folder: Path) -> Path:
     """Save a base with random weights and a tokenizer that nothing is asked of but an end of text."""
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
@@ -71,42 +76,40 @@ def _random_base(config: GPT2Config | LlamaConfig, folder: Path) -> Path:
     return folder
 
 
-def units(wanted: str = "abc") -> list[Unit]:
+def units(wanted: str = "abcAB") -> list[Unit]:
     """Make the units named by their letters; bases with random weights lie in a temporary folder."""
     place = Path(tempfile.gettempdir()) / "fedmira-bench"
     texts = _texts()
     made = []
-    if "a" in wanted:
-        gpt2 = GPT2Config(n_layer=6, n_embd=768, n_head=12, vocab_size=50257, n_positions=512, eos_token_id=0)
-        base = _random_base(gpt2, place / "gpt2")
-        clients = tuple(_same_lengths(texts, 50257))
-        made.append(Unit("a", "GPT-2, 6 layers, d 768, V 50257 (82 M)", base, ("c_attn",), clients))
-    if "b" in wanted:
-        llama = LlamaConfig(
-            hidden_size=288,
-            intermediate_size=768,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            num_key_value_heads=6,
-            vocab_size=32000,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            eos_token_id=0,
-            bos_token_id=None,
-        )
-        base = _random_base(llama, place / "llama")
-        made.append(
-            Unit(
-                "b",
-                "Llama, 6 layers, d 288, V 32000 (15 M)",
-                base,
-                ("q_proj", "v_proj"),
-                tuple(_same_lengths(texts, 32000)),
+    for letter in wanted:
+        alike = letter.islower()
+        text = "ids of Natural Instructions" if alike else "random ids: examples share nothing"
+        if letter in "aA":
+            gpt2 = GPT2Config(n_layer=6, n_embd=768, n_head=12, vocab_size=50257, n_positions=512, eos_token_id=0)
+            base, targets = random_base(gpt2, place / "gpt2"), ("c_attn",)
+            title = f"GPT-2, 6 layers, d 768, V 50257 (82 M), {text}"
+            made.append(Unit(letter, title, base, targets, _other_vocabulary(texts, 50257, alike=alike)))
+        elif letter in "bB":
+            llama = LlamaConfig(
+                hidden_size=288,
+                intermediate_size=768,
+                num_hidden_layers=6,
+                num_attention_heads=6,
+                num_key_value_heads=6,
+                vocab_size=32000,
+                max_position_embeddings=512,
+                tie_word_embeddings=True,
+                eos_token_id=0,
+                bos_token_id=None,
             )
-        )
-    if "c" in wanted:
-        title = "nano: Llama, 6 layers, d 256, V 8192 (6.9 M), on its own text"
-        made.append(Unit("c", title, SHARED / "models/nano", ("q_proj", "v_proj"), tuple(texts)))
+            base, targets = random_base(llama, place / "llama"), ("q_proj", "v_proj")
+            title = f"Llama, 6 layers, d 288, V 32000 (15 M), {text}"
+            made.append(Unit(letter, title, base, targets, _other_vocabulary(texts, 32000, alike=alike)))
+        elif letter == "c":
+            title = "nano: Llama, 6 layers, d 256, V 8192 (6.9 M), Natural Instructions"
+            made.append(Unit("c", title, SHARED / "models/nano", ("q_proj", "v_proj"), tuple(texts)))
+        else:
+            raise ValueError(f"no unit '{letter}': there are a, b, c and, with random ids, A and B")
     return made
 
 

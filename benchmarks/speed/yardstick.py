@@ -22,12 +22,18 @@ class PeftLoop:
     """A PEFT model and its starting adapter."""
 
     def __init__(
-        self, base: Path, targets: Sequence[str], *, device: str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        base: Path,
+        targets: Sequence[str],
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        rank: int = RANK,
     ) -> None:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device)
         conv = type(model).__name__.startswith("GPT2")
         config = LoraConfig(
-            r=RANK, lora_alpha=ALPHA, target_modules=list(targets), fan_in_fan_out=conv, task_type="CAUSAL_LM"
+            r=rank, lora_alpha=2 * rank, target_modules=list(targets), fan_in_fan_out=conv, task_type="CAUSAL_LM"
         )
         torch.manual_seed(0)
         self.model: PeftModel = get_peft_model(model, config)  # type: ignore[assignment]
