@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 # Tests never reach a model hub, and two workers with one thread each do not fight for the cores.
 QUIET_HUB := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: install install-base demo check test test-slow pretrain docs clean
+.PHONY: install install-base demo check test test-slow pretrain docs bench bench-full clean
 
 install: .venv/.installed-dev
 
@@ -50,6 +50,17 @@ pretrain:
 # The pages of the methods, from their docstrings and settings; a test fails while they are stale.
 docs:
 	$(BIN)/python docs/make_methods.py
+
+# Speed on the CPU, row by row: stores benchmarks/results/*.json and writes docs/results/speed.md from them.
+bench:
+	@test -e .venv/.installed-base || $(MAKE) --no-print-directory install-base
+	$(BIN)/python benchmarks/bench.py core
+
+# The rows that are too slow for `bench`, and those of a GPU: takes long and much disk, so let it run in the background
+# (make bench-full > bench.log 2>&1 &).
+bench-full:
+	@test -e .venv/.installed-base || $(MAKE) --no-print-directory install-base
+	$(BIN)/python benchmarks/bench.py full
 
 # Leaves .venv/ and runs/ alone: one is slow to make, the other is yours.
 clean:

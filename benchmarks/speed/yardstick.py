@@ -63,5 +63,5 @@ class PeftLoop:
             torch.nn.utils.clip_grad_norm_(trained, CLIP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        last = float(loss)
+        last = float(loss.detach())
         return time.perf_counter() - began, last

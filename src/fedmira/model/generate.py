@@ -347,7 +347,7 @@ def _step(base: Base, rules: tuple[Sees | None, ...], rows: _Rows, step: int) ->
     first, own, written = rows.parts
     earlier = [part for part in (first, own) if part.length]
     queries = rows.begins[:, None] + step
-    keys = rows.keys[:, : first.length + own.length + step + 1]
+    keys = rows.keys[:, : first.length + own.length + written.seen_at(step)]
     turn = Turn(written, slice(None), step, earlier, queries, keys, rules, written=True)
     return _pass(base, turn, rows.chosen[:, None])[:, 0]
 

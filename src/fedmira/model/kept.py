@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 NAME = "fedmira_kept"
 NOWHERE = 2**30  # the position of a blank: beyond every token's sight
+STEP = 16
 SCORES = 2**24  # scores worked out at once
 
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, positions of queries, of keys) -> bool
@@ -62,6 +63,13 @@ class Part:
         for layer, (key, value) in enumerate(zip(other.keys, other.values, strict=True)):
             some = [states[:, :, :length].index_select(0, there) for states in (key, value)]
             self.keep(layer, here, slice(0, length), *some)
+
+    def seen_at(self, place: int) -> int:
+        """Return how many places a token written at `place` is shown: up to its own, and a few ahead that it masks.
+
+        In steps of STEP: attention over a length that was not seen before is set up anew.
+        """
+        return min(-(-(place + 1) // STEP) * STEP, self.length)
 
     def read(self, layer: int, length: int | None = None) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values, the first `length` tokens of them."""
@@ -116,7 +124,7 @@ class Turn:
         if layer == self.enough_at:
             raise Enough
         seen = [part.read(layer) for part in self.earlier]
-        seen.append(self.into.read(layer, self.place + 1) if self.written else (key, value))
+        seen.append(self.into.read(layer, self.into.seen_at(self.place)) if self.written else (key, value))
         mask = self.mask(None if self.rules is None else self.rules[layer], query.dtype)
         return _attention(query, seen, scale=scale, softcap=softcap, mask=mask)
 
