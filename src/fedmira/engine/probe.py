@@ -8,10 +8,11 @@ import torch
 from fedmira.adapters import Adapters
 from fedmira.engine.phase import local_phase
 from fedmira.engine.rounds import Federation, common_start, make_training
-from fedmira.evaluation.measure import ANSWER_ROWS, measure_answers, measure_loss
+from fedmira.evaluation.measure import measure_answers, measure_loss
 from fedmira.methods.base import Clock, Message, Method
 from fedmira.plan import Speeds
 
+ANSWERS = 64  # written by all clients together to see how long one takes
 LONG_S = 3.0  # a first step that took longer is measurement enough, warm or not
 
 
@@ -70,7 +71,7 @@ def _score(federation: Federation, start: Adapters, ids: torch.Tensor) -> float 
 def _write(federation: Federation, start: Adapters, ids: torch.Tensor) -> float | None:
     config = federation.config.evaluation
     metrics = [metric for metric in config.metrics if metric != "loss"]
-    each = min(max(ANSWER_ROWS // len(ids), 1), config.max_examples or ANSWER_ROWS)
+    each = min(max(ANSWERS // len(ids), 1), config.max_examples or ANSWERS)
     answers = sum(len(federation.clients[int(k)].test[:each]) for k in ids)
     if not metrics or not answers:
         return None
