@@ -92,3 +92,18 @@ def test_weights_that_do_not_fit_are_refused_with_both_shapes() -> None:
         mix_rows(np.eye(3), draw(2, 5))
     with pytest.raises(ShapeError, match=r"\[2, 1\] for 1 stored"):
         mix_rows(np.eye(2), draw(2, 5), outside=np.ones((2, 3)), stored=draw(4, 5), neighbours=np.array([2]))
+
+
+def test_an_answer_stays_while_it_is_held_and_its_memory_serves_the_next_one() -> None:
+    rows = draw(3, 70_000)
+    first = mix_rows(np.eye(3), rows)
+    part = first[1:]
+    second = mix_rows(2 * np.eye(3), rows)
+    assert torch.equal(first, rows)
+    assert torch.equal(second, 2 * rows)
+    del first, second
+    third = mix_rows(3 * np.eye(3), rows)
+    assert torch.equal(part, rows[1:])
+    place = third.data_ptr()
+    del third
+    assert mix_rows(np.eye(3), rows).data_ptr() == place

@@ -1,23 +1,28 @@
 """Linear combinations of rows, read once from memory and mixed in the cache.
 
-A product [S, S] @ [S, P] with S of 8 to 64 and P in millions is bound by memory more than by arithmetic. The columns
+A product [S, S] @ [S, P] with S of 8 to 64 and P in millions is bound by memory as much as by arithmetic. The columns
 are cut into strips that fit a core's cache, and as many threads as torch is set to take turns. Strips depend on the
-shapes alone, so the number of threads does not change the bits.
+shapes alone, so the number of threads does not change the bits. The answer lies in memory of an earlier one that nobody
+holds any more, where there is such: the system would have to zero new pages first, which costs more than the mixing.
 """
 
+import functools
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sparse
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from fedmira.errors import ShapeError
 
-_ONE_CORE = 2**19  # multiplications up to which OpenBLAS stays on one core: it must not start threads inside ours
-_NARROWEST = 64  # columns; where one core's share is narrower, arithmetic dominates and BLAS threads do it better
+_STRIP = 2**13  # columns of one product
 _CACHED = 2**18  # gathered numbers at a time: 1 MB in float32
 _TURN = 2**15  # columns that a thread takes at a time; strips are powers of two, so they start where pages start
+_LENT = 2**30  # bytes; larger answers are not kept for the next one
 
 
 def mix_rows(
@@ -31,7 +36,8 @@ def mix_rows(
     """out = within @ rows + outside @ stored[neighbours], in the dtype of `rows`.
 
     within [S, S]; rows [S, P]; outside [S, N], mostly zeros; stored [K, P] is read at `neighbours` [N] only, strip by
-    strip, so that it may be memory-mapped. Every argument stays as it is; the result lies in new memory.
+    strip, so that it may be memory-mapped. Every argument stays as it is; the result shares no memory with anything
+    in use.
     Raises ShapeError if the shapes do not fit.
     """
     count, columns = rows.shape
@@ -43,19 +49,16 @@ def mix_rows(
             f"{gathered} stored neighbours"
         )
     own = rows.numpy()
-    out = np.empty((count, columns), dtype=own.dtype)  # numpy asks for large pages: fewer faults at the first touch
+    out = _memory.lend(own.shape, own.dtype)
     weights = within.astype(own.dtype)
     pull = sparse.csr_array(outside.astype(own.dtype)) if gathered and outside is not None else None
     held = own if stored is None else stored.numpy()
-    share = _ONE_CORE // max(count, 1) ** 2
-    wide = share < _NARROWEST
-    width = _TURN if wide else _power(share)
-    gather = max(_power(_CACHED // max(gathered, 1)), _NARROWEST)
+    gather = _power(_CACHED // max(gathered, 1))
 
     def turn(first: int) -> None:
         last = min(first + _TURN, columns)
-        for start in range(first, last, width):
-            stop = min(start + width, last)
+        for start in range(first, last, _STRIP):
+            stop = min(start + _STRIP, last)
             np.matmul(weights, own[:, start:stop], out=out[:, start:stop])
         if pull is not None:
             for start in range(first, last, gather):
@@ -63,14 +66,38 @@ def mix_rows(
                 out[:, start:stop] += pull @ held[neighbours, start:stop]
 
     turns = range(0, columns, _TURN)
-    workers = 1 if wide else min(torch.get_num_threads(), len(turns))
-    if workers > 1:
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(turn, turns))
-    else:
-        for first in turns:
-            turn(first)
+    workers = max(1, min(torch.get_num_threads(), len(turns)))
+    with _blas().limit(limits=1), ThreadPoolExecutor(workers) as pool:  # BLAS must not start threads inside ours
+        list(pool.map(turn, turns))
     return torch.from_numpy(out)
+
+
+class _Memory:
+    """One stretch of memory for one answer at a time; it is free again when the array lent from it is gone."""
+
+    def __init__(self) -> None:
+        self.kept = np.empty(0, dtype=np.uint8)
+        self.lent: weakref.ref[Any] = weakref.ref(self)
+
+    def lend(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """Return an array with any content, in new memory while the last one is still in use."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        if size > _LENT:
+            return np.empty(shape, dtype=dtype)
+        if size > len(self.kept) or self.lent() is not None:
+            self.kept = np.empty(size, dtype=np.uint8)  # numpy asks for large pages
+        array = self.kept[:size].view(dtype).reshape(shape)
+        self.lent = weakref.ref(array)
+        return array
+
+
+_memory = _Memory()
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    """Look once at which libraries are loaded: it reads every one's name."""
+    return ThreadpoolController()
 
 
 def _power(limit: int) -> int:
