@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from tests import tiny
 
 from fedmira.adapters import Adapters
 from fedmira.model import generate, kept, lanes
+from fedmira.model import prompts as prompts_of
 from fedmira.model.generate import answers, padded_answers
 from fedmira.model.lanes import count_tokens, plan_passes
 from fedmira.model.load import Base
@@ -74,9 +76,11 @@ def watched(base: Base) -> Iterator[list[torch.Size]]:
         hook.remove()
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("family", KEEPING)
-def test_answers_in_float32_are_what_peft_generates_token_for_token(family: str) -> None:
+def test_answers_in_float32_are_what_peft_generates_token_for_token(family: str, packed: bool) -> None:
     base, stack = make(family)
+    base = base if packed else replace(base, packs=False)
     assert generate._find_kept(base) is not None
     prompts = draw_prompts()
     found = answers(base, stack, prompts, max_new_tokens=NEW)
@@ -114,15 +118,24 @@ def test_a_base_that_keeps_something_else_than_it_should_is_found_out(monkeypatc
     ("rows", "kept_bytes", "fill_tokens", "scores"),
     [(1, 2**30, 2048, 2**24), (3, 2**30, 40, 2**24), (256, 20_000, 2048, 2**24), (256, 2**30, 1, 500)],
 )
+@pytest.mark.parametrize("packed", [True, False])
 def test_an_answer_does_not_depend_on_what_shares_its_pass(
-    family: str, rows: int, kept_bytes: int, fill_tokens: int, scores: int, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    rows: int,
+    kept_bytes: int,
+    fill_tokens: int,
+    scores: int,
+    packed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, stack = make(family)
+    base = base if packed else replace(base, packs=False)
     prompts = draw_prompts()
     together = answers(base, stack, prompts, max_new_tokens=NEW)
     monkeypatch.setattr(lanes, "ANSWER_ROWS", rows)
     monkeypatch.setattr(lanes, "KEPT_BYTES", kept_bytes)
     monkeypatch.setattr(lanes, "FILL_TOKENS", fill_tokens)
+    monkeypatch.setattr(prompts_of, "PACKED_TOKENS", fill_tokens)
     monkeypatch.setattr(kept, "SCORES", scores)
     assert answers(base, stack, prompts, max_new_tokens=NEW) == together
     order = torch.tensor([3, 0, 2, 1])
@@ -169,9 +182,11 @@ def test_nobody_asked_is_nobody_answered() -> None:
     assert answers(base, stack, [[], [], [], []], max_new_tokens=NEW) == [[], [], [], []]
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_prompt_that_fills_all_positions_is_answered_beside_short_ones(family: str) -> None:
+def test_a_prompt_that_fills_all_positions_is_answered_beside_short_ones(family: str, packed: bool) -> None:
     base, stack = make(family)
+    base = base if packed else replace(base, packs=False)
     stream = np.random.default_rng(0)
     opening = stream.integers(2, tiny.VOCABULARY, 20).tolist()
     lengths = (tiny.POSITIONS - NEW - 20, tiny.POSITIONS - NEW - 25, 1)
@@ -180,13 +195,15 @@ def test_a_prompt_that_fills_all_positions_is_answered_beside_short_ones(family:
     assert answers(base, stack, prompts, max_new_tokens=NEW) == by_peft(family, base, stack, prompts)
 
 
-def test_what_a_clients_prompts_begin_with_is_computed_once() -> None:
+@pytest.mark.parametrize(("packed", "wanted"), [(True, [(1, 21 + 10 * 2)]), (False, [(1, 21), (10, 1)])])
+def test_what_a_clients_prompts_begin_with_is_computed_once(packed: bool, wanted: list[tuple[int, int]]) -> None:
     base, stack = make("llama")
+    base = base if packed else replace(base, packs=False)
     generate._find_kept(base)
     prompts = [[[5, *range(2, 22), 3 + place] for place in range(10)], [], [], []]
     with watched(base) as shapes:
         answers(base, stack, prompts, max_new_tokens=1)
-    assert sorted(shapes) == [(1, 21), (10, 1)]
+    assert sorted(shapes) == wanted  # packed, a token that nobody reads follows every prompt
 
 
 def test_prompts_that_are_the_same_or_begin_another_are_answered() -> None:

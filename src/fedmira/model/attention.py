@@ -234,22 +234,30 @@ def make_buckets(sizes: Tensor, starts: Tensor) -> Buckets:
 class Turn:
     """One packed pass. last: the module whose queries are only asked for at labels.
 
-    callers: modules that attended; reaches: of the windows and chunks that they came with.
+    callers: modules that attended; reaches: of the windows and chunks that they came with. kept: where the keys and
+    values of every layer [1, H', N, D] are wanted, in turn.
     """
 
     attention: Attention
     last: nn.Module | None
+    kept: list[tuple[Tensor, Tensor]] | None = None
     callers: list[nn.Module] = field(default_factory=list)
     reaches: set[int] = field(default_factory=set)
 
 
 @contextmanager
-def packed_attention(model: PreTrainedModel, attention: Attention, *, last: nn.Module | None = None) -> Iterator[Turn]:
+def packed_attention(
+    model: PreTrainedModel,
+    attention: Attention,
+    *,
+    last: nn.Module | None = None,
+    kept: list[tuple[Tensor, Tensor]] | None = None,
+) -> Iterator[Turn]:
     """Let a model's layers attend within the examples of a packed sequence; `last` computes what labels need alone."""
     global _current
     config = model.config
     before = config._attn_implementation
-    _current = Turn(attention, last)
+    _current = Turn(attention, last, kept)
     config._attn_implementation = NAME
     try:
         yield _current
@@ -301,6 +309,8 @@ def _attend(
     _current.callers.append(module)
     if attention_mask.reach is not None:
         _current.reaches.add(attention_mask.reach)
+    if _current.kept is not None:
+        _current.kept.append((key, value))
     plan = _current.attention
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(plan, Buckets):

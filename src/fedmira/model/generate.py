@@ -1,9 +1,8 @@
 """Greedy answers of many clients at once, each with its own adapter, with keys and values kept between tokens.
 
 A pass takes *lanes* of prompts, each of one client. What all prompts of a client begin with (a task's instruction) is
-computed and kept once per lane; of it only keys and values are needed, so the last layer does no more than these. The
-rest of the prompts is computed in batches of similar length, and gives every answer's first token. Answers that go on
-become rows, w per lane (some blank), so that the low-rank part stays one `bmm` over the clients; every row writes one
+computed and kept once per lane (prompts.py), and every prompt gives its answer's first token. Answers that go on become
+rows, w per lane (some blank), so that the low-rank part stays one `bmm` over the clients; every row writes one
 token per step, and when enough rows have ended the others are drawn together.
 
 Any decoder can do this whose layers ask transformers' attention interface and take `position_ids`. Whether one does is
@@ -16,7 +15,6 @@ ends after any of the base's end-of-text ids, or after `max_new_tokens`.
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from weakref import WeakKeyDictionary
@@ -26,9 +24,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from fedmira.adapters import Adapters
-from fedmira.model.kept import Enough, Part, Sees, Turn, attending, places_of
-from fedmira.model.lanes import ANSWER_ROWS, Lane, Text, blanks_among, deal_batches, deal_rows, plan_passes, segments_of
+from fedmira.model.kept import Part, Sees, Turn, places_of
+from fedmira.model.lanes import ANSWER_ROWS, Lane, Text, blanks_among, deal_rows, plan_passes
 from fedmira.model.load import Base, quiet
+from fedmira.model.prompts import Prompts, compute, states_after, texts_of
 from fedmira.model.source import first_line
 
 __all__ = ["ANSWER_ROWS", "answers", "padded_answers"]
@@ -227,119 +226,44 @@ def _begin(
     new: int,
 ) -> tuple[list[list[int]], _Rows]:
     """Compute all prompts; return the first token of each and the rows that go on. adapters None: the base alone."""
-    first = Part(len(lanes), max(lane.shared for lane in lanes))
-    openings = [Text(k, k, lane.prompts[0][: lane.shared], 0) for k, lane in enumerate(lanes) if lane.shared]
-    for batch in deal_batches(openings):
-        _fill(base, rules, adapters, batch, into=first, rows=[text.place for text in batch], enough=True)
-    asked = [(k, lane, ids) for k, lane in enumerate(lanes) for ids in lane.prompts]
-    texts = [Text(k, place, ids[lane.shared :], lane.shared) for place, (k, lane, ids) in enumerate(asked)]
-    found: list[list[int]] = [[] for _ in texts]
-    filled: dict[int, tuple[Part, int]] = {}  # the part that holds a text's keys and values, and its row there
-    for batch in deal_batches(texts):
-        part = Part(len(batch), max(len(text.tokens) for text in batch))
-        states = _fill(base, rules, adapters, batch, into=part, after=first)
-        for row, (text, token) in enumerate(zip(batch, _choose(base, states).tolist(), strict=True)):
-            found[text.place].append(token)
-            filled[text.place] = (part, row)
-    going = [text for text in texts if new > 1 and found[text.place][0] not in ends]
-    return found, _gather(base, going, found, first, filled, new=new)
+    prompts = compute(base, rules, adapters, lanes)
+    found = [[token] for token in _choose(base, prompts.states).tolist()]
+    going = [text for text in texts_of(lanes) if new > 1 and found[text.place][0] not in ends]
+    return found, _lay_out(base, going, found, prompts, new=new)
 
 
-def _gather(
-    base: Base,
-    texts: Sequence[Text],
-    found: Sequence[list[int]],
-    first: Part,
-    filled: dict[int, tuple[Part, int]],
-    *,
-    new: int,
-) -> _Rows:
+def _lay_out(base: Base, texts: Sequence[Text], found: Sequence[list[int]], prompts: Prompts, *, new: int) -> _Rows:
     """Lay the texts that go on out as rows."""
     longest = max((len(text.tokens) for text in texts), default=0)
+    common = max((text.after for text in texts), default=0)
     own = [[text.place for text in group] for _, group in groupby(texts, key=lambda text: text.lane)]
-    dealt = deal_rows(own, shared=first.length, each=longest + new - 1)
+    dealt = deal_rows(own, shared=common, each=longest + new - 1)
     of = {text.place: text for text in texts}
     rows = [of[place] for lane in dealt for place in lane]
     lanes = [of[lane[0]] for lane in dealt]
-    prompts, written = Part(len(rows), longest), Part(len(rows), max(1, new - 1))
-    by_part: dict[Part, list[tuple[int, int]]] = {}
-    for row, text in enumerate(rows):
-        part, place = filled[text.place]
-        by_part.setdefault(part, []).append((row, place))
-    for part, places in by_part.items():
-        here, there = (torch.tensor(one, device=base.device) for one in zip(*places, strict=True))
-        prompts.copy(part, here, there)
-    shared = [text.after for text in lanes]
     after, sizes = torch.tensor([[text.after, len(text.tokens)] for text in rows], dtype=torch.int64).view(-1, 2).T
-    cut = first.of(
-        torch.tensor([text.lane for text in lanes], dtype=torch.int64, device=base.device), max(shared, default=0)
-    )
+    written = Part(len(rows), max(1, new - 1))
     keys = [
-        places_of(cut.length, torch.zeros_like(after), after),
+        places_of(common, torch.zeros_like(after), after),
         places_of(longest, after, sizes),
         places_of(written.length, after + sizes, torch.full_like(sizes, written.length)),
     ]
     blank = blanks_among([text.place for text in rows])
     return _Rows(
-        parts=(cut, prompts, written),
+        parts=(
+            prompts.openings([text.lane for text in lanes], common),
+            prompts.rests([text.place for text in rows], longest),
+            written,
+        ),
         keys=torch.cat(keys, dim=1).to(base.device),
         begins=(after + sizes).to(base.device),
         lanes=[text.lane for text in lanes],
         asked=[-1 if again else text.place for text, again in zip(rows, blank, strict=True)],
         chosen=torch.tensor([found[text.place][0] for text in rows], dtype=torch.int64, device=base.device),
         ended=torch.tensor(blank, dtype=torch.bool, device=base.device),
-        shared=shared,
+        shared=[text.after for text in lanes],
         own=sizes.tolist(),
     )
-
-
-def _fill(
-    base: Base,
-    rules: tuple[Sees | None, ...],
-    adapters: Adapters | None,
-    texts: Sequence[Text],
-    *,
-    into: Part,
-    after: Part | None = None,
-    rows: list[int] | None = None,
-    enough: bool = False,
-) -> Tensor:
-    """Compute one batch of texts, padded on the right: nothing real sees what comes after it.
-
-    Returns the last hidden states [n, d]; none if keys and values are `enough`. rows: of `into`, None for all in turn.
-    """
-    device = base.device
-    sizes = torch.tensor([len(text.tokens) for text in texts])
-    begins = torch.tensor([text.after for text in texts])
-    longest, before = int(sizes.max()), int(begins.max())
-    ids = torch.full((len(texts), longest), base.pad_id)
-    for row, text in enumerate(texts):
-        ids[row, : len(text.tokens)] = torch.tensor(text.tokens)
-    # No position beyond a text's own: the base may have no more.
-    queries = begins[:, None] + torch.minimum(torch.arange(longest), sizes[:, None] - 1)
-    keys = places_of(longest, begins, sizes)
-    earlier = []
-    if after is not None and before:
-        keys = torch.cat([places_of(before, torch.zeros_like(begins), begins), keys], dim=1)
-        earlier.append(after.seen_by(torch.tensor([text.lane for text in texts], device=device), before))
-    turn = Turn(
-        into=into,
-        rows=slice(None) if rows is None else torch.tensor(rows, device=device),
-        place=0,
-        earlier=earlier,
-        queries=queries.to(device),
-        keys=keys.to(device),
-        rules=rules,
-        enough_at=len(rules) - 1 if enough else None,
-    )
-    filled: AbstractContextManager[None] = nullcontext()
-    if adapters is not None:
-        own = adapters.take(torch.tensor(list(dict.fromkeys(text.lane for text in texts))))
-        filled = base.stack.filled(own, dtype=base.dtype, device=device, segments=segments_of(texts, longest))
-    with filled, suppress(Enough):
-        states = _pass(base, turn, ids.to(device))
-        return states[torch.arange(len(texts), device=device), (sizes - 1).to(device)]
-    return torch.empty(0, device=device)
 
 
 def _step(base: Base, rules: tuple[Sees | None, ...], rows: _Rows, step: int) -> Tensor:
@@ -349,14 +273,7 @@ def _step(base: Base, rules: tuple[Sees | None, ...], rows: _Rows, step: int) ->
     queries = rows.begins[:, None] + step
     keys = rows.keys[:, : first.length + own.length + written.seen_at(step)]
     turn = Turn(written, slice(None), step, earlier, queries, keys, rules, written=True)
-    return _pass(base, turn, rows.chosen[:, None])[:, 0]
-
-
-def _pass(base: Base, turn: Turn, ids: Tensor) -> Tensor:
-    """Hidden states [R, T, d]."""
-    with attending(base.model, turn):
-        states: Tensor = base.decoder(input_ids=ids, position_ids=turn.queries, use_cache=False).last_hidden_state
-    return states
+    return states_after(base, turn, rows.chosen[:, None])[:, 0]
 
 
 def _choose(base: Base, states: Tensor) -> Tensor:
@@ -392,7 +309,7 @@ def _measure_kept(base: Base) -> Kept | None:
     with torch.no_grad(), quiet():
         plain = torch.arange(4, device=device)[None]
         turn = Turn(Part(1, 4), slice(None), 0, [], plain, plain, None)
-        _pass(base, turn, torch.tensor([drawn[:4]], device=device))
+        states_after(base, turn, torch.tensor([drawn[:4]], device=device))
         rules = tuple(turn.found)
         _, rows = _begin(base, rules, None, lanes, ends=(), new=3)
         said, given = [], []

@@ -22,7 +22,7 @@ def gradients(
     loss_k = mean over the labelled tokens of client k's own batch, in nats; one client never weighs on another. A
     client without labelled tokens gets loss 0 and gradient 0.
     """
-    plan = _plan(base, batch, share=dropout is None)  # masks are drawn for every token of every example
+    plan = plan_pass(base, batch, share=dropout is None)  # masks are drawn for every token of every example
     whole = len(plan.order) == len(adapters) and torch.equal(plan.order, torch.arange(len(adapters)))
     gradient = into if whole else torch.zeros(len(plan.order), into.shape[1], dtype=into.dtype, device=into.device)
     if dropout is not None:
@@ -39,7 +39,7 @@ def gradients(
         ),
         torch.enable_grad(),
     ):
-        hidden = _hidden(base, plan)
+        hidden = states_of(base, plan)
         total, losses = weighted_loss(hidden, plan.targets, weights[plan.owner], base.head)
         torch.autograd.backward(total)
     if not whole:
@@ -50,16 +50,16 @@ def gradients(
 
 def losses(base: Base, adapters: Adapters, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the sum of token cross-entropies in nats [S] and the number of labelled tokens [S]; no gradient."""
-    plan = _plan(base, batch)
+    plan = plan_pass(base, batch)
     with (
         base.stack.filled(adapters.take(plan.order), dtype=base.dtype, device=base.device, segments=plan.segments),
         torch.no_grad(),
     ):
-        each = token_losses(_hidden(base, plan), plan.targets, base.head)
+        each = token_losses(states_of(base, plan), plan.targets, base.head)
     return _by_client(each, plan), plan.counts
 
 
-def _plan(base: Base, batch: Batch, *, share: bool = True) -> Pass:
+def plan_pass(base: Base, batch: Batch, *, share: bool = True) -> Pass:
     """Lay a batch out for this base; everything a pass indexes with lies on its device."""
     if not base.packs:
         return pad(batch).to(base.device)
@@ -67,13 +67,16 @@ def _plan(base: Base, batch: Batch, *, share: bool = True) -> Pass:
     return pack(batch, pad_id=base.pad_id, fused=base.device.type != "cpu", share=share).to(base.device)
 
 
-def _hidden(base: Base, plan: Pass) -> Tensor:
-    """Hidden states [n, d] at the places that predict a label. No attention mask: nothing is padded on the left."""
+def states_of(base: Base, plan: Pass, *, kept: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+    """Hidden states [n, d] at the places that predict a label. No attention mask: nothing is padded on the left.
+
+    kept: takes the keys and values [1, H', N, D] of every layer, if the pass is packed.
+    """
     if plan.attention is None:
         states = base.decoder(input_ids=plan.ids, use_cache=False).last_hidden_state
     else:
         tail = nullcontext() if base.tail is None else base.tail.cut(plan)
-        with tail as last, packed_attention(base.model, plan.attention, last=last):
+        with tail as last, packed_attention(base.model, plan.attention, last=last, kept=kept):
             states = base.decoder(input_ids=plan.ids, position_ids=plan.positions, use_cache=False).last_hidden_state
     return states.reshape(-1, states.shape[-1]).index_select(0, plan.where)
 
