@@ -53,6 +53,7 @@ ROWS = (
     Row("flexlora", "server/flexlora.py"),
     Row("clients", "scale/clients.py", ("--full",)),
     Row("rows", "scale/rows.py"),
+    Row("natural-instructions", "scale/natural_instructions.py"),
     Row("gpu", "speed/gpu.py", gpu=True),
 )
 

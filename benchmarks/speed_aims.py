@@ -32,13 +32,14 @@ def training_aims(found: Results) -> list[Aim]:
 
 def generation_aims(found: Results) -> list[Aim]:
     aims = []
-    for dtype in ("fp32", "bf16"):
-        what = f"answers in bf16, times `generate` by PEFT in {dtype}"
-        if "generation" not in found:
-            aims.append(Aim(what, "at least 6"))
-            continue
-        ratio = found["generation"]["answers"]["ratio"][f"fedmira bf16 to plain {dtype}"]
-        aims.append(Aim(what, "at least 6", spread(ratio), statistics.median(ratio) >= 6))
+    for kind, title in (("answers", "answers in bf16"), ("long", "answers of full length in bf16")):
+        for dtype in ("fp32", "bf16"):
+            what = f"{title}, times `generate` by PEFT in {dtype}"
+            if "generation" not in found:
+                aims.append(Aim(what, "at least 6"))
+                continue
+            ratio = found["generation"][kind]["ratio"][f"fedmira bf16 to plain {dtype}"]
+            aims.append(Aim(what, "at least 6", spread(ratio), statistics.median(ratio) >= 6))
     return aims
 
 
@@ -106,6 +107,15 @@ def client_aims(found: Results) -> list[Aim]:
     return [*aims, Aim(what, asked)]
 
 
+def real_aim(found: Results) -> Aim:
+    what, asked = "555 clients of Natural Instructions, a full run of MIRA", "time and memory"
+    row = found.get("natural-instructions")
+    if row is None:
+        return Aim(what, asked)
+    words = f"{row['seconds'] / 60:.1f} minutes, {row['anon_peak'] / GB:.2f} GB anonymous ({row['clients']} clients)"
+    return Aim(what, asked, words)
+
+
 def gpu_aim(found: Results) -> Aim:
     rows = found.get("gpu", {}).get("rows", [])
     ratios = "; ".join(f"{row['shape']} {spread(row['ratio'])}" for row in rows) or None
@@ -124,10 +134,7 @@ def bench_aim(found: Results) -> Aim:
 def aims_table(found: Results) -> str:
     """Every target beside what was measured."""
     aims = [*training_aims(found), *generation_aims(found), *merge_aims(found), flexlora_aim(found)]
-    real = Aim(
-        "555 clients of Natural Instructions, a full run of MIRA", "time and memory", "by none of these benchmarks"
-    )
-    aims += [*client_aims(found), real, gpu_aim(found), bench_aim(found)]
+    aims += [*client_aims(found), real_aim(found), gpu_aim(found), bench_aim(found)]
     verdict = {True: "yes", False: "**no**", None: ""}
     rows = [[aim.what, aim.asked, aim.measured or "not measured yet", verdict[aim.reached]] for aim in aims]
     return table(["what", "asked", "measured", "reached"], rows)

@@ -132,20 +132,22 @@ def generation(found: Results, docs: Path) -> str:
     """Answers and losses, and how far they are the same."""
     one = found["generation"]
     lines = []
-    for kind, title in (("answers", "greedy answers"), ("losses", "losses")):
+    titles = {"answers": "greedy answers", "long": "the same, every answer as long as it may be", "losses": "losses"}
+    for kind, title in titles.items():
         speeds, ratio = one[kind]["tokens_per_second"], one[kind]["ratio"]
         ratios = [
             f"fedmira {mine} to plain {other}" for mine, other in (("bf16", "fp32"), ("bf16", "bf16"), ("fp32", "fp32"))
         ]
         lines.append([title, *(f"{speeds[name]:,.0f}" for name in LOOPS), *(spread(ratio[name]) for name in ratios)])
-    titles = [f"{name}, tokens/s" for name in LOOPS]
+    heads = [f"{name}, tokens/s" for name in LOOPS]
     pairs = ["fedmira bf16 to plain fp32", "bf16 to bf16", "fp32 to fp32"]
     return (
         f"Unit (c), 8 clients with adapters of their own, {one['prompts']} prompts of {one['prompt_tokens']:,} tokens "
         f"in all, at most {one['max_new_tokens']} new tokens. The yardstick calls `generate` client by client, 4 "
         "prompts at a time; here plain bf16 has its weights in bf16. Counted are the tokens of the answers over the "
-        "whole time, prompts included; for losses, the tokens of the examples.\n\n"
-        + table(["work", *titles, *pairs], lines)
+        f"whole time, prompts included: {one['answer_tokens']['plain fp32']:,}, so that prompts take most of it; in "
+        "the second row no token ends an answer. For losses, the tokens of the examples.\n\n"
+        + table(["work", *heads, *pairs], lines)
         + f"\n\nSame text as plain fp32: FedMira in fp32 {one['same_text_fp32']:.1%}, in bf16 "
         f"{one['same_text_bf16']:.1%} (plain bf16: {one['same_text_plain_bf16']:.1%}); the adapters change "
         f"{one['changed_by_adapters']:.0%} of the answers. Losses in fp32 are off by {one['loss_error_fp32']:.1e} at "
@@ -232,6 +234,24 @@ def clients(found: Results, docs: Path) -> str:
             + table(["part", "seconds", "RssAnon, MB", "RssFile, MB"], lines)
         )
     return "\n\n".join(parts)
+
+
+def natural_instructions(found: Results, docs: Path) -> str:
+    """One real study: what it took and what came out."""
+    one = found["natural-instructions"]
+    names = list(one["scores"])
+    metrics = sorted({metric for values in one["scores"].values() for metric in values})
+    lines = [[name, *(f"{one['scores'][name].get(metric, 0.0):.4f}" for metric in metrics)] for name in names]
+    return (
+        f"{one['clients']} tasks, a client each, nano with rank 8 on every linear layer, {one['rounds']} rounds of "
+        f"{one['sampled']:.0f} clients and 5 steps of 4 examples, methods {' and '.join(one['methods'])}: "
+        f"{one['seconds'] / 60:.1f} minutes in all, scoring and writing of answers included ({one['prepare_s']:.0f} s "
+        f"to load and encode; a round {one['round_s']:.1f} s, {one['training_s']:.1f} of it training, "
+        f"{one['merge_s']:.2f} MIRA's merge). Peak of memory: RssAnon {one['anon_peak'] / MB:,.0f} MB, RssFile "
+        f"{one['file_peak'] / MB:,.0f} MB; the study takes {one['study_bytes'] / MB:,.0f} MB on disk.\n\n"
+        "Mean over clients on the test split (two or three examples of each; the base has seen other instances of "
+        "these tasks, so this says little about the methods):\n\n" + table(["adapters", *metrics], lines)
+    )
 
 
 def time_lines(rows: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
@@ -332,6 +352,7 @@ SECTIONS = (
     Section("Server: MIRA's merge", ("merge",), "core", merge),
     Section("Server: FlexLoRA's kernel", ("flexlora",), "core", flexlora),
     Section("Ten thousand clients", ("clients", "rows"), "full", clients),
+    Section("555 real clients", ("natural-instructions",), "full", natural_instructions),
     Section("GPU", ("gpu",), "full", gpu),
 )
 

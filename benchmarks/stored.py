@@ -14,7 +14,7 @@ UNITS = {
     "c": "training-c",
 }
 CORE = ("training-a", "training-b", "training-c", "cohorts", "generation", "merge", "flexlora")
-FULL = ("training-a-random", "training-b-random", "clients", "rows", "gpu")
+FULL = ("training-a-random", "training-b-random", "clients", "rows", "natural-instructions", "gpu")
 MB, GB = 1e6, 1e9
 Result = Mapping[str, Any]
 Results = Mapping[str, Result]

@@ -44,7 +44,12 @@ class Plain:
         self.states = [self.state(adapters, k) for k in range(len(adapters))]
         assert set(self.states[0]) == set(loop.start)
         end = self.model.generation_config.eos_token_id
-        self.end = int(end[0] if isinstance(end, list) else end)
+        self.end = self.pad = int(end[0] if isinstance(end, list) else end)
+
+    def go_on(self) -> None:
+        """Let no token end an answer from now on."""
+        self.model.generation_config.eos_token_id = None
+        self.end = -1
 
     @staticmethod
     def state(adapters: Adapters, k: int) -> dict[str, torch.Tensor]:
@@ -64,11 +69,11 @@ class Plain:
             for start in range(0, len(client.train), BATCH):
                 asked = [one.question for one in client.train[start : start + BATCH]]
                 longest = max(map(len, asked))
-                ids = torch.tensor([[self.end] * (longest - len(one)) + list(one) for one in asked])
+                ids = torch.tensor([[self.pad] * (longest - len(one)) + list(one) for one in asked])
                 mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in asked])
                 with torch.no_grad():
                     out = self.model.generate(
-                        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=self.end
+                        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=self.pad
                     )
                 for row in out[:, longest:].tolist():
                     own.append(row[: row.index(self.end) + 1] if self.end in row else row)
@@ -83,7 +88,7 @@ class Plain:
             nats = labels = 0.0
             for start in range(0, len(client.train), BATCH):
                 some = client.train[start : start + BATCH]
-                batch = collate([some], pad_id=self.end)
+                batch = collate([some], pad_id=self.pad)
                 mask = (torch.arange(batch.ids.shape[-1])[None, :] < batch.lengths[0][:, None]).long()
                 with torch.no_grad():
                     out = self.model(input_ids=batch.ids[0], attention_mask=mask, labels=batch.labels[0])
@@ -107,6 +112,11 @@ class Ours:
             return list(decode(ids, **others))
 
         self.base.tokenizer.batch_decode = count  # type: ignore[method-assign, assignment]
+
+    def go_on(self) -> None:
+        """Let no token end an answer from now on."""
+        assert self.base.model.generation_config is not None
+        self.base.model.generation_config.eos_token_id = []
 
     def answer(self, new: int, adapters: Adapters | None = None) -> list[list[str]]:
         prompts = [[one.question for one in client.train] for client in self.unit.clients]
@@ -171,6 +181,17 @@ def measure(unit: Unit, pairs: int, new: int) -> dict[str, Any]:
                 scored[name].append(tokens / (time.perf_counter() - began))
     untouched = ours["fedmira fp32"].answer(new, adapters.with_rows(torch.zeros_like(adapters.rows)))
     exact, close = losses["plain fp32"], losses["fedmira fp32"]
+    long: dict[str, list[float]] = {name: [] for name in order}
+    for name in order:
+        (plain.get(name) or ours[name]).go_on()
+    for number in range(-1, pairs):
+        for name in order:
+            began = time.perf_counter()
+            (plain.get(name) or ours[name]).answer(new)
+            if number >= 0:
+                long[name].append(
+                    new * sum(len(client.train) for client in unit.clients) / (time.perf_counter() - began)
+                )
     return {
         "name": "generation",
         "title": unit.title,
@@ -179,6 +200,7 @@ def measure(unit: Unit, pairs: int, new: int) -> dict[str, Any]:
         "max_new_tokens": new,
         "answer_tokens": counts,
         "answers": _rows(written),
+        "long": _rows(long),
         "same_text_fp32": share(texts["plain fp32"], texts["fedmira fp32"]),
         "same_text_bf16": share(texts["plain fp32"], texts["fedmira bf16"]),
         "same_text_plain_bf16": share(texts["plain fp32"], texts["plain bf16"]),
@@ -209,7 +231,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     row = measure(units("c")[0], options.pairs, options.new)
-    for kind in ("answers", "losses"):
+    for kind in ("answers", "long", "losses"):
         found = row[kind]
         speeds = ", ".join(f"{name} {value:,.0f}" for name, value in found["tokens_per_second"].items())
         ratios = "; ".join(

@@ -107,16 +107,13 @@ class RunFolder:
 
     def append(self, record: RoundRecord | None, results: Iterable[Result]) -> None:
         """Add one round: its results, then its line of metrics.jsonl."""
-        facts = self.facts
+        label, seed = self.facts["label"], self.facts["seed"]
         buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        for row in results:
-            value = "" if row.value is None else repr(float(row.value))
-            writer.writerow(
-                [row.client, facts["label"], facts["seed"], row.round, row.view, row.split, row.metric, value]
-            )
-        if buffer.getvalue():
-            append_lines(self.path / "results.csv", buffer.getvalue().splitlines())
+        csv.writer(buffer, lineterminator="\n").writerows(
+            (one.client, label, seed, one.round, one.view, one.split, one.metric, one.value) for one in results
+        )  # a float as repr, None as nothing
+        if lines := buffer.getvalue():
+            append_lines(self.path / "results.csv", [lines.removesuffix("\n")])
         if record is not None:
             append_lines(self.path / "metrics.jsonl", [json.dumps(_finite(asdict(record)), allow_nan=False)])
 
