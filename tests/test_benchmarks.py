@@ -370,7 +370,7 @@ def test_each_section_begins_with_a_command_that_measures_it(bench: ModuleType, 
 
 def test_the_page_builds_where_nothing_is_measured(bench: ModuleType, tmp_path: Path) -> None:
     page = make_page(bench, tmp_path, {})
-    assert page.count("\nNot measured yet.") == 7
+    assert page.count("\nNot measured yet.") == 8
     assert {reached for _, reached in aims(page).values()} == {""}
     assert "![" not in page
     assert not (tmp_path / "docs" / "images").exists()
