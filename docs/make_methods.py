@@ -199,8 +199,9 @@ def describe(method: Method) -> dict[str, str]:
     sees, travels = "each upload" if method.needs == "each" else "the sum of the uploads", "nothing"
     if method.exchanges:
         travels = f"{_amount(up)} up, {_amount(down)} down"
+    own = "an adapter of its own (`personal`)"
     return {
-        "each client gets": "an adapter of its own (`personal`)" if method.personal else "the shared one (`global`)",
+        "each client gets": own if method.personal or method.tune else "the shared one (`global`)",
         "the server must see": sees if method.exchanges else "nothing",
         "example counts": "are used" if method.uses_weights else "are not used",
         "bytes that travel per round": travels,
@@ -230,8 +231,9 @@ def exchange(method: Method) -> tuple[Message, Message]:
     def rng(purpose: str) -> list[np.random.Generator]:
         return [np.random.default_rng(k) for k in range(CLIENTS)]
 
-    tools = Tools(Clock(1, steps=torch.ones(CLIENTS, dtype=torch.int64), learning_rate=0.1), grad, update, rng)
-    adapters, memory = method.begin(adapters, {}, given, tools)
+    clock = Clock(1, steps=torch.ones(CLIENTS, dtype=torch.int64), learning_rate=0.1)
+    tools = Tools(clock, grad, update, rng, grad)
+    adapters, memory = method.begin(adapters, method.private(adapters), given, tools)
     adapters, memory = method.step(adapters, memory, given, tools)
     return given, method.finish(adapters, memory, given, tools)[0]
 

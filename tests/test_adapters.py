@@ -148,3 +148,73 @@ def test_norms_are_of_rows_and_do_not_overflow() -> None:
     found = norms(torch.tensor([[3.0, 4.0], [3e30, 4e30]]))
     assert found.dtype == torch.float64
     assert found.tolist() == pytest.approx([5, 5e30])
+
+
+# ---------------------------------------------------------------- ranks by module
+
+UNEVEN = lora_layout([("attn", 3, 2), ("mlp", 2, 2)], (1, 3))  # A [1, 3], B [2, 1], A [3, 2], B [2, 3]: 3 + 2 + 6 + 6
+
+
+def by_module(*ranks: tuple[int, int], alpha: float = 6.0) -> Adapters:
+    count = torch.arange(1.0, 1 + len(ranks) * UNEVEN.size).view(len(ranks), -1)
+    own = torch.tensor(ranks)
+    return Adapters(UNEVEN, count, own, alpha / own)
+
+
+def test_a_module_has_room_for_its_own_rank_only() -> None:
+    part = UNEVEN.part("lora")
+    assert [leaf.shape for leaf in part.leaves] == [(1, 3), (2, 1), (3, 2), (2, 3)]
+    assert (part.rank, part.ranks, UNEVEN.parameters) == (3, [1, 3], 17)
+    assert UNEVEN.fingerprint != lora_layout([("attn", 3, 2), ("mlp", 2, 2)], 3).fingerprint
+    assert lora_layout([("attn", 3, 2), ("mlp", 2, 2)], (2, 2)) == lora_layout([("attn", 3, 2), ("mlp", 2, 2)], 2)
+
+
+@pytest.mark.parametrize("ranks", [(1,), (1, 2, 3), (1, 0)])
+def test_every_module_needs_a_rank(ranks: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeError, match="for all or each"):
+        lora_layout([("attn", 3, 2), ("mlp", 2, 2)], ranks)
+
+
+def test_the_mask_of_a_module_follows_its_own_rank() -> None:
+    mask = UNEVEN.rank_mask(torch.tensor([[1, 2], [1, 3]])).int().tolist()
+    assert mask[0] == [1] * 5 + [1, 1, 1, 1, 0, 0] + [1, 1, 0, 1, 1, 0] + [0] * 15
+    assert mask[1] == [1] * 17 + [0] * 15
+    assert UNEVEN.rank_mask(torch.tensor([2])).int().tolist()[0] == mask[0]  # one rank for all, where there is room
+
+
+def test_the_product_of_a_module_has_its_own_scale() -> None:
+    """attn: 6 / 1 x [4, 5] [1, 2, 3]; mlp: 6 / 3 x [[12, 13, 14], [15, 16, 17]] [[6, 7], [8, 9], [10, 11]]."""
+    adapters = by_module((1, 3))
+    assert adapters.product("attn")[0].tolist() == [[24, 48, 72], [30, 60, 90]]
+    assert adapters.product("mlp")[0].tolist() == [[2 * 316, 2 * 355], [2 * 388, 2 * 436]]
+    assert (adapters.ranks_of(0).tolist(), adapters.ranks_of(1).tolist()) == ([1], [3])
+
+
+def test_masking_zeroes_each_module_beyond_its_own_rank_and_full_ones_not_at_all() -> None:
+    adapters = by_module((1, 2), (1, 3)).mask_()
+    assert adapters.rows[0, 5:17].tolist() == [6, 7, 8, 9, 0, 0, 12, 13, 0, 15, 16, 0]
+    assert adapters.rows[1, :17].tolist() == list(range(33, 50))
+    full = by_module((1, 3), (1, 3))
+    assert full.mask_().rows[:, 17:].all()  # not even the padding was touched: no mask was made
+
+
+def test_taken_and_first_clients_keep_their_ranks_by_module() -> None:
+    adapters = by_module((1, 2), (1, 3))
+    assert adapters.take(torch.tensor([1])).ranks.tolist() == [[1, 3]]
+    assert adapters.head(1).scale.tolist() == [[6, 3]]
+
+
+def test_ranks_and_scales_by_module_need_one_for_each() -> None:
+    with pytest.raises(ShapeError, match=r"ranks are \(1, 3\): need \[K\] or, one for each module, \[K, 2\]"):
+        Adapters(UNEVEN, torch.zeros(1, 32), torch.ones(1, 3), torch.ones(1, 2))
+    with pytest.raises(ShapeError, match=r"scale are \(1, 1\)"):
+        Adapters(UNEVEN, torch.zeros(1, 32), torch.ones(1, 2), torch.ones(1, 1))
+
+
+def test_clients_of_any_ranks_by_module_start_alike() -> None:
+    start = start_adapters(UNEVEN, torch.tensor([[1, 3], [1, 1]]), 6.0, torch.Generator().manual_seed(0))
+    assert start.scale.tolist() == [[6, 2], [6, 6]]
+    first = UNEVEN.part("lora").leaves[2]
+    assert torch.equal(start.leaf(first)[0, 0], start.leaf(first)[1, 0])
+    assert start.leaf(first)[0].all()
+    assert not start.leaf(first)[1, 1:].any()

@@ -220,7 +220,7 @@ def test_an_unknown_key_is_refused_with_the_keys_that_are_allowed_there() -> Non
     content = raw()
     content["lora"]["rank"] = 4
     (fault,) = faults_of(content)
-    assert fault.endswith("allowed here: lora_alpha, lora_dropout, r, target_modules")
+    assert fault.endswith("allowed here: lora_alpha, lora_dropout, r, ranks, target_modules")
 
 
 def test_an_unknown_method_is_refused_with_the_nearest() -> None:

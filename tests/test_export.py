@@ -8,23 +8,30 @@ import shlex
 import shutil
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file
 from tests import small_study, tiny
+from tests.parity.pairing import FLOAT32, stacked_logits
 from tests.small_study import CLIENTS, command
 from transformers import AutoModelForCausalLM
 
 import fedmira
 from fedmira import study
+from fedmira.adapters import Adapters, lora_layout
 from fedmira.chat import open_chat
+from fedmira.data.batches import collate
 from fedmira.errors import FedMiraError, StoreError
-from fedmira.export import FILES
+from fedmira.export import FILES, export_adapter, read_adapter
+from fedmira.model.passes import gradients
+from fedmira.ranks import is_attention
 from fedmira.study import Run
 from fedmira.vllm import NO_LORA, RANKS, max_lora_rank, serve_line
 
@@ -221,6 +228,71 @@ def test_running_exporting_and_merging_on_a_local_base_never_reach_for_the_netwo
     assert unplugged(lambda: fedmira.run(elsewhere, overwrite=True), here) == REACHED  # a hub's name is asked for
 
 
+# ---------------------------------------------------------------- a rank for each module
+
+
+def uneven(base: tiny.Base, *ranks: tuple[int, int], alpha: float = 6.0) -> Adapters:
+    """Random adapters; of each client the rank of its attention and of its feed-forward layers."""
+    pairs = torch.tensor(ranks)
+    own = pairs[:, [0 if is_attention(name) else 1 for name, _, _ in base.shapes]]
+    layout = lora_layout(base.shapes, own.amax(dim=0).tolist())
+    rows = 0.3 * torch.randn(len(own), layout.size, generator=torch.Generator().manual_seed(1))
+    return Adapters(layout, rows, own, alpha / own.float()).mask_()
+
+
+def export_one(folder: Path, base: tiny.Base, own: Adapters) -> Path:
+    modules = [name for name, _, _ in base.shapes]
+    options: dict[str, Any] = {"target_modules": modules, "fan_in_fan_out": base.transposed}
+    export_adapter(folder, own, base_model="tiny", card={"client": "a"}, **options)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_an_adapter_with_a_rank_for_each_module_is_in_peft_what_it_is_in_the_stack(family: str, tmp_path: Path) -> None:
+    """Logits and gradients of three clients in one pass, against their exported folders one by one."""
+    base = tiny.base(family, targets="all-linear", dtype=torch.float32)
+    stack = uneven(base, (2, 5), (3, 3), (1, 4))
+    stream = np.random.default_rng(5)
+    texts = [[tiny.example(stream, int(stream.integers(3, 12)), answer=2) for _ in range(2)] for _ in range(3)]
+    batch = collate(texts, pad_id=base.pad_id)
+    logits, pushes = stacked_logits(base, stack, batch), torch.full_like(stack.rows, 7.0)
+    gradients(base, stack, batch, into=pushes)
+    for k in range(3):
+        own = stack.take(torch.tensor([k]))
+        folder = export_one(tmp_path / str(k), base, own)
+        plain = tiny.model(family, dtype=torch.float32)
+        made = PeftModel.from_pretrained(plain, str(folder), is_trainable=True).eval()
+        for place, one in enumerate(texts[k]):
+            expected = made(input_ids=torch.tensor([one.ids])).logits[0].detach()
+            torch.testing.assert_close(logits[k, place, : len(one.ids)], expected, **FLOAT32)
+        tiny.peft_loss(made, texts[k]).backward()
+        expected = tiny.peft_row(made, stack.layout, gradient=True)
+        mask = stack.layout.rank_mask(own.ranks)[0]
+        torch.testing.assert_close(pushes[k][mask], expected[mask], **FLOAT32)
+        assert torch.equal(read_adapter(folder, stack.layout), own.rows)
+
+
+def test_a_rank_that_is_not_the_largest_is_written_by_the_shortest_ending_that_is_its_own(tmp_path: Path) -> None:
+    base = tiny.base("gpt2", targets="all-linear", dtype=torch.float32)  # attn.c_proj and mlp.c_proj end alike
+    found = settings(export_one(tmp_path / "a", base, uneven(base, (2, 5))))
+    assert (found["r"], found["lora_alpha"]) == (5, 6)
+    assert (found["rank_pattern"], found["alpha_pattern"]) == ({"c_attn": 2, "attn.c_proj": 2}, {})
+    found = settings(export_one(tmp_path / "b", base, uneven(base, (5, 2))))
+    assert found["rank_pattern"] == {"c_fc": 2, "mlp.c_proj": 2}
+    found = settings(export_one(tmp_path / "c", base, uneven(base, (4, 4))))
+    assert (found["r"], found["rank_pattern"], found["alpha_pattern"]) == (4, {}, {})
+
+
+def test_an_alpha_that_float32_rounds_is_one_alpha_and_one_that_differs_is_written(tmp_path: Path) -> None:
+    base = tiny.base("gpt2", targets="all-linear", dtype=torch.float32)
+    found = settings(export_one(tmp_path / "a", base, uneven(base, (30, 7), alpha=2.3)))
+    assert found["lora_alpha"] == pytest.approx(2.3)
+    assert found["alpha_pattern"] == {}
+    one = uneven(base, (2, 5))
+    found = settings(export_one(tmp_path / "b", base, replace(one, scale=torch.ones_like(one.scale))))
+    assert (found["lora_alpha"], found["alpha_pattern"]) == (5, {"c_attn": 2, "attn.c_proj": 2})
+
+
 # ---------------------------------------------------------------- vLLM's rules (fedmira/vllm.py lists them)
 
 
@@ -333,6 +405,15 @@ def test_many_adapters_are_counted_off_behind_a_comment_so_that_the_line_runs(tm
 def test_the_line_has_the_largest_of_several_ranks(tmp_path: Path) -> None:
     folders = [*adapters(tmp_path, "a", rank=4), *adapters(tmp_path, "b", rank=20)]
     assert "--max-lora-rank 32 " in serve_line("base", folders)
+
+
+def test_an_adapter_whose_layers_differ_in_rank_is_not_handed_to_vllm(tmp_path: Path) -> None:
+    (folder,) = adapters(tmp_path, "ada")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({"r": 8, "rank_pattern": {"mlp": 4}}))
+    assert serve_line("base", [folder]).startswith("# vLLM")
+    path.write_text(json.dumps({"r": 8, "rank_pattern": {}}))
+    assert serve_line("base", [folder]).startswith("vllm serve")
 
 
 def test_a_path_with_a_comma_or_a_space_reaches_vllm_whole(tmp_path: Path) -> None:

@@ -53,6 +53,11 @@ class Part:
         """Yield (A, B) for each adapted module, in the base model's order."""
         yield from zip(self.leaves[::2], self.leaves[1::2], strict=True)
 
+    @property
+    def ranks(self) -> list[int]:
+        """The rank of each adapted module; `rank` is the largest of them."""
+        return [first.shape[0] for first, _ in self.pairs()]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -90,36 +95,50 @@ class Layout:
         raise ShapeError(f"no part '{name}' in this layout: it has {[part.name for part in self.parts]}")
 
     def rank_mask(self, ranks: Tensor) -> Tensor:
-        """Return a bool mask [K, P]: False where a client of rank r_k < r has no parameter (and in padding)."""
+        """Return a bool mask [K, P]: False where a client of rank r_k < r has no parameter (and in padding).
+
+        ranks [K], or [K, modules] where the modules of a client differ.
+        """
         mask = torch.zeros(len(ranks), self.size, dtype=torch.bool)
         for part in self.parts:
-            own = torch.arange(part.rank)[None, :] < ranks[:, None]  # [K, r]
-            for leaf in part.leaves:
-                keep = own[:, :, None] if leaf.factor == "A" else own[:, None, :]
-                mask[:, leaf.start : leaf.stop] = keep.expand(-1, *leaf.shape).reshape(len(ranks), -1)
+            for place, (first, second) in enumerate(part.pairs()):
+                own = torch.arange(first.shape[0]) < _of_module(ranks, place)[:, None]  # [K, r]
+                for leaf, keep in ((first, own[:, :, None]), (second, own[:, None, :])):
+                    mask[:, leaf.start : leaf.stop] = keep.expand(-1, *leaf.shape).reshape(len(ranks), -1)
         return mask
 
 
-def lora_layout(shapes: Sequence[tuple[str, int, int]], rank: int, *, name: str = "lora") -> Layout:
+def lora_layout(shapes: Sequence[tuple[str, int, int]], rank: int | Sequence[int], *, name: str = "lora") -> Layout:
     """Lay out one LoRA part: for each (module, in, out) the leaves A [r, in] and B [out, r], in that order.
 
-    Raises ShapeError if there is no module or the rank is below 1.
+    rank: of all modules, or of each. Raises ShapeError if there is no module, or a rank is below 1 or missing.
     """
-    if rank < 1 or not shapes:
-        raise ShapeError(f"rank {rank} over {len(shapes)} modules: need rank >= 1 and at least one adapted module")
+    ranks = [rank] * len(shapes) if isinstance(rank, int) else list(rank)
+    if not shapes or len(ranks) != len(shapes) or min(ranks) < 1:
+        raise ShapeError(
+            f"rank {rank} over {len(shapes)} modules: need rank >= 1, for all or each, and at least one adapted module"
+        )
     leaves: list[Leaf] = []
     offset = 0
-    for module, fan_in, fan_out in shapes:
-        for factor, shape in (("A", (rank, fan_in)), ("B", (fan_out, rank))):
+    for (module, fan_in, fan_out), own in zip(shapes, ranks, strict=True):
+        for factor, shape in (("A", (own, fan_in)), ("B", (fan_out, own))):
             leaf = Leaf(module, "A" if factor == "A" else "B", shape, offset)
             leaves.append(leaf)
             offset = leaf.stop
-    return Layout((Part(name, rank, tuple(leaves), 0, -(-offset // ALIGN) * ALIGN),))
+    return Layout((Part(name, max(ranks), tuple(leaves), 0, -(-offset // ALIGN) * ALIGN),))
+
+
+def _of_module(values: Tensor, place: int) -> Tensor:
+    """Of values per client [K], or per client and module [K, modules], those of one module [K]."""
+    return values if values.ndim == 1 else values[:, place]
 
 
 @dataclass(frozen=True, eq=False)
 class Adapters:
-    """One flat row per client: rows [K, P] float32, ranks [K] int64 (each <= the layout's), scale [K] = alpha / r_k."""
+    """One flat row per client: rows [K, P] float32, ranks [K] int64 (each <= the layout's), scale [K] = alpha / r_k.
+
+    Where the modules of a client differ in rank, ranks and scale are [K, modules], in the layout's order.
+    """
 
     layout: Layout
     rows: Tensor
@@ -133,6 +152,10 @@ class Adapters:
             raise ShapeError(
                 f"{len(self.rows)} rows with {len(self.ranks)} ranks and {len(self.scale)} scales: need one each"
             )
+        for name, value in (("ranks", self.ranks), ("scale", self.scale)):
+            modules = len(self.layout.parts[0].leaves) // 2
+            if value.ndim != 1 and value.shape[1:] != (modules,):
+                raise ShapeError(f"{name} are {tuple(value.shape)}: need [K] or, one for each module, [K, {modules}]")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -152,24 +175,38 @@ class Adapters:
         """View one factor of all clients: [K, r, in] or [K, out, r]."""
         return self.rows[:, leaf.start : leaf.stop].view(len(self), *leaf.shape)
 
+    def ranks_of(self, place: int) -> Tensor:
+        """Every client's rank [K] in one module; place: its number among a part's pairs."""
+        return _of_module(self.ranks, place)
+
+    def scale_of(self, place: int) -> Tensor:
+        """Every client's scale [K] in one module; place: its number among a part's pairs."""
+        return _of_module(self.scale, place)
+
     def product(self, module: str, part: str = "lora") -> Tensor:
         """Return the update of one module, scale_k B_k A_k, as [K, out, in]."""
-        for first, second in self.layout.part(part).pairs():
+        for place, (first, second) in enumerate(self.layout.part(part).pairs()):
             if first.module == module:
-                return self.scale[:, None, None] * (self.leaf(second) @ self.leaf(first))
+                return self.scale_of(place)[:, None, None] * (self.leaf(second) @ self.leaf(first))
         raise ShapeError(f"module '{module}' has no adapter in this layout")
 
     def mask_(self) -> "Adapters":
         """Zero, in place, every padded pair beyond a client's own rank; a no-op when all ranks are full."""
-        if bool((self.ranks < max(part.rank for part in self.layout.parts)).any()):
+        if self._is_padded():
             self.rows.mul_(self.layout.rank_mask(self.ranks).to(self.rows.device))
         return self
+
+    def _is_padded(self) -> bool:
+        """Has any client less rank than its row has room for?"""
+        if self.ranks.ndim == 1:
+            return bool((self.ranks < max(part.rank for part in self.layout.parts)).any())
+        return any(bool((self.ranks < torch.tensor(part.ranks)).any()) for part in self.layout.parts)
 
 
 def start_adapters(layout: Layout, ranks: Tensor, alpha: float, generator: torch.Generator) -> Adapters:
     """Draw the common start: every client gets the same A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, cut to its rank.
 
-    The bound is PEFT's (kaiming_uniform with a = sqrt 5). ranks [K]; rows [K, P] float32.
+    The bound is PEFT's (kaiming_uniform with a = sqrt 5). ranks [K] or [K, modules]; rows [K, P] float32.
     Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
     """
     row = torch.zeros(1, layout.size)

@@ -16,6 +16,7 @@ from fedmira.adapters import Adapters, Layout
 from fedmira.card import Card, model_card, shown_base
 from fedmira.errors import StoreError
 from fedmira.model.source import join_some, list_pickles
+from fedmira.ranks import by_ending
 from fedmira.store import sync_folder, write_atomic
 
 PREFIX = "base_model.model."
@@ -35,15 +36,18 @@ def export_adapter(
     """Write one client's adapter [1, P] so that PeftModel.from_pretrained loads it with equal logits.
 
     base_model, revision: as the config has them. Tensors are float32 and cut to the client's own rank; alpha is
-    scale x rank. No hub is asked; PEFT's way of saving a whole model may look there whether the vocabulary has grown.
+    scale x rank. r is the largest rank; modules of another are in rank_pattern, and of another alpha in alpha_pattern.
+    No hub is asked; PEFT's way of saving a whole model may look there whether the vocabulary has grown.
     Raises StoreError if the folder cannot be written.
     """
-    rank = int(adapters.ranks[0])
-    alpha = _plain(float(adapters.scale[0]) * rank)
+    rank, alpha = rank_and_alpha(adapters)
+    modules, ranks, alphas = _by_module(adapters)
     tensors = peft_tensors(adapters)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
+        rank_pattern={name: own for name, own in by_ending(modules, ranks).items() if own != rank},
+        alpha_pattern={name: own for name, own in by_ending(modules, alphas).items() if not _same(own, alpha)},
         target_modules=list(target_modules),
         lora_dropout=0.0,
         bias="none",
@@ -62,13 +66,26 @@ def export_adapter(
 
 def peft_tensors(adapters: Adapters) -> dict[str, Tensor]:
     """Name the factors of one client [1, P] as PEFT does: base_model.model.<module>.lora_{A,B}.weight."""
-    rank = int(adapters.ranks[0])
     tensors = {}
-    for first, second in adapters.layout.part("lora").pairs():
-        name = f"{PREFIX}{first.module}"
+    for place, (first, second) in enumerate(adapters.layout.part("lora").pairs()):
+        name, rank = f"{PREFIX}{first.module}", int(adapters.ranks_of(place)[0])
         tensors[f"{name}.lora_A.weight"] = adapters.leaf(first)[0, :rank].contiguous()
         tensors[f"{name}.lora_B.weight"] = adapters.leaf(second)[0, :, :rank].contiguous()
     return tensors
+
+
+def rank_and_alpha(adapters: Adapters) -> tuple[int, float | int]:
+    """Return the largest rank of one client's modules [1, P], and alpha = scale x rank of the first that has it."""
+    _, ranks, alphas = _by_module(adapters)
+    return max(ranks), alphas[ranks.index(max(ranks))]
+
+
+def _by_module(adapters: Adapters) -> tuple[list[str], list[int], list[float | int]]:
+    """Names, ranks and alphas of one client's modules, in the layout's order."""
+    pairs = list(enumerate(adapters.layout.part("lora").pairs()))
+    ranks = [min(int(adapters.ranks_of(place)[0]), first.shape[0]) for place, (first, _) in pairs]
+    alphas = [_plain(float(adapters.scale_of(place)[0]) * rank) for (place, _), rank in zip(pairs, ranks, strict=True)]
+    return [first.module for _, (first, _) in pairs], ranks, alphas
 
 
 def copy_adapters(sources: Sequence[Path], targets: Sequence[Path]) -> None:
@@ -178,4 +195,9 @@ def short_targets(modules: Sequence[str], linears: Sequence[str]) -> list[str]:
 
 
 def _plain(value: float) -> float | int:
-    return round(value) if abs(value - round(value)) < 1e-6 * max(1.0, value) else value
+    return round(value) if _same(value, round(value)) else value
+
+
+def _same(one: float, other: float) -> bool:
+    """Equal but for what float32 rounds."""
+    return abs(one - other) < 1e-6 * max(1.0, one)

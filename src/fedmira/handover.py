@@ -1,20 +1,22 @@
 """What a run hands over at its end: one PEFT folder per client, each with a card of what it is and how it scores."""
 
 import csv
+import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters
 from fedmira.card import Card, licence_of, model_card
-from fedmira.engine.rounds import Observer
-from fedmira.export import export_adapter, short_targets
+from fedmira.engine.rounds import Observer, first_state
+from fedmira.export import export_adapter, rank_and_alpha, short_targets
+from fedmira.methods.base import Method
 from fedmira.prepare import Prepared
 from fedmira.runs import RunFolder
 from fedmira.store import write_atomic
@@ -33,54 +35,70 @@ def write_adapters(
     one read-only file where there are so many that copies would fill the disk.
     """
     federation, facts = prepared.federation, folder.facts
+    method = prepared.methods[facts["label"], facts["seed"]]
+    own = method.personal or method.tune is not None
+    one = not own and len(first_state(federation, method, facts["seed"]).adapters) == 1  # else one of each group
     targets = short_targets([name for name, _, _ in federation.base.shapes], prepared.linears)
     scores = _scores(folder)
-    drawn = Counter(name for record in folder.records() for name in record["clients"])
+    drawn = count_drawn(method, folder.records(), [client.id for client in federation.clients])
     links = len(federation) * federation.layout.parameters * 4 > LINK_BYTES
-    common: dict[int, tuple[Path, Tensor]] = {}  # rank -> a folder whose row many others may have, and the row
+    pool = (sum(len(one.train) for one in federation.clients), sum(one.trained_tokens for one in federation.clients))
+    common: dict[tuple[tuple[int, ...], str], Path] = {}  # ranks and sha256 of a row that others may have -> its folder
     for position, client in enumerate(federation.clients):
         served = serve(torch.tensor([position]))
-        ranks = federation.ranks[position : position + 1]
-        place, rank = folder.adapters / client.id, int(ranks[0])
-        scale = torch.tensor([federation.config.lora.lora_alpha]) / ranks
+        place = folder.adapters / client.id
         card: Card = {
             "client": client.id,
             "group": client.group,
-            "personal": facts["personal"],
             "method": facts["method"],
             "settings": facts["settings"],
             "rounds": facts["rounds"],
-            "drawn": drawn[client.id],
             "seed": facts["seed"],
             "base_sha256": facts["base_fingerprint"],
             "targets": sorted({name.rsplit(".", 1)[-1] for name, _, _ in federation.base.shapes}),
             "layers": len(federation.base.shapes),
-            "examples": len(client.train),
-            "trained_tokens": client.trained_tokens,
             "licence": licence_of(client.columns),
             "scores": scores.get(client.id, {}),
             "version": facts["versions"]["fedmira"],
             "date": facts["started"][:10],
         }
+        if method.trains != "nobody":
+            trained = pool if method.trains == "pool" else (len(client.train), client.trained_tokens)
+            card["examples"], card["trained_tokens"] = trained
+        if own or one:
+            card["personal"] = own
+        if drawn[client.id] or method.tune is None:  # a card takes a personal adapter never drawn for the common start
+            card["drawn"] = drawn[client.id]
         model = federation.config.model
-        like = common.get(rank)
-        equal = like is not None and torch.equal(like[1], served.rows)
-        if like is None or not equal or not _link(like[0], place):
+        digest = hashlib.sha256(served.rows.numpy().tobytes()).hexdigest() if links else ""
+        key = tuple(served.ranks.flatten().tolist()), digest
+        like = common.get(key)
+        if like is None or not _link(like, place):
             export_adapter(
                 place,
-                replace(served, ranks=ranks, scale=scale),
+                served,
                 base_model=model.base_model,
                 revision=model.revision,
                 target_modules=targets,
                 fan_in_fan_out=federation.base.transposed,
                 card=card,
             )
-            if links and (like is None or equal) and not (facts["personal"] and drawn[client.id]):
-                common[rank] = place, served.rows
+            if links and not (own and (drawn[client.id] or method.tune is not None)):
+                common[key] = place
         else:
-            own: Card = {**card, "rank": rank, "alpha": federation.config.lora.lora_alpha}
-            write_atomic(place / "README.md", model_card(model.base_model, own, revision=model.revision).encode())
+            rank, alpha = rank_and_alpha(served)
+            linked: Card = {**card, "rank": rank, "alpha": alpha}
+            write_atomic(place / "README.md", model_card(model.base_model, linked, revision=model.revision).encode())
         observer("export", {"done": position + 1, "clients": len(federation)})
+
+
+def count_drawn(method: Method, records: Sequence[Mapping[str, Any]], clients: Sequence[str]) -> Mapping[str, int]:
+    """Return in how many rounds each client's data were trained on: a pool takes everybody's in every round."""
+    if method.trains == "pool":
+        return dict.fromkeys(clients, len(records))
+    return Counter(
+        name for record in records for name, steps in zip(record["clients"], record["steps"], strict=True) if steps
+    )
 
 
 def _link(like: Path, place: Path) -> bool:

@@ -15,9 +15,11 @@ Source: FlexLoRA (arXiv:2402.11505), the server's redistribution by SVD, section
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fedmira.adapters import Adapters
 from fedmira.errors import ShapeError
 
 
@@ -80,6 +82,39 @@ def factors(
         left = torch.nn.functional.pad(left, (0, missing))
         right = torch.cat([right, _more_rows(right, missing)], dim=-2)
     return left.to(dtype).contiguous(), right.to(dtype).contiguous()
+
+
+def mix_products(within: np.ndarray, own: Adapters, outside: np.ndarray, others: Adapters) -> Tensor:
+    """Rows [S, P] whose updates are s_k B_k A_k <- sum_l within_kl s_l B_l A_l + sum_l outside_kl s_l B_l A_l.
+
+    within [S, S], outside [S, N]; own [S] and others [N] adapters of one layout. Each sum is cut to its client's rank
+    by its singular value decomposition (`factors`), module by module. A client that takes nothing from anybody keeps
+    its row as it is.
+    """
+    rows = own.rows.clone()
+    weights = np.concatenate([within, outside], axis=1)
+    sides = (own, others) if len(others) else (own,)
+    taken = [np.flatnonzero(row) for row in weights]
+    moved = [k for k, some in enumerate(taken) if some.tolist() != [k] or weights[k, k] != 1]
+    for part in own.layout.parts:
+        for place, (first, second) in enumerate(part.pairs()):
+            a, b = (torch.cat([side.leaf(leaf) for side in sides]) for leaf in (first, second))
+            scales = torch.cat([side.scale_of(place) for side in sides]).double()
+            rank, scale = own.ranks_of(place), own.scale_of(place)
+            for k in moved:
+                some = torch.from_numpy(taken[k])
+                found = decompose_sum(
+                    list(b[some]), list(a[some]), torch.from_numpy(weights[k, taken[k]]) * scales[some]
+                )
+                left, right = factors(found, int(rank[k]), float(scale[k]), dtype=rows.dtype)
+                rows[k, first.start : first.stop] = _padded(right, first.shape).flatten()
+                rows[k, second.start : second.stop] = _padded(left, second.shape).flatten()
+    return rows
+
+
+def _padded(factor: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Fill a factor of a lower rank up with zeros."""
+    return torch.nn.functional.pad(factor, (0, shape[1] - factor.shape[1], 0, shape[0] - factor.shape[0]))
 
 
 def _more_rows(rows: Tensor, count: int) -> Tensor:

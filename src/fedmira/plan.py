@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedmira.adapters import Layout, start_adapters
 from fedmira.data.batches import ClientData, Encoded, collate, count_examples
+from fedmira.methods.base import Method
 from fedmira.model.load import Base
 from fedmira.model.loss import CHUNK_BYTES
 from fedmira.model.passes import gradients
@@ -108,31 +109,49 @@ def count_run(
     clients: Sequence[ClientData],
     schedule: Sequence[np.ndarray],
     *,
+    method: Method,
     batch_size: int,
     steps: int | None,
     epochs: int | None,
     every: int,
-    personal: bool,
     writes: bool,
     max_examples: int | None,
 ) -> Work:
     """Count one run: the local phases of a schedule, the sampled clients' losses before and after each merge, what is
-    due of the curve, and the test of everyone who was ever sampled (of all, where one model is shared)."""
-    phase = [
-        count_examples(len(client.train), batch_size=batch_size, steps=steps, epochs=epochs)
-        * client.tokens
-        / len(client.train)
-        for client in clients
+    due of the curve, what clients fine-tune in the end, and the test of everyone who was ever sampled (of all, where
+    one model is shared or all fine-tune). Where nobody trains, the scores are those of the start."""
+    if method.trains == "nobody":
+        return Work(0.0, 0.0, 0)
+    examples = [
+        count_examples(len(client.train), batch_size=batch_size, steps=steps, epochs=epochs) for client in clients
     ]
+    means = [client.tokens / len(client.train) for client in clients]
+    pooled = method.trains == "pool"
+    pool = sum(len(client.train) for client in clients)
+    mean = sum(client.tokens for client in clients) / pool
     validation = [_tokens(client.validation) for client in clients]
     everyone = sum(validation)
     trained, scored = 0.0, 0.0
     for number, ids in enumerate(schedule, 1):
-        trained += sum(phase[k] for k in ids)
+        if not pooled:
+            trained += sum(examples[k] * means[k] for k in ids)
+        elif method.pool_steps is None:
+            trained += sum(examples[k] for k in ids) * mean
+        else:
+            trained += method.pool_steps * min(batch_size, pool) * mean
         own = sum(validation[k] for k in ids)
         due = number % every == 0 or number == len(schedule)
-        scored += own + (everyone if due and not personal else own)
-    tested = sorted({int(k) for ids in schedule for k in ids}) if personal else range(len(clients))
+        scored += (0 if pooled else own) + (everyone if due and not method.personal else own)
+    tested: Sequence[int] = range(len(clients))
+    if method.tune is not None:
+        kind, length = method.tune
+        steps, epochs = (length, None) if kind == "steps" else (None, length)
+        trained += sum(
+            count_examples(len(client.train), batch_size=batch_size, steps=steps, epochs=epochs) * tokens
+            for client, tokens in zip(clients, means, strict=True)
+        )
+    elif method.personal:
+        tested = sorted({int(k) for ids in schedule for k in ids})
     scored += sum(_tokens(clients[k].test) for k in tested)
     return Work(trained, scored, _answers(clients, tested, max_examples) if writes else 0)
 

@@ -1,5 +1,6 @@
 """Everything that can be checked and settled before a study writes anything: data, methods, base, cohort, threads."""
 
+import functools
 import hashlib
 import re
 import warnings
@@ -19,15 +20,17 @@ from fedmira.config import Config, MethodEntry, NaturalIdPartitioner, Partitione
 from fedmira.data import partitioners
 from fedmira.data.batches import ClientData, Truncation, encode_client
 from fedmira.data.formats import Record, read_records
-from fedmira.data.partition import SPLITS, column_values, form_clients
+from fedmira.data.partition import SPLITS, client_key, column_values, form_clients
 from fedmira.data.rows import Fault
 from fedmira.data.templates import Template, make_template
 from fedmira.engine.rounds import Federation, Observer
 from fedmira.engine.schedule import draw_schedule
-from fedmira.errors import ConfigError, ModelError
+from fedmira.errors import ConfigError, MethodError, ModelError, nearest
+from fedmira.evaluation.embed import embed_prompts
 from fedmira.methods.base import Cohort, Method
-from fedmira.model.load import choose_device, count_positions, load_base, load_tokenizer
+from fedmira.model.load import Base, choose_device, count_positions, load_base, load_tokenizer
 from fedmira.plan import plan_cohort
+from fedmira.ranks import by_ending, client_ranks, is_mixed, shown
 
 # Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
 # more than it brings (the demo, 0.26 M: 44 s on one thread, 59 s on two).
@@ -88,6 +91,33 @@ def prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None 
     choose_device(config.model.device)  # refused now if it is not there, and not after minutes of reading
     tokenizer, intake = take_in(config, observer)
     clients = intake.clients
+
+    @functools.cache
+    def load() -> Base:
+        return load_base(
+            bundled.resolve(config.model.base_model),
+            revision=config.model.revision,
+            dtype=config.model.dtype if saved is None else saved["dtype"],
+            device=config.model.device,
+            targets=config.lora.target_modules,
+            tokenizer=tokenizer,
+        )
+
+    @functools.cache
+    def profile(column: str | None) -> np.ndarray:
+        with warnings.catch_warnings():  # those of libraries are no notes on a method
+            warnings.simplefilter("ignore")
+            return embed_prompts(load(), clients) if column is None else count_values(clients, column)
+
+    ranks = client_ranks(
+        config.lora.ranks,
+        usual=config.lora.r,
+        ids=[client.id for client in clients],
+        columns=[client.columns for client in clients],
+        keys=[client_key(client.id) for client in clients],
+        seed=config.data.seed,
+        modules=lambda: [name for name, _, _ in load().shapes],
+    )
     cohorts = {
         seed: Cohort(
             ids=tuple(client.id for client in clients),
@@ -100,6 +130,9 @@ def prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None 
                 seed=seed,
             ),
             seed=seed,
+            profile=profile,
+            ranks=ranks,
+            scale=config.lora.lora_alpha / ranks.float(),
         )
         for seed in config.seeds
     }
@@ -110,14 +143,8 @@ def prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None 
                 warnings.simplefilter("always")
                 built[entry.folder, seed] = method_files.build(entry.name, entry.settings, cohort)
             notes[entry.folder] = [str(warning.message) for warning in caught]
-    base = load_base(
-        bundled.resolve(config.model.base_model),
-        revision=config.model.revision,
-        dtype=config.model.dtype if saved is None else saved["dtype"],
-        device=config.model.device,
-        targets=config.lora.target_modules,
-        tokenizer=tokenizer,
-    )
+            notes[entry.folder] += _rank_notes(built[entry.folder, seed], ranks)
+    base = load()
     small = sum(parameter.numel() for parameter in base.model.parameters()) < SMALL_BASE
     threads = int(saved["threads"]) if saved is not None else 1 if small else torch.get_num_threads()
     if saved is not None and saved["base_fingerprint"] != base.fingerprint:
@@ -125,7 +152,7 @@ def prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None 
             f"model.base_model '{config.model.base_model}' is not the base this study began with (sha256 "
             f"{base.fingerprint[:12]}, began with {saved['base_fingerprint'][:12]}); put the old one back"
         )
-    layout = lora_layout(base.shapes, config.lora.r)
+    layout = lora_layout(base.shapes, ranks.amax(dim=0).tolist())  # of each module the largest
     sampled = len(next(iter(cohorts.values())).schedule[0])
     if saved is not None:
         width = int(saved["cohort"])
@@ -138,12 +165,38 @@ def prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None 
         base=base,
         clients=tuple(clients),
         layout=layout,
-        ranks=torch.full((len(clients),), config.lora.r),
+        ranks=ranks,
         cohort=width,
     )
     observer("model", {"federation": federation, "sampled": sampled})
     linears = [name for name, module in base.model.named_modules() if _is_linear(module)]
     return Prepared(federation, intake, cohorts, config.methods, notes, built, linears, threads)
+
+
+def _rank_notes(method: Method, ranks: torch.Tensor) -> list[str]:
+    """Say where a method takes factors of different ranks together, as if those of smaller rank were padded."""
+    if not is_mixed(ranks) or not method.exchanges or method.compare == "products":
+        return []
+    return [
+        f"{method.name}: clients have ranks {shown(ranks)}, and their factors are mixed as if padded with zeros; "
+        "flexlora, and mira with space: product, mix the updates themselves"
+    ]
+
+
+def count_values(clients: Sequence[ClientData], column: str) -> np.ndarray:
+    """Return [K, values]: the share of each value of a column in every client's training examples.
+
+    Raises MethodError if no client has that column, or it has too many values to be counted.
+    """
+    values = sorted({value for client in clients for value in client.counts.get(column, {})})
+    if not values:
+        known = sorted({name for client in clients for name, own in client.counts.items() if own})
+        raise MethodError(
+            f"no column '{column}' whose values can be counted{nearest(column, known)}; there are: "
+            f"{', '.join(known) or 'none'}"
+        )
+    found = np.array([[client.counts.get(column, {}).get(value, 0) for value in values] for client in clients])
+    return found / np.maximum(found.sum(axis=1, keepdims=True), 1)
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
@@ -279,13 +332,18 @@ def _check_positions(config: Config, positions: int | None) -> int | None:
 
 
 def client_table(federation: Federation) -> dict[str, Any]:
-    """Return clients.json: id -> folder, name, group, rank, counts of examples, tokens and cuts, sha256 of the data."""
+    """Return clients.json: id -> folder, name, group, rank, counts of examples, tokens and cuts, sha256 of the data.
+
+    rank is the largest of a client's modules; where they differ, ranks has each, by the ending of its name.
+    """
+    modules = [name for name, _, _ in federation.base.shapes]
     return {
         client.id: {
             "folder": client.id,
             "name": client.name,
             "group": client.group,
-            "rank": int(federation.ranks[position]),
+            "rank": int(own.max()),
+            **({"ranks": by_ending(modules, own.tolist())} if int(own.min()) < int(own.max()) else {}),
             "examples": {
                 "train": len(client.train),
                 "validation": len(client.validation),
@@ -298,7 +356,7 @@ def client_table(federation: Federation) -> dict[str, Any]:
             "questions_cut": client.truncation.questions_cut,
             "dropped": client.truncation.dropped,
         }
-        for position, client in enumerate(federation.clients)
+        for client, own in zip(federation.clients, federation.ranks, strict=True)
     }
 
 

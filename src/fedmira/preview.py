@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from fedmira import handover, store
 from fedmira.config import Config
 from fedmira.data.batches import Encoded
 from fedmira.engine.probe import measure_speeds
-from fedmira.engine.rounds import Observer, make_optimizer
+from fedmira.engine.rounds import Observer, first_state, make_optimizer
 from fedmira.methods import build
 from fedmira.plan import Plan, Work, count_run, count_start, plan_cohort
 from fedmira.prepare import Prepared, prepare, take_in, using_threads
@@ -76,11 +76,17 @@ def _plan(prepared: Prepared) -> Plan:
     sampled = len(cohort.schedule[0])
     measured = plan_cohort(base, federation.layout, clients, batch_size=config.training.batch_size, sampled=sampled)
     plain = build("local", {}, cohort)
-    speeds = measure_speeds(federation, plain, torch.from_numpy(cohort.schedule[0]), seed=seed)
+    first = torch.from_numpy(cohort.schedule[0])
+    speeds = measure_speeds(federation, plain, first, seed=seed)
+    alone = speeds
+    if any(method.trains == "pool" for method in prepared.methods.values()):
+        alone = replace(speeds, trained=measure_speeds(federation, plain, first[:1], seed=seed).trained)
     writes = any(metric != "loss" for metric in config.evaluation.metrics)
     each = federation.layout.size * 4
     start_work = count_start(clients, writes=writes, max_examples=config.evaluation.max_examples)
+    ever = len({int(k) for ids in cohort.schedule for k in ids})
     works: dict[str, Work] = {}
+    seconds: dict[str, float] = {}
     travels: dict[str, int] = {}
     adapters, checkpoints = 0, 0
     rows = {"memory": 0, "disk": 0}  # of the run that needs most; runs follow each other
@@ -90,27 +96,29 @@ def _plan(prepared: Prepared) -> Plan:
         works[entry.folder] = count_run(
             clients,
             cohort.schedule,
+            method=method,
             batch_size=config.training.batch_size,
             steps=config.training.local_steps,
             epochs=config.training.local_epochs,
             every=config.evaluation.every,
-            personal=method.personal,
             writes=writes,
             max_examples=config.evaluation.max_examples,
         )
+        seconds[entry.folder] = (alone if method.trains == "pool" else speeds).seconds(works[entry.folder])
         travels[entry.folder] = 2 * sampled * each if method.exchanges else 0
-        ever = len({int(k) for ids in cohort.schedule for k in ids})
-        stored = ever if method.personal else 1  # rows that differ from the start
-        needed = {"memory": 0, "disk": 0}
-        for places, used in [(len(clients) if method.personal else 1, stored), *[(len(clients), ever)] * moments]:
-            needed["disk" if places * each > store.RAM_BYTES else "memory"] += used * each
+        shared = 0 if method.personal else len(first_state(federation, method, seed).adapters)
+        own = ever if method.personal else 0  # rows that differ from the start
+        tuned = len(clients) if method.tune is not None else 0
+        kept = moments * {"nobody": 0, "pool": 1, "sampled": ever}[method.trains]
+        needed = {"memory": shared * each, "disk": 0}
+        needed["disk" if len(clients) * each > store.RAM_BYTES else "memory"] += (own + kept + tuned) * each
         rows = {place: max(rows[place], needed[place]) for place in rows}
-        checkpoints += COPIES * (stored + moments * ever) * each * len(config.seeds)
+        changed = 0 if method.trains == "nobody" else shared + own
+        checkpoints += COPIES * (changed + kept) * each * len(config.seeds)
         whole = federation.layout.parameters * 4
         links = len(clients) * whole > handover.LINK_BYTES  # then equal adapters share a file
-        distinct = (ever + (ever < len(clients)) if method.personal else 1) if links else len(clients)
-        adapters += distinct * whole * len(config.seeds)
-    seconds = {label: speeds.seconds(work) for label, work in works.items()}
+        distinct = own + (own < len(clients)) if method.personal else tuned or shared
+        adapters += (distinct if links else len(clients)) * whole * len(config.seeds)
     runs = len(prepared.entries) * len(config.seeds)
     return Plan(
         clients=len(clients),

@@ -276,13 +276,14 @@ def _run_one(
             _reopen(folder, config, facts)
         else:
             folder.create(config, facts, client_table(federation))
-        _write_graph(folder, method, cohort)
+        _write_graph(folder, method.graph, cohort)
         observer("run", {"folder": folder.path, "facts": facts, "notes": prepared.notes[entry.folder]})
         with folder.logging():
             for note in prepared.notes[entry.folder]:
                 log.warning(note)
-            serve = run_rounds(federation, method, cohort.schedule, folder, seed=seed, start=start, observer=observer)
-            write_adapters(folder, prepared, serve, observer)
+            ended = run_rounds(federation, method, cohort.schedule, folder, seed=seed, start=start, observer=observer)
+            _write_graph(folder, ended.graph, cohort)
+            write_adapters(folder, prepared, ended.serve, observer)
         records = folder.records()
         refused = sum(len(record["refused"]) for record in records)
         folder.update(
@@ -293,6 +294,7 @@ def _run_one(
             seconds=sum(record["seconds"] for record in records),
             ever_sampled=len({name for record in records for name in record["clients"]}),
             refused_uploads=refused,
+            refused_replies=sum(int(record["notes"].get("refused_replies", 0)) for record in records),
         )
     observer("complete", {"folder": folder.path, "refused": refused})
 
@@ -366,7 +368,7 @@ def _facts(prepared: Prepared, method: Method, entry: MethodEntry, seed: int) ->
         "rounds": config.federation.rounds,
         "clients": len(federation),
         "sampled": len(cohort.schedule[0]),
-        "personal": method.personal,
+        "personal": method.personal or method.tune is not None,
         "base_model": config.model.base_model,
         "template": prepared.intake.template,
         "base_fingerprint": federation.base.fingerprint,
@@ -389,8 +391,7 @@ def _facts(prepared: Prepared, method: Method, entry: MethodEntry, seed: int) ->
     }
 
 
-def _write_graph(folder: RunFolder, method: Method, cohort: Cohort) -> None:
-    graph: Graph | None = method.graph
+def _write_graph(folder: RunFolder, graph: Graph | None, cohort: Cohort) -> None:
     if graph is None:
         return
     write_json(

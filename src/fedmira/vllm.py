@@ -62,7 +62,12 @@ def serve_line(
             f"# vLLM {VERSION} serves no LoRA on {architecture}: export whole models with --merge, and serve one with "
             "'vllm serve FOLDER'"
         )
-    rank = max(_read_rank(folder) for folder in folders)
+    if any(_read(folder).get("rank_pattern") for folder in folders):
+        return (
+            f"# vLLM {VERSION} reads one rank per adapter, and some here have another on some layers: export whole "
+            "models with --merge"
+        )
+    rank = max(int(str(_read(folder)["r"])) for folder in folders)
     allowed = max_lora_rank(rank)
     if allowed is None:
         return f"# vLLM {VERSION} takes ranks up to {RANKS[-1]}, and this is {rank}: export whole models with --merge"
@@ -89,10 +94,11 @@ def _parents(folders: Sequence[Path]) -> str:
     return shlex.quote(str(folders[0].parent))
 
 
-def _read_rank(folder: Path) -> int:
+def _read(folder: Path) -> Mapping[str, object]:
     path = folder / "adapter_config.json"
     try:
         config: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))
-        return int(str(config["r"]))
+        int(str(config["r"]))
+        return config
     except (OSError, ValueError, KeyError, TypeError):
         raise StoreError(f"'{path}' is missing or damaged; export the adapter again") from None

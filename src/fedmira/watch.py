@@ -1,5 +1,6 @@
 """What a user sees while FedMira works: live bars on a terminal, plain lines elsewhere, all on standard error."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from fedmira.data.partition import shown_name
 from fedmira.data.rows import FAULTS_SHOWN
 from fedmira.prepare import Intake
+from fedmira.ranks import shown
 from fedmira.screen import plural, visible
 
 UNKNOWN_SHARE = 0.01  # of the tokens; below it, rare characters
@@ -108,7 +110,7 @@ class Watch:
         base = federation.base
         self.say(
             f"base: {federation.config.model.base_model}, {str(base.dtype).removeprefix('torch.')} on {base.device}; "
-            f"adapters: rank {federation.config.lora.r} on {len(base.shapes)} layers, "
+            f"adapters: rank {shown(federation.ranks)} on {len(base.shapes)} layers, "
             f"{federation.layout.parameters:,} parameters each; {facts['sampled']} clients a round, "
             f"{federation.cohort} in one pass"
         )
@@ -134,7 +136,8 @@ class Watch:
         record = facts["record"]
         loss = "" if record.validation_loss is None else f", validation loss {record.validation_loss:.4f}"
         trained = sum(record.train_loss) / len(record.train_loss)
-        line = f"train loss {trained:.4f}{loss}, {record.seconds:.1f} s"
+        learned = "nobody trains" if math.isnan(trained) else f"train loss {trained:.4f}"
+        line = f"{learned}{loss}, {record.seconds:.1f} s"
         if self.console.is_terminal:
             self._move(record.round, f"{self.name}: {line}")
         else:
@@ -147,6 +150,9 @@ class Watch:
 
     def on_scoring(self, facts: Mapping[str, Any]) -> None:
         self._step(f"{self.name or 'base'}: writing test answers", facts)
+
+    def on_tuning(self, facts: Mapping[str, Any]) -> None:
+        self._step(f"{self.name}: fine-tuning client by client", facts)
 
     def on_export(self, facts: Mapping[str, Any]) -> None:
         self._step(f"{self.name}: writing adapters", facts)

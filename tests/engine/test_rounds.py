@@ -115,7 +115,7 @@ def play(
             rows.append(ledger.state.adapters.rows[torch.arange(len(ledger.state.adapters))])
 
     start = score_start(house, observer)
-    serve = run_rounds(house, watched, schedule, folder, seed=SEED, start=start, observer=observer)
+    serve = run_rounds(house, watched, schedule, folder, seed=SEED, start=start, observer=observer).serve
     return Ran(house, folder, serve, rows, sent, returned)
 
 

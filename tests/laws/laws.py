@@ -1,13 +1,15 @@
 """The laws of the design page: each takes a method and a world, and raises AssertionError where it is broken."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from tests.laws.worlds import CLIENTS, EVERYONE, NEXT, World
 from torch import Tensor
 
-from fedmira.methods.base import Clock, Memory, Message, Method
+from fedmira.engine.journal import Ledger
+from fedmira.methods.base import Change, Clock, Memory, Message, Method, State
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 ROUND = Clock(3)
@@ -29,6 +31,21 @@ def part(memory: Memory, places: Tensor) -> Memory:
 
 def copy(message: Message) -> Message:
     return Message(message.rows.clone(), {name: value.clone() for name, value in message.scalars.items()})
+
+
+def used(method: Method, state: State, ids: Tensor) -> Tensor:
+    """Which row of the state each client uses [n]: its own, the one that all share, or that of its group."""
+    rows = state.adapters.rows
+    if method.personal or len(rows) == 1:
+        return ids if method.personal else torch.zeros_like(ids)
+    marks = torch.arange(len(rows), dtype=rows.dtype)[:, None].repeat(1, rows.shape[1])
+    return method.serve(replace(state, adapters=state.adapters.with_rows(marks)), {}, ids).rows[:, 0].long()
+
+
+def rows_after(method: Method, ledger: Ledger, change: Change) -> Tensor:
+    """What everyone would use once a change is in place [K, P]."""
+    ledger.apply(change)
+    return method.serve(ledger.state, ledger.memory, ALL).rows
 
 
 def uploads(ids: Tensor, world: World, *, seed: int = 0) -> Tensor:
@@ -66,7 +83,7 @@ def law_the_order_in_the_stack_does_not_matter(method: Method, world: World) -> 
     change = method.merge(ledger.state, IDS, copy(returned), weights, ROUND)
     other = method.merge(ledger.state, IDS[order], pick(returned, order), weights[order], ROUND)
     assert sorted(other.ids.tolist()) == sorted(change.ids.tolist())
-    back = torch.tensor([other.ids.tolist().index(k) for k in change.ids.tolist()])
+    back = torch.tensor([other.ids.tolist().index(k) for k in change.ids.tolist()], dtype=torch.int64)
     close(other.rows[back], change.rows, "merge")
 
 
@@ -190,13 +207,14 @@ def law_a_returning_client_starts_from_the_merged_row(method: Method, world: Wor
     ledger.apply(change)
     again = method.send(ledger.state, IDS, Clock(4)).rows
     served = method.serve(ledger.state, ledger.memory, IDS).rows
-    if method.personal:
-        order = [change.ids.tolist().index(k) for k in NEXT]
-        assert torch.equal(again, change.rows[order]), "sent"
-        assert torch.equal(served, change.rows[order]), "served"
+    if method.trains == "nobody":
+        assert not len(change.ids), "nobody trains, so nothing is merged"
+        decided = given.rows
     else:
-        assert all(torch.equal(row, change.rows[0]) for row in again), "sent"
-        assert all(torch.equal(row, change.rows[0]) for row in served), "served"
+        places = used(method, ledger.state, IDS).tolist()
+        decided = change.rows[[change.ids.tolist().index(place) for place in places]]
+    assert torch.equal(again, decided), "sent"
+    assert torch.equal(served, decided), "served"
     if method.pull is not None:
         for place, fraction in enumerate(method.pull(IDS).tolist()):
             moved = not torch.equal(again[place], returned.rows[place])
@@ -204,7 +222,7 @@ def law_a_returning_client_starts_from_the_merged_row(method: Method, world: Wor
 
 
 def law_a_first_time_client_starts_from_the_common_start(method: Method, world: World) -> None:
-    """Whoever trained before: a personal method sends a newcomer the start, a shared one its newest row."""
+    """Whoever trained before: a personal method sends a newcomer the start, a shared one the newest row it shares."""
     ledger = world.reach(method)
     newcomer = torch.tensor([5])
     given = method.send(ledger.state, newcomer, ROUND).rows
@@ -212,8 +230,9 @@ def law_a_first_time_client_starts_from_the_common_start(method: Method, world: 
     if method.personal:
         assert torch.equal(given[0], begun[5])
     else:
-        assert torch.equal(given[0], ledger.state.adapters.rows[0])
-        assert not torch.equal(given[0], begun[0])
+        place = int(used(method, ledger.state, newcomer))
+        assert torch.equal(given[0], ledger.state.adapters.rows[place])
+        assert torch.equal(given[0], begun[place]) == (method.trains == "nobody")
     assert all(not bool(value[newcomer].any()) for value in ledger.memory.values())
 
 
@@ -235,6 +254,9 @@ def law_equal_clients_stay_equal(method: Method, world: World) -> None:
     ledger = world.reach(method)
     row = uploads(ALL[:1], world)
     ledger.state.adapters.rows[:] = row
+    if method.compare == "products" and method.personal:  # equal rows of other ranks, and scales, are other updates
+        _equal_updates_stay_equal(method, world, ledger, row)
+        return
     for ids in (IDS, ALL):
         change = method.merge(ledger.state, ids, Message(row.repeat(len(ids), 1)), torch.ones(len(ids)).double(), ROUND)
         close(change.rows, change.rows[:1].expand_as(change.rows), "each other")
@@ -242,23 +264,62 @@ def law_equal_clients_stay_equal(method: Method, world: World) -> None:
             close(change.rows, row.expand_as(change.rows), "what they had")
 
 
+def _equal_updates_stay_equal(method: Method, world: World, ledger: Ledger, row: Tensor) -> None:
+    """The same among clients of the same rank: whatever the factors are, their products stay."""
+    alike = torch.nonzero(world.ranks == world.ranks.max()).flatten()
+    given = row.repeat(len(alike), 1)
+    change = method.merge(ledger.state, alike, Message(given), torch.ones(len(alike)).double(), ROUND)
+    for leaf in world.layout.parts[0].leaves[::2]:
+        mine, before = (world.adapters(alike, rows).product(leaf.module) for rows in (change.rows, given))
+        torch.testing.assert_close(mine, before, rtol=1e-6, atol=1e-8)
+
+
 def law_the_graph_step_keeps_the_mean(method: Method, world: World) -> None:
     """With a symmetric operator and everyone present, the mean over clients stays."""
     rows = uploads(ALL, world)
-    state = world.reach(method).state
-    change = method.merge(state, ALL, Message(rows.clone()), torch.ones(CLIENTS).double(), ROUND)
-    close(change.rows.mean(dim=0), rows.mean(dim=0), "mean")
-    assert not torch.allclose(change.rows, rows)
+    ledger = world.reach(method)
+    change = method.merge(ledger.state, ALL, Message(rows.clone()), torch.ones(CLIENTS).double(), ROUND)
+    after = rows_after(method, ledger, change)
+    close(after.mean(dim=0), rows.mean(dim=0), "mean")
+    assert not torch.allclose(after, rows)
 
 
 def law_the_graph_step_never_widens_disagreement(method: Method, world: World, *, similarities: np.ndarray) -> None:
     """sum_kl a_kl ||w_k - w_l||^2 does not grow with everyone present."""
-    state = world.reach(method).state
+    ledger = world.reach(method)
     for seed in range(5):
         rows = uploads(ALL, world, seed=seed)
-        change = method.merge(state, ALL, Message(rows.clone()), torch.ones(CLIENTS).double(), ROUND)
-        before, after = (disagreement(some, similarities) for some in (rows, change.rows))
+        change = method.merge(ledger.state, ALL, Message(rows.clone()), torch.ones(CLIENTS).double(), ROUND)
+        before, after = (disagreement(some, similarities) for some in (rows, rows_after(method, ledger, change)))
         assert after < before, f"{before:g} became {after:g}"
+
+
+def law_only_clients_that_are_joined_have_influence(method: Method, world: World) -> None:
+    """Other uploads of those a client is not joined to: the same bits for that client."""
+    assert method.graph is not None
+    rows = uploads(IDS, world)
+    for place, k in enumerate(NEXT):
+        joined = method.graph.neighbours(np.array([k]))
+        strangers = [other for other, near in enumerate(NEXT) if near != k and near not in joined]
+        wild = rows.clone()
+        wild[strangers] = 1e3
+        mine, theirs = (
+            rows_after(method, ledger, method.merge(ledger.state, IDS, Message(some), world.weights(IDS), ROUND))[k]
+            for some, ledger in ((rows.clone(), world.reach(method)), (wild, world.reach(method)))
+        )
+        assert torch.equal(mine, theirs), f"client {k} is moved by {[NEXT[other] for other in strangers]}"
+        assert not torch.equal(mine, rows[place]) or not set(joined) & set(NEXT), f"client {k} is not moved by its own"
+
+
+def law_where_nobody_trains_nothing_moves(method: Method, world: World) -> None:
+    """Even if clients are asked to train: what they return is the start, and so is what they use after three rounds."""
+    ledger = world.reach(method)
+    given = method.send(ledger.state, IDS, ROUND)
+    returned, _ = world.train(method, IDS, given, ledger.recall(IDS))
+    own = world.layout.rank_mask(world.ranks)[IDS]
+    assert torch.equal(returned.rows, given.rows * own)
+    world.play(method, ledger, IDS)
+    assert torch.equal(ledger.state.adapters.rows, world.start(method).state.adapters.rows)
 
 
 def law_a_zero_penalty_is_the_simpler_neighbour(method: Method, world: World, *, simpler: Method) -> None:

@@ -85,7 +85,8 @@ class World:
         ledger.round += 1
         clock = Clock(ledger.round)
         given = method.send(ledger.state, ids, clock)
-        returned, kept = self.train(method, ids, given, ledger.recall(ids), number=ledger.round)
+        memory = ledger.recall(ids, first=method.private(self.adapters(ids, given.rows)))
+        returned, kept = self.train(method, ids, given, memory, number=ledger.round)
         change = method.merge(ledger.state, ids, returned, self.weights(ids), clock)
         if method.personal:
             change = replace(change, rows=self.adapters(change.ids, change.rows).mask_().rows)
@@ -113,7 +114,11 @@ def world(layout: Layout, phases: Callable[[Sequence[str], frozenset[str]], Phas
 
 
 def quadratic() -> World:
-    """loss_k = 1/2 ||w - target_k||^2, gradient w - target_k; three steps of SGD with momentum."""
+    """loss_k = 1/2 ||w - target_k||^2, gradient w - target_k; three steps of SGD with momentum.
+
+    Each of a client's B examples is a label y ~ N(w, 1) with loss 1/2 ||w - y||^2: with labels drawn from the model the
+    gradient of their mean is noise / sqrt(B), and B times its square is on average the curvature, 1.
+    """
     layout = lora_layout([("first", 3, 2), ("second", 2, 2)], 2)
     optimizer = sgd(momentum=0.5)
 
@@ -147,9 +152,14 @@ def quadratic() -> World:
                     for k in chosen.tolist()
                 ]
 
+            def curvature(current: Adapters) -> tuple[Tensor, Tensor]:
+                examples = torch.tensor([EXAMPLES[int(ids[k][1:])] for k in chosen.tolist()])
+                noise = torch.from_numpy(np.stack([stream.normal(size=layout.size) for stream in rng("curvature")]))
+                return examples, noise * layout.rank_mask(torch.tensor([2])) / examples.double().sqrt()[:, None]
+
             def tools(step: int) -> Tools:
                 steps = torch.full((len(chosen),), 3)
-                return Tools(replace(clock, step=step, steps=steps, learning_rate=RATE), grad, update, rng)
+                return Tools(replace(clock, step=step, steps=steps, learning_rate=RATE), grad, update, rng, curvature)
 
             adapters, held = method.begin(adapters, held, given, tools(0))
             for step in range(3):

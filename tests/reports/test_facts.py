@@ -50,6 +50,13 @@ def test_refused_uploads_are_told(study: Path, write_run):
     assert facts.notices(read_study(study)) == ["2 uploads refused, and not merged: see log.txt of the run."]
 
 
+def test_refused_replies_are_told(study: Path, write_run):
+    write_run("local", rows({"a": 1}), refused_replies=0)
+    assert facts.notices(read_study(study)) == []
+    write_run("mira", rows({"a": 1}), refused_replies=3)
+    assert facts.notices(read_study(study)) == ["3 replies refused by clients whose loss got worse."]
+
+
 def test_one_seed_is_said_to_be_one(study: Path, write_run):
     write_run("local", rows({"a": 1}))
     assert facts.basis(read_study(study)).startswith("Test split after 2 rounds; 1 client; one seed (0): chance")

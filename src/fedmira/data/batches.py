@@ -5,7 +5,7 @@ conversations on what the assistant said before.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -94,6 +94,7 @@ class ClientData:
     test: tuple[Encoded, ...]
     truncation: Truncation  # over all three splits
     asked_otherwise: int = 0  # examples whose prompt, where an answer is asked for, is not how they begin
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # column -> value -> training records with it
 
     @property
     def trained_tokens(self) -> int:
@@ -164,6 +165,7 @@ def encode_client(
         name=client.name,
         group=client.group,
         columns=client.columns,
+        counts=client.counts,
         train=train,
         validation=validation,
         test=test,

@@ -7,8 +7,9 @@ on its own name and records only, never on which other clients exist or in what 
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from fedmira.errors import DataError, nearest
 
 SPLITS = ("train", "validation", "test")
 ID_LENGTH = 64
+MOST_VALUES = 1000  # of a column that is counted; one of more is taken for text
 
 _ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{ID_LENGTH - 1}}}")
 _RESERVED = re.compile(r"con|prn|aux|nul|com[0-9]|lpt[0-9]", re.IGNORECASE)  # no folder may be called so on Windows
@@ -34,6 +36,7 @@ class Client:
     train: tuple[Record, ...]
     validation: tuple[Record, ...]
     test: tuple[Record, ...]
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # column -> value -> training records with it
 
 
 def client_key(text: str) -> int:
@@ -79,6 +82,7 @@ def form_clients(
         if column is not None:
             _check_column(key, column, known)
     texts = _text_columns(records, known)
+    counted = [name for name in known if name not in texts and _is_counted(records, name)]
     named = _by_parts(records, parts, first) if parts is not None else _by_value(records, by, per_group, first, seed)
     ids = client_ids([name for name, _, _ in named])
     clients = []
@@ -90,7 +94,11 @@ def form_clients(
                 f"'{split_column}'); mark some as train, or leave it out"
             )
         group = value or None if groups is None else _group(name, own, groups)
-        clients.append(Client(ids[name], name, group, _constant_columns(own, texts), **splits))
+        counts = {
+            column: Counter(value for record in splits["train"] if (value := record.columns.get(column, "")).strip())
+            for column in counted
+        }
+        clients.append(Client(ids[name], name, group, _constant_columns(own, texts), **splits, counts=counts))
     return clients
 
 
@@ -241,6 +249,16 @@ def _text_columns(records: Sequence[Record], known: Sequence[str]) -> set[str]:
         for name in known
         if any(all(record.columns.get(name) == text(record) for record in records) for text in texts)
     }
+
+
+def _is_counted(records: Sequence[Record], column: str) -> bool:
+    """Has a column so few values that counting them says something about a client?"""
+    values: set[str] = set()
+    for record in records:
+        values.add(record.columns.get(column, ""))
+        if len(values) > MOST_VALUES:
+            return False
+    return True
 
 
 def _constant_columns(records: Sequence[Record], texts: set[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ Rows of clients that were never sampled are the common start, which the seed giv
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -43,13 +43,19 @@ class Ledger:
     def apply(self, change: Change) -> None:
         """Put a merge's decision in place."""
         self.state.adapters.rows[change.ids] = change.rows
+        for name, value in change.tables.items():
+            self.state.tables[name][change.ids] = value
         if change.shared is not None:
-            self.state = State(self.state.adapters, dict(change.shared))
+            self.state = State(self.state.adapters, dict(change.shared), self.state.tables)
         self.touched.update(change.ids.tolist())
 
-    def recall(self, ids: Tensor, names: Sequence[str] | None = None) -> Memory:
-        """Copy what the clients of `ids` kept."""
-        return {name: value[ids] for name, value in self.memory.items() if names is None or name in names}
+    def recall(self, ids: Tensor, names: Sequence[str] | None = None, *, first: Memory | None = None) -> Memory:
+        """Copy what the clients of `ids` kept; first [n, ...]: what they have who never trained."""
+        found = {name: value[ids] for name, value in self.memory.items() if names is None or name in names}
+        new = torch.tensor([k not in self.remembered for k in ids.tolist()])
+        for name, value in (first or {}).items():
+            found.setdefault(name, value.clone())[new] = value[new]
+        return found
 
     def remember(self, ids: Tensor, memory: Memory, clients: int) -> None:
         """Keep what the clients of `ids` return at the end of a phase."""
@@ -69,7 +75,8 @@ def commit(folder: RunFolder, ledger: Ledger, change: Change, trained: Tensor) -
     trained [S]: clients whose memory changed.
     """
     each = ledger.state.adapters.rows.shape[1] * 4
-    remembered_each = sum(math.prod(value.shape[1:]) * value.dtype.itemsize for value in ledger.memory.values())
+    each += _row_bytes(ledger.state.tables)
+    remembered_each = _row_bytes(ledger.memory)
     whole = len(ledger.touched) * each + len(ledger.remembered) * remembered_each
     delta = len(change.ids) * each + (len(trained) * remembered_each if ledger.memory else 0)
     # The second is full as well: were the first the only one, damage to it would lose the run.
@@ -77,8 +84,9 @@ def commit(folder: RunFolder, ledger: Ledger, change: Change, trained: Tensor) -
     ids = torch.tensor(sorted(ledger.touched), dtype=torch.int64) if full else change.ids
     kept = torch.tensor(sorted(ledger.remembered), dtype=torch.int64) if full else trained
     shared = {f"shared.{name}": value for name, value in ledger.state.shared.items()}
+    tables = {f"table.{name}": Picked(value, ids) for name, value in ledger.state.tables.items()}
     files: dict[str, Tensors] = {
-        "state": {"ids": ids, "rows": Picked(ledger.state.adapters.rows, ids), **shared},
+        "state": {"ids": ids, "rows": Picked(ledger.state.adapters.rows, ids), **shared, **tables},
         "engine": {"validation": ledger.validation} if full else _measured(ledger),
     }
     if ledger.memory:
@@ -90,6 +98,11 @@ def commit(folder: RunFolder, ledger: Ledger, change: Change, trained: Tensor) -
         ledger.last_full, ledger.delta_bytes = ledger.round, 0
     else:
         ledger.delta_bytes += delta
+
+
+def _row_bytes(tables: Mapping[str, Tensor]) -> int:
+    """Bytes of one client's row in all of these tensors [K, ...] together."""
+    return sum(math.prod(value.shape[1:]) * value.dtype.itemsize for value in tables.values())
 
 
 def _measured(ledger: Ledger) -> Tensors:
@@ -109,8 +122,11 @@ def restore(folder: RunFolder, ledger: Ledger) -> None:
     clients = len(ledger.validation)
     for checkpoint in load_chain(folder.checkpoints):
         state = checkpoint.files["state"]
-        shared = {name.removeprefix("shared."): value for name, value in state.items() if name.startswith("shared.")}
-        ledger.apply(Change(state["ids"], state["rows"], shared or None))
+        shared, tables = (
+            {name.removeprefix(kind): value for name, value in state.items() if name.startswith(kind)}
+            for kind in ("shared.", "table.")
+        )
+        ledger.apply(Change(state["ids"], state["rows"], shared or None, tables))
         engine = checkpoint.files["engine"]
         ledger.validation[engine.get("ids", slice(None))] = engine["validation"]  # without ids: everybody's
         memory = dict(checkpoint.files.get("memory", {}))
@@ -121,7 +137,7 @@ def restore(folder: RunFolder, ledger: Ledger) -> None:
             ledger.last_full, ledger.delta_bytes = checkpoint.round, 0
         else:
             ledger.delta_bytes += sum(
-                value.numel() * value.element_size() for value in (state["rows"], *memory.values())
+                value.numel() * value.element_size() for value in (state["rows"], *tables.values(), *memory.values())
             )
     ledger.saved = ledger.validation.clone()
     if ledger.round:  # what lies beyond is done again, and must not be taken for the new rounds' own

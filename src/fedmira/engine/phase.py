@@ -4,6 +4,7 @@ Clients are ordered by their number of steps, so that those still at work are a 
 its row and its moments untouched, because it is no longer in any batch.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -86,7 +87,7 @@ def local_phase(
         pieces.append(
             (
                 chosen,
-                _train_together(
+                train_together(
                     base,
                     method,
                     [clients[position] for position in chosen],
@@ -115,7 +116,7 @@ def local_phase(
     )
 
 
-def _train_together(
+def train_together(
     base: Base,
     method: Method,
     clients: Sequence[ClientData],
@@ -140,6 +141,11 @@ def _train_together(
     for name, value in training.optimizer.start(adapters.rows).items():
         memory.setdefault(name, value)
 
+    @functools.cache
+    def second_gradient() -> Tensor:
+        """Few methods ask for curvature; the others do without the memory."""
+        return torch.zeros_like(gradient)
+
     def tools(step: int, moments: Sequence[int], batch: Batch | None) -> Tools:
         """moments: 0 = begin, 1 + step, or 1 + own steps = finish; for each client, so that streams are its own."""
         count = len(moments)
@@ -153,18 +159,25 @@ def _train_together(
                 for key, moment in zip(keys, moments, strict=True)
             ]
 
+        def dropout() -> Dropout | None:
+            if not training.dropout:
+                return None
+            return Dropout(training.dropout, [int(stream.integers(2**40)) for stream in rng("dropout")])
+
         def grad(current: Adapters) -> tuple[Tensor, Tensor]:
             assert batch is not None, "begin and finish have no batch"
-            dropout = None
-            if training.dropout:
-                seeds = [int(stream.integers(2**40)) for stream in rng("dropout")]
-                dropout = Dropout(training.dropout, seeds)
-            losses, _ = gradients(base, current, batch, into=gradient[:count], dropout=dropout)
+            losses, _ = gradients(base, current, batch, into=gradient[:count], dropout=dropout())
             nonlocal first_call
             if first_call:  # a method may ask again at other points; the loss of a step is the one it began with
                 sums[:count] += losses
             first_call = False
             return losses, gradient[:count]
+
+        def curvature(current: Adapters) -> tuple[Tensor, Tensor]:
+            assert batch is not None, "begin and finish have no batch"
+            into = second_gradient()[:count]
+            _, tokens = gradients(base, current, batch, into=into, dropout=dropout(), streams=rng("curvature"))
+            return tokens, into
 
         def update(current: Adapters, push: Tensor, held: Memory) -> tuple[Adapters, Memory]:
             if training.max_grad_norm is not None:
@@ -173,7 +186,9 @@ def _train_together(
             training.optimizer.update(current.rows, push, own, clock.learning_rate)
             return current.mask_(), held
 
-        return Tools(clock=replace(clock, step=step, steps=steps[:count]), grad=grad, update=update, rng=rng)
+        return Tools(
+            clock=replace(clock, step=step, steps=steps[:count]), grad=grad, update=update, rng=rng, curvature=curvature
+        )
 
     everyone = len(clients)
     adapters, memory = method.begin(adapters, memory, given, tools(0, [0] * everyone, None))

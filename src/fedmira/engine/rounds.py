@@ -18,12 +18,14 @@ from torch import Tensor
 
 from fedmira.adapters import Adapters, Layout, start_adapters
 from fedmira.config import Config
-from fedmira.data.batches import ClientData
+from fedmira.data.batches import ClientData, Truncation, local_batches
+from fedmira.data.partition import client_key
 from fedmira.engine.gate import admit, check_change
 from fedmira.engine.journal import Ledger, commit, restore
-from fedmira.engine.phase import PhaseResult, Training, local_phase
+from fedmira.engine.phase import PhaseResult, Training, local_phase, plan_steps, train_together
 from fedmira.evaluation.measure import PASS_TOKENS, measure_answers, measure_loss
-from fedmira.methods.base import Change, Clock, Memory, Message, Method
+from fedmira.graph import Graph
+from fedmira.methods.base import Change, Clock, Memory, Message, Method, State
 from fedmira.model.load import Base
 from fedmira.optim import Optimizer, adamw, sgd
 from fedmira.runs import Result, RoundRecord, RunFolder, View
@@ -33,13 +35,15 @@ log = logging.getLogger(__name__)
 
 EXAMPLES_KEPT = 3  # of each client, with report.examples
 START_BYTES = 64 << 20  # of rows in one pass that scores the untouched base
+POOL = "*"  # names all clients' data together; no client is called so
+HOLDER = torch.zeros(1, dtype=torch.int64)  # client 0, in whose place the pool's optimizer moments are kept
 
-Observer = Callable[[str, Mapping[str, object]], None]  # (event, facts): round | scoring
+Observer = Callable[[str, Mapping[str, object]], None]  # (event, facts): round | tuning | scoring
 
 
 @dataclass(frozen=True, eq=False)
 class Federation:
-    """What all runs of a study share. ranks [K]; cohort: clients trained in one pass."""
+    """What all runs of a study share. ranks [K] or, by module, [K, modules]; cohort: clients trained in one pass."""
 
     config: Config
     base: Base
@@ -51,6 +55,17 @@ class Federation:
     def __len__(self) -> int:
         return len(self.clients)
 
+    @property
+    def largest_ranks(self) -> Tensor:
+        """Those of a row that several clients share: [1] or [1, modules]."""
+        return self.ranks.amax(dim=0, keepdim=True)
+
+    @functools.cached_property
+    def pool(self) -> ClientData:
+        """All clients' training data as one client's, for methods that train on the pool; nothing to score it on."""
+        everything = tuple(one for client in self.clients for one in client.train)
+        return ClientData(POOL, POOL, None, {}, everything, (), (), Truncation())
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -59,6 +74,14 @@ class Scores:
     validation: Sequence[float | None]
     test: Mapping[str, Sequence[float | None]]
     texts: Mapping[tuple[int, int], str] = field(default_factory=dict)  # (client, place in its test split) -> answer
+
+
+@dataclass(frozen=True, eq=False)
+class Ended:
+    """What a run has come to: the adapters of any clients, and the graph that was learned on the way, if one was."""
+
+    serve: Callable[[Tensor], Adapters]
+    graph: Graph | None
 
 
 def make_optimizer(config: Config) -> Optimizer:
@@ -70,19 +93,24 @@ def make_optimizer(config: Config) -> Optimizer:
 
 
 def common_start(federation: Federation, seed: int, clients: int, scratch: Path | None = None) -> Adapters:
-    """Draw the start that every client shares; `clients` rows, of which more than one only for personal methods.
+    """Draw the start that every client shares; one row, or for personal methods one for each of `clients`.
 
     Several rows are store.Rows: read by client, they take room once they differ from the start. scratch: a folder for
     them if they are too large for RAM.
     """
-    ranks = federation.ranks if clients == len(federation) else federation.ranks.amax().expand(clients)
+    ranks = federation.ranks if clients == len(federation) else federation.largest_ranks
     stream = torch.Generator().manual_seed(seed)
-    distinct, kinds = torch.unique(ranks, return_inverse=True)
+    distinct, kinds = torch.unique(ranks, dim=0, return_inverse=True)
     start = start_adapters(federation.layout, distinct, federation.config.lora.lora_alpha, stream)
     if clients == 1:
         return start
     rows = cast(Tensor, Rows(start.rows, kinds, scratch))  # reads and writes by client as one
     return Adapters(federation.layout, rows, ranks, start.scale[kinds])
+
+
+def first_state(federation: Federation, method: Method, seed: int, scratch: Path | None = None) -> State:
+    """Return what the server holds before round 1. scratch: as in common_start."""
+    return method.init(common_start(federation, seed, len(federation) if method.personal else 1, scratch), Clock(0))
 
 
 def score_start(federation: Federation, observer: Observer) -> Scores:
@@ -109,18 +137,16 @@ def run_rounds(
     seed: int,
     start: Scores,
     observer: Observer,
-) -> Callable[[Tensor], Adapters]:
-    """Carry one method with one seed from the newest checkpoint to the last round; return its adapters by client.
+) -> Ended:
+    """Carry one method with one seed from the newest checkpoint to the last round.
 
     Each round ends with its line of metrics.jsonl and then its checkpoint, which makes it count; a crash loses at most
     the round under way.
     """
     config = federation.config
     training = make_training(config, seed)
-    clients = len(federation)
-    adapters = common_start(federation, seed, clients if method.personal else 1, folder.path)
     validation = torch.tensor([math.nan if value is None else value for value in start.validation], dtype=torch.float64)
-    ledger = Ledger(method.init(adapters, Clock(0)), validation, folder.path)
+    ledger = Ledger(first_state(federation, method, seed, folder.path), validation, folder.path)
     restore(folder, ledger)
     folder.cut_back(ledger.round, validated=_is_due(config, ledger.round))
     view = _view(method)
@@ -136,19 +162,23 @@ def run_rounds(
     for number in range(ledger.round + 1, config.federation.rounds + 1):
         record = _one_round(federation, method, ledger, folder, schedule[number - 1], training=training, serve=serve)
         observer("round", {"record": record, "rounds": config.federation.rounds})
+    last: Callable[[Tensor], Adapters] = serve
+    if method.tune is not None:
+        last, view = _tune(federation, method, ledger, folder, training, observer).take, "personal"
     ever = sorted({int(k) for ids in schedule[: config.federation.rounds] for k in ids})
-    final = _final_scores(federation, method, ledger, serve, ever, start, observer)
+    final = _final_scores(federation, method, last, ever, start, observer)
     folder.append(None, [row for row in _results(names, ledger.round, view, final) if row.split == "test"])
     if config.report.examples:
         folder.write_examples(_examples(federation, start, final))
-    return serve
+    return Ended(last, None if method.learned is None else method.learned(ledger.state))
 
 
 @dataclass(frozen=True, eq=False)
 class _Exchange:
     """What clients and server did in one round, before anything is put in place.
 
-    ids [S] sampled; answered [n] of these were admitted, with `uploads` [n, P]; refused: position -> reason.
+    ids [S] sampled; answered [n] of these were admitted, with `uploads` [n, P]; refused: position -> reason. kept: the
+    memory of the clients `keepers`. Where the pool trains in their stead, it returns one upload, which answers for all.
     """
 
     ids: Tensor
@@ -156,12 +186,15 @@ class _Exchange:
     refused: Mapping[int, str]
     uploads: Adapters
     change: Change
-    phase: PhaseResult
+    losses: Tensor
+    steps: Tensor
+    tokens: int
     kept: Memory
-    bytes_up: int
-    bytes_down: int
-    seconds_training: float
-    seconds_merge: float
+    keepers: Tensor
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds_training: float = 0.0
+    seconds_merge: float = 0.0
 
 
 def _exchange(
@@ -169,49 +202,164 @@ def _exchange(
 ) -> _Exchange:
     """Send, train, admit and merge; the ledger is read only."""
     began = time.monotonic()
-    clock = Clock(ledger.round + 1, learning_rate=training.learning_rate)
     ids = torch.from_numpy(sampled)
-    chosen = [federation.clients[k] for k in sampled]
-    given = method.send(ledger.state, ids, clock)
-    ranks = federation.ranks[ids]
-    blank = Adapters(federation.layout, given.rows, ranks, federation.config.lora.lora_alpha / ranks.float())
-    private = [name for name in ledger.memory if training.keep_optimizer or name not in training.optimizer.keys]
-    phase = local_phase(
-        federation.base,
-        method,
-        chosen,
-        blank,
-        given,
-        ledger.recall(ids, private),
-        training=training,
-        clock=clock,
-        cohort=federation.cohort,
-    )
+    if method.trains == "nobody":
+        return _stand_still(federation, ids)
+    clock = Clock(ledger.round + 1, learning_rate=training.learning_rate)
+    given, blank, phase = _phase(federation, method, ledger, ids, training, clock)
     trained = time.monotonic()
-    weights = torch.tensor([float(len(client.train)) for client in chosen], dtype=torch.float64)
-    places, refused = admit(ids, phase.returned, weights, federation.layout)
+    pooled = method.trains == "pool"
+    who = HOLDER if pooled else ids
+    part = [federation.pool] if pooled else [federation.clients[k] for k in sampled]
+    weights = torch.tensor([float(len(client.train)) for client in part], dtype=torch.float64)
+    places, refused = admit(who, phase.returned, weights, federation.layout)
     scalars = {name: value[places] for name, value in phase.returned.scalars.items()}
     uploads = Message(phase.returned.rows[places], scalars)
-    change = Change(ids[places], uploads.rows)  # nobody answered: nothing changes
+    change = Change(who[places], uploads.rows)  # nobody answered: nothing changes
     if len(places):
-        change = method.merge(ledger.state, ids[places], uploads, weights[places], clock)
+        change = method.merge(ledger.state, who[places], uploads, weights[places], clock)
         check_change(change, method.name)
     if method.personal:
         change = _masked(change, federation)
     drop = () if training.keep_optimizer else training.optimizer.keys
+    answered = who[places]
+    if pooled:
+        answered = ids if len(places) else ids[:0]
+        refused = {k: reason for reason in refused.values() for k in ids.tolist()}
     return _Exchange(
         ids=ids,
-        answered=ids[places],
+        answered=answered,
         refused=refused,
         uploads=blank.take(places).with_rows(uploads.rows),
         change=change,
-        phase=phase,
+        losses=phase.losses.expand(len(ids)),  # the pool's for each of them
+        steps=phase.steps.expand(len(ids)),
+        tokens=phase.tokens,
         kept={name: value[places] for name, value in phase.memory.items() if name not in drop},
+        keepers=who[places],
         bytes_up=phase.returned.bytes_each * len(ids) if method.exchanges else 0,
         bytes_down=given.bytes_each * len(ids) if method.exchanges else 0,
         seconds_training=trained - began,
         seconds_merge=time.monotonic() - trained,
     )
+
+
+def _phase(
+    federation: Federation, method: Method, ledger: Ledger, ids: Tensor, training: Training, clock: Clock
+) -> tuple[Message, Adapters, PhaseResult]:
+    """Let the clients of `ids`, or the pool in their stead, train from what they are sent; the ledger is read only.
+
+    Returns what was sent, adapters that hold it at the clients' ranks, and what came back.
+    """
+    pooled = method.trains == "pool"
+    who = HOLDER if pooled else ids
+    given = method.send(ledger.state, who, clock)
+    ranks = federation.largest_ranks if pooled else federation.ranks[ids]
+    blank = Adapters(federation.layout, given.rows, ranks, federation.config.lora.lora_alpha / ranks.float())
+    private = [name for name in ledger.memory if training.keep_optimizer or name not in training.optimizer.keys]
+    memory = ledger.recall(who, private, first=method.private(blank))
+    if pooled:
+        plan = plan_pool(federation, ids, training, round_number=clock.round, steps=method.pool_steps)
+        phase = train_together(
+            federation.base,
+            method,
+            [federation.pool],
+            [plan],
+            blank,
+            given,
+            memory,
+            training=training,
+            clock=clock,
+        )
+        return given, blank, phase
+    phase = local_phase(
+        federation.base,
+        method,
+        [federation.clients[k] for k in ids.tolist()],
+        blank,
+        given,
+        memory,
+        training=training,
+        clock=clock,
+        cohort=federation.cohort,
+    )
+    return given, blank, phase
+
+
+def plan_pool(
+    federation: Federation, ids: Tensor, training: Training, *, round_number: int, steps: int | None = None
+) -> list[np.ndarray]:
+    """Return the pool's examples of each step in a round: as many steps, of as many examples, as those of `ids` take.
+
+    Permutations of all examples, one after another from the pool's own stream, cut into batches of these sizes. steps:
+    so many full batches instead.
+    """
+    count = len(federation.pool.train)
+    sizes = [min(training.batch_size, count)] * (steps or 0)
+    if steps is None:
+        sizes = [
+            len(batch) for k in ids.tolist() for batch in plan_steps(federation.clients[k], training, round_number)
+        ]
+    whole = local_batches(
+        count,
+        seed=training.seed,
+        round=round_number,
+        key=client_key(POOL),
+        batch_size=count,
+        steps=None,
+        epochs=-(-sum(sizes) // count),
+    )
+    return np.split(np.concatenate(whole)[: sum(sizes)], np.cumsum(sizes)[:-1])
+
+
+def _stand_still(federation: Federation, ids: Tensor) -> _Exchange:
+    """A round in which nobody does anything."""
+    nobody = ids[:0]
+    blank = Adapters(federation.layout, torch.empty(0, federation.layout.size), nobody, torch.empty(0))
+    return _Exchange(
+        ids=ids,
+        answered=nobody,
+        refused={},
+        uploads=blank,
+        change=Change(nobody, blank.rows),
+        losses=torch.full((len(ids),), math.nan),
+        steps=torch.zeros_like(ids),
+        tokens=0,
+        kept={},
+        keepers=nobody,
+    )
+
+
+def _tune(
+    federation: Federation, method: Method, ledger: Ledger, folder: RunFolder, training: Training, observer: Observer
+) -> Adapters:
+    """Let every client train by itself from what it would be sent now, as `method.tune` says; return their adapters.
+
+    Nothing of it enters the ledger: after a kill it is done again, to the same bits, and more rounds later go on from
+    what the server holds. A client whose row is refused keeps what it was sent.
+    """
+    assert method.tune is not None
+    began, tokens = time.monotonic(), 0
+    kind, length = method.tune
+    steps, epochs = (length, None) if kind == "steps" else (None, length)
+    training = replace(training, local_steps=steps, local_epochs=epochs)
+    clock = Clock(ledger.round + 1, learning_rate=training.learning_rate)
+    own = common_start(federation, training.seed, len(federation), folder.path)
+    alike = sorted(range(len(federation)), key=lambda k: len(federation.clients[k].train))  # in a pass, equal steps
+    for first in range(0, len(alike), federation.cohort):
+        ids = torch.tensor(alike[first : first + federation.cohort])
+        given, blank, phase = _phase(federation, method, ledger, ids, training, clock)
+        places, refused = admit(ids, phase.returned, torch.ones(len(ids)), federation.layout)
+        rows = blank.with_rows(given.rows.clone()).mask_().rows
+        rows[places] = phase.returned.rows[places]
+        own.rows[ids] = rows
+        tokens += phase.tokens
+        for k, reason in refused.items():
+            name = federation.clients[k].id
+            log.warning("what client '%s' fine-tuned was refused (%s): it keeps what it was sent", name, reason)
+        observer("tuning", {"done": first + len(ids), "clients": len(alike)})
+    folder.update(seconds_tuning=time.monotonic() - began, tokens_tuning=tokens)
+    return own
 
 
 def _one_round(
@@ -227,26 +375,23 @@ def _one_round(
     """One round, from sampling to a durable checkpoint."""
     began = time.monotonic()
     done = _exchange(federation, method, ledger, sampled, training)
-    before = _losses_of(federation, done.uploads, done.ids, done.answered)
-    ledger.remember(done.answered, done.kept, len(federation))
+    ledger.remember(done.keepers, done.kept, len(federation))
     ledger.apply(done.change)
     ledger.round += 1
     due = _is_due(federation.config, ledger.round)
-    same = torch.equal(done.change.ids, done.ids) and torch.equal(done.change.rows, done.uploads.rows)
-    if method.personal and same:  # the merge moved nothing, so nothing needs to be scored twice
-        _note(ledger, done.ids.tolist(), before)
-        after = before
-    else:
-        after = _validate(federation, method, ledger, serve, done.ids, due)
-    everyone = [None if math.isnan(value) else value for value in ledger.validation.tolist()]
+    before, after = _judge(federation, method, ledger, serve, done, due)
+    notes = dict(done.change.notes)
+    if method.accept is not None:
+        after, notes["refused_replies"] = _refuse(ledger, done, before, after, method.accept)
+    everyone = _known(ledger.validation)
     measured = [value for value in everyone if value is not None]
     names = [client.id for client in federation.clients]
     record = RoundRecord(
         round=ledger.round,
         clients=[names[k] for k in done.ids.tolist()],
         answered=[names[k] for k in done.answered.tolist()],
-        train_loss=done.phase.losses.tolist(),
-        steps=done.phase.steps.tolist(),
+        train_loss=done.losses.tolist(),
+        steps=done.steps.tolist(),
         loss_before=before,
         loss_after=after,
         validation_loss=sum(measured) / len(measured) if due and measured else None,
@@ -255,15 +400,66 @@ def _one_round(
         seconds_training=done.seconds_training,
         seconds_merge=done.seconds_merge,
         seconds=time.monotonic() - began,
-        tokens=done.phase.tokens,
-        notes=dict(done.change.notes),
+        tokens=done.tokens,
+        notes=notes,
         refused={names[k]: reason for k, reason in done.refused.items()},
     )
     for name, reason in record.refused.items():
         log.warning("round %d: the upload of client '%s' was refused: %s", record.round, name, reason)
     folder.append(record, _results(names, record.round, _view(method), Scores(everyone, {})) if due else [])
-    commit(folder, ledger, done.change, done.ids)
+    commit(folder, ledger, done.change, done.keepers)
     return record
+
+
+def _judge(
+    federation: Federation,
+    method: Method,
+    ledger: Ledger,
+    serve: Callable[[Tensor], Adapters],
+    done: _Exchange,
+    due: bool,
+) -> tuple[list[float | None], list[float | None]]:
+    """Return the sampled clients' validation losses with what they returned and with what they have now.
+
+    Brings ledger.validation up to date.
+    """
+    ids = done.ids.tolist()
+    if method.trains == "nobody":
+        known = _known(ledger.validation[done.ids])
+        return known, known
+    if method.trains == "pool":  # what it returned is what everyone has now
+        after = _validate(federation, method, ledger, serve, done.ids, due)
+        return after if len(done.answered) else [None] * len(ids), after
+    before = _losses_of(federation, done.uploads, done.ids, done.answered)
+    same = torch.equal(done.change.ids, done.ids) and torch.equal(done.change.rows, done.uploads.rows)
+    if method.personal and same:  # the merge moved nothing, so nothing needs to be scored twice
+        _note(ledger, ids, before)
+        return before, before
+    return before, _validate(federation, method, ledger, serve, done.ids, due)
+
+
+def _refuse(
+    ledger: Ledger, done: _Exchange, before: list[float | None], after: list[float | None], tolerance: float
+) -> tuple[list[float | None], int]:
+    """Let clients whose loss a reply worsens by more than `tolerance` keep what they uploaded; return losses and count.
+
+    before, after: validation losses of the sampled clients with their uploads and with the replies. A client without a
+    validation split, or whose upload was refused, has no say.
+    """
+    ids = done.ids.tolist()
+    worse = [
+        k
+        for k, old, new in zip(ids, before, after, strict=True)
+        if old is not None and new is not None and new > old + tolerance
+    ]
+    if not worse:
+        return after, 0
+    where = {int(k): place for place, k in enumerate(done.answered)}
+    kept = done.uploads.rows[torch.tensor([where[k] for k in worse])]
+    ledger.apply(Change(torch.tensor(worse), kept))
+    losses = [old if k in worse else new for k, old, new in zip(ids, before, after, strict=True)]
+    _note(ledger, ids, losses)
+    return losses, len(worse)
 
 
 def _is_due(config: Config, number: int) -> bool:
@@ -332,6 +528,10 @@ def _validate(
     return after
 
 
+def _known(losses: Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in losses.tolist()]
+
+
 def _note(ledger: Ledger, ids: Sequence[int], values: Sequence[float | None]) -> None:
     for k, value in zip(ids, values, strict=True):
         ledger.validation[k] = math.nan if value is None else value
@@ -340,14 +540,15 @@ def _note(ledger: Ledger, ids: Sequence[int], values: Sequence[float | None]) ->
 def _final_scores(
     federation: Federation,
     method: Method,
-    ledger: Ledger,
     serve: Callable[[Tensor], Adapters],
     ever: Sequence[int],
     start: Scores,
     observer: Observer,
 ) -> Scores:
     """Test every client with the adapter it would use now; never-sampled ones of a personal method are at the start."""
-    if not method.personal:
+    if method.trains == "nobody":
+        return replace(start, validation=[None] * len(federation))
+    if not method.personal or method.tune is not None:
         return _test(federation, serve, range(len(federation)), observer)
     scores = _test(federation, serve, ever, observer)
     whole = {metric: list(values) for metric, values in start.test.items()}

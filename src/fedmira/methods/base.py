@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedmira.adapters import Adapters
 from fedmira.config import Strict
+from fedmira.errors import MethodError
 from fedmira.graph import Graph
 
 Memory = dict[str, Tensor]  # what a client keeps and never sends; every tensor has a leading client axis
@@ -43,7 +44,10 @@ class Clock:
 class Cohort:
     """What is known of the federation before it starts. schedule: sampled client positions per round.
 
-    columns: per client, the data columns with one value (for graphs by group).
+    columns: per client, the data columns with one value (for graphs by group). profile(None): the mean embedding of
+    each client's prompts by the frozen base [K, d]; profile(column): how often each value of a data column stands in
+    its training examples [K, values]. Neither is worked out unless it is asked for. ranks, scale: of each client's
+    adapter, as in Adapters, [K] or [K, modules]; None: everyone has those of the common start.
     """
 
     ids: tuple[str, ...]
@@ -51,9 +55,16 @@ class Cohort:
     columns: tuple[Mapping[str, str], ...]
     schedule: tuple[np.ndarray, ...]
     seed: int
+    profile: Callable[[str | None], np.ndarray] = lambda column: _no_profile(column)
+    ranks: Tensor | None = None
+    scale: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def _no_profile(column: str | None) -> np.ndarray:
+    raise MethodError("profiles of the clients' data are not known here")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,22 +82,29 @@ class Message:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What the server keeps between rounds. adapters: [K, P] where the method is personal, else [1, P]."""
+    """What the server keeps between rounds. adapters: [K, P] where the method is personal, else [1, P].
+
+    shared: whatever is common to all, written whole in every checkpoint. tables: [K, ...] each, something about every
+    client; of these a round changes, and a checkpoint holds, the rows of its own clients.
+    """
 
     adapters: Adapters
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
     """What a merge decided. rows [n, P] replace the rows `ids` [n] of State.adapters; shared replaces State.shared.
 
-    notes: numbers for the round's record. Only the engine applies a Change.
+    tables: name -> [n, ...], which replace the rows `ids` of State.tables. notes: numbers for the round's record. Only
+    the engine applies a Change.
     """
 
     ids: Tensor
     rows: Tensor
     shared: Mapping[str, Tensor] | None = None
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -94,6 +112,8 @@ class Change:
 Update = Callable[[Adapters, Tensor, Memory], tuple[Adapters, Memory]]
 # Losses [S] and gradient rows [S, P] on the step's batch; the gradient is a buffer that the next call overwrites.
 Gradient = Callable[[Adapters], tuple[Tensor, Tensor]]
+# Labelled tokens [S] and gradient rows [S, P] of the mean cross-entropy with labels drawn from the model itself.
+Curvature = Callable[[Adapters], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,12 +121,14 @@ class Tools:
     """Functions and facts that a client half may use, so that a new method needs no new signature.
 
     rng(name): a generator per client, from run seed, round and client key, never from a position in the batch.
+    curvature: like grad, with labels y ~ softmax(f(x)) at every place that has a label, and in a buffer of its own.
     """
 
     clock: Clock
     grad: Gradient
     update: Update
     rng: Callable[[str], Sequence[np.random.Generator]]
+    curvature: Curvature
 
 
 @dataclass(frozen=True)
@@ -135,11 +157,17 @@ class Method:
             memory,
         )
     )
+    private: Callable[[Adapters], Memory] = lambda adapters: {}  # what a client keeps of its own before it ever trained
+    accept: float | None = None  # a client keeps a reply only if its validation loss is not worse by more, in nats
     needs: Literal["each", "sum"] = "sum"  # must the server see each upload, or would their sum do
     compare: Literal["factors", "products"] = "factors"  # what "equal" means for this method's adapters
     graph: Graph | None = None  # who is pulled to whom, for reports
-    exchanges: bool = True  # do adapters travel; False only for training alone
+    learned: Callable[[State], Graph] | None = None  # the graph as it is now, where it is learned on the way
+    exchanges: bool = True  # do adapters travel; False where clients train alone, in one place or not at all
     pull: Callable[[Tensor], Tensor] | None = None  # ids [S] -> fraction by which a merge moves each, for reports
+    trains: Literal["sampled", "pool", "nobody"] = "sampled"  # whose data a round trains on: its clients', all together
+    pool_steps: int | None = None  # of the pool in a round; None = as many, and examples, as its clients would take
+    tune: tuple[Literal["steps", "epochs"], int] | None = None  # what every client trains alone after the last round
 
 
 def descend(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:

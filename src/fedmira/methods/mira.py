@@ -8,14 +8,25 @@ w stands for the pair (B, A): the step is factor-wise. It is simultaneous: every
 row already moved. w_l is the upload of a co-sampled neighbour; with `neighbours: stored` a neighbour that is not in the
 round takes part with its last stored row. All clients start from one common adapter and each restarts from its own.
 eta lambda must keep I - eta lambda L a contraction on every round of the schedule, else the build is refused; where
-fewer answer than were sampled, it is lowered for that round to what the smaller subgraph bears without overshoot.
+fewer answer than were sampled, or the graph is learned, it is lowered for that round to what the round's own subgraph
+bears without overshoot.
 
-Source: MIRA (arXiv:2410.15524; IEEE Networking Letters 7(3), 2025), equations 3, 6, 8, 9 and Algorithm 1. Normalisation
-is ours: `none` is the paper's form; `row` and `symmetric` act on the round's own subgraph, so that eta x lambda is
-the pull per round whatever K is. Unlike the public code, the step reaches a client when it returns.
+Ours, beyond the paper: `normalise` row and symmetric act on the round's own subgraph, so that eta x lambda is the pull
+per round whatever K is. `solver: exact` takes the minimiser itself, for any coupling c = eta lambda:
+
+    W = argmin 1/2 ||W - V||^2 + c/2 tr(W^T L W), that is (I + c L_SS) W_S = V_S + c A_SN W_N
+
+`space: product` does the same to the updates s B A instead of their factors, and returns to each client's rank by a
+truncated SVD (lowrank.py): nothing depends on how an update is factored. `clip: tau` shortens every difference
+w_k - w_l to the length tau at most. Graphs can be learned from the adapters (similarity.py). `accept` lets a client
+refuse a reply that worsens its validation loss. `reply: lost` replays a defect of the public code, in which what the
+server decided never reached the client it was for; it is there to measure what published figures may have been.
+
+Source: MIRA (arXiv:2410.15524; IEEE Networking Letters 7(3), 2025), equations 3, 6, 8, 9 and Algorithm 1.
 """
 
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -23,6 +34,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from fedmira.adapters import Adapters
 from fedmira.errors import MethodError
 from fedmira.graph import (
     Coupling,
@@ -31,28 +43,49 @@ from fedmira.graph import (
     largest_coupling,
     make_graph,
 )
+from fedmira.lowrank import mix_products
 from fedmira.methods.base import (
     Change,
     Clock,
     Cohort,
+    Memory,
     Message,
     Method,
     Settings,
     State,
+    Tools,
     own_rows,
     serve_own,
-    start_state,
 )
 from fedmira.mixing import mix_rows
+from fedmira.similarity import LEAST_SKETCH, LearnedGraph, knn_graph, shuffled
+
+# The keys of `graph` that go with each kind; the others are refused there.
+KEYS = {
+    "random": {"seed", "shuffled"},
+    "uniform": {"shuffled"},
+    "groups": {"column", "shuffled"},
+    "file": {"path", "shuffled"},
+    "knn": {"features", "column", "measure", "degree", "shuffled"},
+    "learned": {"of", "measure", "scope", "every", "degree", "sketch", "shuffled"},
+}
 
 
 class GraphConfig(Settings):
     """Where the similarities a_kl come from."""
 
-    kind: Literal["random", "uniform", "groups", "file"] = "random"  # random: the authors' recipe
-    column: str | None = None  # groups: clients with the same value of this data column are joined
+    kind: Literal["random", "uniform", "groups", "file", "knn", "learned"] = "random"  # random: the authors' recipe
+    column: str | None = None  # groups: clients with the same value are joined; knn: whose values are counted
     path: str | None = None  # file: CSV with client,neighbour,weight
     seed: int | None = Field(default=None, ge=0)  # random: None = the run's seed
+    features: Literal["embedding", "histogram"] = "embedding"  # knn: what the base makes of prompts, or counted values
+    of: Literal["adapters", "updates"] = "adapters"  # learned: all that was learned, or the last round's part of it
+    measure: Literal["cosine", "distance"] = "cosine"  # knn, learned
+    scope: Literal["whole", "layer"] = "whole"  # learned: one similarity of all layers together, or their mean
+    every: int = Field(default=1, ge=1)  # learned: rounds between two looks at the same client
+    degree: int = Field(default=10, ge=1)  # knn, learned: the most neighbours of a client
+    sketch: int = Field(default=LEAST_SKETCH, ge=LEAST_SKETCH)  # learned: numbers kept of each client
+    shuffled: bool = False  # the same graph with its clients permuted: a control
 
     @model_validator(mode="after")
     def _complete(self) -> "GraphConfig":
@@ -60,7 +93,21 @@ class GraphConfig(Settings):
             raise ValueError("graph kind 'groups' needs 'column', the data column that names a client's group")
         if self.kind == "file" and not self.path:
             raise ValueError("graph kind 'file' needs 'path', a CSV with client,neighbour,weight")
+        if self.kind == "knn" and (self.features == "histogram") != (self.column is not None):
+            raise ValueError("graph kind 'knn' needs 'column' with 'features: histogram', and only there")
+        usual = {name: field.default for name, field in type(self).model_fields.items()}
+        given = {name for name in self.model_fields_set - {"kind"} if getattr(self, name) != usual[name]}
+        if strange := sorted(given - KEYS[self.kind]):
+            raise ValueError(
+                f"graph kind '{self.kind}' has no {', '.join(strange)}; it takes {sorted(KEYS[self.kind])}"
+            )
         return self
+
+
+class AcceptConfig(Settings):
+    """When a client keeps what the server replies."""
+
+    tolerance: float = Field(default=0.0, ge=0)  # nats by which its own validation loss may worsen
 
 
 class Config(Settings):
@@ -70,7 +117,20 @@ class Config(Settings):
     lam: float = Field(default=0.1, ge=0, alias="lambda")  # strength of the regulariser; 0 = local training
     neighbours: Literal["sampled", "stored"] = "sampled"  # sampled: the authors' code
     normalise: Literal["none", "row", "symmetric"] = "row"  # none: the paper's form
+    space: Literal["factors", "product"] = "factors"  # factors: the paper's form
+    solver: Literal["explicit", "exact"] = "explicit"  # explicit: the paper's form
+    clip: float | None = Field(default=None, gt=0)  # the most that any neighbour's difference may be long
+    accept: AcceptConfig | None = None
+    reply: Literal["used", "lost"] = "used"  # lost: as in the authors' public code, for comparison with its figures
     graph: GraphConfig = GraphConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Config":
+        if self.clip is not None and self.solver == "exact":
+            raise ValueError("clip bounds a neighbour's influence in one explicit step; it needs solver: explicit")
+        if self.accept is not None and self.reply == "lost":
+            raise ValueError("accept asks a client about a reply that 'reply: lost' never lets it see")
+        return self
 
 
 def build(config: Config, cohort: Cohort) -> Method:
@@ -79,42 +139,106 @@ def build(config: Config, cohort: Cohort) -> Method:
     Raises MethodError if eta x lambda is unstable on a round of the schedule (with the largest allowed value), or if
     the graph cannot be made from this cohort.
     """
-    wanted = config.graph
-    graph = make_graph(
-        wanted.kind,
-        ids=cohort.ids,
-        columns=cohort.columns,
-        column=wanted.column,
-        path=wanted.path,
-        seed=cohort.seed if wanted.seed is None else wanted.seed,
-    )
-    coupling = config.eta * config.lam
+    coupling, explicit = config.eta * config.lam, config.solver == "explicit"
+    learned = learn_graph(config, cohort) if config.graph.kind == "learned" else None
+    graph = None if learned is not None else given_graph(config.graph, cohort)
 
-    def restrict(ids: Tensor) -> Coupling:
-        return couple(graph, ids.numpy(), kind=config.normalise, stored=config.neighbours == "stored")
+    def restrict(some: Graph, ids: Tensor) -> Coupling:
+        return couple(some, ids.numpy(), kind=config.normalise, stored=config.neighbours == "stored")
 
     checked = {frozenset(ids.tolist()): torch.from_numpy(ids) for ids in cohort.schedule}
-    check_stable(coupling, graph, [restrict(ids) for ids in checked.values()], normalised=config.normalise != "none")
+    if graph is not None and explicit:
+        rounds = [restrict(graph, ids) for ids in checked.values()]
+        check_stable(coupling, graph, rounds, normalised=config.normalise != "none")
+    if config.reply == "lost":
+        warnings.warn("mira: reply: lost replays a defect of the public code; it is no way to train", stacklevel=2)
 
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-        near, strength = restrict(ids), coupling
-        if frozenset(ids.tolist()) not in checked:  # some did not answer: a smaller subgraph may bear less
-            limit = largest_coupling(graph, [near])
-            strength = min(coupling, limit / 2 if graph.symmetric else limit)
-        rows = laplacian_step(returned.rows, near, coupling=strength, stored=state.adapters.rows)
-        return Change(ids, rows, notes={"pull_percent": 100 * strength * float(near.degree.mean())})
+        some, strength = graph, coupling
+        notes: dict[str, float] = {}
+        tables: Mapping[str, Tensor] = {}
+        if learned is not None:
+            server = (state.adapters, state.shared, state.tables)
+            some, tables, notes = learned.look(*server, ids, returned.rows, clock.round)
+        assert some is not None
+        near = restrict(some, ids)
+        if explicit and (learned is not None or frozenset(ids.tolist()) not in checked):
+            limit = largest_coupling(some, [near])  # nobody could check this subgraph before; it may bear less
+            strength = min(coupling, limit / 2 if some.symmetric else limit)
+        uploads = state.adapters.take(ids).with_rows(returned.rows)
+        if config.clip is not None:
+            near, clipped = shorten(near, uploads, state.adapters, config.clip, products=config.space == "product")
+            notes["clipped_percent"] = 100 * clipped
+        within, outside = transfer(near, strength, exact=not explicit)
+        if config.space == "product":
+            rows = mix_products(within, uploads, outside, state.adapters.take(torch.from_numpy(near.neighbours)))
+        else:
+            stored = state.adapters.rows
+            rows = mix_rows(within, returned.rows, outside=outside, stored=stored, neighbours=near.neighbours)
+        notes["pull_percent"] = 100 * float((1 - np.diag(within)).mean())
+        return Change(ids, rows, tables=tables, notes=notes)
 
+    def pull(ids: Tensor) -> Tensor:
+        assert graph is not None
+        within, _ = transfer(restrict(graph, ids), coupling, exact=not explicit)
+        return torch.from_numpy(1 - np.diag(within))
+
+    def start(adapters: Adapters, clock: Clock) -> State:
+        return State(adapters, *learned.begin(adapters)) if learned is not None else State(adapters)
+
+    lost = config.reply == "lost"
     return Method(
         name="mira",
-        init=start_state,
+        init=start,
         send=own_rows,
         merge=merge,
         serve=serve_own,
         personal=True,
         uses_weights=False,
+        begin=from_own_upload if lost else from_reply,
+        finish=keep_upload if lost else return_rows,
+        private=own_start if lost else nothing,
+        accept=None if config.accept is None else config.accept.tolerance,
         needs="each",
+        compare="products" if config.space == "product" else "factors",
         graph=graph,
-        pull=lambda ids: coupling * torch.from_numpy(restrict(ids).degree),
+        learned=None if learned is None else lambda state: learned.whole(state.tables),
+        pull=None if graph is None else pull,
+    )
+
+
+def given_graph(wanted: GraphConfig, cohort: Cohort) -> Graph:
+    """Make a graph that is known before training."""
+    if wanted.kind == "knn":
+        column = wanted.column if wanted.features == "histogram" else None
+        note = f"{wanted.degree} nearest by {f'the values of {column}' if column else 'embeddings of prompts'}"
+        found = knn_graph(cohort.profile(column), measure=wanted.measure, degree=wanted.degree, note=note)
+    else:
+        found = make_graph(
+            wanted.kind,
+            ids=cohort.ids,
+            columns=cohort.columns,
+            column=wanted.column,
+            path=wanted.path,
+            seed=cohort.seed if wanted.seed is None else wanted.seed,
+        )
+    return shuffled(found, cohort.seed) if wanted.shuffled else found
+
+
+def learn_graph(config: Config, cohort: Cohort) -> LearnedGraph:
+    """What is to be learned, as a value; nothing is known yet."""
+    wanted = config.graph
+    return LearnedGraph(
+        of=wanted.of,
+        measure=wanted.measure,
+        by_module=wanted.scope == "layer",
+        every=wanted.every,
+        degree=wanted.degree,
+        size=wanted.sketch,
+        products=config.space == "product",
+        stored=config.neighbours == "stored",
+        shuffled=wanted.shuffled,
+        seed=cohort.seed,
     )
 
 
@@ -128,7 +252,7 @@ def check_stable(coupling: float, graph: Graph, rounds: list[Coupling], *, norma
         why = "2 / largest Laplacian eigenvalue" if graph.symmetric else "1 / largest row sum of an asymmetric graph"
         raise MethodError(
             f"mira: eta x lambda = {coupling:.4g} must be below {limit:.4g} for this graph and schedule ({why}), else "
-            f"clients swing apart; lower lambda{'' if normalised else ', or use normalise: row'}"
+            f"clients swing apart; lower lambda{'' if normalised else ', or use normalise: row'}, or use solver: exact"
         )
     if graph.symmetric and coupling > limit / 2 * (1 + 1e-9):  # at exactly half, neighbours meet in the middle
         warnings.warn(
@@ -138,11 +262,78 @@ def check_stable(coupling: float, graph: Graph, rounds: list[Coupling], *, norma
         )
 
 
-def laplacian_step(rows: Tensor, near: Coupling, *, coupling: float, stored: Tensor) -> Tensor:
-    """W_S - c (diag(A~ 1) W_S - A~_SS W_S - A~_SN W_N), all from the rows before the step.
+def transfer(near: Coupling, coupling: float, *, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The step as weights of rows [S, S] and [S, N]: W_S <- within V_S + outside W_N; rows of both sum to 1 together.
 
-    rows [S, P] uploads in the order of near.ids; stored [K, P] rows on the server, read at near.neighbours only.
-    Source: MIRA equation 8.
+    explicit: I - c L_SS and c A~_SN (equation 8); exact: (I + c L_SS)^-1 and c (I + c L_SS)^-1 A~_SN.
     """
-    within = np.diag(1 - coupling * near.degree) + coupling * near.within
-    return mix_rows(within, rows, outside=coupling * near.outside, stored=stored, neighbours=near.neighbours)
+    laplacian = np.diag(near.degree) - near.within
+    if not exact:
+        return np.eye(len(laplacian)) - coupling * laplacian, coupling * near.outside
+    inverse = np.linalg.inv(np.eye(len(laplacian)) + coupling * laplacian)
+    return inverse, coupling * inverse @ near.outside
+
+
+def shorten(
+    near: Coupling, uploads: Adapters, stored: Adapters, tau: float, *, products: bool
+) -> tuple[Coupling, float]:
+    """Weigh each neighbour by min(1, tau / ||w_k - w_l||), so that its pull is at most a_kl tau; and the share so cut.
+
+    The norm is that of the difference of rows, taken directly, or of the updates s B A with `products`.
+    """
+    within, outside = near.within.copy(), near.outside.copy()
+    apart: Callable[[Adapters, Adapters], float] = product_distance if products else row_distance
+    cut = total = 0
+    for k in range(len(near.ids)):
+        own = uploads.take(torch.tensor([k]))
+        for weights, others, ids in ((within, uploads, None), (outside, stored, near.neighbours)):
+            for place in np.flatnonzero(weights[k]).tolist():
+                other = others.take(torch.tensor([place if ids is None else int(ids[place])]))
+                length = apart(own, other)
+                total += 1
+                if length > tau:
+                    weights[k, place] *= tau / length
+                    cut += 1
+    return Coupling(near.ids, within, near.neighbours, outside), cut / max(1, total)
+
+
+def row_distance(one: Adapters, other: Adapters) -> float:
+    return float(torch.linalg.vector_norm(one.rows - other.rows, dtype=torch.float64))
+
+
+def product_distance(one: Adapters, other: Adapters) -> float:
+    """||s B A - s' B' A'|| over all modules: the norm of [s B, -s' B'] [A; A'] through its small Gram matrices."""
+    total = 0.0
+    for part in one.layout.parts:
+        for place, (first, second) in enumerate(part.pairs()):
+            signed = ((one, one.scale_of(place)), (other, -other.scale_of(place)))
+            left = torch.cat([scale * side.leaf(second)[0].double() for side, scale in signed], dim=1)
+            right = torch.cat([one.leaf(first)[0].double(), other.leaf(first)[0].double()])
+            total += float(((left.T @ left) * (right @ right.T)).sum())
+    return max(total, 0.0) ** 0.5
+
+
+def nothing(adapters: Adapters) -> Memory:
+    return {}
+
+
+def own_start(adapters: Adapters) -> Memory:
+    """What a client starts from where no reply reaches it: the common start, as it was first sent."""
+    return {"upload": adapters.rows.clone()}
+
+
+def from_reply(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
+    return adapters, memory
+
+
+def from_own_upload(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
+    """Begin from what this client uploaded last, whatever the server made of it (the defect)."""
+    return adapters.with_rows(memory["upload"].clone()), memory
+
+
+def return_rows(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:
+    return Message(adapters.rows), memory
+
+
+def keep_upload(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:
+    return Message(adapters.rows), {**memory, "upload": adapters.rows.clone()}

@@ -106,14 +106,15 @@ class Stack:
     ) -> Iterator[None]:
         """Point every layer at its leaves for one pass; `gradient` [S, P] receives what backward computes."""
         rows = adapters.rows.to(device=device, dtype=dtype)
-        scale = adapters.scale.to(device=rows.device, dtype=dtype)[:, None, None]
+        scale = adapters.scale.to(device=rows.device, dtype=dtype)[..., None, None]  # [S, 1, 1] or [S, modules, 1, 1]
         cast = adapters.with_rows(rows)
         into = None if gradient is None else adapters.with_rows(gradient)
         for part in adapters.layout.parts:
             if not part.served:
                 continue
-            for first, second in part.pairs():
-                pair = Pair(cast.leaf(first), cast.leaf(second), scale)
+            for place, (first, second) in enumerate(part.pairs()):
+                own = scale if scale.ndim == 3 else scale[:, place]
+                pair = Pair(cast.leaf(first), cast.leaf(second), own)
                 if into is not None and part.trained:
                     pair.grad_a, pair.grad_b = into.leaf(first), into.leaf(second)
                 self.pairs.setdefault(first.module, []).append(pair)

@@ -5,7 +5,8 @@ For hidden states h_i [d] at labelled positions, head W [V, d], target y_i and w
     l_i = logsumexp(W h_i) - (W h_i)[y_i]
     loss = sum_i w_i l_i;   dloss/dh_i = w_i W^T (softmax(W h_i) - e_{y_i})
 
-Logits are never kept: [chunk, V] lives for one chunk, in float32 for the softmax.
+Targets are given, or drawn from the model itself. Logits are never kept: [chunk, V] lives for one chunk, in float32 for
+the softmax.
 """
 
 from dataclasses import dataclass
@@ -49,18 +50,32 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
 
 def weighted_loss(hidden: Tensor, targets: Tensor, weights: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """Return (sum_i w_i l_i with its gradient, l_i [n] detached). hidden [n, d], targets [n], weights [n]."""
-    return _WeightedLoss.apply(hidden, targets, weights, head)  # type: ignore[no-untyped-call]
+    return _WeightedLoss.apply(hidden, targets, weights, head, False)  # type: ignore[no-untyped-call]
+
+
+def sampled_loss(hidden: Tensor, numbers: Tensor, weights: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """Return what weighted_loss does for targets y_i ~ softmax(logits_i), which are held fixed in the gradient.
+
+    y_i is the first token at which the cumulative probability exceeds numbers_i, so that numbers [n], even in [0, 1),
+    decide. hidden [n, d], weights [n].
+    """
+    return _WeightedLoss.apply(hidden, numbers, weights, head, True)  # type: ignore[no-untyped-call]
 
 
 class _WeightedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: object, hidden: Tensor, targets: Tensor, weights: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: object, hidden: Tensor, targets: Tensor, weights: Tensor, head: Head, drawn: bool
+    ) -> tuple[Tensor, Tensor]:
+        """drawn: `targets` are the numbers by which to draw them."""
         gradient = torch.empty_like(hidden)
         losses = torch.empty(len(targets), dtype=_wide(hidden), device=hidden.device)
         for start, stop in _chunks(len(targets), len(head.weight)):
             logits = head.logits(hidden[start:stop])
-            wanted = targets[start:stop, None]
             push = torch.softmax(logits, dim=1)
+            wanted = targets[start:stop, None]
+            if drawn:
+                wanted = _draw(push, wanted)
             # The largest probability is 1 / sum_v exp(logit_v - largest logit): no second pass of exponentials.
             total = logits.amax(1) - push.amax(1).log()
             losses[start:stop] = total - logits.gather(1, wanted).squeeze(1)
@@ -76,7 +91,17 @@ class _WeightedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return gradient * grads[0].to(gradient.dtype), None, None, None
+        return gradient * grads[0].to(gradient.dtype), None, None, None, None
+
+
+def _draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
+    """Return, for each row [n, V], the first place whose cumulative sum exceeds numbers [n, 1] times the whole sum.
+
+    Rounding may leave none, and where logits are not finite there is none: the last place then.
+    """
+    sums = probabilities.cumsum(dim=1)
+    places = torch.searchsorted(sums, numbers.to(sums.dtype) * sums[:, -1:], right=True)
+    return places.clamp_(max=sums.shape[1] - 1)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

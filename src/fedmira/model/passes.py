@@ -1,7 +1,9 @@
 """Passes of a whole cohort through the one base: losses and gradients, each client with its own adapter."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,17 +12,28 @@ from fedmira.data.batches import Batch
 from fedmira.model.attention import packed_attention
 from fedmira.model.load import Base
 from fedmira.model.lora import Dropout
-from fedmira.model.loss import token_losses, weighted_loss
+from fedmira.model.loss import sampled_loss, token_losses, weighted_loss
 from fedmira.model.packing import Pass, pack, pad
 
 
 def gradients(
-    base: Base, adapters: Adapters, batch: Batch, *, into: Tensor, dropout: Dropout | None = None
+    base: Base,
+    adapters: Adapters,
+    batch: Batch,
+    *,
+    into: Tensor,
+    dropout: Dropout | None = None,
+    streams: Sequence[np.random.Generator] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return each client's loss [S] and labelled tokens [S]; write d loss_k / d row_k to `into` [S, P].
 
     loss_k = mean over the labelled tokens of client k's own batch, in nats; one client never weighs on another. A
     client without labelled tokens gets loss 0 and gradient 0.
+
+    streams [S]: the labels are drawn from the model, y ~ softmax(f(x)), at the same places, each client's from its own
+    stream and in the order of its examples. None: the batch's own. With B_k drawn labels the mean of B_k g_k * g_k over
+    draws is the diagonal of the Gauss-Newton (Fisher) matrix of loss_k.
+    Source of the latter: Liu et al. 2023 (arXiv:2305.14342), Algorithm 2.
     """
     plan = plan_pass(base, batch, share=dropout is None)  # masks are drawn for every token of every example
     whole = len(plan.order) == len(adapters) and torch.equal(plan.order, torch.arange(len(adapters)))
@@ -40,7 +53,10 @@ def gradients(
         torch.enable_grad(),
     ):
         hidden = states_of(base, plan)
-        total, losses = weighted_loss(hidden, plan.targets, weights[plan.owner], base.head)
+        if streams is None:
+            total, losses = weighted_loss(hidden, plan.targets, weights[plan.owner], base.head)
+        else:
+            total, losses = sampled_loss(hidden, _numbers(plan, streams), weights[plan.owner], base.head)
         torch.autograd.backward(total)
     if not whole:
         into.zero_()
@@ -79,6 +95,14 @@ def states_of(base: Base, plan: Pass, *, kept: list[tuple[Tensor, Tensor]] | Non
         with tail as last, packed_attention(base.model, plan.attention, last=last, kept=kept):
             states = base.decoder(input_ids=plan.ids, position_ids=plan.positions, use_cache=False).last_hidden_state
     return states.reshape(-1, states.shape[-1]).index_select(0, plan.where)
+
+
+def _numbers(plan: Pass, streams: Sequence[np.random.Generator]) -> Tensor:
+    """Draw a number in [0, 1) for every label [n], by client: whoever shares the pass, a client's are the same."""
+    drawn = [stream.random(count) for stream, count in zip(streams, plan.counts.tolist(), strict=True)]
+    numbers = torch.empty(len(plan.owner), dtype=torch.float64)
+    numbers[torch.argsort(plan.owner, stable=True).cpu()] = torch.from_numpy(np.concatenate(drawn))
+    return numbers.to(plan.owner.device)
 
 
 def _by_client(each: Tensor, plan: Pass) -> Tensor:

@@ -92,6 +92,9 @@ def _sampling_notices(record: StudyRecord) -> list[str]:
     refused = sum(int(run.total("refused_uploads") or 0) for run in record.runs)
     if refused:
         said.append(f"{plural(refused, 'upload')} refused, and not merged: see log.txt of the run.")
+    replies = sum(int(run.total("refused_replies") or 0) for run in record.runs)
+    if replies:
+        said.append(f"{replies:,} {'reply' if replies == 1 else 'replies'} refused by clients whose loss got worse.")
     return said
 
 

@@ -102,6 +102,9 @@ def _caption(record: StudyRecord) -> Text:
     refused = sum(int(run.fields.get("refused_uploads") or 0) for run in record.runs)
     if refused:
         lines.append(f"uploads refused, not merged: {refused}")
+    replies = sum(int(run.fields.get("refused_replies") or 0) for run in record.runs)
+    if replies:
+        lines.append(f"replies refused by clients: {replies}")
     unfinished = [f"{run.folder} {run.state}" for run in record.runs if run.state != "complete"]
     if unfinished:
         lines.append(f"not complete: {', '.join(unfinished)}")

@@ -1,0 +1,43 @@
+"""What the frozen base makes of each client's prompts, as one vector per client."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fedmira.data.batches import ClientData, Encoded, collate
+from fedmira.model.load import Base
+from fedmira.model.passes import plan_pass, states_of
+
+PROMPTS = 16  # of each client, spread over its training examples
+PASS_TOKENS = 8192  # of one pass; a single prompt may have more
+
+
+def embed_prompts(base: Base, clients: Sequence[ClientData]) -> np.ndarray:
+    """Return [K, d]: each client's mean, over some of its training prompts, of the last hidden state at the last token.
+
+    No adapter is used and no answer is seen: a site can work its own out and send nothing else.
+    """
+    found = np.zeros((len(clients), base.head.weight.shape[1]))
+    waiting: list[tuple[int, Encoded]] = []
+    for k, client in enumerate(clients):
+        step = -(-len(client.train) // PROMPTS)
+        for one in client.train[::step]:
+            ids = (*one.question, base.pad_id)  # what predicts the token after the prompt is the state asked for
+            waiting.append((k, replace(one, ids=ids, prompt_length=len(one.question), earlier=())))
+    waiting.sort(key=lambda item: len(item[1].ids))  # in a pass every prompt stands as a client of its own
+    start = 0
+    while start < len(waiting):
+        stop = start + 1
+        while stop < len(waiting) and (stop + 1 - start) * len(waiting[stop][1].ids) <= PASS_TOKENS:
+            stop += 1
+        some = waiting[start:stop]
+        plan = plan_pass(base, collate([[one] for _, one in some], pad_id=base.pad_id))
+        with torch.no_grad():
+            states = states_of(base, plan).double().cpu().numpy()
+        for place, state in zip(plan.owner.tolist(), states, strict=True):
+            found[some[place][0]] += state
+        start = stop
+    counts = np.bincount([k for k, _ in waiting], minlength=len(clients))
+    return found / np.maximum(counts, 1)[:, None]

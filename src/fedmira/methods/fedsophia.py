@@ -1,0 +1,134 @@
+"""Fed-Sophia: one shared adapter; clients take clipped Newton steps with a cheap estimate of their own curvature.
+
+    m = b1 m + (1 - b1) g,   g = grad h_k(w)                       in every local step of client k
+    v = b2 v + (1 - b2) B u * u                                    where the client's own count is a multiple of tau
+    w = w - eta weight_decay w
+    w = w - eta clip(m / max(v, eps), rho)                         clip(z, rho) = max(min(z, rho), -rho)
+    server:  w = 1 / |S| sum_{k in S} w_k                          or sum_k n_k w_k / sum_k n_k  (`weights: examples`)
+
+u is the gradient of the mean cross-entropy over the B labelled tokens of the step's batch, its labels drawn from the
+model, y ~ softmax(f(x)); the mean of B u * u over draws is the diagonal of the Gauss-Newton matrix of the batch's loss.
+Under dropout u has the masks of g. Only w travels. m, v and the count stay on the client and go on when it is sampled
+again. All three begin at 0, and nothing corrects m and v for that. A count of 0 makes a client's first step estimate v;
+for LoRA's factor A it finds 0 in the first round, where the factor B is 0, so that A takes steps of full length,
+eta rho, until the next estimate.
+
+eta is `training.learning_rate`. `form: public` reads that as the code of Sophia-G does, as the longest step of one
+number: lr = eta rho.
+
+    w = w - lr weight_decay w - lr sign(m) min(|m| / (rho max(v, eps)), 1)
+
+There v has no B and a constant bs stands in its place; here B is each batch's own. This step takes the place of the
+config's optimizer, whose settings, `max_grad_norm` among them, have no effect: rho bounds every number instead. An
+estimate costs as much again as a gradient, and is made for all clients of a pass as soon as it is due for one.
+
+Where the paper is silent: rho and betas are Sophia's own, eps is small enough to matter only where v is 0, and there is
+no decay unless asked for. `count: rounds` is the authors' code: an estimate in every step of each tau-th round. They
+count the rounds of the run; here it is those that the client took part in, or one that came late would begin without.
+
+Sources: Fed-Sophia, Elbakary et al. 2024 (arXiv:2406.06655); Sophia, Liu et al. 2023 (arXiv:2305.14342), Algorithms 2
+and 3.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedmira.adapters import Adapters
+from fedmira.errors import MethodError
+from fedmira.methods.base import (
+    Change,
+    Clock,
+    Cohort,
+    Memory,
+    Message,
+    Method,
+    Settings,
+    State,
+    Tools,
+    one_row,
+    serve_one,
+    start_state,
+)
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Config(Settings):
+    """Settings of Fed-Sophia."""
+
+    form: Literal["paper", "public"] = "paper"  # what training.learning_rate is: eta, or lr = eta rho
+    rho: float = Field(default=0.04, gt=0)  # the most that m / v may be; Sophia's own
+    betas: tuple[Beta, Beta] = (0.965, 0.99)  # b1 of m and b2 of v; Sophia's own
+    eps: float = Field(default=1e-12, gt=0)  # the least that v counts as
+    tau: int = Field(default=10, ge=1)  # from one estimate of v to the next; 10 is Sophia's own
+    count: Literal["steps", "rounds"] = "steps"  # what tau counts: local steps, or rounds that the client took part in
+    weight_decay: float = Field(default=0.0, ge=0)  # times the learning rate, per step; 0 = none (authors' code: 0.02)
+    weights: Literal["uniform", "examples"] = "uniform"  # in the server's mean; authors' code: by examples
+
+
+def build(config: Config, cohort: Cohort) -> Method:
+    """Return Fed-Sophia as a Method."""
+    first, second = config.betas
+
+    def step(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
+        m, v, count = memory["sophia_m"], memory["sophia_v"], memory["sophia_count"]
+        _, gradient = tools.grad(adapters)
+        m.lerp_(gradient, 1 - first)
+        due = count % config.tau == 0
+        if bool(due.any()):
+            tokens, drawn = tools.curvature(adapters)
+            estimate = drawn.square().mul_(tokens[:, None])
+            v.lerp_(estimate, (due.to(v.dtype) * (1 - second))[:, None])  # by 0 where none is due
+        rate = tools.clock.learning_rate
+        eta = rate if config.form == "paper" else rate / config.rho
+        adapters.rows.mul_(1 - rate * config.weight_decay)
+        adapters.rows.add_((m / v.clamp(min=config.eps)).clamp_(-config.rho, config.rho), alpha=-eta)
+        if config.count == "steps":
+            count.add_(1)
+        return adapters.mask_(), memory
+
+    def finish(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:
+        if config.count == "rounds":
+            memory = {**memory, "sophia_count": memory["sophia_count"] + 1}
+        return Message(adapters.rows), memory
+
+    def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
+        shares = weights if config.weights == "examples" else torch.ones_like(weights)
+        return Change(torch.zeros(1, dtype=torch.int64), mean_row(returned.rows, shares))
+
+    return Method(
+        name="fedsophia",
+        init=start_state,
+        send=one_row,
+        merge=merge,
+        serve=serve_one,
+        personal=False,
+        uses_weights=config.weights == "examples",
+        step=step,
+        finish=finish,
+        private=start_memory,
+        needs="sum",
+    )
+
+
+def start_memory(adapters: Adapters) -> Memory:
+    """m, v [S, P] and count [S] of clients that never trained: all zero."""
+    return {
+        "sophia_m": torch.zeros_like(adapters.rows),
+        "sophia_v": torch.zeros_like(adapters.rows),
+        "sophia_count": torch.zeros(len(adapters), dtype=torch.int64),
+    }
+
+
+def mean_row(rows: Tensor, weights: Tensor) -> Tensor:
+    """Average rows [S, P] into one [1, P]: sum_k w_k x_k / sum_k w_k.
+
+    weights [S]: examples per client, any positive scale. Raises MethodError if they sum to zero.
+    """
+    total = weights.sum()
+    if not bool(total > 0):
+        raise MethodError(f"weights of {len(weights)} clients sum to {float(total):g}: need a positive sum")
+    return (weights / total).to(rows.dtype)[None, :] @ rows

@@ -1,0 +1,99 @@
+"""GroupAvg: FedAvg inside known groups; one adapter for each group, and nothing passes between groups.
+
+    w_g^(t+1) = sum_k p_k w_k^(t) over sampled k of group g,   p_k = n_k / sum_j n_j   (examples)   or equal   (uniform)
+    w_g^(t+1) = w_g^(t)   where nobody of group g answered
+
+w stands for the pair (B, A), averaged factor by factor as in FedAvg. A group is the value of a data column, as in
+MIRA's graph of kind `groups`: with everyone present, groups of n clients each and uniform weights it is MIRA
+(normalise: none) with coupling eta lambda = 1/n. It is the control for MIRA with known groups: is a pull worth more
+than a mean? With one group it is FedAvg, with groups of one it is local training.
+
+Sources: McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1, in each group; IFCA (arXiv:2006.04088) finds the groups.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedmira.adapters import Adapters
+from fedmira.errors import MethodError
+from fedmira.graph import group_graph
+from fedmira.methods.base import (
+    Change,
+    Clock,
+    Cohort,
+    Memory,
+    Message,
+    Method,
+    Settings,
+    State,
+)
+
+
+class Config(Settings):
+    """Settings of GroupAvg."""
+
+    column: str | None = None  # whose value names a client's group; null = all are one group, which is FedAvg
+    weights: Literal["examples", "uniform"] = "examples"  # of the means; FedIT weighs by training examples
+
+
+def build(config: Config, cohort: Cohort) -> Method:
+    """Return GroupAvg as a Method. Raises MethodError if a client has no single value in the column."""
+    names = name_groups(config.column, cohort)
+    known = sorted(set(names))  # by name, so that rows do not depend on the clients' order
+    group = torch.tensor([known.index(name) for name in names])  # [K]
+
+    def start(adapters: Adapters, clock: Clock) -> State:
+        return State(adapters.take(torch.zeros(len(known), dtype=torch.int64)))
+
+    def send(state: State, ids: Tensor, clock: Clock) -> Message:
+        return Message(state.adapters.rows[group[ids]])
+
+    def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
+        shares = weights if config.weights == "examples" else torch.ones_like(weights)
+        present, rows = group_means(returned.rows, shares, group[ids], count=len(known))
+        return Change(present, rows, notes={"groups": len(present)})
+
+    def serve(state: State, memory: Memory, ids: Tensor) -> Adapters:
+        return state.adapters.take(group[ids])
+
+    return Method(
+        name="groupavg",
+        init=start,
+        send=send,
+        merge=merge,
+        serve=serve,
+        personal=False,
+        uses_weights=config.weights == "examples",
+        needs="sum",
+        graph=None if config.column is None else group_graph(names),
+    )
+
+
+def name_groups(column: str | None, cohort: Cohort) -> list[str]:
+    """Return each client's group [K]."""
+    if column is None:
+        return [""] * len(cohort)
+    lacking = [name for name, own in zip(cohort.ids, cohort.columns, strict=True) if column not in own]
+    if lacking:
+        shared = sorted(set.intersection(*(set(own) for own in cohort.columns)))
+        raise MethodError(
+            f"groupavg: column '{column}' has no single value for {len(lacking)} clients such as '{lacking[0]}'; "
+            f"columns with one value per client: {', '.join(shared) or 'none'}; name one of these"
+        )
+    return [own[column] for own in cohort.columns]
+
+
+def group_means(rows: Tensor, weights: Tensor, group: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
+    """Average rows [S, P] within each group; return the groups [n] of `count` that have any weight, and rows [n, P].
+
+    weights [S]: examples per client, any positive scale; group [S]: whose row each upload goes into.
+    Raises MethodError if the weights sum to zero.
+    """
+    totals = torch.zeros(count, dtype=weights.dtype).index_add_(0, group, weights)
+    present = (totals > 0).nonzero().flatten()
+    if not len(present):
+        raise MethodError(f"weights of {len(weights)} clients sum to {float(weights.sum()):g}: need a positive sum")
+    shares = (group[None, :] == present[:, None]) * weights / totals[present][:, None]
+    return present, shares.to(rows.dtype) @ rows
