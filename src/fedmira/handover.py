@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedmira.adapters import Adapters
 from fedmira.card import Card, licence_of, model_card
-from fedmira.engine.rounds import Observer, first_state
+from fedmira.engine.federation import Observer, first_state
 from fedmira.export import export_adapter, rank_and_alpha, short_targets
 from fedmira.methods.base import Method
 from fedmira.prepare import Prepared

@@ -23,7 +23,7 @@ from fedmira.data.formats import Record, read_records
 from fedmira.data.partition import SPLITS, client_key, column_values, form_clients
 from fedmira.data.rows import Fault
 from fedmira.data.templates import Template, make_template
-from fedmira.engine.rounds import Federation, Observer
+from fedmira.engine.federation import Federation, Observer
 from fedmira.engine.schedule import draw_schedule
 from fedmira.errors import ConfigError, MethodError, ModelError, nearest
 from fedmira.evaluation.embed import embed_prompts

@@ -10,8 +10,8 @@ import torch
 from fedmira import handover, store
 from fedmira.config import Config
 from fedmira.data.batches import Encoded
+from fedmira.engine.federation import Observer, first_state, make_optimizer
 from fedmira.engine.probe import measure_speeds
-from fedmira.engine.rounds import Observer, first_state, make_optimizer
 from fedmira.methods import build
 from fedmira.plan import Plan, Work, count_run, count_start, plan_cohort
 from fedmira.prepare import Prepared, prepare, take_in, using_threads

@@ -24,7 +24,9 @@ from fedmira import bundled
 from fedmira import methods as method_files
 from fedmira.config import Config, MethodEntry, check_config
 from fedmira.config_file import read_config
-from fedmira.engine.rounds import Federation, Observer, Scores, run_rounds, score_start
+from fedmira.engine.federation import Federation, Observer
+from fedmira.engine.rounds import run_rounds
+from fedmira.engine.scoring import Scores, score_start
 from fedmira.errors import ConfigError, FedMiraError, MethodError, Stopped, StoreError, WireError
 from fedmira.export import copy_adapters
 from fedmira.graph import Graph

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedmira.engine.rounds import Observer
+from fedmira.engine.federation import Observer
 from fedmira.errors import ConfigError
 from fedmira.runs import TRACKIO_FOLDER, RunFolder
 

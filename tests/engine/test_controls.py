@@ -22,9 +22,12 @@ from fedmira import handover, preview
 from fedmira.adapters import Adapters
 from fedmira.config import Config, check_config
 from fedmira.data.batches import ClientData
-from fedmira.engine import rounds
+from fedmira.engine import exchange, scoring
+from fedmira.engine.exchange import plan_pool
+from fedmira.engine.federation import Federation, make_training
 from fedmira.engine.phase import local_phase, plan_steps
-from fedmira.engine.rounds import Ended, Federation, make_training, plan_pool, run_rounds, score_start
+from fedmira.engine.rounds import Ended, run_rounds
+from fedmira.engine.scoring import score_start
 from fedmira.errors import MethodError
 from fedmira.evaluation.measure import measure_loss
 from fedmira.methods import build
@@ -172,8 +175,12 @@ def test_the_untouched_base_makes_no_pass_and_has_its_scores_of_the_start(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a pass through the base")
 
-    for name in ("measure_loss", "measure_answers", "local_phase", "train_together"):
-        monkeypatch.setattr(rounds, name, refuse)
+    for module, names in (
+        (scoring, ("measure_loss", "measure_answers")),
+        (exchange, ("local_phase", "train_together")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, refuse)
     monkeypatch.setitem(globals(), "score_start", lambda house, observer: scored)
     found = play("untouched", tmp_path / "run")
     values = {(row["client"], row["split"], row["round"]): row["value"] for row in found.results}

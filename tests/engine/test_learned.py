@@ -12,7 +12,9 @@ from tests import tiny
 from tests.engine.test_rounds import RANKS, SCHEDULE, SEED, base, federation
 
 from fedmira.data.batches import ClientData
-from fedmira.engine.rounds import Ended, Federation, run_rounds, score_start
+from fedmira.engine.federation import Federation
+from fedmira.engine.rounds import Ended, run_rounds
+from fedmira.engine.scoring import score_start
 from fedmira.errors import MethodError
 from fedmira.evaluation.embed import embed_prompts
 from fedmira.methods import build

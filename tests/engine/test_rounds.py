@@ -15,8 +15,10 @@ from torch import Tensor
 from fedmira.adapters import Adapters
 from fedmira.config import Config
 from fedmira.data.batches import ClientData
+from fedmira.engine.federation import Federation, common_start
 from fedmira.engine.journal import Ledger, restore
-from fedmira.engine.rounds import Federation, common_start, run_rounds, score_start
+from fedmira.engine.rounds import run_rounds
+from fedmira.engine.scoring import score_start
 from fedmira.evaluation.measure import measure_loss
 from fedmira.methods import build
 from fedmira.methods.base import Change, Clock, Cohort, Message, Method, State

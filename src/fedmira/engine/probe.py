@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 
 from fedmira.adapters import Adapters
+from fedmira.engine.federation import Federation, common_start, make_training
 from fedmira.engine.phase import local_phase
-from fedmira.engine.rounds import Federation, common_start, make_training
 from fedmira.evaluation.measure import measure_answers, measure_loss
 from fedmira.methods.base import Clock, Message, Method
 from fedmira.plan import Speeds

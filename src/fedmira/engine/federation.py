@@ -1,0 +1,93 @@
+"""What all runs of a study share, and what every run begins with."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fedmira.adapters import Adapters, Layout, start_adapters
+from fedmira.config import Config
+from fedmira.data.batches import ClientData, Truncation
+from fedmira.engine.phase import Training
+from fedmira.methods.base import Clock, Method, State
+from fedmira.model.load import Base
+from fedmira.optim import Optimizer, adamw, sgd
+from fedmira.store import Rows
+
+POOL = "*"  # names all clients' data together; no client is called so
+HOLDER = torch.zeros(1, dtype=torch.int64)  # client 0, in whose place the pool's optimizer moments are kept
+Observer = Callable[[str, Mapping[str, object]], None]  # (event, facts): round | tuning | scoring
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """What all runs of a study share. ranks [K] or, by module, [K, modules]; cohort: clients trained in one pass."""
+
+    config: Config
+    base: Base
+    clients: tuple[ClientData, ...]
+    layout: Layout
+    ranks: Tensor
+    cohort: int
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    @property
+    def largest_ranks(self) -> Tensor:
+        """Those of a row that several clients share: [1] or [1, modules]."""
+        return self.ranks.amax(dim=0, keepdim=True)
+
+    @functools.cached_property
+    def pool(self) -> ClientData:
+        """All clients' training data as one client's, for methods that train on the pool; nothing to score it on."""
+        everything = tuple(one for client in self.clients for one in client.train)
+        return ClientData(POOL, POOL, None, {}, everything, (), (), Truncation())
+
+
+def make_optimizer(config: Config) -> Optimizer:
+    """Build the clients' optimizer from the config's training section."""
+    training = config.training
+    if training.optimizer == "sgd":
+        return sgd(momentum=training.momentum, weight_decay=training.weight_decay)
+    return adamw(betas=training.betas, eps=training.eps, weight_decay=training.weight_decay)
+
+
+def make_training(config: Config, seed: int) -> Training:
+    section = config.training
+    return Training(
+        optimizer=make_optimizer(config),
+        learning_rate=section.learning_rate,
+        batch_size=section.batch_size,
+        local_steps=section.local_steps,
+        local_epochs=section.local_epochs,
+        max_grad_norm=section.max_grad_norm,
+        keep_optimizer=section.keep_optimizer,
+        dropout=config.lora.lora_dropout,
+        seed=seed,
+    )
+
+
+def common_start(federation: Federation, seed: int, clients: int, scratch: Path | None = None) -> Adapters:
+    """Draw the start that every client shares; one row, or for personal methods one for each of `clients`.
+
+    Several rows are store.Rows: read by client, they take room once they differ from the start. scratch: a folder for
+    them if they are too large for RAM.
+    """
+    ranks = federation.ranks if clients == len(federation) else federation.largest_ranks
+    stream = torch.Generator().manual_seed(seed)
+    distinct, kinds = torch.unique(ranks, dim=0, return_inverse=True)
+    start = start_adapters(federation.layout, distinct, federation.config.lora.lora_alpha, stream)
+    if clients == 1:
+        return start
+    rows = cast(Tensor, Rows(start.rows, kinds, scratch))  # reads and writes by client as one
+    return Adapters(federation.layout, rows, ranks, start.scale[kinds])
+
+
+def first_state(federation: Federation, method: Method, seed: int, scratch: Path | None = None) -> State:
+    """Return what the server holds before round 1. scratch: as in common_start."""
+    return method.init(common_start(federation, seed, len(federation) if method.personal else 1, scratch), Clock(0))
