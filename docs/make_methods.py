@@ -156,6 +156,8 @@ def allowed(schema: Mapping[str, Any]) -> str:
     kind = schema.get("type")
     if kind == "null":
         return "`null`"
+    if kind == "array" and "prefixItems" in schema:
+        return f"[{', '.join(allowed(one) for one in schema['prefixItems'])}]"
     if kind == "array":
         return f"list of {allowed(schema.get('items', {}))}"
     signs = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
