@@ -244,7 +244,7 @@ def natural_instructions(found: Results, docs: Path) -> str:
     lines = [[name, *(f"{one['scores'][name].get(metric, 0.0):.4f}" for metric in metrics)] for name in names]
     return (
         f"{one['clients']} tasks, a client each, nano with rank 8 on every linear layer, {one['rounds']} rounds of "
-        f"{one['sampled']:.0f} clients and 5 steps of 4 examples, methods {' and '.join(one['methods'])}: "
+        f"{one['sampled']:.0f} clients and 5 steps of 4 examples: "
         f"{one['seconds'] / 60:.1f} minutes in all, scoring and writing of answers included ({one['prepare_s']:.0f} s "
         f"to load and encode; a round {one['round_s']:.1f} s, {one['training_s']:.1f} of it training, "
         f"{one['merge_s']:.2f} MIRA's merge). Peak of memory: RssAnon {one['anon_peak'] / MB:,.0f} MB, RssFile "

@@ -1,6 +1,6 @@
-"""A full study of 555 real clients: one task of Natural Instructions each, MIRA beside local training.
+"""A full run of MIRA with 555 real clients: one task of Natural Instructions each.
 
-    python benchmarks/scale/natural_instructions.py [--rounds 30] [--data FILE] [--base FOLDER] [--json FILE]
+    python benchmarks/scale/natural_instructions.py [--rounds 20] [--data FILE] [--base FOLDER] [--json FILE]
 
 nano (6.9 M parameters), rank 8 on every linear layer, 10 % of the clients in a round (56), 5 local steps of 4 examples;
 MIRA on the authors' random graph. Losses and ROUGE-L on the test split of every client. The process is watched from
@@ -20,7 +20,7 @@ from typing import Any
 from clients import between, disk, peaks, watch
 
 SHARED = Path(os.environ.get("FEDMIRA_TEST_DATA", "../shared"))
-METHODS = [{"name": "local"}, {"name": "mira", "lambda": 0.1, "graph": {"kind": "random"}}]
+METHODS = [{"name": "mira", "lambda": 0.1, "graph": {"kind": "random"}}]
 
 
 def make_config(options: argparse.Namespace, folder: Path) -> Path:
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--data", type=Path, default=SHARED / "data/natural_instructions_555/tasks.jsonl.gz")
     parser.add_argument("--base", type=Path, default=SHARED / "models/nano")
     parser.add_argument("--folder", type=Path, default=None, help="where the study goes; default: a temporary folder")
