@@ -156,14 +156,19 @@ def make_graph(
         return file_graph(str(path), ids)
     if column is None:
         raise MethodError("graph kind 'groups' needs the data column that names a client's group")
+    return group_graph(groups_by(column, ids, columns, what="graph column"))
+
+
+def groups_by(column: str, ids: Sequence[str], columns: Sequence[Mapping[str, str]], *, what: str) -> list[str]:
+    """Return each client's value of a data column. Raises MethodError, beginning with `what`, if one has no single."""
     lacking = [name for name, own in zip(ids, columns, strict=True) if column not in own]
     if lacking:
         shared = sorted(set.intersection(*(set(own) for own in columns)))
         raise MethodError(
-            f"graph column '{column}' has no single value for {len(lacking)} clients such as '{lacking[0]}'; "
+            f"{what} '{column}' has no single value for {len(lacking)} clients such as '{lacking[0]}'; "
             f"columns with one value per client: {', '.join(shared) or 'none'}"
         )
-    return group_graph([own[column] for own in columns])
+    return [own[column] for own in columns]
 
 
 def uniform_graph(clients: int) -> Graph:

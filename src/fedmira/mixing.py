@@ -77,14 +77,15 @@ class _Memory:
 
     def __init__(self) -> None:
         self.kept = np.empty(0, dtype=np.uint8)
-        self.lent: weakref.ref[Any] = weakref.ref(self)
+        self.lent: weakref.ref[Any] | None = None
 
     def lend(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         """Return an array with any content, in new memory while the last one is still in use."""
         size = int(np.prod(shape)) * dtype.itemsize
         if size > _LENT:
             return np.empty(shape, dtype=dtype)
-        if size > len(self.kept) or self.lent() is not None:
+        held = self.lent is not None and self.lent() is not None
+        if held or size > len(self.kept):
             self.kept = np.empty(size, dtype=np.uint8)  # numpy asks for large pages
         array = self.kept[:size].view(dtype).reshape(shape)
         self.lent = weakref.ref(array)

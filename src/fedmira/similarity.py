@@ -136,9 +136,12 @@ def closeness(one: Array, other: Array, scales: Array | None = None) -> Array:
     total = np.zeros((len(one), len(other)))
     for part in range(one.shape[1]):
         squares = squared_distances(one[:, part], other[:, part])
-        scale = _median(squares) if scales is None else scales[part]
-        total += np.exp(-squares / scale) if scale else 1.0 * (squares == 0)
+        total += _kernel(squares, _median(squares) if scales is None else scales[part])
     return total / one.shape[1]
+
+
+def _kernel(squares: Array, scale: float) -> Array:
+    return np.exp(-squares / scale) if scale else 1.0 * (squares == 0)
 
 
 def _median(squares: Array) -> float:
@@ -168,13 +171,11 @@ def exact_similarities(rows: Tensor, stretches: Sequence[tuple[int, int]], measu
         squares = product.diagonal().numpy()
         if mean is None:
             lengths = np.sqrt(np.outer(squares, squares))
-            values = np.divide(product.numpy(), lengths, out=np.zeros_like(found), where=lengths > 0)
-            found += values
+            found += np.divide(product.numpy(), lengths, out=np.zeros_like(found), where=lengths > 0)
         else:
             gaps = np.maximum(squares[:, None] + squares[None, :] - 2 * product.numpy(), 0.0)
             np.fill_diagonal(gaps, 0.0)
-            apart = gaps[gaps > 0]
-            found += np.exp(-gaps / np.median(apart)) if len(apart) else 1.0
+            found += _kernel(gaps, _median(gaps))
     return np.maximum(found / len(stretches), 0.0)
 
 

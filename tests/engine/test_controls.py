@@ -177,7 +177,7 @@ def test_the_untouched_base_makes_no_pass_and_has_its_scores_of_the_start(
 
     for module, names in (
         (scoring, ("measure_loss", "measure_answers")),
-        (exchange, ("local_phase", "train_together")),
+        (exchange, ("local_phase",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, refuse)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fedmira.adapters import Adapters
 from fedmira.methods import build
-from fedmira.methods.base import Change, Clock, Memory, Message, Method, State, Tools, own_rows
-from fedmira.methods.fedavg import mean_row
+from fedmira.methods.base import Change, Clock, Memory, Message, Method, State, Tools, mean_row, own_rows, shares_of
 
 COUPLING = 0.1
 MIRA = {"lambda": COUPLING, "normalise": "none", "graph": {"kind": "uniform"}}
@@ -110,7 +109,7 @@ def change_the_shared_row_in_place(method: Method) -> Method:
     """The server's row is overwritten before the engine has made the change durable."""
 
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-        state.adapters.rows.copy_(mean_row(returned.rows, weights))
+        state.adapters.rows.copy_(mean_row(returned.rows, shares_of(weights, "examples")))
         return Change(torch.zeros(1, dtype=torch.int64), state.adapters.rows.clone())
 
     return replace(method, merge=merge)

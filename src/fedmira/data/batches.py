@@ -61,6 +61,11 @@ class Encoded:
         return sum(stop - start for start, stop in self.labelled)
 
 
+def asking(prompt: Sequence[int], pad_id: int) -> Encoded:
+    """An example for the state at the last token of a prompt: a token that nobody reads stands behind it, labelled."""
+    return Encoded((*prompt, pad_id), len(prompt), ())
+
+
 @dataclass(frozen=True)
 class Truncation:
     """What was cut or dropped to keep within `max_length`; counts of examples, which add up."""

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters
-from fedmira.data.batches import local_batches
+from fedmira.data.batches import ClientData, local_batches
 from fedmira.data.partition import client_key
 from fedmira.engine.federation import HOLDER, POOL, Federation, Observer, common_start
 from fedmira.engine.gate import admit, check_change
 from fedmira.engine.journal import Ledger
-from fedmira.engine.phase import PhaseResult, Training, local_phase, plan_steps, train_together
+from fedmira.engine.phase import PhaseResult, Training, local_phase, plan_steps
 from fedmira.methods.base import Change, Clock, Memory, Message, Method
 from fedmira.runs import RunFolder
 
@@ -60,8 +60,8 @@ def exchange(
     trained = time.monotonic()
     pooled = method.trains == "pool"
     who = HOLDER if pooled else ids
-    part = [federation.pool] if pooled else [federation.clients[k] for k in sampled]
-    weights = torch.tensor([float(len(client.train)) for client in part], dtype=torch.float64)
+    trainees = _trainees(federation, method, ids)
+    weights = torch.tensor([float(len(client.train)) for client in trainees], dtype=torch.float64)
     places, refused = admit(who, phase.returned, weights, federation.layout)
     scalars = {name: value[places] for name, value in phase.returned.scalars.items()}
     uploads = Message(phase.returned.rows[places], scalars)
@@ -108,32 +108,27 @@ def _phase(
     blank = Adapters(federation.layout, given.rows, ranks, federation.config.lora.lora_alpha / ranks.float())
     private = [name for name in ledger.memory if training.keep_optimizer or name not in training.optimizer.keys]
     memory = ledger.recall(who, private, first=method.private(blank))
+    plans = None
     if pooled:
-        plan = plan_pool(federation, ids, training, round_number=clock.round, steps=method.pool_steps)
-        phase = train_together(
-            federation.base,
-            method,
-            [federation.pool],
-            [plan],
-            blank,
-            given,
-            memory,
-            training=training,
-            clock=clock,
-        )
-        return given, blank, phase
+        plans = [plan_pool(federation, ids, training, round_number=clock.round, steps=method.pool_steps)]
     phase = local_phase(
         federation.base,
         method,
-        [federation.clients[k] for k in ids.tolist()],
+        _trainees(federation, method, ids),
         blank,
         given,
         memory,
         training=training,
         clock=clock,
         cohort=federation.cohort,
+        plans=plans,
     )
     return given, blank, phase
+
+
+def _trainees(federation: Federation, method: Method, ids: Tensor) -> list[ClientData]:
+    """Whose data a round trains on: the clients of `ids`, or the pool in their stead."""
+    return [federation.pool] if method.trains == "pool" else [federation.clients[k] for k in ids.tolist()]
 
 
 def plan_pool(

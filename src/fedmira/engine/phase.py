@@ -72,13 +72,16 @@ def local_phase(
     training: Training,
     clock: Clock,
     cohort: int,
+    plans: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> PhaseResult:
     """Train `clients` from what the server sent, at most `cohort` of them in one pass.
 
     start: an Adapters whose rows are overwritten by `given` (ranks and scales of these clients). given and memory are
-    read only. Raises ShapeError if rows and clients disagree.
+    read only. plans: the training examples of each step of each client; None: as plan_steps draws them.
+    Raises ShapeError if rows and clients disagree.
     """
-    plans = [plan_steps(client, training, clock.round) for client in clients]
+    if plans is None:
+        plans = [plan_steps(client, training, clock.round) for client in clients]
     order = sorted(range(len(clients)), key=lambda position: -len(plans[position]))
     pieces: list[tuple[list[int], PhaseResult]] = []
     for first in range(0, len(order), cohort):
@@ -87,7 +90,7 @@ def local_phase(
         pieces.append(
             (
                 chosen,
-                train_together(
+                _train_together(
                     base,
                     method,
                     [clients[position] for position in chosen],
@@ -116,7 +119,7 @@ def local_phase(
     )
 
 
-def train_together(
+def _train_together(
     base: Base,
     method: Method,
     clients: Sequence[ClientData],

@@ -1,17 +1,16 @@
 """What the frozen base makes of each client's prompts, as one vector per client."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 
-from fedmira.data.batches import ClientData, Encoded, collate
+from fedmira.data.batches import ClientData, Encoded, asking, collate
+from fedmira.evaluation.measure import PASS_TOKENS
 from fedmira.model.load import Base
 from fedmira.model.passes import plan_pass, states_of
 
 PROMPTS = 16  # of each client, spread over its training examples
-PASS_TOKENS = 8192  # of one pass; a single prompt may have more
 
 
 def embed_prompts(base: Base, clients: Sequence[ClientData]) -> np.ndarray:
@@ -24,8 +23,7 @@ def embed_prompts(base: Base, clients: Sequence[ClientData]) -> np.ndarray:
     for k, client in enumerate(clients):
         step = -(-len(client.train) // PROMPTS)
         for one in client.train[::step]:
-            ids = (*one.question, base.pad_id)  # what predicts the token after the prompt is the state asked for
-            waiting.append((k, replace(one, ids=ids, prompt_length=len(one.question), earlier=())))
+            waiting.append((k, asking(one.question, base.pad_id)))
     waiting.sort(key=lambda item: len(item[1].ids))  # in a pass every prompt stands as a client of its own
     start = 0
     while start < len(waiting):

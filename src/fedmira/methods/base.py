@@ -176,6 +176,32 @@ def descend(adapters: Adapters, memory: Memory, given: Message, tools: Tools) ->
     return tools.update(adapters, gradient, memory)
 
 
+def shares_of(weights: Tensor, by: Literal["examples", "uniform"]) -> Tensor:
+    """Shares p_k [S] of a mean over clients: w_k / sum_j w_j, or 1 / S where `by` is uniform.
+
+    weights [S]: examples per client, any positive scale. Raises MethodError if they sum to zero.
+    """
+    counts = weights if by == "examples" else torch.ones_like(weights)
+    total = counts.sum()
+    if not bool(total > 0):
+        raise MethodError(f"weights of {len(counts)} clients sum to {float(total):g}: need a positive sum")
+    return counts / total
+
+
+def mean_row(rows: Tensor, shares: Tensor) -> Tensor:
+    """Average rows [S, P] into one [1, P]: sum_k p_k x_k; shares [S], of sum 1."""
+    return shares.to(rows.dtype)[None, :] @ rows
+
+
+def merge_mean(by: Literal["examples", "uniform"]) -> Callable[[State, Tensor, Message, Tensor, Clock], Change]:
+    """Return a merge that puts the mean of the uploads, number by number, in the place of the one shared row."""
+
+    def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
+        return Change(torch.zeros(1, dtype=torch.int64), mean_row(returned.rows, shares_of(weights, by)))
+
+    return merge
+
+
 def own_rows(state: State, ids: Tensor, clock: Clock) -> Message:
     """Send every client its own stored row."""
     return Message(state.adapters.rows[ids])

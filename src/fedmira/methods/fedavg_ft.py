@@ -14,19 +14,13 @@ Sources: McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1; Collins et al. 202
 
 from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from fedmira.errors import MethodError
 from fedmira.methods.base import (
-    Change,
-    Clock,
     Cohort,
-    Message,
     Method,
     Settings,
-    State,
+    merge_mean,
     one_row,
     serve_one,
     start_state,
@@ -49,20 +43,11 @@ class Config(Settings):
 
 def build(config: Config, cohort: Cohort) -> Method:
     """Return FedAvg-FT as a Method."""
-
-    def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-        shares = weights if config.weights == "examples" else torch.ones_like(weights)
-        total = shares.sum()
-        if not bool(total > 0):
-            raise MethodError(f"weights of {len(shares)} clients sum to {float(total):g}: need a positive sum")
-        mean = (shares / total).to(returned.rows.dtype)[None, :] @ returned.rows
-        return Change(torch.zeros(1, dtype=torch.int64), mean)
-
     return Method(
         name="fedavg_ft",
         init=start_state,
         send=one_row,
-        merge=merge,
+        merge=merge_mean(config.weights),
         serve=serve_one,
         personal=False,
         uses_weights=config.weights == "examples",

@@ -34,20 +34,16 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from fedmira.adapters import Adapters
-from fedmira.errors import MethodError
 from fedmira.methods.base import (
-    Change,
-    Clock,
     Cohort,
     Memory,
     Message,
     Method,
     Settings,
-    State,
     Tools,
+    merge_mean,
     one_row,
     serve_one,
     start_state,
@@ -95,15 +91,11 @@ def build(config: Config, cohort: Cohort) -> Method:
             memory = {**memory, "sophia_count": memory["sophia_count"] + 1}
         return Message(adapters.rows), memory
 
-    def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-        shares = weights if config.weights == "examples" else torch.ones_like(weights)
-        return Change(torch.zeros(1, dtype=torch.int64), mean_row(returned.rows, shares))
-
     return Method(
         name="fedsophia",
         init=start_state,
         send=one_row,
-        merge=merge,
+        merge=merge_mean(config.weights),
         serve=serve_one,
         personal=False,
         uses_weights=config.weights == "examples",
@@ -121,14 +113,3 @@ def start_memory(adapters: Adapters) -> Memory:
         "sophia_v": torch.zeros_like(adapters.rows),
         "sophia_count": torch.zeros(len(adapters), dtype=torch.int64),
     }
-
-
-def mean_row(rows: Tensor, weights: Tensor) -> Tensor:
-    """Average rows [S, P] into one [1, P]: sum_k w_k x_k / sum_k w_k.
-
-    weights [S]: examples per client, any positive scale. Raises MethodError if they sum to zero.
-    """
-    total = weights.sum()
-    if not bool(total > 0):
-        raise MethodError(f"weights of {len(weights)} clients sum to {float(total):g}: need a positive sum")
-    return (weights / total).to(rows.dtype)[None, :] @ rows

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters, Leaf, Part
-from fedmira.errors import MethodError
 from fedmira.lowrank import decompose_sum, factors
 from fedmira.methods.base import (
     Change,
@@ -35,6 +34,7 @@ from fedmira.methods.base import (
     State,
     one_row,
     serve_one,
+    shares_of,
     start_state,
 )
 
@@ -65,12 +65,9 @@ def build(config: Config, cohort: Cohort) -> Method:
         return Message(serve(state, {}, ids).rows)
 
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-        shares = weights if config.weights == "examples" else torch.ones_like(weights)
-        total = shares.sum()
-        if not bool(total > 0):
-            raise MethodError(f"weights of {len(shares)} clients sum to {float(total):g}: need a positive sum")
         uploads = hold(returned.rows, ids, state.adapters)
-        return Change(torch.zeros(1, dtype=torch.int64), mean_update(uploads, shares / total, state.adapters))
+        row = mean_update(uploads, shares_of(weights, config.weights), state.adapters)
+        return Change(torch.zeros(1, dtype=torch.int64), row)
 
     mixed = cohort.ranks is not None and bool((cohort.ranks != cohort.ranks[:1]).any())
     return Method(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedmira.adapters import Adapters
 from fedmira.errors import MethodError
-from fedmira.graph import group_graph
+from fedmira.graph import group_graph, groups_by
 from fedmira.methods.base import (
     Change,
     Clock,
@@ -40,7 +40,9 @@ class Config(Settings):
 
 def build(config: Config, cohort: Cohort) -> Method:
     """Return GroupAvg as a Method. Raises MethodError if a client has no single value in the column."""
-    names = name_groups(config.column, cohort)
+    names = [""] * len(cohort)
+    if config.column is not None:
+        names = groups_by(config.column, cohort.ids, cohort.columns, what="groupavg: column")
     known = sorted(set(names))  # by name, so that rows do not depend on the clients' order
     group = torch.tensor([known.index(name) for name in names])  # [K]
 
@@ -69,20 +71,6 @@ def build(config: Config, cohort: Cohort) -> Method:
         needs="sum",
         graph=None if config.column is None else group_graph(names),
     )
-
-
-def name_groups(column: str | None, cohort: Cohort) -> list[str]:
-    """Return each client's group [K]."""
-    if column is None:
-        return [""] * len(cohort)
-    lacking = [name for name, own in zip(cohort.ids, cohort.columns, strict=True) if column not in own]
-    if lacking:
-        shared = sorted(set.intersection(*(set(own) for own in cohort.columns)))
-        raise MethodError(
-            f"groupavg: column '{column}' has no single value for {len(lacking)} clients such as '{lacking[0]}'; "
-            f"columns with one value per client: {', '.join(shared) or 'none'}; name one of these"
-        )
-    return [own[column] for own in cohort.columns]
 
 
 def group_means(rows: Tensor, weights: Tensor, group: Tensor, *, count: int) -> tuple[Tensor, Tensor]:

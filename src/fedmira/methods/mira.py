@@ -27,6 +27,7 @@ Source: MIRA (arXiv:2410.15524; IEEE Networking Letters 7(3), 2025), equations 3
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -186,8 +187,7 @@ def build(config: Config, cohort: Cohort) -> Method:
     def start(adapters: Adapters, clock: Clock) -> State:
         return State(adapters, *learned.begin(adapters)) if learned is not None else State(adapters)
 
-    lost = config.reply == "lost"
-    return Method(
+    method = Method(
         name="mira",
         init=start,
         send=own_rows,
@@ -195,9 +195,6 @@ def build(config: Config, cohort: Cohort) -> Method:
         serve=serve_own,
         personal=True,
         uses_weights=False,
-        begin=from_own_upload if lost else from_reply,
-        finish=keep_upload if lost else return_rows,
-        private=own_start if lost else nothing,
         accept=None if config.accept is None else config.accept.tolerance,
         needs="each",
         compare="products" if config.space == "product" else "factors",
@@ -205,6 +202,9 @@ def build(config: Config, cohort: Cohort) -> Method:
         learned=None if learned is None else lambda state: learned.whole(state.tables),
         pull=None if graph is None else pull,
     )
+    if config.reply == "lost":
+        return replace(method, begin=from_own_upload, finish=keep_upload, private=own_start)
+    return method
 
 
 def given_graph(wanted: GraphConfig, cohort: Cohort) -> Graph:
@@ -313,26 +313,14 @@ def product_distance(one: Adapters, other: Adapters) -> float:
     return max(total, 0.0) ** 0.5
 
 
-def nothing(adapters: Adapters) -> Memory:
-    return {}
-
-
 def own_start(adapters: Adapters) -> Memory:
     """What a client starts from where no reply reaches it: the common start, as it was first sent."""
     return {"upload": adapters.rows.clone()}
 
 
-def from_reply(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
-    return adapters, memory
-
-
 def from_own_upload(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
     """Begin from what this client uploaded last, whatever the server made of it (the defect)."""
     return adapters.with_rows(memory["upload"].clone()), memory
-
-
-def return_rows(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:
-    return Message(adapters.rows), memory
 
 
 def keep_upload(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:

@@ -12,7 +12,7 @@ the time of torch's fused CPU kernel, whose products are not made by the matrix 
 *Buckets*, for accelerators: examples are gathered by length into [examples, T] and handed to fused attention.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -27,6 +27,24 @@ SPAN = 128  # tokens up to which short examples share a span
 BLOCK = 128  # queries taken together in spans of more than twice as many
 STEP = 32  # sizes are multiples of it where they can be: products of a new size have to be set up first
 KEPT = 512  # tokens of a span up to which its probabilities are kept for the backward pass; beyond, made again
+
+
+# What layers hand to every attention function and causal attention does not need. The window among it is for attention
+# functions that are given no mask; as in transformers' own sdpa and eager attention the mask has it.
+HARMLESS = frozenset(
+    {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "sliding_window"}
+)
+
+
+class Unfit(Exception):
+    """Layers attend in a way that a pass of ours cannot follow; whoever tries them out takes another road."""
+
+
+def check_call(others: Mapping[str, object]) -> None:
+    """Raise Unfit if a layer hands its attention anything that would have to be taken into account."""
+    given = {name for name, value in others.items() if name not in HARMLESS and value is not None}
+    if given:
+        raise Unfit(f"attention with {sorted(given)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,15 +296,8 @@ def _rule(
 ) -> Rule:
     """Take what transformers would build a mask from: windows and chunks come with a `local_size`."""
     if use_vmap:  # the model adds a pattern of its own
-        raise NotImplementedError("attention with a mask of the model's own cannot be packed")
+        raise Unfit("attention with a mask of the model's own")
     return Rule(mask_function, local_size)
-
-
-# What layers hand to every attention function and causal attention without cache does not need. The window among it
-# is for attention functions that are given no mask; as in transformers' own sdpa and eager attention the mask has it.
-_HARMLESS = frozenset(
-    {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "sliding_window"}
-)
 
 
 def _attend(
@@ -301,11 +312,9 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Causal attention inside every example. query [1, H, N, D], key and value [1, H', N, D]; returns [1, N, H, D]."""
     assert _current is not None, "packed attention outside of a packed pass"
-    given = {name for name, value in others.items() if name not in _HARMLESS and value is not None}
-    if given:
-        raise NotImplementedError(f"attention with {sorted(given)} cannot be packed")
+    check_call(others)
     if not isinstance(attention_mask, Rule):
-        raise NotImplementedError("attention that has its mask from elsewhere cannot be packed")
+        raise Unfit("attention that has its mask from elsewhere")
     _current.callers.append(module)
     if attention_mask.reach is not None:
         _current.reaches.add(attention_mask.reach)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from fedmira.model.attention import Unfit, check_call
+
 NAME = "fedmira_kept"
 NOWHERE = 2**30  # the position of a blank: beyond every token's sight
 STEP = 16
@@ -208,14 +210,8 @@ class _Sight:
 def _sight(*, mask_function: Sees, local_size: int | None = None, use_vmap: bool = False, **others: object) -> _Sight:
     """Take what transformers would build a mask from: windows and chunks come with a `local_size`."""
     if use_vmap:  # the model adds a pattern of its own
-        raise NotImplementedError("attention with a mask of the model's own")
+        raise Unfit("attention with a mask of the model's own")
     return _Sight(None if local_size is None else mask_function)
-
-
-# What layers hand to every attention function and this one does not need.
-_HARMLESS = frozenset(
-    {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "sliding_window"}
-)
 
 
 def _attend(
@@ -230,11 +226,9 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attention of one layer in a turn. query [R, H, T, D], key and value [R, H', T, D]; returns [R, T, H, D]."""
     assert _current is not None, "kept attention outside of a turn"
-    given = {name for name, value in others.items() if name not in _HARMLESS and value is not None}
-    if given:
-        raise NotImplementedError(f"attention with {sorted(given)}")
+    check_call(others)
     if not isinstance(attention_mask, _Sight):
-        raise NotImplementedError("attention that has its mask from elsewhere")
+        raise Unfit("attention that has its mask from elsewhere")
     _current.found.append(attention_mask.rule)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _current.attend(query, key, value, scale=scale, softcap=softcap).transpose(1, 2).contiguous(), None

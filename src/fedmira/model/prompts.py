@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters
-from fedmira.data.batches import Encoded, collate
+from fedmira.data.batches import asking, collate
 from fedmira.model.attention import Spans
 from fedmira.model.kept import Enough, Part, Rules, Turn, attending, places_of
 from fedmira.model.lanes import Lane, Text, deal_batches, segments_of
 from fedmira.model.load import Base
+from fedmira.model.packing import Segment
 from fedmira.model.passes import plan_pass, states_of
 
 PACKED_TOKENS = 8192  # of one packed pass
@@ -60,12 +61,13 @@ def states_after(base: Base, turn: Turn, ids: Tensor) -> Tensor:
 
 
 def _filled(
-    base: Base, adapters: Adapters | None, lanes: Sequence[int], **given: object
-) -> AbstractContextManager[object]:
+    base: Base, adapters: Adapters | None, lanes: Sequence[int], segments: tuple[Segment, ...]
+) -> AbstractContextManager[None]:
+    """Point the layers at the adapters of these lanes; None: at nothing."""
     if adapters is None:
         return nullcontext()
     own = adapters.take(torch.tensor(lanes))
-    return base.stack.filled(own, dtype=base.dtype, device=base.device, **given)  # type: ignore[arg-type]
+    return base.stack.filled(own, dtype=base.dtype, device=base.device, segments=segments)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,13 +109,12 @@ def _packed(base: Base, adapters: Adapters | None, lanes: Sequence[Lane]) -> _Pa
     rest: list[Tensor] = []
     start = 0  # of a pass among all tokens
     for some in _deal(lanes):
-        # A token that nobody reads stands behind every prompt: the state that predicts it is what is asked for.
-        parts = [[Encoded((*ids, base.pad_id), len(ids), ()) for ids in prompts] for _, prompts in some]
+        parts = [[asking(ids, base.pad_id) for ids in prompts] for _, prompts in some]
         plan = plan_pass(base, collate(parts, pad_id=base.pad_id))
         assert isinstance(plan.attention, Spans)
         kept: list[tuple[Tensor, Tensor]] = []
         chosen = [some[place][0] for place in plan.order.tolist()]
-        with _filled(base, adapters, chosen, segments=plan.segments):
+        with _filled(base, adapters, chosen, plan.segments):
             found = states_of(base, plan, kept=kept)
         # Rows stand as the pass has its clients; ours as the lanes.
         order = torch.argsort(plan.owner, stable=True)
@@ -238,7 +239,7 @@ def _fill(
         enough_at=len(rules or ()) - 1 if enough else None,
     )
     own = list(dict.fromkeys(text.lane for text in texts))
-    with _filled(base, adapters, own, segments=segments_of(texts, longest)), suppress(Enough):
+    with _filled(base, adapters, own, segments_of(texts, longest)), suppress(Enough):
         states = states_after(base, turn, ids.to(device))
         return states[torch.arange(len(texts), device=device), (sizes - 1).to(device)]
     return torch.empty(0, device=device)
