@@ -1,7 +1,8 @@
 """Adapters as flat rows: one row per client, one Layout that names every slice of it.
 
 Mean, mix, norm, clip, hash, checkpoint and wire format are operations on rows; stacked LoRA layers read leaves
-([K, r, in] and [K, out, r]) as views. Axes: K clients, S sampled clients, P adapter parameters per client, r rank.
+([K, r, in] and [K, out, r]) as views, a prompt encoder its weights. Axes: K clients, S sampled clients, P adapter
+parameters per client, r rank.
 """
 
 import hashlib
@@ -21,23 +22,31 @@ ALIGN = 16  # floats: 64 bytes, so that parts and rows start on a cache line
 
 @dataclass(frozen=True)
 class Leaf:
-    """One factor of one adapted module inside a row: A is [r, in], B is [out, r]."""
+    """One tensor inside a row. Of LoRA a factor of an adapted module: A [r, in] or B [out, r].
+
+    Of a prompt encoder the weight or bias of one of its modules, as PEFT names and shapes them.
+    """
 
     module: str
-    factor: Literal["A", "B"]
-    shape: tuple[int, int]
+    factor: Literal["A", "B", "weight", "bias"]
+    shape: tuple[int, ...]
     start: int
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def stop(self) -> int:
-        return self.start + self.shape[0] * self.shape[1]
+        return self.start + self.size
 
 
 @dataclass(frozen=True)
 class Part:
-    """A named stretch of a row (`lora`, `private`, `variate`, ...) with its own rank and duties.
+    """A named stretch of a row (`lora`, `prompt`, `private`, ...) with its own rank and duties.
 
-    travels: sent to and from the server; trained: its leaves receive gradients; served: active in the forward pass.
+    kind: pairs of low-rank factors, or a prompt encoder, which has no rank (0). travels: sent to and from the server;
+    trained: its leaves receive gradients; served: active in the forward pass.
     """
 
     name: str
@@ -48,10 +57,12 @@ class Part:
     travels: bool = True
     trained: bool = True
     served: bool = True
+    kind: Literal["lora", "prompt"] = "lora"
 
     def pairs(self) -> Iterator[tuple[Leaf, Leaf]]:
-        """Yield (A, B) for each adapted module, in the base model's order."""
-        yield from zip(self.leaves[::2], self.leaves[1::2], strict=True)
+        """Yield (A, B) for each adapted module, in the base model's order; a prompt encoder has none."""
+        if self.kind == "lora":
+            yield from zip(self.leaves[::2], self.leaves[1::2], strict=True)
 
     @property
     def ranks(self) -> list[int]:
@@ -72,7 +83,12 @@ class Layout:
     @property
     def parameters(self) -> int:
         """Trainable numbers of one client at full rank, alignment padding not counted."""
-        return sum(leaf.shape[0] * leaf.shape[1] for part in self.parts for leaf in part.leaves)
+        return sum(leaf.size for part in self.parts for leaf in part.leaves)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many virtual tokens n stand before every text: the rows of the prompt encoder's embedding."""
+        return sum(part.leaves[0].shape[0] for part in self.parts if part.kind == "prompt" and part.served)
 
     @property
     def fingerprint(self) -> str:
@@ -101,6 +117,9 @@ class Layout:
         """
         mask = torch.zeros(len(ranks), self.size, dtype=torch.bool)
         for part in self.parts:
+            if part.kind == "prompt":
+                for leaf in part.leaves:
+                    mask[:, leaf.start : leaf.stop] = True
             for place, (first, second) in enumerate(part.pairs()):
                 own = torch.arange(first.shape[0]) < _of_module(ranks, place)[:, None]  # [K, r]
                 for leaf, keep in ((first, own[:, :, None]), (second, own[:, None, :])):
@@ -128,6 +147,40 @@ def lora_layout(shapes: Sequence[tuple[str, int, int]], rank: int | Sequence[int
     return Layout((Part(name, max(ranks), tuple(leaves), 0, -(-offset // ALIGN) * ALIGN),))
 
 
+def prompt_layout(width: int, tokens: int, hidden: int) -> Layout:
+    """Lay out the prompt encoder of P-tuning: n virtual tokens, embeddings of width d, an MLP of width h.
+
+    E = W2 relu(W1 relu(W0 V + b0) + b1) + b2, with V [n, d], W0 [h, d], W1 [h, h], W2 [d, h], is made of
+    n d + 2 d h + h^2 + 2 h + d parameters. Modules are named as in PEFT's PromptEncoder. Raises ShapeError for a size below 1.
+    Source: Liu et al. 2021 (arXiv:2103.10385), with an MLP where the paper has an LSTM before it.
+    """
+    if min(width, tokens, hidden) < 1:
+        raise ShapeError(f"a prompt encoder of {tokens} tokens, width {width}, hidden width {hidden}: need all >= 1")
+    sizes = ((hidden, width), (hidden, hidden), (width, hidden))
+    leaves = [Leaf("embedding", "weight", (tokens, width), 0)]
+    for number, shape in zip((0, 2, 4), sizes, strict=True):  # the layers between are relus
+        leaves.append(Leaf(f"mlp_head.{number}", "weight", shape, leaves[-1].stop))
+        leaves.append(Leaf(f"mlp_head.{number}", "bias", shape[:1], leaves[-1].stop))
+    stop = -(-leaves[-1].stop // ALIGN) * ALIGN
+    return Layout((Part("prompt", 0, tuple(leaves), 0, stop, kind="prompt"),))
+
+
+def soft_layout(width: int, tokens: int) -> Layout:
+    """Lay out n virtual tokens without their encoder, as a PEFT folder has them: the embeddings [n, d] alone.
+
+    Raises ShapeError for a size below 1.
+    """
+    if min(width, tokens) < 1:
+        raise ShapeError(f"{tokens} virtual tokens of width {width}: need both >= 1")
+    leaf = Leaf("embedding", "weight", (tokens, width), 0)
+    return Layout((Part("prompt", 0, (leaf,), 0, -(-leaf.stop // ALIGN) * ALIGN, kind="prompt"),))
+
+
+def scales(ranks: Tensor, alpha: float) -> Tensor:
+    """Return alpha / r in float32; where there is no rank, which nothing reads, alpha."""
+    return alpha / ranks.clamp(min=1).to(torch.float32)
+
+
 def _of_module(values: Tensor, place: int) -> Tensor:
     """Of values per client [K], or per client and module [K, modules], those of one module [K]."""
     return values if values.ndim == 1 else values[:, place]
@@ -153,7 +206,7 @@ class Adapters:
                 f"{len(self.rows)} rows with {len(self.ranks)} ranks and {len(self.scale)} scales: need one each"
             )
         for name, value in (("ranks", self.ranks), ("scale", self.scale)):
-            modules = len(self.layout.parts[0].leaves) // 2
+            modules = sum(1 for _ in self.layout.parts[0].pairs())
             if value.ndim != 1 and value.shape[1:] != (modules,):
                 raise ShapeError(f"{name} are {tuple(value.shape)}: need [K] or, one for each module, [K, {modules}]")
 
@@ -172,7 +225,7 @@ class Adapters:
         return replace(self, rows=rows)
 
     def leaf(self, leaf: Leaf) -> Tensor:
-        """View one factor of all clients: [K, r, in] or [K, out, r]."""
+        """View one tensor of all clients: a factor [K, r, in] or [K, out, r], a weight or bias [K, ...]."""
         return self.rows[:, leaf.start : leaf.stop].view(len(self), *leaf.shape)
 
     def ranks_of(self, place: int) -> Tensor:
@@ -200,24 +253,31 @@ class Adapters:
         """Has any client less rank than its row has room for?"""
         if self.ranks.ndim == 1:
             return bool((self.ranks < max(part.rank for part in self.layout.parts)).any())
-        return any(bool((self.ranks < torch.tensor(part.ranks)).any()) for part in self.layout.parts)
+        parts = [part for part in self.layout.parts if part.kind == "lora"]
+        return any(bool((self.ranks < torch.tensor(part.ranks)).any()) for part in parts)
 
 
 def start_adapters(layout: Layout, ranks: Tensor, alpha: float, generator: torch.Generator) -> Adapters:
     """Draw the common start: every client gets the same A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, cut to its rank.
 
-    The bound is PEFT's (kaiming_uniform with a = sqrt 5). ranks [K] or [K, modules]; rows [K, P] float32.
+    The bound is PEFT's (kaiming_uniform with a = sqrt 5). A prompt encoder is drawn as PEFT's is: V ~ N(0, 1), weights
+    and biases ~ U(-1/sqrt(in), 1/sqrt(in)). ranks [K] or [K, modules]; rows [K, P] float32.
     Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
     """
     row = torch.zeros(1, layout.size)
     for part in layout.parts:
+        bound = 0.0
         for leaf in part.leaves:
-            if leaf.factor == "A":
+            if leaf.factor == "B":
+                continue
+            if leaf.factor != "bias":  # which goes with the weight before it
                 bound = 1 / math.sqrt(leaf.shape[1])
-                draw = torch.rand(leaf.shape, generator=generator)
-                row[0, leaf.start : leaf.stop] = ((2 * draw - 1) * bound).flatten()
-    adapters = Adapters(layout, row.repeat(len(ranks), 1), ranks, alpha / ranks.to(torch.float32))
-    return adapters.mask_()
+            if part.kind == "prompt" and leaf is part.leaves[0]:
+                drawn = torch.randn(leaf.shape, generator=generator)
+            else:
+                drawn = (2 * torch.rand(leaf.shape, generator=generator) - 1) * bound
+            row[0, leaf.start : leaf.stop] = drawn.flatten()
+    return Adapters(layout, row.repeat(len(ranks), 1), ranks, scales(ranks, alpha)).mask_()
 
 
 def norms(rows: Tensor) -> Tensor:

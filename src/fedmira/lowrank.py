@@ -112,7 +112,7 @@ def mix_products(within: np.ndarray, own: Adapters, outside: np.ndarray, others:
     return rows
 
 
-def _padded(factor: Tensor, shape: tuple[int, int]) -> Tensor:
+def _padded(factor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Fill a factor of a lower rank up with zeros."""
     return torch.nn.functional.pad(factor, (0, shape[1] - factor.shape[1], 0, shape[0] - factor.shape[0]))
 

@@ -7,7 +7,7 @@ import warnings
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 
 from fedmira import bundled
 from fedmira import methods as method_files
-from fedmira.adapters import lora_layout
+from fedmira.adapters import lora_layout, scales
 from fedmira.config import Config, MethodEntry, NaturalIdPartitioner, Partitioner
 from fedmira.data import partitioners
 from fedmira.data.batches import ClientData, Truncation, encode_client
@@ -29,6 +29,7 @@ from fedmira.errors import ConfigError, MethodError, ModelError, nearest
 from fedmira.evaluation.embed import embed_prompts
 from fedmira.methods.base import Cohort, Method
 from fedmira.model.load import Base, choose_device, count_positions, load_base, load_tokenizer
+from fedmira.model.trial import check_embeddings
 from fedmira.plan import plan_cohort
 from fedmira.ranks import by_ending, client_ranks, is_mixed, shown
 
@@ -77,7 +78,8 @@ def take_in(config: Config, observer: Observer) -> tuple[Any, Intake]:
     """
     base_path, revision = bundled.resolve(config.model.base_model), config.model.revision
     tokenizer = load_tokenizer(base_path, revision=revision)
-    max_question = _check_positions(config, count_positions(base_path, revision=revision))
+    ahead = max(method_files.settings_of(entry).tokens_ahead for entry in config.methods)
+    max_question = _check_positions(config, count_positions(base_path, revision=revision), ahead)
     intake = _read_clients(config, tokenizer, max_question, observer)
     observer("data", {"intake": intake})
     return tokenizer, intake
@@ -132,7 +134,7 @@ def prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None 
             seed=seed,
             profile=profile,
             ranks=ranks,
-            scale=config.lora.lora_alpha / ranks.float(),
+            scale=scales(ranks, config.lora.lora_alpha),
         )
         for seed in config.seeds
     }
@@ -154,20 +156,25 @@ def prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None 
         )
     layout = lora_layout(base.shapes, ranks.amax(dim=0).tolist())  # of each module the largest
     sampled = len(next(iter(cohorts.values())).schedule[0])
-    if saved is not None:
-        width = int(saved["cohort"])
-    elif config.federation.cohort == "auto":
-        width = plan_cohort(base, layout, clients, batch_size=config.training.batch_size, sampled=sampled).cohort
-    else:
-        width = config.federation.cohort
     federation = Federation(
         config=config,
         base=base,
         clients=tuple(clients),
         layout=layout,
         ranks=ranks,
-        cohort=width,
+        cohort=sampled,
     )
+    layouts = {federation.under(method).layout for method in built.values()}
+    if any(one.virtual_tokens for one in layouts):
+        check_embeddings(base.decoder, base.model.get_input_embeddings(), name=config.model.base_model)
+    if saved is not None:
+        width = int(saved["cohort"])
+    elif config.federation.cohort == "auto":
+        batch = config.training.batch_size
+        width = min(plan_cohort(base, one, clients, batch_size=batch, sampled=sampled).cohort for one in layouts)
+    else:
+        width = config.federation.cohort
+    federation = replace(federation, cohort=width)
     observer("model", {"federation": federation, "sampled": sampled})
     linears = [name for name, module in base.model.named_modules() if _is_linear(module)]
     return Prepared(federation, intake, cohorts, config.methods, notes, built, linears, threads)
@@ -175,7 +182,8 @@ def prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None 
 
 def _rank_notes(method: Method, ranks: torch.Tensor) -> list[str]:
     """Say where a method takes factors of different ranks together, as if those of smaller rank were padded."""
-    if not is_mixed(ranks) or not method.exchanges or method.compare == "products":
+    lora = method.layout is None
+    if not is_mixed(ranks) or not method.exchanges or method.compare == "products" or not lora:
         return []
     return [
         f"{method.name}: clients have ranks {shown(ranks)}, and their factors are mixed as if padded with zeros; "
@@ -308,22 +316,27 @@ def _check_text(config: Config, template: Template) -> None:
         raise ConfigError(faults)
 
 
-def _check_positions(config: Config, positions: int | None) -> int | None:
-    """Refuse lengths that the base has no positions for; return the longest prompt that leaves room for an answer."""
+def _check_positions(config: Config, positions: int | None, ahead: int) -> int | None:
+    """Refuse lengths that the base has no positions for; return the longest prompt that leaves room for an answer.
+
+    ahead: virtual tokens that some method puts before every text; all methods get the same texts.
+    """
     if positions is None:
         return None
     faults = []
     name, room = config.model.base_model, 0
+    has = f"{positions} positions" + (f", of which virtual tokens take {ahead}" if ahead else "")
+    positions -= ahead
     if any(metric != "loss" for metric in config.evaluation.metrics):
         room = config.evaluation.max_new_tokens
     if config.data.max_length > positions:
         faults.append(
-            f"data.max_length: found {config.data.max_length}: base '{name}' has {positions} positions; "
-            "set data.max_length to at most that"
+            f"data.max_length: found {config.data.max_length}: base '{name}' has {has}; "
+            f"set data.max_length to at most {positions}"
         )
     if room >= positions:
         faults.append(
-            f"evaluation.max_new_tokens: found {room}: base '{name}' has {positions} positions for prompt and answer "
+            f"evaluation.max_new_tokens: found {room}: base '{name}' has {has} for prompt and answer "
             "together; set it well below that"
         )
     if faults:

@@ -74,15 +74,19 @@ def _plan(prepared: Prepared) -> Plan:
     seed = config.seeds[0]
     cohort = prepared.cohorts[seed]
     sampled = len(cohort.schedule[0])
-    measured = plan_cohort(base, federation.layout, clients, batch_size=config.training.batch_size, sampled=sampled)
     plain = build("local", {}, cohort)
     first = torch.from_numpy(cohort.schedule[0])
-    speeds = measure_speeds(federation, plain, first, seed=seed)
+
+    kinds = {one.layout: one for one in map(federation.under, prepared.methods.values())}  # few have rows of their own
+    passes = [
+        plan_cohort(base, layout, clients, batch_size=config.training.batch_size, sampled=sampled) for layout in kinds
+    ]
+    speed_of = {layout: measure_speeds(one, plain, first, seed=seed) for layout, one in kinds.items()}
+    speeds = speed_of.get(federation.layout) or next(iter(speed_of.values()))
     alone = speeds
     if any(method.trains == "pool" for method in prepared.methods.values()):
         alone = replace(speeds, trained=measure_speeds(federation, plain, first[:1], seed=seed).trained)
     writes = any(metric != "loss" for metric in config.evaluation.metrics)
-    each = federation.layout.size * 4
     start_work = count_start(clients, writes=writes, max_examples=config.evaluation.max_examples)
     ever = len({int(k) for ids in cohort.schedule for k in ids})
     works: dict[str, Work] = {}
@@ -93,6 +97,8 @@ def _plan(prepared: Prepared) -> Plan:
     moments = sum(name != "steps" for name in make_optimizer(config).keys) if config.training.keep_optimizer else 0
     for entry in prepared.entries:
         method = prepared.methods[entry.folder, seed]
+        under = federation.under(method)
+        each = under.layout.size * 4
         works[entry.folder] = count_run(
             clients,
             cohort.schedule,
@@ -104,9 +110,11 @@ def _plan(prepared: Prepared) -> Plan:
             writes=writes,
             max_examples=config.evaluation.max_examples,
         )
-        seconds[entry.folder] = (alone if method.trains == "pool" else speeds).seconds(works[entry.folder])
+        seconds[entry.folder] = (alone if method.trains == "pool" else speed_of[under.layout]).seconds(
+            works[entry.folder]
+        )
         travels[entry.folder] = 2 * sampled * each if method.exchanges else 0
-        shared = 0 if method.personal else len(first_state(federation, method, seed).adapters)
+        shared = 0 if method.personal else len(first_state(under, method, seed).adapters)
         own = ever if method.personal else 0  # rows that differ from the start
         tuned = len(clients) if method.tune is not None else 0
         kept = moments * {"nobody": 0, "pool": 1, "sampled": ever}[method.trains]
@@ -115,7 +123,7 @@ def _plan(prepared: Prepared) -> Plan:
         rows = {place: max(rows[place], needed[place]) for place in rows}
         changed = 0 if method.trains == "nobody" else shared + own
         checkpoints += COPIES * (changed + kept) * each * len(config.seeds)
-        whole = federation.layout.parameters * 4
+        whole = under.layout.parameters * 4
         links = len(clients) * whole > handover.LINK_BYTES  # then equal adapters share a file
         distinct = own + (own < len(clients)) if method.personal else tuned or shared
         adapters += (distinct if links else len(clients)) * whole * len(config.seeds)
@@ -138,12 +146,12 @@ def _plan(prepared: Prepared) -> Plan:
             }
             for client in clients
         },
-        parameters=federation.layout.parameters,
+        parameters=max(layout.parameters for layout in kinds),
         memory={
             "base": sum(value.numel() * value.element_size() for value in base.model.parameters()),
             "rows": rows["memory"],
-            "cohort": federation.cohort * measured.bytes_each,
-            "free": measured.bytes_free,
+            "cohort": federation.cohort * max(one.bytes_each for one in passes),
+            "free": min(one.bytes_free for one in passes),
         },
         disk={
             "adapters": adapters,

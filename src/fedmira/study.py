@@ -24,7 +24,7 @@ from fedmira import bundled
 from fedmira import methods as method_files
 from fedmira.config import Config, MethodEntry, check_config
 from fedmira.config_file import read_config
-from fedmira.engine.federation import Federation, Observer
+from fedmira.engine.federation import Observer
 from fedmira.engine.rounds import run_rounds
 from fedmira.engine.scoring import Scores, score_start
 from fedmira.errors import ConfigError, FedMiraError, MethodError, Stopped, StoreError, WireError
@@ -154,7 +154,7 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observe
     check_trackers(config.report_to)
     with folder.held(), tracking(config.report_to, folder.path, observer) as watched:
         prepared = prepare(config, observer, saved=_saved_facts(folder))
-        _check_clients(folder, prepared.federation)
+        _check_clients(folder, prepared)
         if overrides:
             folder.rewrite(config)
         return _run_all(folder, prepared, watched, only=only)
@@ -222,10 +222,12 @@ def _saved_facts(folder: StudyFolder) -> dict[str, Any] | None:
     return next((run.facts for run in folder.runs()), None)
 
 
-def _check_clients(folder: StudyFolder, federation: Federation) -> None:
+def _check_clients(folder: StudyFolder, prepared: Prepared) -> None:
     """Refuse to go on with other data than the study began with, as far as its clients and counts tell."""
-    table = client_table(federation)
+    federation = prepared.federation
     for run in folder.runs():
+        method = prepared.methods[run.facts["label"], run.facts["seed"]]
+        table = client_table(federation.under(method))
         began: dict[str, Any] = read_json(run.path / "clients.json")
         changed = [name for name in {**began, **table} if began.get(name) != table.get(name)]
         if changed:
@@ -266,8 +268,8 @@ def _run_one(
     folder: RunFolder, prepared: Prepared, entry: MethodEntry, seed: int, start: Scores, observer: Observer
 ) -> None:
     """Carry one run to its last round, then write its adapters."""
-    federation = prepared.federation
     method = prepared.methods[entry.folder, seed]
+    federation = prepared.federation.under(method)
     cohort = prepared.cohorts[seed]
     config = federation.config.model_copy(
         update={"seeds": [seed], "methods": [entry], "output_dir": str(folder.path / "again")}
@@ -356,7 +358,7 @@ def _told(error: BaseException) -> str:
 
 
 def _facts(prepared: Prepared, method: Method, entry: MethodEntry, seed: int) -> dict[str, Any]:
-    federation, cohort = prepared.federation, prepared.cohorts[seed]
+    federation, cohort = prepared.federation.under(method), prepared.cohorts[seed]
     config = federation.config
     pulls = None
     if method.pull is not None:

@@ -8,6 +8,7 @@ from tests.laws.variants import FEW, VARIANTS, Variant, similarities
 from tests.laws.worlds import WORLDS, World
 
 from fedmira.methods import build, names
+from fedmira.methods.base import Method
 
 CASES = [("quadratic", variant) for variant in VARIANTS] + [("transformer", variant) for variant in FEW]
 SYMMETRIC = [
@@ -25,23 +26,29 @@ def case(request: pytest.FixtureRequest) -> tuple[World, Variant]:
     return WORLDS[kind](), variant
 
 
+def at_home(case: tuple[World, Variant], folder: Path) -> tuple[Method, World]:
+    """A method, and the world with the rows that it carries."""
+    world, variant = case
+    method = variant.build(world, folder)
+    return method, world.under(method)
+
+
 @pytest.mark.parametrize("law", laws.LAWS)
 def test_every_method_obeys(law: str, case: tuple[World, Variant], tmp_path: Path) -> None:
-    world, variant = case
-    laws.LAWS[law](variant.build(world, tmp_path), world)
+    laws.LAWS[law](*at_home(case, tmp_path))
 
 
 def test_renaming_clients_renames_the_answer(case: tuple[World, Variant], tmp_path: Path) -> None:
-    world, variant = case
-    method = variant.build(world, tmp_path)
+    _, variant = case
+    method, world = at_home(case, tmp_path)
     laws.law_renaming_clients_renames_the_answer(
         method, world, rebuild=lambda other: variant.rebuild(other, tmp_path, method.graph)
     )
 
 
 def test_an_absent_client_has_no_influence(case: tuple[World, Variant], tmp_path: Path) -> None:
-    world, variant = case
-    method = variant.build(world, tmp_path)
+    _, variant = case
+    method, world = at_home(case, tmp_path)
     if method.trains == "pool":
         return  # it does have: tests/engine/test_controls.py
     laws.law_an_absent_client_has_no_influence(method, world, stored=variant.stored)
@@ -78,8 +85,7 @@ def test_only_clients_that_are_joined_have_influence(variant: Variant, tmp_path:
 
 
 def test_where_nobody_trains_nothing_moves(case: tuple[World, Variant], tmp_path: Path) -> None:
-    world, variant = case
-    method = variant.build(world, tmp_path)
+    method, world = at_home(case, tmp_path)
     if method.trains == "nobody":
         laws.law_where_nobody_trains_nothing_moves(method, world)
         return

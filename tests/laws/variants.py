@@ -86,6 +86,10 @@ TABLE: Mapping[str, list[Variant]] = {
         *(Variant("groupavg", {"column": "family", "weights": weights}) for weights in ("examples", "uniform")),
     ],
     "mira": [*MIRA, *BEYOND],
+    "fedptuning": [
+        Variant("fedptuning", {"virtual_tokens": 3, "hidden": 2, "weights": weights})
+        for weights in ("examples", "uniform")
+    ],
 }
 # A method that nobody listed is put before the laws with its own default settings.
 VARIANTS = [variant for name in names() for variant in TABLE.get(name, [Variant(name, {})])]

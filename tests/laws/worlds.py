@@ -13,7 +13,7 @@ import torch
 from tests import tiny
 from torch import Tensor
 
-from fedmira.adapters import Adapters, Layout, lora_layout, start_adapters
+from fedmira.adapters import Adapters, Layout, lora_layout, scales, start_adapters
 from fedmira.data.batches import ClientData
 from fedmira.data.partition import client_key
 from fedmira.engine.journal import Ledger
@@ -38,13 +38,22 @@ Phase = Callable[[Method, Tensor, Message, Memory, Clock], Kept]
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """A federation without its method. phases: order of the clients, those with other data -> their local phase."""
+    """A federation without its method. phases: order of the clients, those with other data -> their local phase.
+
+    again: the same world with another layout of rows; width: of its embeddings.
+    """
 
     cohort: Cohort
     layout: Layout
     ranks: Tensor
     phases: Callable[[Sequence[str], frozenset[str]], Phase]
+    again: Callable[[Layout], "World"]
+    width: int
     disturbed: frozenset[str] = frozenset()
+
+    def under(self, method: Method) -> "World":
+        """This world with the rows that a method carries."""
+        return self if method.layout is None else self.again(method.layout(self.layout, self.width))
 
     def train(
         self, method: Method, ids: Tensor, given: Message, memory: Memory, *, number: int = 3
@@ -68,7 +77,7 @@ class World:
         return replace(self, cohort=cohort, ranks=self.ranks[list(order)])
 
     def adapters(self, ids: Tensor, rows: Tensor) -> Adapters:
-        return Adapters(self.layout, rows, self.ranks[ids], ALPHA / self.ranks[ids].double())
+        return Adapters(self.layout, rows, self.ranks[ids], scales(self.ranks[ids], ALPHA).double())
 
     def weights(self, ids: Tensor) -> Tensor:
         return torch.tensor(self.cohort.examples, dtype=torch.float64)[ids]
@@ -102,7 +111,13 @@ class World:
         return ledger
 
 
-def world(layout: Layout, phases: Callable[[Sequence[str], frozenset[str]], Phase]) -> World:
+def world(
+    layout: Layout,
+    phases: Callable[[Sequence[str], frozenset[str]], Phase],
+    *,
+    again: Callable[[Layout], World],
+    width: int,
+) -> World:
     cohort = Cohort(
         tuple(f"c{k}" for k in EVERYONE),
         EXAMPLES,
@@ -110,29 +125,34 @@ def world(layout: Layout, phases: Callable[[Sequence[str], frozenset[str]], Phas
         tuple(np.array(ids) for ids in (*BEFORE, NEXT, EVERYONE)),
         seed=4,
     )
-    return World(cohort, layout, torch.tensor(RANKS), phases)
+    return World(cohort, layout, ranks_in(layout), phases, again, width)
 
 
-def quadratic() -> World:
+def ranks_in(layout: Layout) -> Tensor:
+    """Ranks of the clients, 0 where a row has no low-rank factors."""
+    return torch.tensor(RANKS) if layout.parts[0].kind == "lora" else torch.zeros(CLIENTS, dtype=torch.int64)
+
+
+def quadratic(layout: Layout | None = None) -> World:
     """loss_k = 1/2 ||w - target_k||^2, gradient w - target_k; three steps of SGD with momentum.
 
     Each of a client's B examples is a label y ~ N(w, 1) with loss 1/2 ||w - y||^2: with labels drawn from the model the
     gradient of their mean is noise / sqrt(B), and B times its square is on average the curvature, 1.
     """
-    layout = lora_layout([("first", 3, 2), ("second", 2, 2)], 2)
+    layout = layout or lora_layout([("first", 3, 2), ("second", 2, 2)], 2)
     optimizer = sgd(momentum=0.5)
 
     def phases(ids: Sequence[str], disturbed: frozenset[str]) -> Phase:
         streams = [np.random.default_rng([client_key(name), int(name in disturbed)]) for name in ids]
         drawn = torch.from_numpy(np.stack([stream.normal(size=layout.size) for stream in streams]))
         targets = drawn * layout.rank_mask(torch.tensor([2]))  # a row's alignment padding belongs to nobody
-        ranks = torch.tensor([RANKS[int(name[1:])] for name in ids])
+        ranks = ranks_in(layout)[[int(name[1:]) for name in ids]]
 
         def train(
             method: Method, chosen: Tensor, given: Message, memory: Memory, clock: Clock
         ) -> tuple[Message, Memory]:
             own = ranks[chosen]
-            adapters = Adapters(layout, given.rows.clone(), own, ALPHA / own.double()).mask_()
+            adapters = Adapters(layout, given.rows.clone(), own, scales(own, ALPHA).double()).mask_()
             held = {name: value.clone() for name, value in memory.items()}
             for name, value in optimizer.start(adapters.rows).items():
                 held.setdefault(name, value)
@@ -168,7 +188,7 @@ def quadratic() -> World:
 
         return train
 
-    return world(layout, phases)
+    return world(layout, phases, again=quadratic, width=3)
 
 
 @functools.cache
@@ -176,10 +196,10 @@ def _gpt2() -> tiny.Base:
     return tiny.base("gpt2", targets=["c_attn"])
 
 
-def transformer() -> World:
+def transformer(layout: Layout | None = None) -> World:
     """A tiny GPT-2 through the engine's own local phase; two steps of SGD with momentum, clipped, two per pass."""
     base = _gpt2()
-    layout = tiny.layout(base, 2)
+    layout = layout or tiny.layout(base, 2)
     training = Training(sgd(momentum=0.5), RATE, 2, 2, None, 1.0, True, 0.0, seed=4)
 
     def phases(ids: Sequence[str], disturbed: frozenset[str]) -> Phase:
@@ -187,12 +207,12 @@ def transformer() -> World:
             return tiny.client(name, train=EXAMPLES[int(name[1:])], seed=int(name in disturbed))
 
         clients = [data(name) for name in ids]
-        ranks = torch.tensor([RANKS[int(name[1:])] for name in ids])
+        ranks = ranks_in(layout)[[int(name[1:]) for name in ids]]
 
         def train(
             method: Method, chosen: Tensor, given: Message, memory: Memory, clock: Clock
         ) -> tuple[Message, Memory]:
-            blank = Adapters(layout, given.rows, ranks[chosen], ALPHA / ranks[chosen].double())
+            blank = Adapters(layout, given.rows, ranks[chosen], scales(ranks[chosen], ALPHA).double())
             result = local_phase(
                 base,
                 method,
@@ -208,7 +228,7 @@ def transformer() -> World:
 
         return train
 
-    return world(layout, phases)
+    return world(layout, phases, again=transformer, width=base.width)
 
 
 WORLDS = {"quadratic": quadratic, "transformer": transformer}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapters
+from fedmira.adapters import Adapters, scales
 from fedmira.data.batches import ClientData, local_batches
 from fedmira.data.partition import client_key
 from fedmira.engine.federation import HOLDER, POOL, Federation, Observer, common_start
@@ -105,7 +105,7 @@ def _phase(
     who = HOLDER if pooled else ids
     given = method.send(ledger.state, who, clock)
     ranks = federation.largest_ranks if pooled else federation.ranks[ids]
-    blank = Adapters(federation.layout, given.rows, ranks, federation.config.lora.lora_alpha / ranks.float())
+    blank = Adapters(federation.layout, given.rows, ranks, scales(ranks, federation.config.lora.lora_alpha))
     private = [name for name in ledger.memory if training.keep_optimizer or name not in training.optimizer.keys]
     memory = ledger.recall(who, private, first=method.private(blank))
     plans = None

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -36,6 +36,14 @@ class Federation:
 
     def __len__(self) -> int:
         return len(self.clients)
+
+    def under(self, method: Method) -> "Federation":
+        """This federation with the rows that a method carries: LoRA's, or its own, which may have no rank (0)."""
+        if method.layout is None:
+            return self
+        layout = method.layout(self.layout, self.base.width)
+        lora = any(part.kind == "lora" for part in layout.parts)
+        return replace(self, layout=layout, ranks=self.ranks if lora else torch.zeros(len(self), dtype=torch.int64))
 
     @property
     def largest_ranks(self) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from fedmira.adapters import Adapters
+from fedmira.adapters import Adapters, scales
 from fedmira.engine.federation import Federation, common_start, make_training
 from fedmira.engine.phase import local_phase
 from fedmira.evaluation.measure import measure_answers, measure_loss
@@ -25,7 +25,7 @@ def measure_speeds(federation: Federation, method: Method, ids: torch.Tensor, *,
     config = federation.config
     ranks = federation.ranks[ids]
     row = common_start(federation, seed, 1).rows
-    start = Adapters(federation.layout, row.expand(len(ids), -1), ranks, config.lora.lora_alpha / ranks.float())
+    start = Adapters(federation.layout, row.expand(len(ids), -1), ranks, scales(ranks, config.lora.lora_alpha))
     clients = [federation.clients[int(k)] for k in ids]
 
     def train(steps: int) -> float:

@@ -82,6 +82,15 @@ def validate(
     return after
 
 
+def validate_all(federation: Federation, ledger: Ledger, serve: Callable[[Tensor], Adapters]) -> None:
+    """Bring everybody's loss in ledger.validation up to date."""
+    everyone = range(len(federation))
+    losses = measure_loss(
+        federation.base, serve, federation.clients, everyone, split="validation", cohort=federation.cohort
+    )
+    note(ledger, everyone, losses)
+
+
 def known(losses: Tensor) -> list[float | None]:
     return [None if math.isnan(value) else value for value in losses.tolist()]
 
@@ -99,10 +108,14 @@ def final_scores(
     start: Scores,
     observer: Observer,
 ) -> Scores:
-    """Test every client with the adapter it would use now; never-sampled ones of a personal method are at the start."""
+    """Test every client with the adapter it would use now; never-sampled ones of a personal method are at the start.
+
+    With LoRA that is the untouched base, whose scores are known.
+    """
     if method.trains == "nobody":
         return replace(start, validation=[None] * len(federation))
-    if not method.personal or method.tune is not None:
+    starts_elsewhere = federation.layout.virtual_tokens > 0  # a client never sampled is then not at the untouched base
+    if not method.personal or method.tune is not None or starts_elsewhere:
         return _test(federation, serve, range(len(federation)), observer)
     scores = _test(federation, serve, ever, observer)
     whole = {metric: list(values) for metric, values in start.test.items()}

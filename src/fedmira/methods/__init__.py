@@ -125,6 +125,11 @@ def entry_faults(index: int, entry: MethodEntry) -> list[str]:
     return []
 
 
+def settings_of(entry: MethodEntry) -> Settings:
+    """Return the settings of an entry of `methods:` that has no faults."""
+    return load(entry.name).Config.model_validate(entry.settings)
+
+
 def build(name: str, settings: Mapping[str, Any], cohort: Cohort) -> Method:
     """Build a method for a federation from its YAML settings.
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from fedmira.adapters import Adapters
+from fedmira.adapters import Adapters, Layout
 from fedmira.config import Strict
 from fedmira.errors import MethodError
 from fedmira.graph import Graph
@@ -25,6 +25,11 @@ class Settings(Strict):
     """Base of every method's own settings: strict, frozen, YAML names by alias."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @property
+    def tokens_ahead(self) -> int:
+        """Virtual tokens that the method puts before every text; they take positions of the base."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,9 @@ class Method:
             Message(adapters.rows),
             memory,
         )
+    )
+    layout: Callable[[Layout, int], Layout] | None = (
+        None  # (LoRA's, width of the base's embeddings) -> own; None: LoRA's
     )
     private: Callable[[Adapters], Memory] = lambda adapters: {}  # what a client keeps of its own before it ever trained
     accept: float | None = None  # a client keeps a reply only if its validation loss is not worse by more, in nats

@@ -109,7 +109,7 @@ def _batches(part: Part, uploads: Adapters) -> Iterator[tuple[tuple[int, ...], l
 
     They are decomposed together while the sum of ranks is below the width of the module: beyond, the dense sum is made.
     """
-    alike: dict[tuple[tuple[int, int], tuple[int, int], tuple[int, ...]], list[tuple[int, Leaf, Leaf]]] = {}
+    alike: dict[tuple[tuple[int, ...], ...], list[tuple[int, Leaf, Leaf]]] = {}
     for place, (first, second) in enumerate(part.pairs()):
         ranks = tuple(uploads.ranks_of(place).tolist())
         alike.setdefault((first.shape, second.shape, ranks), []).append((place, first, second))

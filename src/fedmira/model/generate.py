@@ -29,6 +29,7 @@ from fedmira.model.lanes import ANSWER_ROWS, Lane, Text, blanks_among, deal_rows
 from fedmira.model.load import Base, quiet
 from fedmira.model.prompts import Prompts, compute, states_after, texts_of
 from fedmira.model.source import first_line
+from fedmira.model.virtual import ahead
 
 __all__ = ["ANSWER_ROWS", "answers", "padded_answers"]
 
@@ -44,8 +45,11 @@ def answers(
 ) -> list[list[str]]:
     """Return the greedy answer to every prompt; prompts[k] are the token ids of client k's, at least one token each.
 
-    A prompt and its answer must fit in the base's positions: the data layer cuts prompts for that, and counts.
+    A client's virtual tokens stand before each. All of it and the answer must fit in the base's positions: the data
+    layer cuts prompts for that, and counts.
     """
+    first = ahead(adapters.layout.virtual_tokens)
+    prompts = [[(*first, *ids) for ids in own] for own in prompts]
     kept = _find_kept(base)
     found = [[""] * len(own) for own in prompts]
     token_bytes = None if kept is None else kept.token_bytes
@@ -77,9 +81,11 @@ def padded_answers(
         mask[row, longest - len(ids) :] = 1
     greedy = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=base.pad_id)
     with base.stack.filled(adapters, dtype=base.dtype, device=base.device), torch.no_grad(), quiet():
-        out = base.model.generate(tokens.to(base.device), attention_mask=mask.to(base.device), generation_config=greedy)
+        given = base.inputs(tokens.to(base.device))
+        out = base.model.generate(**given, attention_mask=mask.to(base.device), generation_config=greedy)
     stops = set(_stops(base))
-    written = [_until(row, stops) for row in out[:, longest:].tolist()]
+    new = out[:, longest:] if "input_ids" in given else out  # after embeddings only what is new comes back
+    written = [_until(row, stops) for row in new.tolist()]
     texts = base.tokenizer.batch_decode(written, skip_special_tokens=True)
     return [texts[k * width : k * width + len(own)] for k, own in enumerate(prompts)]
 

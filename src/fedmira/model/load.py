@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fedmira.errors import ModelError
@@ -67,6 +67,19 @@ class Base:
         pad = self.tokenizer.pad_token_id
         known = pad is not None and pad < len(self.head.weight)  # some tokenizers add one that their base never saw
         return int(pad if known else self.tokenizer.eos_token_id)
+
+    @property
+    def width(self) -> int:
+        """Width d of the token embeddings."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    def inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        """What the decoder is handed: ids, or embeddings where the stack's clients have virtual tokens before them."""
+        prompts = self.stack.prompts
+        if prompts is None:
+            return {"input_ids": ids}
+        owner = self.stack.owners(ids.numel()).to(ids.device)
+        return {"inputs_embeds": prompts.put(ids, owner, self.model.get_input_embeddings())}
 
 
 def load_base(

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from fedmira.adapters import Adapters
+from fedmira.adapters import Adapters, Part
 from fedmira.errors import ModelError, nearest
 from fedmira.model.packing import Segment
+from fedmira.model.virtual import Prompts, make_prompts
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ class Pair:
 
 @dataclass
 class Stack:
-    """What the stacked layers of one base read during a pass; empty means the untouched base."""
+    """What the stacked layers of one base read in a pass, and what stands before its texts; empty: the base alone."""
 
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
+    prompts: Prompts | None = None
     segments: tuple[Segment, ...] | None = None  # None: the batch is split evenly among the clients
     clients: int = 0
     dropout: Dropout | None = None
@@ -105,13 +107,18 @@ class Stack:
         dropout: Dropout | None = None,
     ) -> Iterator[None]:
         """Point every layer at its leaves for one pass; `gradient` [S, P] receives what backward computes."""
-        rows = adapters.rows.to(device=device, dtype=dtype)
+        exact = adapters.with_rows(adapters.rows.to(device=device))
+        rows = exact.rows.to(dtype=dtype)
         scale = adapters.scale.to(device=rows.device, dtype=dtype)[..., None, None]  # [S, 1, 1] or [S, modules, 1, 1]
         cast = adapters.with_rows(rows)
         into = None if gradient is None else adapters.with_rows(gradient)
+        taught: Part | None = None  # the prompt encoder that is trained in this pass
         for part in adapters.layout.parts:
             if not part.served:
                 continue
+            if part.kind == "prompt":
+                taught = part if into is not None and part.trained else None
+                self.prompts = make_prompts(part, exact, dtype=dtype, differentiable=taught is not None)
             for place, (first, second) in enumerate(part.pairs()):
                 own = scale if scale.ndim == 3 else scale[:, place]
                 pair = Pair(cast.leaf(first), cast.leaf(second), own)
@@ -125,8 +132,19 @@ class Stack:
             yield
             for pair in (pair for pairs in self.pairs.values() for pair in pairs):
                 pair.clear_unwritten()
+            if taught is not None and self.prompts is not None and into is not None:
+                self.prompts.write(taught, into)
         finally:
-            self.pairs, self.segments, self.clients, self.dropout, self.anchor = {}, None, 0, None, None
+            self.pairs, self.prompts, self.segments, self.clients = {}, None, None, 0
+            self.dropout = self.anchor = None
+
+    def owners(self, tokens: int) -> Tensor:
+        """Return the client of each of `tokens` tokens of a pass."""
+        parts = [
+            torch.arange(segment.first, segment.stop).repeat_interleave(segment.tokens)
+            for segment in self.split(tokens)
+        ]
+        return torch.cat(parts)
 
     def split(self, tokens: int) -> tuple[Segment, ...]:
         """Return the segments of a sequence of `tokens` tokens."""

@@ -14,6 +14,7 @@ from fedmira.model.load import Base
 from fedmira.model.lora import Dropout
 from fedmira.model.loss import sampled_loss, token_losses, weighted_loss
 from fedmira.model.packing import Pass, pack, pad
+from fedmira.model.virtual import lead
 
 
 def gradients(
@@ -35,6 +36,9 @@ def gradients(
     draws is the diagonal of the Gauss-Newton (Fisher) matrix of loss_k.
     Source of the latter: Liu et al. 2023 (arXiv:2305.14342), Algorithm 2.
     """
+    batch = lead(batch, adapters.layout.virtual_tokens)
+    if not any(part.kind == "lora" for part in adapters.layout.parts):
+        dropout = None  # it is LoRA's
     plan = plan_pass(base, batch, share=dropout is None)  # masks are drawn for every token of every example
     whole = len(plan.order) == len(adapters) and torch.equal(plan.order, torch.arange(len(adapters)))
     gradient = into if whole else torch.zeros(len(plan.order), into.shape[1], dtype=into.dtype, device=into.device)
@@ -66,7 +70,7 @@ def gradients(
 
 def losses(base: Base, adapters: Adapters, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the sum of token cross-entropies in nats [S] and the number of labelled tokens [S]; no gradient."""
-    plan = plan_pass(base, batch)
+    plan = plan_pass(base, lead(batch, adapters.layout.virtual_tokens))
     with (
         base.stack.filled(adapters.take(plan.order), dtype=base.dtype, device=base.device, segments=plan.segments),
         torch.no_grad(),
@@ -89,11 +93,12 @@ def states_of(base: Base, plan: Pass, *, kept: list[tuple[Tensor, Tensor]] | Non
     kept: takes the keys and values [1, H', N, D] of every layer, if the pass is packed.
     """
     if plan.attention is None:
-        states = base.decoder(input_ids=plan.ids, use_cache=False).last_hidden_state
+        states = base.decoder(**base.inputs(plan.ids), use_cache=False).last_hidden_state
     else:
         tail = nullcontext() if base.tail is None else base.tail.cut(plan)
         with tail as last, packed_attention(base.model, plan.attention, last=last, kept=kept):
-            states = base.decoder(input_ids=plan.ids, position_ids=plan.positions, use_cache=False).last_hidden_state
+            given = base.inputs(plan.ids)
+            states = base.decoder(**given, position_ids=plan.positions, use_cache=False).last_hidden_state
     return states.reshape(-1, states.shape[-1]).index_select(0, plan.where)
 
 

@@ -56,7 +56,8 @@ def compute(base: Base, rules: Rules, adapters: Adapters | None, lanes: Sequence
 def states_after(base: Base, turn: Turn, ids: Tensor) -> Tensor:
     """Hidden states [R, T, d] of tokens [R, T] that see what is kept."""
     with attending(base.model, turn):
-        states: Tensor = base.decoder(input_ids=ids, position_ids=turn.queries, use_cache=False).last_hidden_state
+        given = base.inputs(ids)
+        states: Tensor = base.decoder(**given, position_ids=turn.queries, use_cache=False).last_hidden_state
     return states
 
 

@@ -78,6 +78,21 @@ def check_prompts(model: transformers.PreTrainedModel, *, vocabulary: int, name:
         )
 
 
+def check_embeddings(decoder: nn.Module, embedding: nn.Module, *, name: str) -> None:
+    """Raise ModelError unless the base makes of the embeddings of some tokens what it makes of the tokens."""
+    weight = embedding.weight
+    assert isinstance(weight, Tensor)
+    ids = torch.randint(len(weight), (1, 8), generator=torch.Generator().manual_seed(4)).to(weight.device)
+    try:
+        with torch.no_grad():
+            usual = _wide(decoder(input_ids=ids, use_cache=False).last_hidden_state)
+            given = _wide(decoder(inputs_embeds=embedding(ids), use_cache=False).last_hidden_state)
+    except Exception as error:  # any architecture's own code
+        raise refuse(name, f"{type(decoder).__name__} takes no virtual tokens: {_describe(error)}") from error
+    if float((usual - given).abs().max()) > _tolerance(weight.dtype) * float(usual.abs().max().clamp(min=1)):
+        raise refuse(name, f"{type(decoder).__name__} reads more than embeddings, so it takes no virtual tokens")
+
+
 def list_unfit(decoder: nn.Module, layers: dict[str, nn.Module], *, vocabulary: int) -> dict[str, str]:
     """Return the layers that cannot carry an adapter per client, and why: not all tokens pass through them in order.
 
