@@ -98,7 +98,7 @@ STANDS_FOR = {
     "N": "11",
     "a.b=c ...": "training.batch_size=4",
     "mira-paper data.path=...": "mira-paper data.path=tasks.jsonl model.base_model=base federation.rounds=1 "
-    "evaluation.metrics=[loss]",
+    "data.max_length=1004 evaluation.metrics=[loss]",
 }
 
 

@@ -79,6 +79,17 @@ def test_training_lowers_the_loss(home: Path) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_its_clients_may_have_a_learning_rate_of_their_own(home: Path, study: fedmira.Study) -> None:
+    same, other = (
+        fedmira.run(config(home, f"rate-{rate}", methods=[{"name": "local"}, {**PROMPTS, "learning_rate": rate}]))
+        for rate in (0.05, 0.01)
+    )
+    changed = [differences(outcome(study.path), outcome(one.path)) for one in (same, other)]
+    assert all(name.endswith("README.md") for name in changed[0])  # which tell the settings
+    assert "fedptuning/seed-3/results.csv" in changed[1]
+    assert all(name.startswith("fedptuning") for name in changed[1])
+
+
 def test_bytes_are_those_of_the_encoder(study: fedmira.Study) -> None:
     for record in of_prompts(study).rounds:
         assert record["bytes_up"] == record["bytes_down"] == 3 * 4 * LAYOUT.size

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -63,6 +63,8 @@ def run_rounds(
     """
     config = federation.config
     training = make_training(config, seed)
+    if method.learning_rate is not None:
+        training = replace(training, learning_rate=method.learning_rate)
     validation = torch.tensor([math.nan if value is None else value for value in start.validation], dtype=torch.float64)
     ledger = Ledger(first_state(federation, method, seed, folder.path), validation, folder.path)
     restore(folder, ledger)

@@ -165,6 +165,7 @@ class Method:
     layout: Callable[[Layout, int], Layout] | None = (
         None  # (LoRA's, width of the base's embeddings) -> own; None: LoRA's
     )
+    learning_rate: float | None = None  # of its clients; None: the config's
     private: Callable[[Adapters], Memory] = lambda adapters: {}  # what a client keeps of its own before it ever trained
     accept: float | None = None  # a client keeps a reply only if its validation loss is not worse by more, in nats
     needs: Literal["each", "sum"] = "sum"  # must the server see each upload, or would their sum do

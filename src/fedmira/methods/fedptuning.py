@@ -32,6 +32,7 @@ class Config(Settings):
     virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = 20  # n, before every text; they take positions of the base
     hidden: Annotated[int, Field(ge=1, le=65536)] = 128  # h, width of the encoder's inner layers
     weights: Literal["examples", "uniform"] = "examples"  # of the mean over clients
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # of its clients; null: as in training, for LoRA
 
     @property
     def tokens_ahead(self) -> int:
@@ -54,4 +55,5 @@ def build(config: Config, cohort: Cohort) -> Method:
         uses_weights=config.weights == "examples",
         needs="sum",
         layout=layout,
+        learning_rate=config.learning_rate,
     )

@@ -28,6 +28,10 @@ count the rounds of the run; here it is those that the client took part in, or o
 
 Sources: Fed-Sophia, Elbakary et al. 2024 (arXiv:2406.06655); Sophia, Liu et al. 2023 (arXiv:2305.14342), Algorithms 2
 and 3.
+
+Checked against the public code of Sophia (Liuhong99/Sophia, sophia.py: rho, betas, step, an estimate without B) and of
+Fed-Sophia (Ahmed-Khaled-Saleh/Fed-Sophia-pytorch: what is averaged, by which weights, what tau counts); in both an
+estimate follows the step that it was due in, here it comes before. Of the paper itself no equation was read.
 """
 
 from typing import Annotated, Literal

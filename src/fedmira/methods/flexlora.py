@@ -13,6 +13,9 @@ orthonormal to the others in what is missing, and goes on learning there.
 As in the public code all singular values go into B, and alpha is the same for every rank. `weights: uniform` is ours.
 
 Source: FlexLoRA (arXiv:2402.11505, NeurIPS 2024), section 3.
+
+Checked against the public code (alibaba/FederatedScope, branch FlexLoRA, fed_utils/model_aggregation.py and
+adaptive_peft.py): weights by examples, alpha / r on each product, all singular values in B and divided by alpha / r.
 """
 
 from collections.abc import Iterator

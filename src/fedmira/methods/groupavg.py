@@ -9,6 +9,8 @@ MIRA's graph of kind `groups`: with everyone present, groups of n clients each a
 than a mean? With one group it is FedAvg, with groups of one it is local training.
 
 Sources: McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1, in each group; IFCA (arXiv:2006.04088) finds the groups.
+
+Not checked against the text or code of IFCA, of which no rule is used here.
 """
 
 from typing import Literal
