@@ -12,7 +12,9 @@ import yaml
 from tests import small_study, tiny
 from tests.small_study import CLIENTS, command
 
+import fedmira
 from fedmira.card import LICENCES, USE, Card, licence_of, merged_card, model_card, without_folders
+from fedmira.config import check_config
 
 LICENSED = {"ada": "CC BY-SA 4.0", "bo": "Unknown", "cy": "Our own terms: `ask` us"}  # 007 has two, the others none
 
@@ -143,6 +145,22 @@ def test_an_adapter_that_all_share_says_so(here: Path) -> None:
     assert facts(card(here, "ada", method="fedavg"))["adapter"] == "one that all clients of the run share"
 
 
+def test_an_adapter_that_all_share_as_far_as_their_ranks_go_says_so(here: Path) -> None:
+    raw = small_study.settings(
+        here / "base",
+        here / "rows.jsonl",
+        here / "ranks",
+        data={"split_column": "split"},
+        lora={"r": 8, "ranks": [1, 2, 2, 1, 2, 3]},
+        methods=[{"name": "flexlora"}],
+    )
+    fedmira.run(check_config(raw, "test"))
+    for client, rank in (("ada", 1), ("eve", 3)):
+        said = facts((here / "ranks/flexlora/seed-3/adapters" / client / "README.md").read_text(encoding="utf-8"))
+        assert said["adapter"] == "one that all clients of the run share, cut to this client's rank"
+        assert said["LoRA"].startswith(f"rank {rank},")
+
+
 @pytest.mark.parametrize(
     ("client", "lines", "said"),
     [
@@ -248,3 +266,22 @@ def test_the_card_of_a_merged_model_keeps_the_facts_and_loads_without_peft(here:
     assert "peft" not in text.split(USE)[1].lower()
     assert text.count(USE) == 1
     assert "/a/" not in text
+
+
+def test_the_card_of_a_prompt_says_what_it_is_and_that_its_encoder_is_elsewhere() -> None:
+    text = model_card("some/base", {"client": "ada", "virtual_tokens": 20, "hidden": 128})
+    assert front(text)["tags"] == ["p-tuning", "federated-learning", "fedmira"]
+    assert "# P-tuned prompt of client ada, made with FedMira" in text.splitlines()
+    assert facts(text)["virtual tokens"] == "20, made by an MLP of width 128"
+    assert "training goes on there, with `fedmira resume`, and not from this folder" in text
+    assert "  # 20 logits stand before a text's own" in text.split(USE)[1]
+    assert "lora" not in text.lower()
+    lora = model_card("some/base", {"client": "ada", "rank": 2, "alpha": 4.0})
+    assert not any(word in lora for word in ("virtual", "MLP", "resume", "prompt", "# 20"))
+
+
+def test_a_prompt_that_was_never_drawn_is_not_said_to_change_nothing() -> None:
+    """Virtual tokens move the base before any of them is trained."""
+    given: Card = {"personal": True, "drawn": 0, "scores": {"loss": (2.0, 3.0)}}
+    assert "is the common start and changes nothing." in model_card("x", given)
+    assert "is the common start.\n" in model_card("x", {**given, "virtual_tokens": 2, "hidden": 4})

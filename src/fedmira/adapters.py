@@ -151,7 +151,8 @@ def prompt_layout(width: int, tokens: int, hidden: int) -> Layout:
     """Lay out the prompt encoder of P-tuning: n virtual tokens, embeddings of width d, an MLP of width h.
 
     E = W2 relu(W1 relu(W0 V + b0) + b1) + b2, with V [n, d], W0 [h, d], W1 [h, h], W2 [d, h], is made of
-    n d + 2 d h + h^2 + 2 h + d parameters. Modules are named as in PEFT's PromptEncoder. Raises ShapeError for a size below 1.
+    n d + 2 d h + h^2 + 2 h + d parameters. Modules are named as in PEFT's PromptEncoder. Raises ShapeError for a size
+    below 1.
     Source: Liu et al. 2021 (arXiv:2103.10385), with an MLP where the paper has an LSTM before it.
     """
     if min(width, tokens, hidden) < 1:

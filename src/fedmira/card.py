@@ -34,6 +34,7 @@ class Card(TypedDict, total=False):
     client: str
     group: str | None
     personal: bool  # False: every client of the run has this adapter
+    cut: bool  # of one that all share, this client has as much as its rank has room for
     method: str
     settings: Mapping[str, Any]
     rounds: int
@@ -44,6 +45,8 @@ class Card(TypedDict, total=False):
     layers: int
     rank: int
     alpha: float
+    virtual_tokens: int  # of a prompt, in the place of rank, alpha, targets and layers
+    hidden: int  # width of the MLP that made them
     examples: int
     trained_tokens: int
     licence: str | None  # of the data; None = the data do not say
@@ -55,19 +58,21 @@ class Card(TypedDict, total=False):
 def model_card(base_model: str, card: Card, *, revision: str | None = None) -> str:
     """Write the card of an adapter; base_model and revision as in the config."""
     shown = shown_base(base_model)
+    prompt = "virtual_tokens" in card
+    kind = "P-tuned prompt" if prompt else "LoRA adapter"
     front = [
         f"base_model: {json.dumps(shown, ensure_ascii=False)}",
         "base_model_relation: adapter",
         "library_name: peft",
         "pipeline_tag: text-generation",
-        "tags: [lora, federated-learning, fedmira]",
+        f"tags: [{'p-tuning' if prompt else 'lora'}, federated-learning, fedmira]",
         *_licence_lines(card.get("licence")),
     ]
-    title = "# LoRA adapter made with FedMira"
+    title = f"# {kind} made with FedMira"
     if "client" in card:
-        title = f"# LoRA adapter of client {card['client']}, made with FedMira"
+        title = f"# {kind} of client {card['client']}, made with FedMira"
     body = [title, "", *(f"- {name}: {value}" for name, value in _facts(shown, card).items()), ""]
-    for section in (_test(card), _made(card), _warning(), _use(base_model, revision)):
+    for section in (_test(card), _made(card), _inside(card), _warning(), _use(base_model, revision, card)):
         body += section
     return "\n".join(["---", *front, "---", "", *body])
 
@@ -139,7 +144,8 @@ def _facts(base: str, card: Card) -> dict[str, str]:
     if "group" in card:  # others named it: no Markdown
         facts["group"] = f"`{_quoted(shown_name(card['group'] or 'none'))}`"
     if "personal" in card:
-        facts["adapter"] = "this client's own" if card["personal"] else "one that all clients of the run share"
+        cut = ", cut to this client's rank" if card.get("cut") else ""
+        facts["adapter"] = "this client's own" if card["personal"] else f"one that all clients of the run share{cut}"
     if "method" in card:
         settings = json.dumps(without_folders(card.get("settings") or {}), ensure_ascii=False, default=str)
         shown = "" if settings == "{}" else f" with `{_quoted(settings)}`"
@@ -154,6 +160,9 @@ def _facts(base: str, card: Card) -> dict[str, str]:
     if "rank" in card:
         layers = f" on {card['layers']} layers ({', '.join(sorted(card['targets']))})" if "layers" in card else ""
         facts["LoRA"] = f"rank {card['rank']}, alpha {card['alpha']:g}{layers}"
+    if "virtual_tokens" in card:
+        by = f", made by an MLP of width {card['hidden']}" if "hidden" in card else ""
+        facts["virtual tokens"] = f"{card['virtual_tokens']}{by}"
     if "examples" in card:
         facts["trained on"] = f"{card['examples']} examples, {card['trained_tokens']} tokens with a loss"
     stated = card.get("licence")
@@ -169,7 +178,8 @@ def _test(card: Card) -> list[str]:
     head = ["| metric | untouched base | this adapter |", "|---|---|---|"]
     notes = []
     if card.get("personal") and not card.get("drawn", 1):
-        notes = ["", "This client was never drawn: its adapter is the common start and changes nothing."]
+        nothing = "" if "virtual_tokens" in card else " and changes nothing"
+        notes = ["", f"This client was never drawn: its adapter is the common start{nothing}."]
     return ["## On this client's own test examples", "", *head, *rows, *notes, ""]
 
 
@@ -183,6 +193,16 @@ def _made(card: Card) -> list[str]:
     return ["## How it was made", "", how, ""]
 
 
+def _inside(card: Card) -> list[str]:
+    if "hidden" not in card:
+        return []
+    where = (
+        "Only the embeddings of the virtual tokens, as their encoder made them. The encoder's MLP stays in the run's "
+        "checkpoints: training goes on there, with `fedmira resume`, and not from this folder."
+    )
+    return ["## What is in this folder", "", where, ""]
+
+
 def _warning() -> list[str]:
     return [
         "## What it does not protect",
@@ -193,13 +213,14 @@ def _warning() -> list[str]:
     ]
 
 
-def _use(base_model: str, revision: str | None) -> list[str]:
+def _use(base_model: str, revision: str | None, card: Card) -> list[str]:
     load, comment = repr(base_model), ""
     if base_model.startswith(bundled.PREFIX):
         load = f"fedmira.bundled.resolve({base_model!r})"
     elif shown_base(base_model) != base_model:
         load, comment = repr(f"path/to/{shown_base(base_model)}"), "  # the folder with the sha256 above"
     at = "" if revision is None else f", revision={revision!r}"
+    ahead = f"  # {card['virtual_tokens']} logits stand before a text's own" if "virtual_tokens" in card else ""
     return [
         USE,
         "",
@@ -209,7 +230,7 @@ def _use(base_model: str, revision: str | None) -> list[str]:
         "from transformers import AutoModelForCausalLM",
         "",
         f"base = AutoModelForCausalLM.from_pretrained({load}{at}){comment}",
-        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+        f'model = PeftModel.from_pretrained(base, "path/to/this/folder"){ahead}',
         "```",
         "",
     ]

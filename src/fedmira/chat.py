@@ -1,7 +1,10 @@
-"""Talk to adapters beside the base they were trained on: the same question to all of them, in one pass."""
+"""Talk to adapters beside the base they were trained on: the same question to all of them.
+
+The base and all LoRA adapters answer in one pass; prompts of virtual tokens in another, for each number of them one.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,14 +12,15 @@ from typing import Any
 import torch
 
 from fedmira import bundled
-from fedmira.adapters import Adapters, lora_layout
+from fedmira.adapters import Adapters, lora_layout, soft_layout
 from fedmira.data.batches import encode_questions
 from fedmira.data.formats import Record, Turn
 from fedmira.data.templates import Template, make_template
 from fedmira.errors import ConfigError, ModelError, StoreError
-from fedmira.export import read_adapter
+from fedmira.export import PROMPT, read_adapter
 from fedmira.model.generate import answers
 from fedmira.model.load import Base, load_base, load_tokenizer
+from fedmira.model.trial import check_embeddings
 from fedmira.runs import RunFolder
 from fedmira.study import Run
 
@@ -24,16 +28,24 @@ BASE = "base"
 DEFAULT_NEW_TOKENS = 128
 
 
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """Speakers that answer in one pass: row i of `adapters` is that of number places[i] among all."""
+
+    places: tuple[int, ...]
+    adapters: Adapters
+
+
 @dataclass(eq=False)
 class Chat:
     """Several speakers on one base; each remembers the conversation as it went with itself.
 
-    names: "base" first, then one per adapter; row i of `adapters` belongs to names[i], and the base's is zero.
+    names: "base" first, then one per adapter; every one of them sits on one of the panels.
     """
 
     names: tuple[str, ...]
     base: Base
-    adapters: Adapters
+    panels: tuple[Panel, ...]
     template: Template
     max_new_tokens: int
     turns: list[list[Turn]] = field(default_factory=list)  # of each speaker; stays empty for single requests
@@ -49,19 +61,28 @@ class Chat:
             else Record(text, "", ("-",), {}, "the question")
             for own in self.turns
         ]
-        positions = self.base.max_positions
-        ids = encode_questions(
-            [self.template.render(one) for one in asked],
-            self.base.tokenizer,
-            self.template,
-            max_question=None if positions is None else positions - self.max_new_tokens,
-        )
-        written = answers(self.base, self.adapters, [[own] for own in ids], max_new_tokens=self.max_new_tokens)
-        replies = [own[0].strip() for own in written]
+        replies = [""] * len(self.names)
+        for panel in self.panels:
+            found = self._answers(panel, [asked[place] for place in panel.places])
+            for place, reply in zip(panel.places, found, strict=True):
+                replies[place] = reply
         if self.template.complete:
             for own, reply in zip(self.turns, replies, strict=True):
                 own += [Turn("user", text), Turn("assistant", reply)]
         return dict(zip(self.names, replies, strict=True))
+
+    def _answers(self, panel: Panel, asked: Sequence[Record]) -> list[str]:
+        """Let a panel answer, a question each, in one pass. A question is cut to the positions that are left for it."""
+        positions = self.base.max_positions
+        taken = self.max_new_tokens + panel.adapters.layout.virtual_tokens
+        ids = encode_questions(
+            [self.template.render(one) for one in asked],
+            self.base.tokenizer,
+            self.template,
+            max_question=None if positions is None else positions - taken,
+        )
+        written = answers(self.base, panel.adapters, [[own] for own in ids], max_new_tokens=self.max_new_tokens)
+        return [own[0].strip() for own in written]
 
 
 def open_chat(
@@ -104,24 +125,53 @@ def open_chat(
     usual = "chat" if getattr(tokenizer, "chat_template", None) else "none"
     named = template or (facts.get("template") if opened is not None else None) or usual
     shown = make_template(named, usual=usual, tokenizer=tokenizer)
-    targets = configs[0]["target_modules"]
+    usual_targets = "auto" if settings is None else settings.lora.target_modules  # which prompts say nothing of
+    targets = next((config["target_modules"] for config in configs if not _tokens(config)), usual_targets)
     base = load_base(wanted, revision=revision, dtype=facts.get("dtype", "auto"), targets=targets, tokenizer=tokenizer)
     if model is None and facts and facts["base_fingerprint"] != base.fingerprint:
         raise ModelError(
             f"model.base_model '{facts['base_model']}' is not the base this run was trained on (sha256 "
             f"{base.fingerprint[:12]}, trained on {facts['base_fingerprint'][:12]}); put that one back"
         )
-    positions = base.max_positions or 2 * DEFAULT_NEW_TOKENS
-    if max_new_tokens is not None and base.max_positions is not None and max_new_tokens >= positions:
-        raise ConfigError([f"--max-new-tokens {max_new_tokens}: the base has {positions} positions in all"], "chat")
-    ranks = [int(config["r"]) for config in configs]
-    layout = lora_layout(base.shapes, max(ranks))
-    rows = [torch.zeros(1, layout.size), *(read_adapter(folder, layout) for _, folder in chosen)]
-    scales = [0.0, *(float(config["lora_alpha"]) / rank for config, rank in zip(configs, ranks, strict=True))]
-    adapters = Adapters(layout, torch.cat(rows), torch.tensor([max(ranks), *ranks]), torch.tensor(scales))
     names = [BASE, *(name for name, _ in chosen)]
     distinct = tuple(name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names))
-    return Chat(distinct, base, adapters, shown, max_new_tokens or min(DEFAULT_NEW_TOKENS, positions // 2))
+    new = _new_tokens(max_new_tokens, base.max_positions, ahead=max(map(_tokens, configs)))
+    return Chat(distinct, base, _seat(base, [folder for _, folder in chosen], configs), shown, new)
+
+
+def _new_tokens(wanted: int | None, positions: int | None, *, ahead: int) -> int:
+    """Return the length of an answer; None: 128, or half of what virtual tokens leave of the base's positions.
+
+    Raises ConfigError if that leaves a question no room.
+    """
+    if positions is None:
+        return wanted or DEFAULT_NEW_TOKENS
+    new = wanted or max(1, min(DEFAULT_NEW_TOKENS, (positions - ahead) // 2))
+    if new + ahead >= positions:
+        beside = f", of which virtual tokens take {ahead}" if ahead else ""
+        raise ConfigError([f"--max-new-tokens {new}: the base has {positions} positions in all{beside}"], "chat")
+    return new
+
+
+def _seat(base: Base, folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> tuple[Panel, ...]:
+    """Seat the base (place 0) and all LoRA adapters on one panel, prompts on one for each number of virtual tokens."""
+    tokens = [_tokens(config) for config in configs]
+    plain = [place for place, count in enumerate(tokens) if not count]
+    ranks = [int(configs[place]["r"]) for place in plain]
+    layout = lora_layout(base.shapes, max(ranks, default=1))
+    rows = [torch.zeros(1, layout.size), *(read_adapter(folders[place], layout) for place in plain)]
+    scales = [0.0, *(float(configs[place]["lora_alpha"]) / rank for place, rank in zip(plain, ranks, strict=True))]
+    own = torch.tensor([max(ranks, default=1), *ranks])
+    panels = [Panel((0, *(place + 1 for place in plain)), Adapters(layout, torch.cat(rows), own, torch.tensor(scales)))]
+    for count in sorted(set(tokens) - {0}):
+        check_embeddings(base.decoder, base.model.get_input_embeddings(), name=base.name)
+        layout = soft_layout(base.width, count)
+        seated = [place for place, other in enumerate(tokens) if other == count]
+        rows = [read_adapter(folders[place], layout) for place in seated]
+        unranked = torch.zeros(len(seated), dtype=torch.int64)
+        adapters = Adapters(layout, torch.cat(rows), unranked, torch.ones(len(seated)))
+        panels.append(Panel(tuple(place + 1 for place in seated), adapters))
+    return tuple(panels)
 
 
 def _name(folder: Path) -> str:
@@ -133,18 +183,27 @@ def _name(folder: Path) -> str:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json. Raises StoreError if it is missing, damaged, or not a plain LoRA adapter's."""
+    """Read adapter_config.json. Raises StoreError if it is missing, damaged, or of no kind that is known here."""
     path = folder / "adapter_config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        fits = found["peft_type"] == "LORA" and int(found["r"]) > 0 and float(found["lora_alpha"]) > 0
+        if found["peft_type"] == PROMPT:
+            fits = int(found["num_virtual_tokens"]) > 0 and found.get("num_transformer_submodules") in (None, 1)
+        else:
+            fits = found["peft_type"] == "LORA" and int(found["r"]) > 0 and float(found["lora_alpha"]) > 0
+            fits = fits and bool(found.get("target_modules"))
     except FileNotFoundError:
         raise StoreError(f"'{folder}' is no adapter: it has no adapter_config.json") from None
     except (OSError, ValueError, KeyError, TypeError):
-        raise StoreError(f"'{path}' is damaged, or no LoRA adapter's") from None
+        raise StoreError(f"'{path}' is damaged, or neither a LoRA adapter's nor a P-tuned prompt's") from None
     odd = [
         key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if found.get(key)
     ]
     if not fits or odd:
-        raise StoreError(f"'{path}': only plain LoRA is known here{', not ' + odd[0] if odd else ''}")
+        raise StoreError(f"'{path}': only plain LoRA and P-tuning are known here{', not ' + odd[0] if odd else ''}")
     return dict(found)
+
+
+def _tokens(config: Mapping[str, Any]) -> int:
+    """Return how many virtual tokens an adapter has; LoRA has none."""
+    return int(config["num_virtual_tokens"]) if config["peft_type"] == PROMPT else 0

@@ -1,26 +1,49 @@
-"""One client's row as a standard PEFT folder: adapter_model.safetensors, adapter_config.json and a model card."""
+"""One client's row as a standard PEFT folder: adapter_model.safetensors, adapter_config.json and a model card.
+
+LoRA's factors, or of a prompt encoder the embeddings that it makes: what PEFT keeps of either.
+"""
 
 import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PromptEncoderConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from fedmira.adapters import Adapters, Layout
 from fedmira.card import Card, model_card, shown_base
 from fedmira.errors import StoreError
 from fedmira.model.source import join_some, list_pickles
+from fedmira.model.virtual import embeddings
 from fedmira.ranks import by_ending
 from fedmira.store import sync_folder, write_atomic
 
 PREFIX = "base_model.model."
+EMBEDDINGS = "prompt_embeddings"  # the one tensor of a prompt
+PROMPT = "P_TUNING"  # its peft_type
 FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What PEFT's config of a prompt says of its base and P-tuning does not read: decoder layers, attention heads."""
+
+    layers: int
+    heads: int
+
+
+def depth_of(config: PretrainedConfig) -> Depth:
+    """Return the depth of a base; what its config does not say is 1, for PEFT wants a number."""
+    text = config.get_text_config()
+    layers, heads = (getattr(text, name, None) or 1 for name in ("num_hidden_layers", "num_attention_heads"))
+    return Depth(int(layers), int(heads))
 
 
 def export_adapter(
@@ -32,18 +55,39 @@ def export_adapter(
     fan_in_fan_out: bool,
     card: Card,
     revision: str | None = None,
+    depth: Depth | None = None,
 ) -> None:
     """Write one client's adapter [1, P] so that PeftModel.from_pretrained loads it with equal logits.
 
-    base_model, revision: as the config has them. Tensors are float32 and cut to the client's own rank; alpha is
-    scale x rank. r is the largest rank; modules of another are in rank_pattern, and of another alpha in alpha_pattern.
+    base_model, revision: as the config has them. Tensors are float32.
+
+    LoRA: cut to the client's own rank; alpha is scale x rank. r is the largest rank; modules of another are in
+    rank_pattern, and of another alpha in alpha_pattern.
+
+    A prompt encoder: the embeddings [n, d] that it makes, and nothing of what it makes them with. target_modules and
+    fan_in_fan_out say nothing then; depth: None leaves it to PEFT, which reads it off the base.
+
     No hub is asked; PEFT's way of saving a whole model may look there whether the vocabulary has grown.
     Raises StoreError if the folder cannot be written.
     """
-    rank, alpha = rank_and_alpha(adapters)
-    modules, ranks, alphas = _by_module(adapters)
+    config: LoraConfig | PromptEncoderConfig
+    if adapters.layout.virtual_tokens:
+        config = _prompt_config(adapters.layout, depth)
+    else:
+        config = _lora_config(adapters, target_modules, fan_in_fan_out=fan_in_fan_out)
+    config.base_model_name_or_path, config.revision = base_model, revision
     tensors = peft_tensors(adapters)
-    config = LoraConfig(
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    config.save_pretrained(str(folder))
+    own: Card = {**card, **describe(adapters)}
+    write_atomic(folder / "README.md", model_card(base_model, own, revision=revision).encode())
+
+
+def _lora_config(adapters: Adapters, target_modules: Sequence[str], *, fan_in_fan_out: bool) -> LoraConfig:
+    rank, alpha = _rank_and_alpha(adapters)
+    modules, ranks, alphas = _by_module(adapters)
+    return LoraConfig(
         r=rank,
         lora_alpha=alpha,
         rank_pattern={name: own for name, own in by_ending(modules, ranks).items() if own != rank},
@@ -53,19 +97,37 @@ def export_adapter(
         bias="none",
         task_type="CAUSAL_LM",
         fan_in_fan_out=fan_in_fan_out,
-        base_model_name_or_path=base_model,
-        revision=revision,
         inference_mode=True,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-    config.save_pretrained(str(folder))
-    own: Card = {**card, "rank": rank, "alpha": alpha}
-    write_atomic(folder / "README.md", model_card(base_model, own, revision=revision).encode())
+
+
+def _prompt_config(layout: Layout, depth: Depth | None) -> PromptEncoderConfig:
+    tokens, width = layout.part("prompt").leaves[0].shape
+    return PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=tokens,
+        token_dim=width,
+        num_transformer_submodules=1,
+        num_layers=None if depth is None else depth.layers,
+        num_attention_heads=None if depth is None else depth.heads,
+        encoder_reparameterization_type="MLP",
+        encoder_hidden_size=_hidden(layout),
+        inference_mode=True,
+    )
+
+
+def _hidden(layout: Layout) -> int | None:
+    """Return the width of a prompt encoder's MLP, which is that of its first bias; None without one."""
+    return next((leaf.shape[0] for leaf in layout.part("prompt").leaves if leaf.factor == "bias"), None)
 
 
 def peft_tensors(adapters: Adapters) -> dict[str, Tensor]:
-    """Name the factors of one client [1, P] as PEFT does: base_model.model.<module>.lora_{A,B}.weight."""
+    """Name the tensors of one client [1, P] as PEFT does.
+
+    Factors: base_model.model.<module>.lora_{A,B}.weight; what a prompt encoder makes: prompt_embeddings [n, d].
+    """
+    if adapters.layout.virtual_tokens:
+        return {EMBEDDINGS: embeddings(adapters)[0].contiguous()}
     tensors = {}
     for place, (first, second) in enumerate(adapters.layout.part("lora").pairs()):
         name, rank = f"{PREFIX}{first.module}", int(adapters.ranks_of(place)[0])
@@ -74,7 +136,22 @@ def peft_tensors(adapters: Adapters) -> dict[str, Tensor]:
     return tensors
 
 
-def rank_and_alpha(adapters: Adapters) -> tuple[int, float | int]:
+def describe(adapters: Adapters) -> Card:
+    """Return what a card says of one client's adapter [1, P] itself: its rank and alpha, or its virtual tokens."""
+    if not adapters.layout.virtual_tokens:
+        rank, alpha = _rank_and_alpha(adapters)
+        return {"rank": rank, "alpha": alpha}
+    found: Card = {"virtual_tokens": adapters.layout.virtual_tokens}
+    hidden = _hidden(adapters.layout)
+    return found if hidden is None else {**found, "hidden": hidden}
+
+
+def count_exported(layout: Layout) -> int:
+    """Count the numbers of a client's file at full rank: all parameters, or of a prompt encoder the embeddings' own."""
+    return layout.part("prompt").leaves[0].size if layout.virtual_tokens else layout.parameters
+
+
+def _rank_and_alpha(adapters: Adapters) -> tuple[int, float | int]:
     """Return the largest rank of one client's modules [1, P], and alpha = scale x rank of the first that has it."""
     _, ranks, alphas = _by_module(adapters)
     return max(ranks), alphas[ranks.index(max(ranks))]
@@ -153,6 +230,7 @@ def _name_base_only(path: Path) -> None:
 def read_adapter(folder: Path, layout: Layout) -> Tensor:
     """Read a PEFT folder of ours back into a row [1, P]; only adapter_model.safetensors is opened.
 
+    A prompt fits a soft_layout: its encoder is not in the folder.
     Raises StoreError if it does not fit the layout, is damaged, or pickles lie in the folder.
     """
     path = folder / "adapter_model.safetensors"
@@ -168,9 +246,16 @@ def read_adapter(folder: Path, layout: Layout) -> Tensor:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise StoreError(f"'{path}' is damaged, or no safetensors file: {error}") from None
-    part = layout.part("lora")
+    row = (_prompt_row if layout.virtual_tokens else _lora_row)(path, tensors, layout)
+    if tensors:
+        raise StoreError(f"'{path}': unexpected tensor '{next(iter(tensors))}'")
+    return row
+
+
+def _lora_row(path: Path, tensors: dict[str, Tensor], layout: Layout) -> Tensor:
+    """Lay the factors out as a row, zero beyond their rank; they are taken out of `tensors`."""
     row = torch.zeros(1, layout.size)
-    for leaf in part.leaves:
+    for leaf in layout.part("lora").leaves:
         name = f"{PREFIX}{leaf.module}.lora_{leaf.factor}.weight"
         if name not in tensors:
             raise StoreError(f"'{path}': no tensor '{name}'; was it made for another base or other target_modules?")
@@ -179,9 +264,34 @@ def read_adapter(folder: Path, layout: Layout) -> Tensor:
         if found.ndim != 2 or any(own > room for own, room in zip(found.shape, leaf.shape, strict=True)):
             raise StoreError(f"'{path}': '{name}' is {tuple(found.shape)}, at most {leaf.shape} fits")
         place[: found.shape[0], : found.shape[1]] = found
-    if tensors:
-        raise StoreError(f"'{path}': unexpected tensor '{next(iter(tensors))}'")
     return row
+
+
+def _prompt_row(path: Path, tensors: dict[str, Tensor], layout: Layout) -> Tensor:
+    """Lay the embeddings out as a row; they are taken out of `tensors`."""
+    leaf, *encoder = layout.part("prompt").leaves
+    if encoder:
+        raise StoreError(f"'{path}' can hold what a prompt encoder made, and not the encoder: read it as soft_layout")
+    if EMBEDDINGS not in tensors:
+        raise StoreError(f"'{path}': no tensor '{EMBEDDINGS}'; is it a prompt's?")
+    found = tensors.pop(EMBEDDINGS)
+    if tuple(found.shape) != leaf.shape:
+        raise StoreError(
+            f"'{path}': '{EMBEDDINGS}' is {tuple(found.shape)}, and {leaf.shape} is needed; was it made for another "
+            "base?"
+        )
+    row = torch.zeros(1, layout.size)
+    row[0, leaf.start : leaf.stop] = found.flatten()
+    return row
+
+
+def kind_of(folder: Path) -> str:
+    """Return the peft_type of an adapter's folder. Raises StoreError if its adapter_config.json cannot be read."""
+    path = folder / "adapter_config.json"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["peft_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise StoreError(f"'{path}' is missing or damaged; export the adapter again") from None
 
 
 def short_targets(modules: Sequence[str], linears: Sequence[str]) -> list[str]:

@@ -15,9 +15,10 @@ from torch import Tensor
 from fedmira.adapters import Adapters
 from fedmira.card import Card, licence_of, model_card
 from fedmira.engine.federation import Observer, first_state
-from fedmira.export import export_adapter, rank_and_alpha, short_targets
+from fedmira.export import count_exported, depth_of, describe, export_adapter, short_targets
 from fedmira.methods.base import Method
 from fedmira.prepare import Prepared
+from fedmira.ranks import is_mixed
 from fedmira.runs import RunFolder
 from fedmira.store import write_atomic
 
@@ -34,14 +35,16 @@ def write_adapters(
     Clients with the same adapter, as all of a shared method and those never drawn of a personal one, get hard links to
     one read-only file where there are so many that copies would fill the disk.
     """
-    federation, facts = prepared.federation, folder.facts
+    facts = folder.facts
     method = prepared.methods[facts["label"], facts["seed"]]
+    federation = prepared.federation.under(method)
+    prompts = federation.layout.virtual_tokens > 0
     own = method.personal or method.tune is not None
     one = not own and len(first_state(federation, method, facts["seed"]).adapters) == 1  # else one of each group
     targets = short_targets([name for name, _, _ in federation.base.shapes], prepared.linears)
     scores = _scores(folder)
     drawn = count_drawn(method, folder.records(), [client.id for client in federation.clients])
-    links = len(federation) * federation.layout.parameters * 4 > LINK_BYTES
+    links = len(federation) * count_exported(federation.layout) * 4 > LINK_BYTES
     pool = (sum(len(one.train) for one in federation.clients), sum(one.trained_tokens for one in federation.clients))
     common: dict[tuple[tuple[int, ...], str], Path] = {}  # ranks and sha256 of a row that others may have -> its folder
     for position, client in enumerate(federation.clients):
@@ -55,18 +58,20 @@ def write_adapters(
             "rounds": facts["rounds"],
             "seed": facts["seed"],
             "base_sha256": facts["base_fingerprint"],
-            "targets": sorted({name.rsplit(".", 1)[-1] for name, _, _ in federation.base.shapes}),
-            "layers": len(federation.base.shapes),
             "licence": licence_of(client.columns),
             "scores": scores.get(client.id, {}),
             "version": facts["versions"]["fedmira"],
             "date": facts["started"][:10],
         }
+        if not prompts:
+            card["targets"] = sorted({name.rsplit(".", 1)[-1] for name, _, _ in federation.base.shapes})
+            card["layers"] = len(federation.base.shapes)
         if method.trains != "nobody":
             trained = pool if method.trains == "pool" else (len(client.train), client.trained_tokens)
             card["examples"], card["trained_tokens"] = trained
         if own or one:
             card["personal"] = own
+            card["cut"] = not own and is_mixed(federation.ranks)
         if drawn[client.id] or method.tune is None:  # a card takes a personal adapter never drawn for the common start
             card["drawn"] = drawn[client.id]
         model = federation.config.model
@@ -81,13 +86,13 @@ def write_adapters(
                 revision=model.revision,
                 target_modules=targets,
                 fan_in_fan_out=federation.base.transposed,
+                depth=depth_of(federation.base.model.config) if prompts else None,
                 card=card,
             )
             if links and not (own and (drawn[client.id] or method.tune is not None)):
                 common[key] = place
         else:
-            rank, alpha = rank_and_alpha(served)
-            linked: Card = {**card, "rank": rank, "alpha": alpha}
+            linked: Card = {**card, **describe(served)}
             write_atomic(place / "README.md", model_card(model.base_model, linked, revision=model.revision).encode())
         observer("export", {"done": position + 1, "clients": len(federation)})
 

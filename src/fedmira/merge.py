@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from fedmira import bundled
 from fedmira.card import merged_card
 from fedmira.errors import ConfigError, ModelError, StoreError
-from fedmira.export import check_adapters, check_free, new_folder
+from fedmira.export import PROMPT, check_adapters, check_free, kind_of, new_folder
 from fedmira.model.load import quiet
 from fedmira.model.source import digest, find_folder, first_line, load_config, positions
 
@@ -63,12 +63,19 @@ def merge_adapters(
 
     facts: run.json, for the base's name and sha256 and the type it was computed in; dtype: another type than that.
     All checks come before any weights are loaded. Raises ConfigError, StoreError or ModelError: an unknown type, a
-    taken target, pickles, too little disk, a base that is not the run's, or logits that differ by more than TOLERANCES.
+    taken target, pickles, a prompt, too little disk, a base that is not the run's, or logits that differ by more than
+    TOLERANCES.
     """
     kind = str(dtype or facts["dtype"])
     if kind not in DTYPES:
         raise ConfigError([f"--dtype: found '{kind}'; allowed here: {', '.join(DTYPES)}"], "export")
     check_adapters(sources)
+    for source in sources:
+        if kind_of(source) == PROMPT:
+            raise StoreError(
+                f"'{source}' is a prompt of virtual tokens, which stand before a text and cannot be merged into "
+                "weights; export it without --merge, and load it with PEFT"
+            )
     check_free(targets)
     name = str(facts["base_model"])
     folder = find_folder(bundled.resolve(name), revision=revision, weights=True)

@@ -12,6 +12,7 @@ from fedmira.config import Config
 from fedmira.data.batches import Encoded
 from fedmira.engine.federation import Observer, first_state, make_optimizer
 from fedmira.engine.probe import measure_speeds
+from fedmira.export import count_exported
 from fedmira.methods import build
 from fedmira.plan import Plan, Work, count_run, count_start, plan_cohort
 from fedmira.prepare import Prepared, prepare, take_in, using_threads
@@ -123,7 +124,7 @@ def _plan(prepared: Prepared) -> Plan:
         rows = {place: max(rows[place], needed[place]) for place in rows}
         changed = 0 if method.trains == "nobody" else shared + own
         checkpoints += COPIES * (changed + kept) * each * len(config.seeds)
-        whole = under.layout.parameters * 4
+        whole = count_exported(under.layout) * 4
         links = len(clients) * whole > handover.LINK_BYTES  # then equal adapters share a file
         distinct = own + (own < len(clients)) if method.personal else tuned or shared
         adapters += (distinct if links else len(clients)) * whole * len(config.seeds)

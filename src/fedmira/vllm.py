@@ -17,6 +17,7 @@ are linear layers of transformers' model, by its names (q_proj) |
 | no vocabulary of its own: an embedding's adapter must have the base's size | lora_model.py | embeddings get none |
 | the model serves LoRA at all (`SupportsLoRA`) | config/lora.py | `NO_LORA` lists the others |
 | a name is not the base's own, and is given once | openai/models/serving.py | client ids; `serve_line` |
+| no prompt of virtual tokens: prompt adapters are gone since 0.10 (pull request 20588) | - | `serve_line` says so |
 
 Weights may be float32: vLLM rounds them to the type that it computes in (float16 or bfloat16 on a GPU). It reads no
 fan_in_fan_out, and needs none: the factors of a Conv1D (GPT-2) have the same shapes. But it serves no LoRA on GPT-2
@@ -30,6 +31,7 @@ from pathlib import Path
 
 from fedmira import bundled
 from fedmira.errors import StoreError
+from fedmira.export import PROMPT
 
 VERSION = "0.33"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -57,17 +59,20 @@ def serve_line(
     base_model, revision: as in the config; architecture: the class of the base, None = not known.
     Raises StoreError if a folder's adapter_config.json cannot be read.
     """
+    configs = [_read(folder) for folder in folders]
+    if any(config.get("peft_type") == PROMPT for config in configs):
+        return f"# vLLM {VERSION} serves no virtual tokens: load base and prompt with PEFT, as each README.md shows"
     if architecture in NO_LORA:
         return (
             f"# vLLM {VERSION} serves no LoRA on {architecture}: export whole models with --merge, and serve one with "
             "'vllm serve FOLDER'"
         )
-    if any(_read(folder).get("rank_pattern") for folder in folders):
+    if any(config.get("rank_pattern") for config in configs):
         return (
             f"# vLLM {VERSION} reads one rank per adapter, and some here have another on some layers: export whole "
             "models with --merge"
         )
-    rank = max(int(str(_read(folder)["r"])) for folder in folders)
+    rank = max(int(str(config["r"])) for config in configs)
     allowed = max_lora_rank(rank)
     if allowed is None:
         return f"# vLLM {VERSION} takes ranks up to {RANKS[-1]}, and this is {rank}: export whole models with --merge"
@@ -98,7 +103,8 @@ def _read(folder: Path) -> Mapping[str, object]:
     path = folder / "adapter_config.json"
     try:
         config: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))
-        int(str(config["r"]))
+        if config.get("peft_type") != PROMPT:
+            int(str(config["r"]))
         return config
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise StoreError(f"'{path}' is missing or damaged; export the adapter again") from None
