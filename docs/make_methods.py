@@ -2,13 +2,15 @@
 
     python docs/make_methods.py
 
-The pages are kept beside the source so that they can be read without building anything; a test fails where they differ
-from what this file makes now.
+Bytes as measured are those of benchmarks/results, which benchmarks/paper/every_method.py stores. The pages are kept
+beside the source so that they can be read without building anything; a test fails where they differ from what this file
+makes now.
 """
 
 import ast
 import inspect
 import io
+import json
 import re
 import textwrap
 import tokenize
@@ -16,21 +18,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from fedmira.adapters import Adapters, lora_layout, start_adapters
+from fedmira.method_facts import MethodFacts, method_facts
 from fedmira.methods import ALIASES, MethodModule, load, names
-from fedmira.methods.base import Clock, Cohort, Memory, Message, Method, Settings, Tools
+from fedmira.methods.base import Settings
 
 FOLDER = Path(__file__).parent / "methods"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 SCRIPT = "docs/make_methods.py"
-CLIENTS = 4
-LAYOUT = lora_layout([("layer", 4, 4)], 2)
+MEASURED = {"demo": "on the demo", "ni": "on Natural Instructions"}  # as in methods-demo.json
 LETTERS = (
-    "S: clients of a round. P: numbers of one client's adapter, as rows are sent (padded to a multiple of 16). "
-    "4 bytes each; the headers of a real network are not counted."
+    "S: clients of a round. P: numbers of one client's row, padded to a multiple of 16. Where clients differ in rank, "
+    "every row has room for the largest, and its zeros are counted too. 4 bytes each; the headers of a real network "
+    "are not counted."
 )
 
 
@@ -45,7 +44,7 @@ def method_page(name: str, module: MethodModule) -> str:
     rows = list(settings_rows(module.Config))
     table = ["| key | default | may be | meaning |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     also = [alias for alias, target in ALIASES.items() if target == name]
-    facts = describe(build(module))
+    facts = describe(method_facts(module)) | measured(name, stored())
     parts = [
         f"# {name}",
         _prose(first),
@@ -68,15 +67,15 @@ def overview(listed: Sequence[str]) -> str:
     lines = []
     for name in listed:
         module = load(name)
-        facts = describe(build(module))
-        title = _prose((module.__doc__ or "").strip().splitlines()[0]).replace("|", "\\|")
-        lines.append(f"| [{name}]({name}.md) | {title} | {' | '.join(facts.values())} |")
-    columns = ["method", "what it does", *describe(build(load(listed[0])))]
+        facts = method_facts(module)
+        title = _prose(facts.about).replace("|", "\\|")
+        lines.append(f"| [{name}]({name}.md) | {title} | {' | '.join(describe(facts).values())} |")
+    columns = ["method", "what it does", *describe(method_facts(load(listed[0])))]
     parts = [
         "# Methods",
         "A study names those that it compares: `methods: [{name: local}, {name: mira, lambda: 0.1}]`. The command "
         "`fedmira methods` lists them; a file of your own is [as good](../adding-a-method.md). The table is about the "
-        "default settings.",
+        "default settings; [every method](../results/methods.md) was measured on two data sets.",
         "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *lines]),
         LETTERS,
         f"Made by `{SCRIPT}` from the [files of the methods](../../src/fedmira/methods).",
@@ -188,56 +187,42 @@ def snippet(name: str, module: MethodModule) -> str:
 # ---------------------------------------------------------------- the method itself
 
 
-def build(module: MethodModule) -> Method:
-    """Build a method with its default settings for a few clients."""
-    ids = tuple(f"client-{k}" for k in range(CLIENTS))
-    cohort = Cohort(ids, (1,) * CLIENTS, ({},) * CLIENTS, (np.arange(CLIENTS),), seed=0)
-    return module.build(module.Config(), cohort)
-
-
-def describe(method: Method) -> dict[str, str]:
+def describe(facts: MethodFacts) -> dict[str, str]:
     """Return what a method gives and needs, in words."""
-    down, up = exchange(method)
-    sees, travels = "each upload" if method.needs == "each" else "the sum of the uploads", "nothing"
-    if method.exchanges:
-        travels = f"{_amount(up)} up, {_amount(down)} down"
+    sees = {"each": "each upload", "sum": "the sum of the uploads", "nothing": "nothing"}
     own = "an adapter of its own (`personal`)"
     return {
-        "each client gets": own if method.personal or method.tune else "the shared one (`global`)",
-        "the server must see": sees if method.exchanges else "nothing",
-        "example counts": "are used" if method.uses_weights else "are not used",
-        "bytes that travel per round": travels,
+        "paper": _prose(", ".join(facts.papers)) or "none",
+        "each client gets": own if facts.view == "personal" else "the shared one (`global`)",
+        "the server must see": sees[facts.needs],
+        "example counts": "are used" if facts.weighs else "are not used",
+        "what is sent": facts.sends,
+        "bytes that travel per round": facts.bytes,
     }
 
 
-def _amount(message: Message) -> str:
-    """Write the size of S clients' messages."""
-    share = message.rows.shape[1] / LAYOUT.size
-    row = f"S x {'' if share == 1 else f'{share:g} x '}P x 4"
-    return f"{row} + S x {8 * len(message.scalars)}" if message.scalars else row
+def stored(folder: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
+    """Return the stored rows of each data set that every method was measured on."""
+    paths = {what: folder / f"methods-{what}.json" for what in MEASURED}
+    return {what: json.loads(path.read_text("utf-8"))["rows"] for what, path in paths.items() if path.is_file()}
 
 
-def exchange(method: Method) -> tuple[Message, Message]:
-    """Return what is sent and what comes back in a first round with one local step, gradients all zero."""
-    ids, ranks = torch.arange(CLIENTS), torch.full((CLIENTS,), 2)
-    start = start_adapters(LAYOUT, ranks if method.personal else ranks[:1], 4.0, torch.Generator().manual_seed(0))
-    given = method.send(method.init(start, Clock(0)), ids, Clock(1))
-    adapters = Adapters(LAYOUT, given.rows[:, : LAYOUT.size].clone(), ranks, 4.0 / ranks)
+def measured(name: str, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """Return the bytes of one client in one round as they were counted, for each data set that has this method."""
+    lines = {}
+    for what, rows in found.items():
+        for row in rows:
+            if row["label"] == name:
+                up, down = (_range(*row[key]) for key in ("bytes_up", "bytes_down"))
+                amount = f"{up} up and as many down" if up == down else f"{up} up, {down} down"
+                size = f"P = {row['parameters']:,} before padding"
+                each = f"{amount}, of one client in one round ({size})" if row["bytes_up"][1] else "nothing"
+                lines[f"bytes [measured](../results/methods.md) {MEASURED[what]}"] = each
+    return lines
 
-    def grad(current: Adapters) -> tuple[Tensor, Tensor]:
-        return torch.zeros(len(current)), torch.zeros_like(current.rows)
 
-    def update(current: Adapters, gradient: Tensor, memory: Memory) -> tuple[Adapters, Memory]:
-        return current, memory
-
-    def rng(purpose: str) -> list[np.random.Generator]:
-        return [np.random.default_rng(k) for k in range(CLIENTS)]
-
-    clock = Clock(1, steps=torch.ones(CLIENTS, dtype=torch.int64), learning_rate=0.1)
-    tools = Tools(clock, grad, update, rng, grad)
-    adapters, memory = method.begin(adapters, method.private(adapters), given, tools)
-    adapters, memory = method.step(adapters, memory, given, tools)
-    return given, method.finish(adapters, memory, given, tools)[0]
+def _range(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def main(folder: Path = FOLDER) -> None:

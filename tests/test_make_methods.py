@@ -1,6 +1,7 @@
 """The pages of the methods are what their source says today, and their configs run."""
 
 import importlib.util
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from pydantic import Field
 from tests.pages import ROOT, split_page
 
 import fedmira
+from fedmira.method_facts import build_default, method_facts
 from fedmira.methods import names
-from fedmira.methods.base import Message, Method, Settings
+from fedmira.methods.base import Message, Settings
 
 FOLDER = ROOT / "docs" / "methods"
 
@@ -118,34 +120,54 @@ def test_nested_settings_are_written_on_one_line() -> None:
     )
 
 
-def described(method: Method, **changes: Any) -> Mapping[str, str]:
-    return made.describe(replace(method, **changes))
+def described(name: str, **changes: Any) -> Mapping[str, str]:
+    module = fedmira.load_method(name)
+    return made.describe(method_facts(module, replace(build_default(module), **changes)))
 
 
 def test_the_facts_are_those_of_the_method_that_is_built() -> None:
-    fedavg, local = (made.build(fedmira.load_method(name)) for name in ("fedavg", "local"))
-    assert list(described(fedavg).values()) == [
+    assert list(described("fedavg").values()) == [
+        "[arXiv:1602.05629](https://arxiv.org/abs/1602.05629), [arXiv:2305.05644](https://arxiv.org/abs/2305.05644)",
         "the shared one (`global`)",
         "the sum of the uploads",
         "are used",
+        "the LoRA factors",
         "S x P x 4 up, S x P x 4 down",
     ]
-    assert list(described(local).values()) == [
+    assert list(described("local").values()) == [
+        "none",
         "an adapter of its own (`personal`)",
         "nothing",
         "are not used",
         "nothing",
+        "nothing",
     ]
-    assert described(fedavg, needs="each")["the server must see"] == "each upload"
+    assert described("fedptuning")["what is sent"] == "the prompt encoder"
+    assert described("fedavg", needs="each")["the server must see"] == "each upload"
 
 
 def test_what_travels_is_measured_on_the_messages() -> None:
-    fedavg = made.build(fedmira.load_method("fedavg"))
-
     def finish(adapters: Any, memory: Any, given: Message, tools: Any) -> Any:
         assert len(tools.rng("noise")) == len(adapters)
         rows = torch.cat([adapters.rows, given.rows[:, ::2]], dim=1)
         return Message(rows, {"loss": torch.zeros(len(adapters))}), memory
 
-    travels = described(fedavg, finish=finish)["bytes that travel per round"]
+    travels = described("fedavg", finish=finish)["bytes that travel per round"]
     assert travels == "S x 1.5 x P x 4 + S x 8 up, S x P x 4 down"
+
+
+def row(label: str, up: list[int], down: list[int]) -> dict[str, Any]:
+    return {"label": label, "bytes_up": up, "bytes_down": down, "parameters": 1004}
+
+
+def test_stored_bytes_stand_on_the_page_of_the_method_that_they_are_of(tmp_path: Path) -> None:
+    rows = [row("fedavg", [4032, 4032], [4032, 4032]), row("local", [0, 0], [0, 0]), row("half", [2016, 4032], [8, 8])]
+    (tmp_path / "methods-demo.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    found = made.stored(tmp_path)
+    key = "bytes [measured](../results/methods.md) on the demo"
+    assert made.measured("fedavg", found) == {
+        key: "4,032 up and as many down, of one client in one round (P = 1,004 before padding)"
+    }
+    assert made.measured("half", found)[key].startswith("2,016 to 4,032 up, 8 down, of one client")
+    assert made.measured("local", found) == {key: "nothing"}
+    assert made.measured("mira", found) == {}

@@ -86,6 +86,11 @@ class Layout:
         return sum(leaf.size for part in self.parts for leaf in part.leaves)
 
     @property
+    def low_rank(self) -> bool:
+        """Are there low-rank factors, which ranks and scales are about?"""
+        return any(part.kind == "lora" for part in self.parts)
+
+    @property
     def virtual_tokens(self) -> int:
         """How many virtual tokens n stand before every text: the rows of the prompt encoder's embedding."""
         return sum(part.leaves[0].shape[0] for part in self.parts if part.kind == "prompt" and part.served)

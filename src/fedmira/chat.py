@@ -163,8 +163,9 @@ def _seat(base: Base, folders: Sequence[Path], configs: Sequence[Mapping[str, An
     scales = [0.0, *(float(configs[place]["lora_alpha"]) / rank for place, rank in zip(plain, ranks, strict=True))]
     own = torch.tensor([max(ranks, default=1), *ranks])
     panels = [Panel((0, *(place + 1 for place in plain)), Adapters(layout, torch.cat(rows), own, torch.tensor(scales)))]
-    for count in sorted(set(tokens) - {0}):
+    if any(tokens):
         check_embeddings(base.decoder, base.model.get_input_embeddings(), name=base.name)
+    for count in sorted(set(tokens) - {0}):
         layout = soft_layout(base.width, count)
         seated = [place for place, other in enumerate(tokens) if other == count]
         rows = [read_adapter(folders[place], layout) for place in seated]

@@ -10,11 +10,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from fedmira import bundled, preview, study
 from fedmira.chat import open_chat
@@ -22,6 +25,7 @@ from fedmira.doctor import describe_machine, examine
 from fedmira.draft import draft_config
 from fedmira.errors import ConfigError, FedMiraError, Stopped
 from fedmira.merge import Merged
+from fedmira.method_facts import method_facts
 from fedmira.reports.render import summary_tables
 from fedmira.screen import questions, show_examples, show_plan, side_by_side, visible
 from fedmira.vllm import serve_line, serve_merged_line
@@ -46,6 +50,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 SAVED = "finished rounds of a study that had begun are saved; it goes on with 'fedmira resume STUDY'"
 PLAIN_WIDTH = 120  # of tables that go to a file or a pipe
+LIST_WIDTH = 1000  # of lists there: one line for each entry, for grep and its like
 
 
 @app.command()
@@ -181,13 +186,22 @@ def chat(
 
 @app.command()
 def methods(as_json: AsJson = False, debug: Debug = False) -> None:
-    """List the methods, with the first line of each one's description."""
-    found = {name: (study.load_method(name).__doc__ or "").strip().splitlines()[0] for name in study.methods()}
+    """List the methods: what each does, who gets an adapter, what the server must see, what travels, the papers.
+
+    Bytes are those of a round. S: its clients. P: numbers of a client's row. With default settings.
+    """
+    found = {name: method_facts(study.load_method(name)) for name in study.methods()}
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps({name: asdict(facts) for name, facts in found.items()}))
         return
-    for name, line in found.items():
-        print(f"{name:12s} {line}")
+    console = Console()
+    table = Table.grid(padding=(0, 2))
+    gap = "\n" if console.is_terminal else "  "
+    for name, facts in found.items():
+        table.add_row(Text(name), Text(f"{facts.about}{gap}{facts.line}"))
+    if not console.is_terminal:
+        console.width = LIST_WIDTH
+    console.print(table)
 
 
 @app.command()

@@ -282,6 +282,7 @@ class DataConfig(Strict):
     on_bad_row: Literal["error", "skip"] = "error"  # skip: count bad rows, say how many, go on with the others
     template: str = "auto"  # alpaca | none | chat (the tokenizer's) | a Jinja file; auto: the format's usual one
     max_length: Annotated[int, Field(ge=4, lt=2**31)] = 512  # tokens of prompt + answer + end
+    positions_ahead: Annotated[int, Field(ge=0)] = 0  # of the base, kept free; at least a method's virtual tokens
     truncation: Literal["prompt"] = "prompt"  # the answer is kept, the prompt is cut at its start
     split: SplitConfig = SplitConfig()
     split_column: str | None = None  # column with train | validation | test; overrides `split`

@@ -78,8 +78,7 @@ def take_in(config: Config, observer: Observer) -> tuple[Any, Intake]:
     """
     base_path, revision = bundled.resolve(config.model.base_model), config.model.revision
     tokenizer = load_tokenizer(base_path, revision=revision)
-    ahead = max(method_files.settings_of(entry).tokens_ahead for entry in config.methods)
-    max_question = _check_positions(config, count_positions(base_path, revision=revision), ahead)
+    max_question = _check_positions(keep_positions(config), count_positions(base_path, revision=revision))
     intake = _read_clients(config, tokenizer, max_question, observer)
     observer("data", {"intake": intake})
     return tokenizer, intake
@@ -90,6 +89,7 @@ def prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None 
 
     saved: run.json of an earlier run of the study, whose dtype, threads and cohort are used again.
     """
+    config = keep_positions(config)
     choose_device(config.model.device)  # refused now if it is not there, and not after minutes of reading
     tokenizer, intake = take_in(config, observer)
     clients = intake.clients
@@ -164,26 +164,38 @@ def prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None 
         ranks=ranks,
         cohort=sampled,
     )
-    layouts = {federation.under(method).layout for method in built.values()}
-    if any(one.virtual_tokens for one in layouts):
+    kinds = {one.layout: one for one in map(federation.under, built.values())}
+    for entry in config.methods:
+        _check_virtual(entry, federation.under(built[entry.folder, config.seeds[0]]).layout.virtual_tokens)
+    if any(layout.virtual_tokens for layout in kinds):
         check_embeddings(base.decoder, base.model.get_input_embeddings(), name=config.model.base_model)
     if saved is not None:
         width = int(saved["cohort"])
     elif config.federation.cohort == "auto":
         batch = config.training.batch_size
-        width = min(plan_cohort(base, one, clients, batch_size=batch, sampled=sampled).cohort for one in layouts)
+        width = min(plan_cohort(base, one, clients, batch_size=batch, sampled=sampled).cohort for one in kinds)
     else:
         width = config.federation.cohort
     federation = replace(federation, cohort=width)
-    observer("model", {"federation": federation, "sampled": sampled})
+    observer("model", {"federation": federation, "kinds": list(kinds.values()), "sampled": sampled})
     linears = [name for name, module in base.model.named_modules() if _is_linear(module)]
     return Prepared(federation, intake, cohorts, config.methods, notes, built, linears, threads)
 
 
+def _check_virtual(entry: MethodEntry, found: int) -> None:
+    """Raise MethodError if a method's settings do not tell how many virtual tokens it lays out."""
+    told = method_files.settings_of(entry).tokens_ahead
+    if told != found:
+        raise MethodError(
+            f"method '{entry.folder}' lays out {found} virtual tokens, and its settings say {told}: let "
+            "Config.tokens_ahead return what the layout has, for they take positions of the base"
+        )
+
+
 def _rank_notes(method: Method, ranks: torch.Tensor) -> list[str]:
     """Say where a method takes factors of different ranks together, as if those of smaller rank were padded."""
-    lora = method.layout is None
-    if not is_mixed(ranks) or not method.exchanges or method.compare == "products" or not lora:
+    padded = method.exchanges and method.compare == "factors" and method.layout is None
+    if not padded or not is_mixed(ranks):
         return []
     return [
         f"{method.name}: clients have ranks {shown(ranks)}, and their factors are mixed as if padded with zeros; "
@@ -316,16 +328,25 @@ def _check_text(config: Config, template: Template) -> None:
         raise ConfigError(faults)
 
 
-def _check_positions(config: Config, positions: int | None, ahead: int) -> int | None:
-    """Refuse lengths that the base has no positions for; return the longest prompt that leaves room for an answer.
+def keep_positions(config: Config) -> Config:
+    """Keep as many positions free as any method's virtual tokens take: all methods are to get the same texts.
 
-    ahead: virtual tokens that some method puts before every text; all methods get the same texts.
+    A run's own config has them too, so that a method alone cuts its prompts where it did beside the others.
+    Raises ConfigError for settings that a method does not know.
     """
+    taken = (method_files.settings_of(entry).tokens_ahead for entry in config.methods)
+    ahead = max(config.data.positions_ahead, *taken)
+    return config.model_copy(update={"data": config.data.model_copy(update={"positions_ahead": ahead})})
+
+
+def _check_positions(config: Config, positions: int | None) -> int | None:
+    """Refuse lengths that the base has no positions for; return the longest prompt that leaves room for an answer."""
     if positions is None:
         return None
     faults = []
+    ahead = config.data.positions_ahead
     name, room = config.model.base_model, 0
-    has = f"{positions} positions" + (f", of which virtual tokens take {ahead}" if ahead else "")
+    has = f"{positions} positions" + (f", of which {ahead} are kept for virtual tokens" if ahead else "")
     positions -= ahead
     if any(metric != "loss" for metric in config.evaluation.metrics):
         room = config.evaluation.max_new_tokens
@@ -382,6 +403,8 @@ def _fingerprint(client: ClientData) -> str:
             spans = [place for span in example.labelled for place in span]
             digest.update(array("q", [len(spans), *spans, *example.ids]).tobytes())
             digest.update(repr(example.answers).encode())
+            if example.own_question is not None:
+                digest.update(array("q", [-1, *example.own_question]).tobytes())
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Look before you run: what a study would cost, and what its examples look like to the model. Nothing is written."""
 
+import functools
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -8,13 +9,14 @@ from pathlib import Path
 import torch
 
 from fedmira import handover, store
+from fedmira.adapters import Layout
 from fedmira.config import Config
 from fedmira.data.batches import Encoded
 from fedmira.engine.federation import Observer, first_state, make_optimizer
 from fedmira.engine.probe import measure_speeds
 from fedmira.export import count_exported
 from fedmira.methods import build
-from fedmira.plan import Plan, Work, count_run, count_start, plan_cohort
+from fedmira.plan import Plan, Speeds, Work, count_run, count_start, plan_cohort
 from fedmira.prepare import Prepared, prepare, take_in, using_threads
 from fedmira.runs import StudyFolder
 from fedmira.trackers import check_trackers
@@ -82,11 +84,14 @@ def _plan(prepared: Prepared) -> Plan:
     passes = [
         plan_cohort(base, layout, clients, batch_size=config.training.batch_size, sampled=sampled) for layout in kinds
     ]
-    speed_of = {layout: measure_speeds(one, plain, first, seed=seed) for layout, one in kinds.items()}
-    speeds = speed_of.get(federation.layout) or next(iter(speed_of.values()))
-    alone = speeds
-    if any(method.trains == "pool" for method in prepared.methods.values()):
-        alone = replace(speeds, trained=measure_speeds(federation, plain, first[:1], seed=seed).trained)
+
+    @functools.cache
+    def measure(layout: Layout, *, pooled: bool = False) -> Speeds:
+        """A pool's passes are one client's."""
+        own = {federation.layout: federation, **kinds}[layout]
+        return measure_speeds(own, plain, first[:1] if pooled else first, seed=seed)
+
+    speeds = measure(federation.layout)  # the untouched base is scored with these
     writes = any(metric != "loss" for metric in config.evaluation.metrics)
     start_work = count_start(clients, writes=writes, max_examples=config.evaluation.max_examples)
     ever = len({int(k) for ids in cohort.schedule for k in ids})
@@ -111,9 +116,10 @@ def _plan(prepared: Prepared) -> Plan:
             writes=writes,
             max_examples=config.evaluation.max_examples,
         )
-        seconds[entry.folder] = (alone if method.trains == "pool" else speed_of[under.layout]).seconds(
-            works[entry.folder]
-        )
+        own_speeds = measure(under.layout)
+        if method.trains == "pool":
+            own_speeds = replace(own_speeds, trained=measure(under.layout, pooled=True).trained)
+        seconds[entry.folder] = own_speeds.seconds(works[entry.folder])
         travels[entry.folder] = 2 * sampled * each if method.exchanges else 0
         shared = 0 if method.personal else len(first_state(under, method, seed).adapters)
         own = ever if method.personal else 0  # rows that differ from the start

@@ -225,9 +225,11 @@ def _saved_facts(folder: StudyFolder) -> dict[str, Any] | None:
 def _check_clients(folder: StudyFolder, prepared: Prepared) -> None:
     """Refuse to go on with other data than the study began with, as far as its clients and counts tell."""
     federation = prepared.federation
+    kinds = {one.layout: one for one in map(federation.under, prepared.methods.values())}
+    tables = {layout: client_table(one) for layout, one in kinds.items()}  # every example is hashed for each
     for run in folder.runs():
         method = prepared.methods[run.facts["label"], run.facts["seed"]]
-        table = client_table(federation.under(method))
+        table = tables[federation.under(method).layout]
         began: dict[str, Any] = read_json(run.path / "clients.json")
         changed = [name for name in {**began, **table} if began.get(name) != table.get(name)]
         if changed:

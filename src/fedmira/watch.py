@@ -9,11 +9,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from fedmira.data.partition import shown_name
 from fedmira.data.rows import FAULTS_SHOWN
+from fedmira.engine.federation import Federation
 from fedmira.prepare import Intake
 from fedmira.ranks import shown
 from fedmira.screen import plural, visible
 
 UNKNOWN_SHARE = 0.01  # of the tokens; below it, rare characters
+
+
+def _adapter(of: Federation) -> str:
+    """Say what every client trains."""
+    what = f"rank {shown(of.ranks)} on {len(of.base.shapes)} layers"
+    if not of.layout.low_rank:
+        what = plural(of.layout.virtual_tokens, "virtual token")
+    return f"{what}, {of.layout.parameters:,} parameters each"
 
 
 class Watch:
@@ -110,8 +119,7 @@ class Watch:
         base = federation.base
         self.say(
             f"base: {federation.config.model.base_model}, {str(base.dtype).removeprefix('torch.')} on {base.device}; "
-            f"adapters: rank {shown(federation.ranks)} on {len(base.shapes)} layers, "
-            f"{federation.layout.parameters:,} parameters each; {facts['sampled']} clients a round, "
+            f"adapters: {' or '.join(map(_adapter, facts['kinds']))}; {facts['sampled']} clients a round, "
             f"{federation.cohort} in one pass"
         )
 

@@ -6,20 +6,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
-from tests import small_study
+from tests import small_study, tiny
 from tests.small_study import CLIENTS, command, differences, outcome
 
 import fedmira
-from fedmira import preview
-from fedmira.adapters import prompt_layout
+from fedmira import plan, preview
+from fedmira import prepare as preparing
+from fedmira.adapters import Layout, prompt_layout
 from fedmira.config import Config, check_config
 from fedmira.engine import rounds
-from fedmira.errors import ConfigError
+from fedmira.engine.federation import Federation
+from fedmira.errors import ConfigError, MethodError, ModelError
+from fedmira.evaluation import measure
 from fedmira.methods import fedptuning
 from fedmira.methods.base import Method, own_rows, serve_own
+from fedmira.plan import Speeds
 from fedmira.prepare import prepare
+from fedmira.study import silent
 
 TOKENS, HIDDEN, WIDTH = 5, 3, 16
 LAYOUT = prompt_layout(WIDTH, TOKENS, HIDDEN)
@@ -125,30 +131,21 @@ def test_more_rounds_go_on_from_the_encoder(home: Path, study: fedmira.Study) ->
 def test_positions_that_virtual_tokens_take_are_counted_before_anything_is_read(home: Path) -> None:
     changes = {"data": {"max_length": 62, "path": str(home / "nothing.jsonl")}}
     with pytest.raises(
-        ConfigError, match=r"64 positions, of which virtual tokens take 5; set data.max_length to at most 59"
+        ConfigError, match=r"64 positions, of which 5 are kept for virtual tokens; set data.max_length to at most 59"
     ):
-        prepare(config(home, "x", **changes), lambda event, facts: None)
-    with pytest.raises(ConfigError, match=r"max_new_tokens: found 60: .* of which virtual tokens take 5"):
-        prepare(config(home, "x", evaluation={"max_new_tokens": 60}), lambda event, facts: None)
+        prepare(config(home, "x", **changes), silent)
+    with pytest.raises(ConfigError, match=r"max_new_tokens: found 60: .* of which 5 are kept for virtual tokens"):
+        prepare(config(home, "x", evaluation={"max_new_tokens": 60}), silent)
 
 
 def test_a_dry_run_counts_the_encoder(home: Path) -> None:
     wide = {**PROMPTS, "virtual_tokens": 20, "hidden": 64}
-    plan = preview.plan_study(config(home, "y", methods=[{"name": "fedavg"}, wide]))
+    found = preview.plan_study(config(home, "y", methods=[{"name": "fedavg"}, wide]))
     layout = prompt_layout(WIDTH, 20, 64)
-    assert plan.parameters == layout.parameters
-    assert plan.bytes_per_round["fedptuning"] == 2 * 3 * 4 * layout.size
-    assert plan.bytes_per_round["fedavg"] < plan.bytes_per_round["fedptuning"]
-    assert set(plan.run_seconds) == {"fedavg", "fedptuning"}
-
-
-def test_a_cohort_is_measured_for_the_rows_that_need_most(home: Path) -> None:
-    """Virtual tokens make every text longer and every layer keep what it saw."""
-    alone, both = (
-        preview.plan_study(config(home, "y", methods=methods, federation={"cohort": "auto"}))
-        for methods in ([{"name": "fedavg"}], [{"name": "fedavg"}, {**PROMPTS, "virtual_tokens": 30}])
-    )
-    assert both.memory["cohort"] > 1.5 * alone.memory["cohort"]
+    assert found.parameters == layout.parameters
+    assert found.bytes_per_round["fedptuning"] == 2 * 3 * 4 * layout.size
+    assert found.bytes_per_round["fedavg"] < found.bytes_per_round["fedptuning"]
+    assert set(found.run_seconds) == {"fedavg", "fedptuning"}
 
 
 def test_a_personal_method_with_virtual_tokens_begins_where_these_put_it(
@@ -174,3 +171,100 @@ def test_a_personal_method_with_virtual_tokens_begins_where_these_put_it(
         own = own.pivot(index="client", columns="round", values="value")
         for client in set(CLIENTS) - drawn:
             assert abs(own.loc[client, 0] - own.loc[client, 1]) > 1e-3, (split, client)
+
+
+def test_a_run_of_a_study_is_made_again_by_its_own_config(home: Path) -> None:
+    """Beside virtual tokens prompts have less room, and a method run again alone must not be given more."""
+    long = {"evaluation": {"max_new_tokens": 57}}  # of 64 positions 7 are left, and 2 beside 5 virtual tokens
+    study = fedmira.run(config(home, "beside", **long))
+    for run in study.runs:
+        assert run.config.data.positions_ahead == TOKENS
+        again = fedmira.run(run.config)
+        assert (again.runs[0].path / "results.csv").read_text() == (run.path / "results.csv").read_text()
+        assert (again.runs[0].path / "clients.json").read_text() == (run.path / "clients.json").read_text()
+    alone = fedmira.run(config(home, "alone", methods=[{"name": "local"}], **long))
+    tables = [json.loads((one.runs[0].path / "clients.json").read_text()) for one in (study, alone)]
+    assert all(row["questions_cut"] for row in tables[0].values())
+    assert not any(row["questions_cut"] for row in tables[1].values())
+    assert all(tables[0][name]["sha256"] != tables[1][name]["sha256"] for name in CLIENTS)
+
+
+def test_settings_and_layout_must_agree_on_the_virtual_tokens(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fedptuning.Config, "tokens_ahead", 3)
+    with pytest.raises(MethodError, match="lays out 5 virtual tokens, and its settings say 3"):
+        prepare(config(home, "z"), silent)
+
+
+def test_wrong_settings_are_a_config_error_from_python_too(home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"virtual_token.*did you mean 'virtual_tokens'"):
+        fedmira.run(config(home, "z", methods=[{"name": "fedptuning", "virtual_token": 3}]))
+    assert not (home / "z").exists()
+
+
+def test_a_row_has_low_rank_factors_or_one_encoder(home: Path) -> None:
+    prepared = prepare(config(home, "z"), silent)
+    method = prepared.methods["local", 3]
+    lora, prompt = prepared.federation.layout.parts[0], LAYOUT.parts[0]
+    for parts in ((lora, prompt), (prompt, prompt)):
+        both = replace(method, layout=lambda layout, width, parts=parts: Layout(parts))
+        with pytest.raises(MethodError, match="2 parts"):
+            prepared.federation.under(both)
+
+
+def test_a_base_that_takes_no_embeddings_is_refused_where_they_are_needed(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise ModelError("no embeddings")
+
+    monkeypatch.setattr(preparing, "check_embeddings", refuse)
+    with pytest.raises(ModelError, match="no embeddings"):
+        prepare(config(home, "z"), silent)
+    assert prepare(config(home, "z", methods=[{"name": "local"}]), silent)
+
+
+def test_fewer_clients_share_a_pass_where_virtual_tokens_take_their_memory(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_free_bytes", lambda device: 2 * plan.CHUNK_BYTES + 1_000_000)
+    everyone = {"participation": 1.0, "cohort": "auto"}
+    widths = [
+        prepare(config(home, "z", methods=methods, federation=everyone), silent).federation.cohort
+        for methods in ([{"name": "fedavg"}], [{"name": "fedavg"}, {**PROMPTS, "virtual_tokens": 40}])
+    ]
+    assert widths[0] > widths[1] >= 1
+
+
+def test_ranks_are_no_matter_of_a_method_without_them(home: Path) -> None:
+    mixed = {"lora": {"r": 8, "ranks": [1, 2, 1, 2, 1, 2]}, "methods": [{"name": "fedavg"}, PROMPTS]}
+    notes = prepare(config(home, "z", **mixed), silent).notes
+    assert notes["fedavg"]
+    assert not notes["fedptuning"]
+
+
+def test_a_dry_run_times_every_kind_of_rows_by_itself(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(federation: Federation, method: Method, ids: Any, *, seed: int) -> Speeds:
+        return Speeds(1e-3 if federation.layout.low_rank else 1.0, 1e-3, 1e-3)
+
+    monkeypatch.setattr(preview, "measure_speeds", measure)
+    found = preview.plan_study(config(home, "z", methods=[{"name": "fedavg"}, PROMPTS]))
+    assert found.run_seconds["fedptuning"] > 50 * found.run_seconds["fedavg"]
+
+
+def test_what_every_client_trains_is_said(home: Path) -> None:
+    ended = command("run", small_study.save_config(home / "said.yaml", raw(home, "said", federation={"rounds": 1})))
+    assert ended.code == 0
+    lora = "rank 2 on 4 layers, 224 parameters each"
+    assert f"adapters: {lora} or 5 virtual tokens, {LAYOUT.parameters:,} parameters each; 3 clients" in ended.err
+    report = (home / "said" / "report.html").read_text()
+    assert f"224 (local) or {LAYOUT.parameters:,} (fedptuning) parameters a client" in report
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_virtual_tokens_count_among_those_of_a_scoring_pass(padded: bool) -> None:
+    queue = [tiny.example(np.random.default_rng(0), 10, answer=3)] * 900
+    for ahead in (0, 20, 500):
+        passes = [sum(map(len, parts)) for parts in measure._deal([queue, queue], padded=padded, ahead=ahead)]
+        assert sum(passes) == 1800
+        assert max(passes) * (10 + ahead) <= measure.PASS_TOKENS
+        assert max(passes) * (10 + ahead) > 0.8 * measure.PASS_TOKENS

@@ -20,7 +20,7 @@ from fedmira.model.load import Base
 from fedmira.model.lora import Dropout
 from fedmira.model.passes import gradients, losses
 from fedmira.model.trial import check_embeddings
-from fedmira.model.virtual import ahead, embeddings, lead
+from fedmira.model.virtual import ahead, embeddings, find_places, lead
 
 TOKENS, HIDDEN, CLIENTS, NEW = 9, 6, 4, 8  # more tokens than a beginning needs to be computed once
 FAMILIES = ("gpt2", "llama-tied", "gemma2", "gemma3", "granite", "opt", "mixtral", "bloom", "mamba")
@@ -163,7 +163,7 @@ def test_encoders_are_run_in_float32_under_a_base_in_bfloat16() -> None:
         assert base.stack.prompts is not None
         torch.testing.assert_close(base.stack.prompts.made, embeddings(stack), rtol=0, atol=0)
         ids = torch.tensor([[*ahead(TOKENS), 5, 6]] * CLIENTS)
-        given = base.inputs(ids)["inputs_embeds"]
+        given = base.inputs(ids, find_places(ids))["inputs_embeds"]
     assert given.dtype == torch.bfloat16
     assert torch.equal(given[:, :TOKENS], embeddings(stack).bfloat16())
     assert torch.equal(given[:, TOKENS:], base.model.get_input_embeddings()(ids[:, TOKENS:]))

@@ -13,6 +13,7 @@ from fedmira.adapters import Adapters, Layout, start_adapters
 from fedmira.config import Config
 from fedmira.data.batches import ClientData, Truncation
 from fedmira.engine.phase import Training
+from fedmira.errors import MethodError
 from fedmira.methods.base import Clock, Method, State
 from fedmira.model.load import Base
 from fedmira.optim import Optimizer, adamw, sgd
@@ -38,12 +39,21 @@ class Federation:
         return len(self.clients)
 
     def under(self, method: Method) -> "Federation":
-        """This federation with the rows that a method carries: LoRA's, or its own, which may have no rank (0)."""
+        """This federation with the rows that a method carries: LoRA's, or its own, which may have no rank (0).
+
+        Raises MethodError for rows that no pass or export could take apart.
+        """
         if method.layout is None:
             return self
         layout = method.layout(self.layout, self.base.width)
-        lora = any(part.kind == "lora" for part in layout.parts)
-        return replace(self, layout=layout, ranks=self.ranks if lora else torch.zeros(len(self), dtype=torch.int64))
+        encoders = sum(part.kind == "prompt" for part in layout.parts)
+        if encoders > 1 or (encoders and layout.low_rank):
+            raise MethodError(
+                f"method '{method.name}' lays out {len(layout.parts)} parts, {encoders} of them prompt encoders: a row "
+                "may have low-rank factors, or one prompt encoder and nothing else"
+            )
+        ranks = self.ranks if layout.low_rank else torch.zeros(len(self), dtype=torch.int64)
+        return replace(self, layout=layout, ranks=ranks)
 
     @property
     def largest_ranks(self) -> Tensor:

@@ -28,7 +28,6 @@ from fedmira.engine.scoring import (
     note,
     results_of,
     validate,
-    validate_all,
     view_of,
 )
 from fedmira.graph import Graph
@@ -80,7 +79,9 @@ def run_rounds(
         return method.serve(ledger.state, ledger.memory, ids)
 
     if ledger.round == 0 and method.personal and federation.layout.virtual_tokens:
-        validate_all(federation, ledger, serve)  # drawn virtual tokens change the base before anybody has trained
+        validate(
+            federation, method, ledger, serve, torch.arange(len(federation)), due=False
+        )  # drawn virtual tokens change the base before anybody has trained
     for number in range(ledger.round + 1, config.federation.rounds + 1):
         record = _one_round(federation, method, ledger, folder, schedule[number - 1], training=training, serve=serve)
         observer("round", {"record": record, "rounds": config.federation.rounds})

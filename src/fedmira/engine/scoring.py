@@ -82,15 +82,6 @@ def validate(
     return after
 
 
-def validate_all(federation: Federation, ledger: Ledger, serve: Callable[[Tensor], Adapters]) -> None:
-    """Bring everybody's loss in ledger.validation up to date."""
-    everyone = range(len(federation))
-    losses = measure_loss(
-        federation.base, serve, federation.clients, everyone, split="validation", cohort=federation.cohort
-    )
-    note(ledger, everyone, losses)
-
-
 def known(losses: Tensor) -> list[float | None]:
     return [None if math.isnan(value) else value for value in losses.tolist()]
 

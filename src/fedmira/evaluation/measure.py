@@ -34,7 +34,7 @@ def measure_loss(
         queues = [sorted(_examples(clients[k], split), key=lambda one: -len(one.ids)) for k in chunk]
         nats = torch.zeros(len(chunk), dtype=torch.float64)
         tokens = torch.zeros(len(chunk), dtype=torch.int64)
-        for parts in _deal(queues, padded=not base.packs):
+        for parts in _deal(queues, padded=not base.packs, ahead=adapters.layout.virtual_tokens):
             sums, counts = losses(base, adapters, collate(parts, pad_id=base.pad_id))
             nats += sums.double().cpu()
             tokens += counts.cpu()
@@ -90,10 +90,10 @@ def _examples(client: ClientData, split: str) -> Sequence[Encoded]:
     return {"train": client.train, "validation": client.validation, "test": client.test}[split]
 
 
-def _deal(queues: Sequence[Sequence[Encoded]], *, padded: bool) -> Iterator[list[Sequence[Encoded]]]:
+def _deal(queues: Sequence[Sequence[Encoded]], *, padded: bool, ahead: int) -> Iterator[list[Sequence[Encoded]]]:
     """Deal clients' examples, the longest first, into passes of PASS_TOKENS, or of one example of each client.
 
-    padded: an example counts as long as the longest of its pass.
+    padded: an example counts as long as the longest of its pass. ahead: virtual tokens before each.
     """
     places = [0] * len(queues)
     while active := [k for k, queue in enumerate(queues) if places[k] < len(queue)]:
@@ -103,7 +103,7 @@ def _deal(queues: Sequence[Sequence[Encoded]], *, padded: bool) -> Iterator[list
         for k in active:
             start, used = places[k], 0
             for example in queues[k][start:]:
-                used += longest if padded else len(example.ids)
+                used += ahead + (longest if padded else len(example.ids))
                 if used > room and places[k] > start:
                     break
                 places[k] += 1

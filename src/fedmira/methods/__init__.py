@@ -126,7 +126,10 @@ def entry_faults(index: int, entry: MethodEntry) -> list[str]:
 
 
 def settings_of(entry: MethodEntry) -> Settings:
-    """Return the settings of an entry of `methods:` that has no faults."""
+    """Return the settings of an entry of `methods:`. Raises ConfigError for settings that the method does not know."""
+    faults = entry_faults(0, entry)
+    if faults:
+        raise ConfigError(faults, f"method {entry.name}")
     return load(entry.name).Config.model_validate(entry.settings)
 
 
@@ -135,8 +138,4 @@ def build(name: str, settings: Mapping[str, Any], cohort: Cohort) -> Method:
 
     Raises ConfigError for settings it does not know, MethodError for settings that cannot work on this cohort.
     """
-    faults = entry_faults(0, MethodEntry(name=name, **settings))
-    if faults:
-        raise ConfigError(faults, f"method {name}")
-    module = load(name)
-    return module.build(module.Config.model_validate(dict(settings)), cohort)
+    return load(name).build(settings_of(MethodEntry(name=name, **settings)), cohort)

@@ -11,8 +11,8 @@ beat.
 
 Sources: McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1; Collins et al. 2022 (arXiv:2205.13692), section 2.
 
-Checked against the abstract of the second paper alone (a few steps of fine-tuning on what FedAvg ends with), not against
-its section 2 or any code.
+Checked against the abstract of the second paper alone (a few steps of fine-tuning on what FedAvg ends with), not
+against its section 2 or any code.
 """
 
 from typing import Literal

@@ -8,6 +8,10 @@ not its outcome: n d + 2 d h + h^2 + 2 h + d numbers. What a client is handed at
 PEFT keeps them; the encoder stays in the run's checkpoints. The untouched base is the base without virtual tokens.
 Sources: P-tuning, Liu et al. 2021 (arXiv:2103.10385), as PEFT's PromptEncoder with an MLP; federated as in
 FederatedScope-LLM, Kuang et al. 2023 (arXiv:2309.00363): FedAvg of the encoder, 20 virtual tokens.
+
+Checked against PEFT's PromptEncoder, the public code of FederatedScope (b108283) and that of MIRA: 20 tokens, width
+128, weights by examples. The client of MIRA's code (client_ptuning.py, be23360) seems to upload E alone, which its
+server then takes for V, so that the encoder is never averaged; that was read, not run.
 """
 
 from typing import Annotated, Literal

@@ -31,7 +31,7 @@ and 3.
 
 Checked against the public code of Sophia (Liuhong99/Sophia, sophia.py: rho, betas, step, an estimate without B) and of
 Fed-Sophia (Ahmed-Khaled-Saleh/Fed-Sophia-pytorch: what is averaged, by which weights, what tau counts); in both an
-estimate follows the step that it was due in, here it comes before. Of the paper itself no equation was read.
+estimate follows the step that it was due in, here it comes before. Its equations were read on a secondary page.
 """
 
 from typing import Annotated, Literal

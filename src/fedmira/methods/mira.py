@@ -25,9 +25,9 @@ server decided never reached the client it was for; it is there to measure what 
 Source: MIRA (arXiv:2410.15524; IEEE Networking Letters 7(3), 2025), equations 3, 6, 8, 9 and Algorithm 1.
 
 Checked against the public code (Ahmed-Khaled-Saleh/mira, servers/server_mira.py): the random graph, differences of
-uploads alone, factor by factor, among the co-sampled, and the reply that is saved where nobody looks for it. The code of
-its parent FedU (CharlieDinh/FedU_FMTL) moves one client after another, by lr L_k beta local_epochs / 2 in the place of
-eta lambda; against FedU's printed step nothing was checked.
+uploads alone, factor by factor, among the co-sampled, and the reply that is saved where nobody looks for it. The code
+of its parent FedU (CharlieDinh/FedU_FMTL) moves one client after another, by lr L_k beta local_epochs / 2 in the place
+of eta lambda; against FedU's printed step nothing was checked.
 """
 
 import warnings

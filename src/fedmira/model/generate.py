@@ -29,7 +29,7 @@ from fedmira.model.lanes import ANSWER_ROWS, Lane, Text, blanks_among, deal_rows
 from fedmira.model.load import Base, quiet
 from fedmira.model.prompts import Prompts, compute, states_after, texts_of
 from fedmira.model.source import first_line
-from fedmira.model.virtual import ahead
+from fedmira.model.virtual import ahead, find_places
 
 __all__ = ["ANSWER_ROWS", "answers", "padded_answers"]
 
@@ -81,7 +81,7 @@ def padded_answers(
         mask[row, longest - len(ids) :] = 1
     greedy = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=base.pad_id)
     with base.stack.filled(adapters, dtype=base.dtype, device=base.device), torch.no_grad(), quiet():
-        given = base.inputs(tokens.to(base.device))
+        given = base.inputs(tokens.to(base.device), find_places(tokens))
         out = base.model.generate(**given, attention_mask=mask.to(base.device), generation_config=greedy)
     stops = set(_stops(base))
     new = out[:, longest:] if "input_ids" in given else out  # after embeddings only what is new comes back

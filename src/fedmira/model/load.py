@@ -34,6 +34,7 @@ from fedmira.model.source import (
 )
 from fedmira.model.tail import Tail, find_tail
 from fedmira.model.trial import check_decoder, check_prompts, list_unfit, packs
+from fedmira.model.virtual import Places
 
 __all__ = ["Base", "choose_device", "choose_dtype", "count_positions", "fingerprint", "load_base", "load_tokenizer"]
 __all__ += ["quiet", "wrap"]
@@ -73,13 +74,13 @@ class Base:
         """Width d of the token embeddings."""
         return int(self.model.get_input_embeddings().weight.shape[1])
 
-    def inputs(self, ids: Tensor) -> dict[str, Tensor]:
-        """What the decoder is handed: ids, or embeddings where the stack's clients have virtual tokens before them."""
-        prompts = self.stack.prompts
-        if prompts is None:
+    def inputs(self, ids: Tensor, virtual: Places | None) -> dict[str, Tensor]:
+        """What the decoder is handed: ids, or embeddings where the stack's clients have virtual tokens among them."""
+        if virtual is None:
             return {"input_ids": ids}
-        owner = self.stack.owners(ids.numel()).to(ids.device)
-        return {"inputs_embeds": prompts.put(ids, owner, self.model.get_input_embeddings())}
+        assert self.stack.prompts is not None, "virtual tokens of nobody"
+        plain = self.model.get_input_embeddings()(ids.clamp(min=0))
+        return {"inputs_embeds": self.stack.prompts.put(plain, virtual, self.stack.owners(ids.numel()))}
 
 
 def load_base(

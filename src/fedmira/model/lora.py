@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from fedmira.adapters import Adapters, Part
+from fedmira.adapters import Adapters
 from fedmira.errors import ModelError, nearest
 from fedmira.model.packing import Segment
 from fedmira.model.virtual import Prompts, make_prompts
@@ -107,18 +107,17 @@ class Stack:
         dropout: Dropout | None = None,
     ) -> Iterator[None]:
         """Point every layer at its leaves for one pass; `gradient` [S, P] receives what backward computes."""
-        exact = adapters.with_rows(adapters.rows.to(device=device))
-        rows = exact.rows.to(dtype=dtype)
+        rows = adapters.rows.to(device=device, dtype=dtype)
         scale = adapters.scale.to(device=rows.device, dtype=dtype)[..., None, None]  # [S, 1, 1] or [S, modules, 1, 1]
         cast = adapters.with_rows(rows)
         into = None if gradient is None else adapters.with_rows(gradient)
-        taught: Part | None = None  # the prompt encoder that is trained in this pass
+        encoder = next((part for part in adapters.layout.parts if part.kind == "prompt" and part.served), None)
+        taught = encoder is not None and into is not None and encoder.trained
+        if encoder is not None:
+            self.prompts = make_prompts(encoder, adapters, dtype=dtype, device=rows.device, differentiable=taught)
         for part in adapters.layout.parts:
             if not part.served:
                 continue
-            if part.kind == "prompt":
-                taught = part if into is not None and part.trained else None
-                self.prompts = make_prompts(part, exact, dtype=dtype, differentiable=taught is not None)
             for place, (first, second) in enumerate(part.pairs()):
                 own = scale if scale.ndim == 3 else scale[:, place]
                 pair = Pair(cast.leaf(first), cast.leaf(second), own)
@@ -132,14 +131,14 @@ class Stack:
             yield
             for pair in (pair for pairs in self.pairs.values() for pair in pairs):
                 pair.clear_unwritten()
-            if taught is not None and self.prompts is not None and into is not None:
-                self.prompts.write(taught, into)
+            if taught and self.prompts is not None and encoder is not None and into is not None:
+                self.prompts.write(encoder, into)
         finally:
             self.pairs, self.prompts, self.segments, self.clients = {}, None, None, 0
             self.dropout = self.anchor = None
 
     def owners(self, tokens: int) -> Tensor:
-        """Return the client of each of `tokens` tokens of a pass."""
+        """Return the client of each of `tokens` tokens of a pass, on the host."""
         parts = [
             torch.arange(segment.first, segment.stop).repeat_interleave(segment.tokens)
             for segment in self.split(tokens)

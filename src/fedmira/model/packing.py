@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedmira.data.batches import NO_LOSS, Batch
 from fedmira.model.attention import Attention, make_buckets, make_spans
+from fedmira.model.virtual import Places, find_places
 
 SHARED = 8  # tokens at the start of a client's examples from which on they are computed once
 GROUP = 512  # tokens of examples that share their start: attention between them is masked, and not free
@@ -54,7 +55,7 @@ class Pass:
 
     ids and positions are [1, N] when packed; padded: ids [S*B, T], positions None. where [n]: rows of the flattened
     hidden states that predict targets [n]; owner [n]: their client in the batch; counts [S]. labelled: the clients'
-    segments of those n rows alone (packed).
+    segments of those n rows alone (packed). virtual: where virtual tokens stand.
     """
 
     ids: Tensor
@@ -67,6 +68,7 @@ class Pass:
     owner: Tensor
     counts: Tensor
     labelled: tuple[Segment, ...] = ()
+    virtual: Places | None = None
 
     def to(self, device: torch.device) -> "Pass":
         """Move everything but `order` (which indexes rows on the host) to a device."""
@@ -151,8 +153,9 @@ def pack(batch: Batch, *, pad_id: int, fused: bool = False, share: bool = False)
             for part in (head, *(torch.arange(shared, shared + rest) for rest in rests))
         ]
     )
+    flat = torch.cat(ids)
     return Pass(
-        ids=torch.cat(ids)[None],
+        ids=flat[None],
         positions=positions[None],
         order=order,
         segments=tuple(segments),
@@ -162,6 +165,7 @@ def pack(batch: Batch, *, pad_id: int, fused: bool = False, share: bool = False)
         owner=owners,
         counts=counts,
         labelled=_labelled(counts[order].tolist()),
+        virtual=find_places(flat),
     )
 
 
@@ -229,6 +233,7 @@ def pad(batch: Batch) -> Pass:
         targets=labels[where],
         owner=owners,
         counts=torch.bincount(owners, minlength=clients),
+        virtual=find_places(batch.ids),
     )
 
 

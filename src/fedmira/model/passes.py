@@ -37,7 +37,7 @@ def gradients(
     Source of the latter: Liu et al. 2023 (arXiv:2305.14342), Algorithm 2.
     """
     batch = lead(batch, adapters.layout.virtual_tokens)
-    if not any(part.kind == "lora" for part in adapters.layout.parts):
+    if not adapters.layout.low_rank:
         dropout = None  # it is LoRA's
     plan = plan_pass(base, batch, share=dropout is None)  # masks are drawn for every token of every example
     whole = len(plan.order) == len(adapters) and torch.equal(plan.order, torch.arange(len(adapters)))
@@ -93,11 +93,11 @@ def states_of(base: Base, plan: Pass, *, kept: list[tuple[Tensor, Tensor]] | Non
     kept: takes the keys and values [1, H', N, D] of every layer, if the pass is packed.
     """
     if plan.attention is None:
-        states = base.decoder(**base.inputs(plan.ids), use_cache=False).last_hidden_state
+        states = base.decoder(**base.inputs(plan.ids, plan.virtual), use_cache=False).last_hidden_state
     else:
         tail = nullcontext() if base.tail is None else base.tail.cut(plan)
         with tail as last, packed_attention(base.model, plan.attention, last=last, kept=kept):
-            given = base.inputs(plan.ids)
+            given = base.inputs(plan.ids, plan.virtual)
             states = base.decoder(**given, position_ids=plan.positions, use_cache=False).last_hidden_state
     return states.reshape(-1, states.shape[-1]).index_select(0, plan.where)
 

@@ -21,6 +21,7 @@ from fedmira.model.lanes import Lane, Text, deal_batches, segments_of
 from fedmira.model.load import Base
 from fedmira.model.packing import Segment
 from fedmira.model.passes import plan_pass, states_of
+from fedmira.model.virtual import Places, find_places
 
 PACKED_TOKENS = 8192  # of one packed pass
 
@@ -53,10 +54,10 @@ def compute(base: Base, rules: Rules, adapters: Adapters | None, lanes: Sequence
     return _padded(base, rules, adapters, lanes)
 
 
-def states_after(base: Base, turn: Turn, ids: Tensor) -> Tensor:
-    """Hidden states [R, T, d] of tokens [R, T] that see what is kept."""
+def states_after(base: Base, turn: Turn, ids: Tensor, virtual: Places | None = None) -> Tensor:
+    """Hidden states [R, T, d] of tokens [R, T] that see what is kept. virtual: where virtual tokens stand."""
     with attending(base.model, turn):
-        given = base.inputs(ids)
+        given = base.inputs(ids, virtual)
         states: Tensor = base.decoder(**given, position_ids=turn.queries, use_cache=False).last_hidden_state
     return states
 
@@ -241,6 +242,6 @@ def _fill(
     )
     own = list(dict.fromkeys(text.lane for text in texts))
     with _filled(base, adapters, own, segments_of(texts, longest)), suppress(Enough):
-        states = states_after(base, turn, ids.to(device))
+        states = states_after(base, turn, ids.to(device), find_places(ids))
         return states[torch.arange(len(texts), device=device), (sizes - 1).to(device)]
     return torch.empty(0, device=device)

@@ -8,7 +8,7 @@ once for texts that share their beginning. Everything else in a pass is the froz
 Source: Liu et al. 2021 (arXiv:2103.10385), as PEFT's PromptEncoder has it with an MLP.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,37 +57,53 @@ def encode(leaves: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Places:
+    """Where virtual tokens stand among the ids of a pass, laid end to end: places [m], and numbers [m] from 0 on.
+
+    Both lie on the host, so that no pass waits for an accelerator to find them.
+    """
+
+    places: Tensor
+    numbers: Tensor
+
+
+def find_places(ids: Tensor) -> Places | None:
+    """Find the virtual tokens in ids on the host; None where there are none."""
+    flat = ids.flatten()
+    places = torch.nonzero(flat < 0).squeeze(1)
+    return Places(places, -1 - flat[places]) if len(places) else None
+
+
+@dataclass(frozen=True, eq=False)
 class Prompts:
     """The virtual tokens of a stack of clients during a pass. made [S, n, d]; leaves: what they were made of."""
 
     made: Tensor
     leaves: tuple[Tensor, ...]
 
-    def put(self, ids: Tensor, owner: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the embeddings of ids [..., T] as [..., T, d], with the virtual tokens of each token's client.
-
-        owner: the client of every id, in their order.
-        """
-        plain = embed(ids.clamp(min=0))
+    def put(self, plain: Tensor, found: Places, owner: Tensor) -> Tensor:
+        """Put virtual tokens into embeddings [..., T, d]. owner: the client of every token, on the host."""
         count, width = self.made.shape[1:]
-        which = owner.view(ids.shape) * count - ids - 1
-        own = self.made.to(plain.dtype).view(-1, width).index_select(0, which.clamp(min=0).flatten())
-        return torch.where((ids < 0)[..., None], own.view(plain.shape), plain)
+        which = (owner[found.places] * count + found.numbers).to(plain.device)
+        own = self.made.to(plain.dtype).view(-1, width).index_select(0, which)
+        return plain.view(-1, width).index_copy(0, found.places.to(plain.device), own).view(plain.shape)
 
     def write(self, part: Part, into: Adapters) -> None:
-        """Keep the gradients of the leaves; zero where the pass had none."""
+        """Keep the gradients that backward left at the leaves."""
         for leaf, used in zip(part.leaves, self.leaves, strict=True):
-            place = into.leaf(leaf)
-            place.zero_() if used.grad is None else place.copy_(used.grad)
+            assert used.grad is not None, "a pass without virtual tokens"
+            into.leaf(leaf).copy_(used.grad)
 
 
-def make_prompts(part: Part, adapters: Adapters, *, dtype: torch.dtype, differentiable: bool) -> Prompts:
+def make_prompts(
+    part: Part, adapters: Adapters, *, dtype: torch.dtype, device: torch.device, differentiable: bool
+) -> Prompts:
     """Run the encoders of all clients, in float32, or in float64 under a base in that.
 
     differentiable: backward then leaves the gradients at the leaves.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    leaves = tuple(adapters.leaf(leaf).to(wide).detach() for leaf in part.leaves)
+    leaves = tuple(adapters.leaf(leaf).to(device=device, dtype=wide).detach() for leaf in part.leaves)
     with torch.set_grad_enabled(differentiable):
         leaves = tuple(leaf.requires_grad_(differentiable) for leaf in leaves)
         return Prompts(encode(leaves), leaves)

@@ -170,8 +170,16 @@ def setup_facts(record: StudyRecord) -> list[tuple[str, str]]:
     if "base_model" in fields:
         mark = str(fields.get("base_fingerprint", ""))[:12]
         facts.append(("Base model", clean(fields["base_model"]) + (f", sha256 {clean(mark)}…" if mark else "")))
-    if "parameters" in fields:
-        facts.append(("Adapter", f"{count(fields['parameters'])} parameters a client"))
+    sizes: dict[Any, list[str]] = {}  # parameters -> who has so many
+    for run in record.runs:
+        if "parameters" in run.fields:
+            names = sizes.setdefault(run.fields["parameters"], [])
+            names += [] if run.label in names else [run.label]
+    if sizes:
+        each = [
+            f"{count(size)}" + (f" ({', '.join(names)})" if len(sizes) > 1 else "") for size, names in sizes.items()
+        ]
+        facts.append(("Adapter", f"{' or '.join(each)} parameters a client"))
     computed = [clean(fields[key]) for key in ("device", "dtype") if key in fields]
     computed += [f"{key}: {clean(fields[key])}" for key in ("threads", "cohort") if key in fields]
     if computed:
