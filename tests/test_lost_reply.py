@@ -100,10 +100,13 @@ def judged(**values: Any) -> dict[str, Any]:
 
 def test_the_verdict_names_the_better_and_how_many_clients_say_so(script: ModuleType) -> None:
     """The difference is lost minus used: above 0 the lost reply has the larger loss."""
-    assert script.verdict(judged()).endswith("by 0.100 nats a token (better for 9 clients, worse for 1).")
+    assert script.verdict(judged()).endswith("by 0.100 nats a token (of the clients 9 do better with it, 1 worse).")
     assert " is better here than with the reply lost " in script.verdict(judged())
     other = script.verdict(judged(difference=-0.2, wins=7, losses=3))
-    assert " is worse here than with the reply lost by 0.200 nats a token (better for 3 clients, worse for 7)." in other
+    assert (
+        " is worse here than with the reply lost by 0.200 nats a token (of the clients 3 do better with it, 7 worse)."
+        in other
+    )
     for unclear in (judged(p=0.2), judged(p=None, reason="5 pairs")):
         assert "cannot be told apart" in script.verdict(unclear)
 
