@@ -211,7 +211,8 @@ def verdict(found: Mapping[str, Any]) -> str:
     kind = "better" if one["difference"] > 0 else "worse"
     return (
         f"On the test loss MIRA as it is written is {kind} here than with the reply lost by "
-        f"{abs(one['difference']):.3f} nats a token (of the clients {one['losses']} do better with it, {one['wins']} worse)."
+        f"{abs(one['difference']):.3f} nats a token (of the clients {one['losses']} do better with it, {one['wins']} "
+        "worse)."
     )
 
 
