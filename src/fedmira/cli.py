@@ -308,7 +308,7 @@ class _Plain(logging.Formatter):
     """Writes one log record on one line that cannot steer the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return visible(f"{record.levelname}: {record.getMessage()}")
+        return visible(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 def _log_to_stderr(level: int) -> logging.Handler:

@@ -283,7 +283,7 @@ def _run_one(
         else:
             folder.create(config, facts, client_table(federation))
         _write_graph(folder, method.graph, cohort)
-        observer("run", {"folder": folder.path, "facts": facts, "notes": prepared.notes[entry.folder]})
+        observer("run", {"folder": folder.path, "facts": facts})
         with folder.logging():
             for note in prepared.notes[entry.folder]:
                 log.warning(note)

@@ -136,8 +136,6 @@ class Watch:
         pull = run["pull_percent"]
         coupled = f": pull per round {pull[1]:.3g} % (from {pull[0]:.3g} to {pull[2]:.3g})" if pull else ""
         self.say(f"{self.name}{coupled}")
-        for note in facts["notes"]:
-            self.say(f"warning: {note}")
         self._bar(self.name, run["rounds"])
 
     def on_round(self, facts: Mapping[str, Any]) -> None:
@@ -150,8 +148,6 @@ class Watch:
             self._move(record.round, f"{self.name}: {line}")
         else:
             self.say(f"{self.name}: round {record.round}/{facts['rounds']}: {line}")
-        for name, reason in record.refused.items():
-            self.say(f"warning: round {record.round}: upload of '{name}' refused: {reason}")
 
     def on_encoding(self, facts: Mapping[str, Any]) -> None:
         self._step("tokenising clients", facts)

@@ -268,3 +268,15 @@ def test_virtual_tokens_count_among_those_of_a_scoring_pass(padded: bool) -> Non
         assert sum(passes) == 1800
         assert max(passes) * (10 + ahead) <= measure.PASS_TOKENS
         assert max(passes) * (10 + ahead) > 0.8 * measure.PASS_TOKENS
+
+
+def test_a_warning_is_said_once_and_kept(home: Path) -> None:
+    mixed = {
+        "lora": {"r": 8, "ranks": [1, 2, 1, 2, 1, 2]},
+        "methods": [{"name": "fedavg"}],
+        "federation": {"rounds": 1},
+    }
+    ended = command("run", small_study.save_config(home / "mixed.yaml", raw(home, "mixed", **mixed)))
+    said = "warning: fedavg: clients have ranks 1 to 2"
+    assert ended.err.count("clients have ranks 1 to 2") == ended.err.count(said) == 1
+    assert "clients have ranks 1 to 2" in (home / "mixed" / "fedavg" / "seed-3" / "log.txt").read_text()
