@@ -5,17 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from fedmira.model import attention
-from fedmira.model.attention import (
-    BLOCK,
-    KEPT,
-    SPAN,
-    Attention,
-    Rule,
-    Spans,
-    make_buckets,
-    make_spans,
-    packed_attention,
-)
+from fedmira.model.attention import Attention, packed_attention
+from fedmira.model.buckets import make_buckets
+from fedmira.model.spans import BLOCK, KEPT, SPAN, Rule, Spans, make_spans
 
 HEADS, KEYS, WIDTH = 4, 2, 6
 PLAIN = Rule(lambda batch, head, queries, keys: keys <= queries, None)

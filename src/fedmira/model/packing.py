@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from fedmira.data.batches import NO_LOSS, Batch
-from fedmira.model.attention import Attention, make_buckets, make_spans
+from fedmira.model.attention import Attention
+from fedmira.model.buckets import make_buckets
+from fedmira.model.spans import make_spans
 from fedmira.model.virtual import Places, find_places
 
 SHARED = 8  # tokens at the start of a client's examples from which on they are computed once
@@ -98,7 +100,7 @@ class Group:
 def pack(batch: Batch, *, pad_id: int, fused: bool = False, share: bool = False) -> Pass:
     """Lay a batch end to end.
 
-    fused: for a device whose attention is (see attention.py). share: what a client's examples have in common at their
+    fused: for a device whose attention is (see buckets.py). share: what a client's examples have in common at their
     start is computed once for several of them; for plainly causal attention in spans only.
     """
     lengths = batch.lengths

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fedmira.adapters import Adapters
 from fedmira.data.batches import asking, collate
-from fedmira.model.attention import Spans
 from fedmira.model.kept import Enough, Part, Rules, Turn, attending, places_of
 from fedmira.model.lanes import Lane, Text, deal_batches, segments_of
 from fedmira.model.load import Base
 from fedmira.model.packing import Segment
 from fedmira.model.passes import plan_pass, states_of
+from fedmira.model.spans import Spans
 from fedmira.model.virtual import Places, find_places
 
 PACKED_TOKENS = 8192  # of one packed pass
