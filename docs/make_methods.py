@@ -27,9 +27,8 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 SCRIPT = "docs/make_methods.py"
 MEASURED = {"demo": "on the demo", "ni": "on Natural Instructions"}  # as in methods-demo.json
 LETTERS = (
-    "S: clients of a round. P: numbers of one client's row, padded to a multiple of 16. Where clients differ in rank, "
-    "every row has room for the largest, and its zeros are counted too. 4 bytes each; the headers of a real network "
-    "are not counted."
+    "S: clients of a round. P: numbers of one client's row, padded to a multiple of 16; where clients differ in rank, "
+    "each one's own, on average. 4 bytes each; the headers of a real network are not counted."
 )
 
 

@@ -96,10 +96,7 @@ def outcome(study: Path) -> dict[str, Any]:
             content = path.read_bytes()
             if path.name == "README.md":  # says on which day it was made
                 content = b"".join(line for line in content.splitlines(keepends=True) if b"By FedMira" not in line)
-            # adapter_config.json lists target_modules as a set: its order is PEFT's and means nothing
             found[f"{name}/{path.parent.name}/{path.name}"] = json.loads(content) if path.suffix == ".json" else content
-            if path.suffix == ".json" and "target_modules" in found[f"{name}/{path.parent.name}/{path.name}"]:
-                found[f"{name}/{path.parent.name}/{path.name}"]["target_modules"].sort()
         found[f"{name}/results.csv"] = (run / "results.csv").read_text(encoding="utf-8")
         found[f"{name}/metrics.jsonl"] = [
             {key: value for key, value in record.items() if not key.startswith("seconds")}

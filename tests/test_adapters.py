@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedmira.adapters import ALIGN, Adapters, Layout, lora_layout, norms, start_adapters
+from fedmira.adapters import ALIGN, Adapters, Layout, lora_layout, norms, prompt_layout, start_adapters
 from fedmira.errors import ShapeError
 
 TWO = lora_layout([("q", 3, 2), ("v", 2, 2)], 2)  # A [2, 3], B [2, 2], A [2, 2], B [2, 2]: 6 + 4 + 4 + 4
@@ -218,3 +218,13 @@ def test_clients_of_any_ranks_by_module_start_alike() -> None:
     assert torch.equal(start.leaf(first)[0, 0], start.leaf(first)[1, 0])
     assert start.leaf(first)[0].all()
     assert not start.leaf(first)[1, 1:].any()
+
+
+def test_a_row_is_as_long_as_its_client_has_rank() -> None:
+    shapes = [("a", 3, 5), ("b", 7, 2)]
+    whole = lora_layout(shapes, 4)
+    assert whole.sizes(torch.tensor([1, 2, 4])).tolist() == [lora_layout(shapes, rank).size for rank in (1, 2, 4)]
+    each = torch.tensor([[1, 3], [4, 2]])
+    assert whole.sizes(each).tolist() == [lora_layout(shapes, ranks).size for ranks in ([1, 3], [4, 2])]
+    prompt = prompt_layout(6, 3, 2)
+    assert prompt.sizes(torch.zeros(2, dtype=torch.int64)).tolist() == [prompt.size] * 2

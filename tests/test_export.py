@@ -69,6 +69,12 @@ def settings(folder: Path) -> dict[str, Any]:
     return found
 
 
+def test_target_modules_stand_in_order(run: Run) -> None:
+    """A set has another order in every process, and files of equal runs are to be equal."""
+    for client in ("ada", "bo", "eve"):
+        assert settings(run.adapters(client))["target_modules"] == ["q_proj", "v_proj"]
+
+
 def contents(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
 

@@ -267,8 +267,8 @@ def section(what: str, result: Result) -> list[str]:
     if "mixed" in result:
         ranks = ", ".join(str(rank) for rank in result["ranks"])
         parts += [
-            f"The same with ranks {ranks}, {ranks}, ... in the place of 8 for all. Rows have room for the largest "
-            "rank, and its bytes are counted for everyone.",
+            f"The same with ranks {ranks}, {ranks}, ... in the place of 8 for all. Bytes are of a client on "
+            "average: each sends and gets what its rank has room for.",
             table(result["mixed"], result["metrics"]),
         ]
     return [*parts, "### What it shows", "\n".join(f"- {line}" for line in lessons(result))]
@@ -342,7 +342,10 @@ def best(rows: Sequence[Row]) -> str:
     """The lowest mean loss of all, and of those with one adapter for all."""
     one_for_all = [row for row in rows if row["view"] == "global" and row["method"] != "groupavg"]
     first, other = min(rows, key=loss), min(one_for_all, key=loss)
-    return f"Lowest loss: {names([first])}. With one adapter for all clients: {names([other])}."
+    return (
+        f"Lowest loss, `pooled` and `untouched` left out here and in the next three lines: {names([first])}. With one "
+        f"adapter for all clients: {names([other])}."
+    )
 
 
 def told_apart(rows: Sequence[Row]) -> str:

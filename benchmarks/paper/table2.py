@@ -278,7 +278,7 @@ come out as the column "counted as" says:
 
 - Padding: numbers that fill a row up to a multiple of 16. They are sent, and are not in the paper's count.
 - FedMira sends float32 both ways, down + up; headers of a network are not counted. The reader who compares rows of the
-  paper compares conventions: it counts {llama} for one base and {gpt2} for the other.
+  paper compares conventions: of LoRA it counts {llama} for one base and {gpt2} for the other.
 - {conventions}.
 - {rank_16}.
 

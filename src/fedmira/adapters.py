@@ -115,6 +115,20 @@ class Layout:
                 return part
         raise ShapeError(f"no part '{name}' in this layout: it has {[part.name for part in self.parts]}")
 
+    def sizes(self, ranks: Tensor) -> Tensor:
+        """Return how many numbers [K] a client's row has where it is laid out for the client's own ranks.
+
+        Padding to ALIGN included. ranks as in rank_mask.
+        """
+        total = torch.zeros(len(ranks), dtype=torch.int64)
+        for part in self.parts:
+            own = torch.full_like(total, 0 if part.kind == "lora" else sum(leaf.size for leaf in part.leaves))
+            for place, (first, second) in enumerate(part.pairs()):
+                rank, fan_in = first.shape
+                own += _of_module(ranks, place).clamp(max=rank) * (fan_in + second.shape[0])
+            total += -(-own // ALIGN) * ALIGN
+        return total
+
     def rank_mask(self, ranks: Tensor) -> Tensor:
         """Return a bool mask [K, P]: False where a client of rank r_k < r has no parameter (and in padding).
 

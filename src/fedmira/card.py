@@ -33,7 +33,8 @@ class Card(TypedDict, total=False):
 
     client: str
     group: str | None
-    personal: bool  # False: every client of the run has this adapter
+    personal: bool  # False: every client of the run, or of the group, has this adapter
+    grouped: bool  # there is one for each group
     cut: bool  # of one that all share, this client has as much as its rank has room for
     method: str
     settings: Mapping[str, Any]
@@ -145,7 +146,8 @@ def _facts(base: str, card: Card) -> dict[str, str]:
         facts["group"] = f"`{_quoted(shown_name(card['group'] or 'none'))}`"
     if "personal" in card:
         cut = ", cut to this client's rank" if card.get("cut") else ""
-        facts["adapter"] = "this client's own" if card["personal"] else f"one that all clients of the run share{cut}"
+        whose = "its group" if card.get("grouped") else "the run"
+        facts["adapter"] = "this client's own" if card["personal"] else f"one that all clients of {whose} share{cut}"
     if "method" in card:
         settings = json.dumps(without_folders(card.get("settings") or {}), ensure_ascii=False, default=str)
         shown = "" if settings == "{}" else f" with `{_quoted(settings)}`"

@@ -50,7 +50,6 @@ Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 SAVED = "finished rounds of a study that had begun are saved; it goes on with 'fedmira resume STUDY'"
 PLAIN_WIDTH = 120  # of tables that go to a file or a pipe
-LIST_WIDTH = 1000  # of lists there: one line for each entry, for grep and its like
 
 
 @app.command()
@@ -195,13 +194,14 @@ def methods(as_json: AsJson = False, debug: Debug = False) -> None:
         print(json.dumps({name: asdict(facts) for name, facts in found.items()}))
         return
     console = Console()
+    if not console.is_terminal:  # a line for each, for grep and its like
+        print("\n".join(f"{name:12s} {facts.about} {facts.line}" for name, facts in found.items()))
+        return
     table = Table.grid(padding=(0, 2))
-    gap = "\n" if console.is_terminal else "  "
     for name, facts in found.items():
-        table.add_row(Text(name), Text(f"{facts.about}{gap}{facts.line}"))
-    if not console.is_terminal:
-        console.width = LIST_WIDTH
+        table.add_row(Text(name), Text(f"{facts.about}\n{facts.line}"))
     console.print(table)
+    console.print("\nBytes are those of a round. S: its clients. P: numbers of a client's row.")
 
 
 @app.command()

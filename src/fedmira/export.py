@@ -80,8 +80,17 @@ def export_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     config.save_pretrained(str(folder))
+    _sort_targets(folder / "adapter_config.json")
     own: Card = {**card, **describe(adapters)}
     write_atomic(folder / "README.md", model_card(base_model, own, revision=revision).encode())
+
+
+def _sort_targets(path: Path) -> None:
+    """Write the target modules in order: PEFT keeps them as a set, and saves them in another order every time."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"] = sorted(config["target_modules"])
+        path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _lora_config(adapters: Adapters, target_modules: Sequence[str], *, fan_in_fan_out: bool) -> LoraConfig:

@@ -69,9 +69,9 @@ def write_adapters(
         if method.trains != "nobody":
             trained = pool if method.trains == "pool" else (len(client.train), client.trained_tokens)
             card["examples"], card["trained_tokens"] = trained
-        if own or one:
-            card["personal"] = own
-            card["cut"] = not own and is_mixed(federation.ranks)
+        card["personal"] = own
+        card["grouped"] = not own and not one
+        card["cut"] = not own and method.trains == "sampled" and is_mixed(federation.ranks)
         if drawn[client.id] or method.tune is None:  # a card takes a personal adapter never drawn for the common start
             card["drawn"] = drawn[client.id]
         model = federation.config.model

@@ -36,6 +36,7 @@ from fedmira.ranks import by_ending, client_ranks, is_mixed, shown
 # Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
 # more than it brings (the demo, 0.26 M: 44 s on one thread, 59 s on two).
 SMALL_BASE = 1_000_000
+SHORTEST = 4  # tokens of a text, as data.max_length has it
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,13 +140,16 @@ def prepare(config: Config, observer: Observer, saved: Mapping[str, Any] | None 
         for seed in config.seeds
     }
     built, notes = {}, {}
-    for entry in config.methods:
+    for place, entry in enumerate(config.methods):
         for seed, cohort in cohorts.items():
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                built[entry.folder, seed] = method_files.build(entry.name, entry.settings, cohort)
+                try:
+                    built[entry.folder, seed] = method_files.build(entry.name, entry.settings, cohort)
+                except MethodError as error:
+                    raise MethodError(f"methods.{place} ({entry.folder}): {error}") from error
             notes[entry.folder] = [str(warning.message) for warning in caught]
-            notes[entry.folder] += _rank_notes(built[entry.folder, seed], ranks)
+            notes[entry.folder] += _rank_notes(entry.folder, built[entry.folder, seed], ranks)
     base = load()
     small = sum(parameter.numel() for parameter in base.model.parameters()) < SMALL_BASE
     threads = int(saved["threads"]) if saved is not None else 1 if small else torch.get_num_threads()
@@ -192,14 +196,14 @@ def _check_virtual(entry: MethodEntry, found: int) -> None:
         )
 
 
-def _rank_notes(method: Method, ranks: torch.Tensor) -> list[str]:
+def _rank_notes(label: str, method: Method, ranks: torch.Tensor) -> list[str]:
     """Say where a method takes factors of different ranks together, as if those of smaller rank were padded."""
     padded = method.exchanges and method.compare == "factors" and method.layout is None
     if not padded or not is_mixed(ranks):
         return []
     return [
-        f"{method.name}: clients have ranks {shown(ranks)}, and their factors are mixed as if padded with zeros; "
-        "flexlora, and mira with space: product, mix the updates themselves"
+        f"{label}: clients have ranks {shown(ranks)}, and their factors are mixed as if padded with zeros, and "
+        "cut to each client's rank; flexlora, and mira with space: product, mix the updates themselves"
     ]
 
 
@@ -350,6 +354,13 @@ def _check_positions(config: Config, positions: int | None) -> int | None:
     positions -= ahead
     if any(metric != "loss" for metric in config.evaluation.metrics):
         room = config.evaluation.max_new_tokens
+    if positions < SHORTEST:
+        raise ConfigError(
+            [
+                f"data.positions_ahead: base '{name}' has {has}: that leaves {max(positions, 0)} for texts; take fewer "
+                "virtual tokens"
+            ]
+        )
     if config.data.max_length > positions:
         faults.append(
             f"data.max_length: found {config.data.max_length}: base '{name}' has {has}; "

@@ -120,7 +120,8 @@ def _plan(prepared: Prepared) -> Plan:
         if method.trains == "pool":
             own_speeds = replace(own_speeds, trained=measure(under.layout, pooled=True).trained)
         seconds[entry.folder] = own_speeds.seconds(works[entry.folder])
-        travels[entry.folder] = 2 * sampled * each if method.exchanges else 0
+        own_rows = float(under.layout.sizes(under.ranks).double().mean())  # of a round's clients, on average
+        travels[entry.folder] = round(2 * sampled * 4 * own_rows) if method.exchanges else 0
         shared = 0 if method.personal else len(first_state(under, method, seed).adapters)
         own = ever if method.personal else 0  # rows that differ from the start
         tuned = len(clients) if method.tune is not None else 0

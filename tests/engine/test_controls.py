@@ -365,6 +365,21 @@ def test_clients_fine_tuned_in_smaller_passes_end_close_to_where_they_end_in_one
     torch.testing.assert_close(found.rows, tuned.rows, rtol=1e-3, atol=1e-4)
 
 
+def test_groups_of_one_are_training_alone_whatever_the_ranks(tmp_path: Path) -> None:
+    """A shared row is used as it was trained: cut to the client's rank, at its own alpha / rank."""
+    alone, grouped = (
+        play("local", tmp_path / "local"),
+        play("groupavg", tmp_path / "grouped", families="wxyz", column="family"),
+    )
+    for k in range(4):
+        mine, theirs = (found.ended.serve(torch.tensor([k])) for found in (alone, grouped))
+        assert torch.equal(mine.rows, theirs.rows)
+        assert torch.equal(mine.ranks, theirs.ranks)
+        assert torch.equal(mine.scale, theirs.scale)
+    losses = [[record["loss_after"] for record in found.records] for found in (alone, grouped)]
+    assert losses[0] == losses[1]
+
+
 def test_a_stop_amid_fine_tuning_leads_to_the_same_bits(tmp_path: Path) -> None:
     house = federation(cohort=2, keep_optimizer=True)
     whole = play("fedavg_ft", tmp_path / "whole", of=house)
@@ -384,9 +399,9 @@ def test_a_client_that_fine_tunes_to_no_number_keeps_what_it_was_sent_at_its_own
     shared = play("fedavg", tmp_path / "shared", of=house).rows
     with caplog.at_level(logging.WARNING):
         found = play("fedavg_ft", tmp_path / "run", of=house, change=spoil(4))
-    kept = shared * house.layout.rank_mask(house.ranks)
-    assert not torch.equal(kept[0], shared[0])
-    assert [torch.equal(found.rows[k], kept[k]) for k in range(4)] == [True, False, False, False]
+    assert torch.equal(shared, shared * house.layout.rank_mask(house.ranks))
+    assert not torch.equal(shared[0], shared[1])
+    assert [torch.equal(found.rows[k], shared[k]) for k in range(4)] == [True, False, False, False]
     assert "'c0' fine-tuned was refused (not_finite)" in caplog.text
 
 
@@ -504,7 +519,7 @@ def test_cards_say_whose_the_adapter_is_and_who_trained(undisturbed: Path) -> No
     assert f"trained on: {counts} examples" in card("pooled")
     for method in ("untouched", "pooled"):
         assert "- adapter: one that all clients of the run share\n" in card(method)
-    assert "- adapter: " not in card("groupavg")
+    assert "- adapter: one that all clients of its group share\n" in card("groupavg")
 
 
 def test_the_plan_counts_the_work_and_the_disk_of_the_controls(

@@ -143,9 +143,8 @@ def test_every_round_measures_each_client_with_its_own_adapter_before_and_after_
         for place, k in enumerate(ids):
             stored = ran.ledgers[number][k if personal else 0]
             for row, key in ((ran.returned[number][place], "loss_before"), (stored, "loss_after")):
-                # The one shared row is served at the full rank of the stack.
-                scale = 3 / RANKS[k] if personal or key == "loss_before" else 3 / 2
-                own = Adapters(ran.federation.layout, row[None], torch.tensor(RANKS[k : k + 1]), torch.tensor([scale]))
+                ranks, scale = torch.tensor(RANKS[k : k + 1]), torch.tensor([3 / RANKS[k]])
+                own = Adapters(ran.federation.layout, row[None].clone(), ranks, scale).mask_()
                 expected = measure_loss(
                     base(),
                     lambda ids, own=own: own,
@@ -241,7 +240,8 @@ def test_a_first_round_in_which_every_upload_is_refused_changes_nothing(tmp_path
 
 def test_what_is_served_in_the_end_is_what_the_last_checkpoint_holds(ran: Ran) -> None:
     last = ran.ledgers[-1]
-    assert torch.equal(ran.rows, last if len(last) > 1 else last.expand(4, -1))
+    own = ran.federation.layout.rank_mask(torch.tensor(RANKS))
+    assert torch.equal(ran.rows, (last if len(last) > 1 else last.expand(4, -1)) * own)
 
 
 def test_clients_in_smaller_passes_end_close_to_where_they_end_in_one(tmp_path: Path, mira: Ran) -> None:

@@ -87,11 +87,18 @@ def exchange(
         tokens=phase.tokens,
         kept={name: value[places] for name, value in phase.memory.items() if name not in drop},
         keepers=who[places],
-        bytes_up=phase.returned.bytes_each * len(ids) if method.exchanges else 0,
-        bytes_down=given.bytes_each * len(ids) if method.exchanges else 0,
+        bytes_up=_payload(phase.returned, blank) if method.exchanges else 0,
+        bytes_down=_payload(given, blank) if method.exchanges else 0,
         seconds_training=trained - began,
         seconds_merge=time.monotonic() - trained,
     )
+
+
+def _payload(message: Message, of: Adapters) -> int:
+    """Bytes of all clients' messages. A client sends and gets no more of a whole row than its rank has room for."""
+    whole = message.rows.shape[1] == of.layout.size
+    absent = int((of.layout.size - of.layout.sizes(of.ranks)).sum()) if whole else 0
+    return message.bytes_each * len(of) - message.rows.element_size() * absent
 
 
 def _phase(

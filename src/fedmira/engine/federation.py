@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapters, Layout, start_adapters
+from fedmira.adapters import Adapters, Layout, scales, start_adapters
 from fedmira.config import Config
 from fedmira.data.batches import ClientData, Truncation
 from fedmira.engine.phase import Training
@@ -54,6 +54,13 @@ class Federation:
             )
         ranks = self.ranks if layout.low_rank else torch.zeros(len(self), dtype=torch.int64)
         return replace(self, layout=layout, ranks=ranks)
+
+    def at_own_ranks(self, adapters: Adapters, ids: Tensor) -> Adapters:
+        """Return adapters as the clients of `ids` train and use them: cut to their ranks, at their scales."""
+        ranks = self.ranks[ids]
+        if torch.equal(adapters.ranks, ranks):
+            return adapters
+        return Adapters(self.layout, adapters.rows.clone(), ranks, scales(ranks, self.config.lora.lora_alpha)).mask_()
 
     @property
     def largest_ranks(self) -> Tensor:

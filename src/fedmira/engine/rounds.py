@@ -76,7 +76,9 @@ def run_rounds(
         log.info("resumed after round %d", ledger.round)
 
     def serve(ids: Tensor) -> Adapters:
-        return method.serve(ledger.state, ledger.memory, ids)
+        served = method.serve(ledger.state, ledger.memory, ids)
+        # Of a row that several share each has what its rank has room for, as in training; a pool trains at the largest.
+        return served if method.trains == "pool" else federation.at_own_ranks(served, ids)
 
     if ledger.round == 0 and method.personal and federation.layout.virtual_tokens:
         validate(

@@ -81,7 +81,7 @@ class Message:
 
     @property
     def bytes_each(self) -> int:
-        """Payload of one client's message in bytes (float32 rows as they are sent; headers not counted)."""
+        """Payload of a client's message in bytes, rows whole as they stand here; headers are not counted."""
         return self.rows.shape[1] * self.rows.element_size() + 8 * len(self.scalars)
 
 
