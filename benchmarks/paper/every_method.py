@@ -266,9 +266,10 @@ def section(what: str, result: Result) -> list[str]:
     parts = [f"    {result['command']}", setup, where, table(result["rows"], result["metrics"])]
     if "mixed" in result:
         ranks = ", ".join(str(rank) for rank in result["ranks"])
+        again = f" Measured again at {result['mixed_where']}." if "mixed_where" in result else ""
         parts += [
             f"The same with ranks {ranks}, {ranks}, ... in the place of 8 for all. Bytes are of a client on "
-            "average: each sends and gets what its rank has room for.",
+            f"average: each sends and gets what its rank has room for.{again}",
             table(result["mixed"], result["metrics"]),
         ]
     return [*parts, "### What it shows", "\n".join(f"- {line}" for line in lessons(result))]
