@@ -342,7 +342,7 @@ def _marked(folder: RunFolder) -> Iterator[None]:
         state = "interrupted" if outside or isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
         signals = {KeyboardInterrupt: "by Ctrl-C", SystemExit: "by a signal"}
         why = next((text for kind, text in signals.items() if isinstance(error, kind)), type(error).__name__)
-        log.error("%s: %s", state, why)
+        log.log(logging.INFO if why in signals.values() else logging.ERROR, "%s: %s", state, why)
         with suppress(StoreError, OSError):  # a full disk: the state stays "running", which resumes as well
             folder.update(state=state, finished=_now())
         if outside:
