@@ -9,8 +9,9 @@ import pytest
 from tests import small_study
 
 from fedmira.config import check_config
-from fedmira.errors import ConfigError, DataError
-from fedmira.prepare import Intake, take_in
+from fedmira.errors import ConfigError, DataError, MethodError
+from fedmira.prepare import Intake, prepare, take_in
+from fedmira.study import silent
 
 KINDS = ("red", "green", "blue")
 
@@ -178,3 +179,10 @@ def test_prompts_that_run_into_their_answers_and_unknown_words_are_counted(base:
 def test_a_method_may_be_given_by_its_name_alone() -> None:
     raw = small_study.settings(Path("b"), Path("d"), Path("s"), methods=["local", "mira"])
     assert [entry.folder for entry in check_config(raw).methods] == ["local", "mira"]
+
+
+def test_a_fault_of_a_method_names_its_place(base: Path, rows: Path, tmp_path: Path) -> None:
+    methods = [{"name": "local"}, {"name": "groupavg", "column": "nope"}]
+    raw = small_study.settings(base, rows, tmp_path / "out", methods=methods, data={"clients": {"by": "kind"}})
+    with pytest.raises(MethodError, match=r"methods\.1 \(groupavg\): groupavg: column 'nope'"):
+        prepare(check_config(raw, "test"), silent)

@@ -15,12 +15,13 @@ from tests.small_study import CLIENTS, command
 from transformers import AutoModelForCausalLM
 
 import fedmira
+from fedmira import preview
 from fedmira.config import RANK_DRAWS, RANK_TYPES, check_config
 from fedmira.data.partition import client_key
 from fedmira.errors import ConfigError
 from fedmira.prepare import prepare, take_in
 from fedmira.ranks import SHARES, TYPES, by_ending, client_ranks, is_attention, is_mixed, shown
-from fedmira.study import Study
+from fedmira.study import Study, silent
 
 LLAMA = [
     f"model.layers.{layer}.{name}"
@@ -312,9 +313,10 @@ def test_what_is_handed_over_is_what_was_scored(label: str, listed: tuple[Study,
 
 
 def test_methods_that_mix_factors_of_different_ranks_say_so(listed: tuple[Study, str]) -> None:
-    noted = [line for line in listed[1].splitlines() if "mixed as if padded" in line]
-    assert noted
-    assert all(line.lower().startswith("warning: fedavg: clients have ranks 1 to 3, ") for line in noted)
+    (noted,) = (line for line in listed[1].splitlines() if "mixed as if padded" in line)
+    assert noted.startswith("warning: fedavg: clients have ranks 1 to 3, ")
+    kept = (listed[0].path / "fedavg" / "seed-3" / "log.txt").read_text(encoding="utf-8")
+    assert "fedavg: clients have ranks 1 to 3, " in kept
 
 
 def test_a_study_of_one_rank_has_no_such_note(here: Path) -> None:
@@ -407,3 +409,20 @@ def test_a_study_of_mixed_ranks_goes_on_to_more_rounds(here: Path, listed: tuple
     assert command("run", small_study.save_config(here / "short.yaml", raw), "-q").code == 0
     fedmira.resume(here / "short", [f"federation.rounds={small_study.ROUNDS}"])
     assert scored(Study(here / "short"), "flexlora") == scored(listed[0], "flexlora")
+
+
+def test_bytes_are_counted_at_every_clients_own_rank(here: Path) -> None:
+    raw = small_study.settings(
+        here / "base",
+        here / "data.jsonl",
+        here / "own-bytes",
+        methods=[{"name": "fedavg"}],
+        lora={"r": 8, "ranks": GIVEN},
+        federation={"rounds": 1, "participation": 1.0},
+    )
+    config = check_config(raw, "test")
+    found = preview.plan_study(config).bytes_per_round["fedavg"]
+    (record,) = fedmira.run(config).runs[0].rounds
+    assert record["bytes_up"] + record["bytes_down"] == found
+    whole = prepare(config, silent).federation.layout.size
+    assert found < 2 * len(CLIENTS) * 4 * whole

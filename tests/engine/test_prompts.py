@@ -270,34 +270,8 @@ def test_virtual_tokens_count_among_those_of_a_scoring_pass(padded: bool) -> Non
         assert max(passes) * (10 + ahead) > 0.8 * measure.PASS_TOKENS
 
 
-def test_a_warning_is_said_once_and_kept(home: Path) -> None:
-    mixed = {
-        "lora": {"r": 8, "ranks": [1, 2, 1, 2, 1, 2]},
-        "methods": [{"name": "fedavg"}],
-        "federation": {"rounds": 1},
-    }
-    ended = command("run", small_study.save_config(home / "mixed.yaml", raw(home, "mixed", **mixed)))
-    said = "warning: fedavg: clients have ranks 1 to 2"
-    assert ended.err.count("clients have ranks 1 to 2") == ended.err.count(said) == 1
-    assert "clients have ranks 1 to 2" in (home / "mixed" / "fedavg" / "seed-3" / "log.txt").read_text()
-
-
 def test_positions_that_leave_no_room_for_texts_are_refused_with_a_way_out(home: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"64 positions, of which 62 are kept .* leaves 2 for texts; take fewer virtual"
     ):
         prepare(config(home, "z", data={"positions_ahead": 62}), silent)
-
-
-def test_a_fault_of_a_method_names_its_place(home: Path) -> None:
-    with pytest.raises(MethodError, match=r"methods\.1 \(groupavg\): groupavg: column 'nope'"):
-        prepare(config(home, "z", methods=[PROMPTS, {"name": "groupavg", "column": "nope"}]), silent)
-
-
-def test_a_dry_run_counts_rows_at_their_clients_ranks(home: Path) -> None:
-    ranks = {"lora": {"r": 8, "ranks": [1, 2, 3, 1, 2, 3]}, "methods": [{"name": "fedavg"}]}
-    whole = {"federation": {"rounds": 1, "participation": 1.0}}
-    found = preview.plan_study(config(home, "z", **ranks, **whole)).bytes_per_round["fedavg"]
-    (record,) = fedmira.run(config(home, "at-ranks", **ranks, **whole)).runs[0].rounds
-    assert record["bytes_up"] + record["bytes_down"] == found
-    assert found < 2 * 6 * 4 * prepare(config(home, "z", **ranks), silent).federation.layout.size

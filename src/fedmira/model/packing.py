@@ -9,7 +9,7 @@ Examples of a client often begin alike, with the task's instruction. What they s
 changes it, and the gradients that come back to it from several examples add up. Losses and gradients stay the same.
 
 What a layer may see is what its attention mask says: all before it, a sliding window, a chunk. In a packed pass
-transformers hands over the rule of that mask instead of the mask (see `attention.Rule`), so a window longer than any
+transformers hands over the rule of that mask instead of the mask (see `spans.Rule`), so a window longer than any
 text that a base was tried on is kept too.
 
 A base whose architecture cannot do this (no attention interface, ALiBi, ...) is found by measurement when it is loaded
