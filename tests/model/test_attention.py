@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fedmira.model import attention
 from fedmira.model.attention import Attention, packed_attention
 from fedmira.model.buckets import make_buckets
+from fedmira.model.fans import STEP
 from fedmira.model.spans import BLOCK, KEPT, SPAN, Rule, Spans, make_spans
 
 HEADS, KEYS, WIDTH = 4, 2, 6
@@ -88,7 +89,7 @@ def test_attention_and_its_gradient_are_those_of_every_example_alone(
 
 def test_short_examples_share_a_span_and_long_ones_have_their_own() -> None:
     spans = spans_of([SPAN // 2, SPAN // 2, 1, SPAN + 5, 3], torch.tensor([0]))
-    assert spans.bounds == (SPAN, SPAN + 1, 2 * SPAN + 6, 2 * SPAN + 9)
+    assert spans.bounds == ((0, SPAN), (SPAN, SPAN + 1), (SPAN + 1, 2 * SPAN + 6), (2 * SPAN + 6, 2 * SPAN + 9))
 
 
 @pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
@@ -135,7 +136,7 @@ def test_in_bfloat16_the_error_is_one_of_rounding(sizes: list[int]) -> None:
 
 def test_a_long_text_is_cut_into_blocks_that_leave_out_what_none_of_their_queries_sees() -> None:
     plan = spans_of([300, 7], torch.zeros(1, dtype=torch.int64))
-    assert plan.bounds == (300, 307)
+    assert plan.bounds == ((0, 300), (300, 307))
     short, long = plan.blocks(Rule(lambda batch, head, queries, keys: keys > queries - 100, 100), torch.float32)
     places = [(one.first, one.start, one.stop, one.blank) for one in long]
     assert places == [(140, 236, 300, 20), (0, 128, 256, 0), (0, 0, 128, 0)]
@@ -152,15 +153,108 @@ def test_sizes_are_filled_up_from_what_lies_before() -> None:
     assert torch.equal(second.bias[24:, 24:] == 0, torch.ones(40, 40, dtype=torch.bool).tril())
 
 
-def test_examples_of_a_group_see_what_they_share_and_nothing_of_each_other() -> None:
-    """Two tokens shared by rests of 1 and 2, then a text of its own: places 0 1 | 2 | 3 4 | 5."""
-    plan = make_spans([(2, 1, 2), (0, 1)], torch.tensor([2, 4]), longest=4)
-    ((block,),) = plan.blocks(PLAIN, torch.float32)
-    assert (block.bias == 0).int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 0, 1, 0, 0],
-        [1, 1, 0, 1, 1, 0],
-        [0, 0, 0, 0, 0, 1],
-    ]
+# Each stretch: tokens shared by the rests that follow; (0, n) stands alone. Starts and rests of many sizes, and two
+# stretches with one start of equal length, so that fans hold several groups.
+STRETCHES = {
+    "few": [(2, 1, 2), (0, 1)],
+    "many": [(0, 9), (30, *range(1, 41)), (0, SPAN + 3), (28, 5, 200, 3, 17), (5, 40, 40), (0, 4)],
+    "large": [(KEPT + 10, 20, 30, 256), (0, 3)],
+}
+
+
+def alone(stretches: list[tuple[int, ...]], given: list[Tensor], cap: float | None) -> Tensor:
+    """Every example with its start before it, one plain softmax each; of the start, its own answers."""
+    answers, place = [], 0
+    for shared, *rests in stretches:
+        start = torch.arange(place, place + shared)
+        place += shared
+        if shared:
+            answers.append(reference([shared], [one[:, :, start] for one in given], PLAIN, cap))
+        for size in rests:
+            whole = torch.cat([start, torch.arange(place, place + size)])
+            place += size
+            answers.append(reference([len(whole)], [one[:, :, whole] for one in given], PLAIN, cap)[:, shared:])
+    return torch.cat(answers, dim=1)
+
+
+def fanned(stretches: list[tuple[int, ...]], where: Tensor) -> Spans:
+    longest = max(shared + max(rests) for shared, *rests in stretches)
+    return make_spans(stretches, where, longest=longest)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "tokens first", "slices"])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("name", STRETCHES)
+def test_examples_see_the_start_they_share_and_nothing_of_each_other(name: str, cap: float | None, layout: str) -> None:
+    """Answers and gradients are those of every example alone, however queries, keys and values lie in memory."""
+    stretches = STRETCHES[name]
+    tokens = sum(map(sum, stretches))
+    given = states(tokens)
+    if layout != "heads first":
+        extra = 0 if layout == "tokens first" else 3
+        given = [
+            torch.cat([one.detach().transpose(1, 2), torch.zeros(1, tokens, extra, WIDTH, dtype=one.dtype)], dim=2)[
+                :, :, : one.shape[1]
+            ]
+            .transpose(1, 2)
+            .requires_grad_()
+            for one in given
+        ]
+    found = run(fanned(stretches, torch.arange(tokens)), given, PLAIN, cap)
+    wanted = alone(stretches, given, cap)
+    push = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    both = zip(torch.autograd.grad(found, given, push), torch.autograd.grad(wanted, given, push), strict=True)
+    for one, other in both:
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", STRETCHES)
+def test_the_last_layer_answers_labels_of_examples_that_share_a_start(name: str) -> None:
+    """Labels at the last two tokens of every other example; a gradient that comes from them is the whole one."""
+    stretches = STRETCHES[name]
+    tokens = sum(map(sum, stretches))
+    ends = torch.cumsum(torch.tensor([size for shared, *rests in stretches for size in (shared, *rests)]), 0)
+    where = torch.unique(torch.cat([ends[::2] - 2, ends[::2] - 1]).clamp(min=0))
+    starts = torch.cat(
+        [torch.tensor([True, *[False] * len(rests)]) for _, *rests in stretches]
+    )  # a shared start has no labels
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]])
+    inside = torch.zeros(tokens, dtype=torch.bool)
+    for first, stop, start in zip(before.tolist(), ends.tolist(), starts.tolist(), strict=True):
+        inside[first:stop] = start
+    where = where[~inside[where]]
+    given, last = states(tokens), nn.Identity()
+    found, wanted = run(fanned(stretches, where), given, PLAIN, None, last=last), alone(stretches, given, None)
+    torch.testing.assert_close(found[:, where], wanted[:, where], rtol=1e-10, atol=1e-12)
+    push = torch.zeros_like(wanted)
+    push[:, where] = torch.randn(1, len(where), HEADS, WIDTH, dtype=torch.float64)
+    both = zip(torch.autograd.grad(found, given, push), torch.autograd.grad(wanted, given, push), strict=True)
+    for one, other in both:
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_in_bfloat16_what_examples_send_back_to_their_start_is_summed_in_float32() -> None:
+    stretches = [(40, *[7] * 64)]
+    exact = states(sum(map(sum, stretches)))
+    given = [one.detach().bfloat16().requires_grad_() for one in exact]
+    exact = [one.detach().double().requires_grad_() for one in given]
+    found, wanted = run(fanned(stretches, torch.tensor([40])), given, PLAIN, None), alone(stretches, exact, None)
+    push = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    both = zip(torch.autograd.grad(found, given, push), torch.autograd.grad(wanted, exact, push.double()), strict=True)
+    for one, other in both:
+        shared = slice(0, 40)
+        assert float((one.double() - other)[:, :, shared].norm() / other[:, :, shared].norm()) < 0.02
+
+
+def test_fans_hold_examples_of_similar_size_and_few_blanks() -> None:
+    stretches = STRETCHES["many"]
+    plan = fanned(stretches, torch.tensor([0]))
+    fans = plan.fans()
+    assert sum(len(fan.queries.where) for fan in fans) == sum(sum(rests) for shared, *rests in stretches if shared)
+    assert sum(stop - first for fan in fans for first, stop, _, _ in fan.starts) == len(plan.sharing) == 46
+    assert len(fans) < 20
+    places = torch.cat([fan.queries.where for fan in fans])
+    assert len(places.unique()) == len(places), "every token is asked once"
+    assert all(fan.queries.index.shape[1] % STEP == fan.keys.index.shape[1] % STEP == 0 for fan in fans)
+    assert plan.fans() is fans, "dealt once for a pass"

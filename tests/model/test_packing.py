@@ -18,7 +18,7 @@ from fedmira.data.batches import NO_LOSS, Batch, Encoded, collate
 from fedmira.model.buckets import Buckets
 from fedmira.model.load import Base, wrap
 from fedmira.model.lora import Dropout
-from fedmira.model.packing import GROUP, SEGMENT_FILL, SHARED, _groups, pack, pad
+from fedmira.model.packing import LONG_REST, SEGMENT_FILL, SHARED, _groups, pack, pad
 from fedmira.model.passes import gradients, losses
 from fedmira.model.spans import Rule, Spans
 
@@ -243,17 +243,18 @@ def test_positions_go_on_from_what_is_shared_and_the_token_before_a_label_is_nev
     assert plan.targets.tolist() == [13, 11]
 
 
-def test_groups_stay_small_and_short_beginnings_are_not_shared() -> None:
-    batch = alike([100, SHARED - 1], [[150, 150, 150, 150], [3, 4]])
+def test_examples_that_begin_alike_share_unless_they_go_on_for_long_or_the_beginning_is_short() -> None:
+    batch = alike([100, SHARED - 1], [[150, LONG_REST, 150, LONG_REST + 1, 20, 30], [3, 4]])
     plan = pack(batch, pad_id=0, share=True)
     assert [(one.client, one.examples, one.shared) for own in _groups(batch) for one in own] == [
-        (0, (0, 1), 100),
-        (0, (2, 3), 100),
+        (0, (0, 1, 2), 100),
+        (0, (3,), 0),
+        (0, (4, 5), 100),
         (1, (0,), 0),
         (1, (1,), 0),
     ]
-    assert max(100 + 2 * 150, 0) <= GROUP < 100 + 3 * 150
-    assert plan.ids.shape[1] >= 2 * 400 + 2 * (SHARED - 1) + 7
+    tokens = 3 * 100 + 300 + LONG_REST + LONG_REST + 1 + 50 + 2 * (SHARED - 1) + 7
+    assert tokens <= plan.ids.shape[1] <= 1.05 * tokens + 32
 
 
 def test_under_dropout_and_beyond_a_window_nothing_is_shared() -> None:

@@ -28,7 +28,7 @@ from fedmira.model.spans import make_spans
 from fedmira.model.virtual import Places, find_places
 
 SHARED = 8  # tokens at the start of a client's examples from which on they are computed once
-GROUP = 512  # tokens of examples that share their start: attention between them is masked, and not free
+LONG_REST = 256  # tokens beyond what is shared from which on an example stands by itself
 SEGMENT_FILL = 0.92  # a segment takes clients with at least this share of its largest one's tokens
 
 
@@ -186,7 +186,7 @@ def _ungrouped(lengths: Tensor) -> list[list[Group]]:
 
 
 def _groups(batch: Batch) -> list[list[Group]]:
-    """Put examples of a client that begin alike into groups of at most GROUP tokens.
+    """Put examples of a client that begin alike into groups, those in turn that do not go on for long.
 
     What is shared ends before the token that predicts an example's first label: that one belongs to its example.
     """
@@ -201,16 +201,14 @@ def _groups(batch: Batch) -> list[list[Group]]:
     for client, own in enumerate(lengths.tolist()):
         shared = common[client] if common[client] >= SHARED else 0
         found: list[Group] = []
-        size = 0
         for example, length in enumerate(own):
+            short = bool(shared) and length - shared <= LONG_REST
             if not length:
                 continue
-            if shared and found and size + length - shared <= GROUP:
-                found[-1] = replace(found[-1], examples=(*found[-1].examples, example), shared=shared)
-                size += length - shared
+            if short and found and own[found[-1].examples[-1]] - shared <= LONG_REST:
+                found[-1] = Group(client, (*found[-1].examples, example), shared)
             else:
                 found.append(Group(client, (example,), 0))
-                size = length
         groups.append(found)
     return groups
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedmira.adapters import Adapters
 from fedmira.data.batches import asking, collate
+from fedmira.model.fans import pick
 from fedmira.model.kept import Enough, Part, Rules, Turn, attending, places_of
 from fedmira.model.lanes import Lane, Text, deal_batches, segments_of
 from fedmira.model.load import Base
@@ -93,16 +94,9 @@ class _Packed:
             row[: len(own)] = own[:length]
         keys, values = [], []
         for key, value in self.layers:
-            keys.append(_rows_at(key, index))
-            values.append(_rows_at(value, index))
+            keys.append(pick(key, index))
+            values.append(pick(value, index))
         return Part(len(rows), length, keys, values)
-
-
-def _rows_at(states: Tensor, index: Tensor) -> Tensor:
-    """Pick tokens [n, L] of [H, N, D] as [n, H, L, D], in one copy."""
-    heads, tokens, width = states.shape
-    every = torch.arange(heads)[None, :, None] * tokens + index[:, None, :]
-    return states.reshape(-1, width).index_select(0, every.flatten()).view(len(index), heads, index.shape[1], width)
 
 
 def _packed(base: Base, adapters: Adapters | None, lanes: Sequence[Lane]) -> _Packed:
@@ -122,16 +116,15 @@ def _packed(base: Base, adapters: Adapters | None, lanes: Sequence[Lane]) -> _Pa
         order = torch.argsort(plan.owner, stable=True)
         states.append(found[order])
         layers.append([(key[0], value[0]) for key, value in kept])
-        group = plan.attention.group
-        ends = plan.where[order]
-        shared = torch.bincount(group[plan.attention.shared], minlength=int(group[-1]) + 1)[group[ends]].tolist()
-        begins = torch.searchsorted(group, group[ends]).tolist()  # of what is shared, where that is anything
-        each = iter(zip(ends.tolist(), shared, begins, strict=True))
+        sharing = {one.stop - 2: one for one in plan.attention.sharing}  # behind a prompt stands a token to predict
+        ends = iter(plan.where[order].tolist())
         for k, prompts in some:
             for ids in prompts:
-                end, common, begin = next(each)
+                end = next(ends)
                 places = torch.arange(end + 1 - len(ids), end + 1)
-                places[:common] = torch.arange(begin, begin + common)
+                if end in sharing:
+                    begin, common = sharing[end].begin, sharing[end].shared
+                    places[:common] = torch.arange(begin, begin + common)
                 opening[k] = start + places[: lanes[k].shared]
                 rest.append(start + places[lanes[k].shared :])
         start += plan.ids.shape[1]

@@ -2,16 +2,19 @@
 
 The sequence is cut at examples into stretches, short examples together; products read queries, keys and values where
 they lie. A long stretch is taken a block of queries at a time, so that what causality forbids is mostly not computed.
+Examples that share their start come in fans instead (fans.py); the start itself is an example here.
+
 On two cores with bfloat16 products this takes less than half of the time of torch's fused CPU kernel, whose products
 are not made by the matrix units.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from fedmira.model.fans import Example, Fan, Sums, attend, make_fans, push_back
 
 SPAN = 128  # tokens up to which short examples share a span
 BLOCK = 128  # queries taken together in spans of more than twice as many
@@ -53,32 +56,29 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Spans:
-    """The sequence in stretches of whole examples. bounds: their ends; example [N]: the example of each token.
+    """The sequence in stretches of whole examples, and those that share a start. example [N]: that of each token.
 
-    group [N]: examples of one group see its tokens that are `shared` [N] besides their own.
-    asked: for each stretch, the first token with a label and the end of the last one; equal where none has.
+    bounds: the tokens of every stretch; asked: of these, from the first with a label to the last, none where none has
+    one. fans: examples that share a start, `last` of them those with a label.
     """
 
-    bounds: tuple[int, ...]
+    bounds: tuple[tuple[int, int], ...]
     example: Tensor
-    group: Tensor
-    shared: Tensor
     longest: int  # tokens of the longest example
     asked: tuple[tuple[int, int], ...]
+    sharing: tuple[Example, ...] = ()
+    labelled: tuple[Example, ...] = ()
     made: dict[object, tuple[tuple[Block, ...], ...]] = field(default_factory=dict)
+    dealt: dict[bool, tuple[Fan, ...]] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Spans":
-        return (
-            self
-            if device.type == "cpu"
-            else replace(
-                self,
-                example=self.example.to(device),
-                group=self.group.to(device),
-                shared=self.shared.to(device),
-                made={},
-            )
-        )
+        return self if device.type == "cpu" else replace(self, example=self.example.to(device), made={})
+
+    def fans(self, *, labelled: bool = False) -> tuple[Fan, ...]:
+        """Return the examples that share a start, of them those with a label, in fans; dealt once for a pass."""
+        if labelled not in self.dealt:
+            self.dealt[labelled] = make_fans(self.labelled if labelled else self.sharing)
+        return self.dealt[labelled]
 
     def blocks(self, rule: Rule, dtype: torch.dtype, *, labelled: bool = False) -> tuple[tuple[Block, ...], ...]:
         """Return the blocks of every span for layers of this rule; worked out once for a pass.
@@ -88,11 +88,10 @@ class Spans:
         plain = rule.reach is None or self.longest <= rule.reach
         key = (None if plain else rule, dtype, labelled)
         if key not in self.made:
-            spans = list(zip((0, *self.bounds[:-1]), self.bounds, strict=True))
-            wanted = self.asked if labelled else spans
+            wanted = self.asked if labelled else self.bounds
             self.made[key] = tuple(
                 self._cut(*span, *some, None if plain else rule, dtype)
-                for span, some in reversed(list(zip(spans, wanted, strict=True)))
+                for span, some in reversed(list(zip(self.bounds, wanted, strict=True)))
                 if some[1] > some[0]
             )
         return self.made[key]
@@ -102,9 +101,8 @@ class Spans:
     ) -> tuple[Block, ...]:
         """Cut queries begin..end of the span first..stop into blocks, the last one first."""
         places = torch.arange(first, stop, device=self.example.device)
-        own, group, shared = (part[first:stop] for part in (self.example, self.group, self.shared))
-        sees = (own[:, None] == own[None, :]) | ((group[:, None] == group[None, :]) & shared[None, :])
-        sees &= places[:, None] >= places[None, :]
+        own = self.example[first:stop]
+        sees = (own[:, None] == own[None, :]) & (places[:, None] >= places[None, :])
         if rule is not None:
             sees &= rule.mask(places)
         step = end - begin if end - begin <= 2 * BLOCK else BLOCK
@@ -132,29 +130,36 @@ def make_spans(stretches: Sequence[tuple[int, ...]], where: Tensor, *, longest: 
     stretches: (tokens shared, rest of each example that shares them), in order; where [n]: tokens that predict a label,
     ascending; longest: tokens of the longest example, its shared ones included.
     """
-    bounds: list[int] = []
-    first = end = 0
-    for stretch in stretches:
-        size = sum(stretch)
-        if end > first and end + size - first > SPAN:
-            bounds.append(end)
-            first = end
-        end += size
-    bounds.append(end)
-    ends = torch.searchsorted(where, torch.tensor([0, *bounds])).tolist()
-    asked = tuple((int(where[a]), int(where[b - 1]) + 1) if b > a else (0, 0) for a, b in pairwise(ends))
-    parts = torch.tensor([part for stretch in stretches for part in stretch])
-    group = torch.tensor([number for number, stretch in enumerate(stretches) for _ in stretch])
-    shared = torch.tensor([place == 0 for stretch in stretches for place in range(len(stretch))])
-    example = torch.arange(len(parts))
+    bounds: list[tuple[int, int]] = []
+    sharing: list[Example] = []
+    place = 0
+    for shared, *rests in stretches:
+        begin = place
+        for size in (shared,) if shared else rests:
+            if bounds and bounds[-1][1] == place and place + size - bounds[-1][0] <= SPAN:
+                bounds[-1] = (bounds[-1][0], place + size)
+            else:
+                bounds.append((place, place + size))
+            place += size
+        for size in rests if shared else ():
+            sharing.append(Example(place, place + size, begin, shared, place))
+            place += size
+    sizes = torch.tensor([size for stretch in stretches for size in stretch])
+    labels = _asked([(one.first, one.stop) for one in sharing], where)
     return Spans(
         bounds=tuple(bounds),
-        example=torch.repeat_interleave(example, parts),
-        group=torch.repeat_interleave(group, parts),
-        shared=torch.repeat_interleave(shared, parts),
+        example=torch.repeat_interleave(torch.arange(len(sizes)), sizes),
         longest=longest,
-        asked=asked,
+        asked=tuple(_asked(bounds, where)),
+        sharing=tuple(sharing),
+        labelled=tuple(replace(one, asked=a, stop=b) for one, (a, b) in zip(sharing, labels, strict=True) if b > a),
     )
+
+
+def _asked(bounds: Sequence[tuple[int, int]], where: Tensor) -> list[tuple[int, int]]:
+    """Return the first token with a label and the end of the last one within each of these bounds."""
+    ends = torch.searchsorted(where, torch.tensor(bounds, dtype=torch.int64).view(-1, 2)).tolist()
+    return [(int(where[a]), int(where[b - 1]) + 1) if b > a else (0, 0) for a, b in ends]
 
 
 def attend_in_spans(
@@ -172,8 +177,10 @@ def attend_in_spans(
 
     labelled: only for queries from a span's first label to its last; the others' answers are 0.
     """
-    spans = plan.blocks(rule, query.dtype, labelled=labelled)
-    answer: Tensor = _Spans.apply(query, key, value, spans, labelled, scale, softcap)  # type: ignore[no-untyped-call]
+    spans, fans = plan.blocks(rule, query.dtype, labelled=labelled), plan.fans(labelled=labelled)
+    answer: Tensor = _Spans.apply(  # type: ignore[no-untyped-call]
+        query, key, value, spans, fans, labelled, scale, softcap
+    )
     return answer
 
 
@@ -187,6 +194,7 @@ class _Spans(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         spans: tuple[tuple[Block, ...], ...],
+        fans: tuple[Fan, ...],
         some: bool,
         scale: float,
         cap: float | None,
@@ -200,8 +208,13 @@ class _Spans(torch.autograd.Function):
             _product(chances, v[:, block.first : block.stop], into=out[:, block.start : block.stop])
             if keep and _is_kept(block, cap):
                 kept.append(chances)
+        for fan in fans:  # after the spans, whose blanks may lie here
+            chances = attend(fan, (q, k, v), into=out, scale=scale, cap=cap)
+            if keep:
+                kept.append(chances)
         ctx.save_for_backward(query, key, value, *kept)  # type: ignore[attr-defined]
-        ctx.spans, ctx.scale, ctx.cap, ctx.some = spans, scale, cap, some  # type: ignore[attr-defined]
+        ctx.spans, ctx.fans, ctx.some = spans, fans, some  # type: ignore[attr-defined]
+        ctx.scale, ctx.cap = scale, cap  # type: ignore[attr-defined]
         return out.transpose(0, 1)[None]
 
     @staticmethod
@@ -237,7 +250,13 @@ class _Spans(torch.autograd.Function):
                     sums[1][:, there] += torch.bmm(chances.mT, asked)
             if sums is not None:
                 dk[:, first:stop], dv[:, first:stop] = sums
-        return dq.mul_(scale)[None], dk.mul_(scale)[None], dv[None], None, None, None, None
+        starts: tuple[Sums, Sums] = ({}, {})
+        for fan in ctx.fans:  # type: ignore[attr-defined]
+            push_back(fan, (q, k, v), push, next(stored), into=(dq, dk, dv), starts=starts, scale=scale, cap=cap)
+        for gradient, totals in zip((dk, dv), starts, strict=True):
+            for begin, total in totals.items():
+                gradient[:, begin : begin + total.shape[1]] += total
+        return dq.mul_(scale)[None], dk.mul_(scale)[None], dv[None], None, None, None, None, None
 
 
 def _is_kept(block: Block, cap: float | None) -> bool:
