@@ -32,6 +32,17 @@ def test_rows_are_mixed_as_by_one_product_whatever_their_number_and_length(count
     torch.testing.assert_close(mix_rows(within, rows), torch.from_numpy(within) @ rows, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("columns", [1, 32769, 100_003])
+@pytest.mark.usefixtures("threads")
+def test_rows_with_few_neighbours_each_are_mixed_likewise(columns: int) -> None:
+    """Of 100 rows each meets itself and the next five: 6 % of the weights."""
+    rows, within = draw(100, columns), np.zeros((100, 100))
+    for row in range(100):
+        within[row, (row + np.arange(6)) % 100] = draw(6 + row)[:6]
+    found = mix_rows(within, rows, outside=np.ones((100, 1)), stored=rows, neighbours=np.array([3]))
+    torch.testing.assert_close(found, torch.from_numpy(within) @ rows + rows[3], rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("neighbours", [[5], [0, 7, 3], list(range(12, 5012))])
 @pytest.mark.usefixtures("threads")
 def test_stored_neighbours_are_added(neighbours: list[int]) -> None:

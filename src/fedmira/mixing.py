@@ -1,9 +1,10 @@
 """Linear combinations of rows, read once from memory and mixed in the cache.
 
 A product [S, S] @ [S, P] with S of 8 to 64 and P in millions is bound by memory as much as by arithmetic. The columns
-are cut into strips that fit a core's cache, and as many threads as torch is set to take turns. Strips depend on the
-shapes alone, so the number of threads does not change the bits. The answer lies in memory of an earlier one that nobody
-holds any more, where there is such: the system would have to zero new pages first, which costs more than the mixing.
+are cut into strips that fit a core's cache, and as many threads as torch is set to take turns. Among hundreds of rows
+most weights are 0, and only the others are multiplied. Strips depend on shapes and weights alone, so the number of
+threads does not change the bits. The answer lies in memory of an earlier one that nobody holds any more, where there
+is such: the system would have to zero new pages first, which costs more than the mixing.
 """
 
 import functools
@@ -20,6 +21,7 @@ from torch import Tensor
 from fedmira.errors import ShapeError
 
 _STRIP = 2**13  # columns of one product
+_SPARSE = 0.1  # of weights that are not 0, up to which a sparse product is faster than one of all of them
 _CACHED = 2**18  # gathered numbers at a time: 1 MB in float32
 _TURN = 2**15  # columns that a thread takes at a time; strips are powers of two, so they start where pages start
 _LENT = 2**30  # bytes; larger answers are not kept for the next one
@@ -50,16 +52,23 @@ def mix_rows(
         )
     own = rows.numpy()
     out = _memory.lend(own.shape, own.dtype)
-    weights = within.astype(own.dtype)
+    weights: np.ndarray | sparse.csr_array = within.astype(own.dtype)
+    strip = _STRIP
+    if np.count_nonzero(within) < _SPARSE * within.size:
+        weights = sparse.csr_array(weights)
+        strip = _power(_CACHED // count)
     pull = sparse.csr_array(outside.astype(own.dtype)) if gathered and outside is not None else None
     held = own if stored is None else stored.numpy()
     gather = _power(_CACHED // max(gathered, 1))
 
     def turn(first: int) -> None:
         last = min(first + _TURN, columns)
-        for start in range(first, last, _STRIP):
-            stop = min(start + _STRIP, last)
-            np.matmul(weights, own[:, start:stop], out=out[:, start:stop])
+        for start in range(first, last, strip):
+            stop = min(start + strip, last)
+            if isinstance(weights, np.ndarray):
+                np.matmul(weights, own[:, start:stop], out=out[:, start:stop])
+            else:
+                out[:, start:stop] = weights @ own[:, start:stop]
         if pull is not None:
             for start in range(first, last, gather):
                 stop = min(start + gather, last)

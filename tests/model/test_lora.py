@@ -155,6 +155,25 @@ def test_a_module_used_twice_adds_up_its_gradients() -> None:
         torch.testing.assert_close(into[k][real], row.grad[real])
 
 
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e308])
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_client_whose_numbers_are_broken_spoils_nobody_elses(factor: str, broken: float) -> None:
+    """1e308: finite factors whose product is not."""
+    model, stack = Twice().requires_grad_(False), Stack()
+    adapters = tiny.adapters(lora_layout(install(model, ["layer"], stack), 2), (2, 2))
+    x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def answers() -> Tensor:
+        with stack.filled(adapters, dtype=torch.float64, device=torch.device("cpu")):
+            return model(x)
+
+    sound = answers()
+    for leaf in adapters.layout.part("lora").leaves:
+        if leaf.factor == factor:
+            adapters.leaf(leaf)[0] = broken
+    torch.testing.assert_close(answers()[1], sound[1], rtol=0, atol=0)
+
+
 def test_all_linear_leaves_the_output_head_out() -> None:
     plain = tiny.model("llama")
     assert len(find_targets(plain, "all-linear", head=plain.get_output_embeddings())) == 2 * 7
