@@ -228,3 +228,12 @@ def test_a_row_is_as_long_as_its_client_has_rank() -> None:
     assert whole.sizes(each).tolist() == [lora_layout(shapes, ranks).size for ranks in ([1, 3], [4, 2])]
     prompt = prompt_layout(6, 3, 2)
     assert prompt.sizes(torch.zeros(2, dtype=torch.int64)).tolist() == [prompt.size] * 2
+
+
+def test_rows_given_to_take_stand_in_as_they_are_without_a_copy_of_those_that_they_replace() -> None:
+    made = start_adapters(lora_layout([("a", 3, 2)], 2), torch.tensor([1, 2, 2]), 4.0, torch.Generator())
+    rows = torch.ones(2, made.layout.size)
+    taken = made.take(torch.tensor([2, 0]), rows=rows)
+    assert taken.rows is rows
+    assert taken.ranks.tolist() == [2, 1]
+    assert torch.equal(taken.scale, made.take(torch.tensor([2, 0])).scale)

@@ -233,9 +233,9 @@ class Adapters:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, ids: Tensor) -> "Adapters":
-        """Copy the rows of `ids` [n] in that order."""
-        return Adapters(self.layout, self.rows[ids], self.ranks[ids], self.scale[ids])
+    def take(self, ids: Tensor, *, rows: Tensor | None = None) -> "Adapters":
+        """Copy the rows of `ids` [n] in that order; `rows` [n, P], where given, stand in their place as they are."""
+        return Adapters(self.layout, self.rows[ids] if rows is None else rows, self.ranks[ids], self.scale[ids])
 
     def head(self, count: int) -> "Adapters":
         """View the first `count` clients; writing to the view writes to these rows."""

@@ -80,7 +80,7 @@ def exchange(
         ids=ids,
         answered=answered,
         refused=refused,
-        uploads=blank.take(places).with_rows(uploads.rows),
+        uploads=blank.take(places, rows=uploads.rows),
         change=change,
         losses=phase.losses.expand(len(ids)),  # the pool's for each of them
         steps=phase.steps.expand(len(ids)),

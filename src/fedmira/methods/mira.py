@@ -171,7 +171,7 @@ def build(config: Config, cohort: Cohort) -> Method:
         if explicit and (learned is not None or frozenset(ids.tolist()) not in checked):
             limit = largest_coupling(some, [near])  # nobody could check this subgraph before; it may bear less
             strength = min(coupling, limit / 2 if some.symmetric else limit)
-        uploads = state.adapters.take(ids).with_rows(returned.rows)
+        uploads = state.adapters.take(ids, rows=returned.rows)
         if config.clip is not None:
             near, clipped = shorten(near, uploads, state.adapters, config.clip, products=config.space == "product")
             notes["clipped_percent"] = 100 * clipped

@@ -46,10 +46,10 @@ class Rows:
 
     def take(self, states: Tensor) -> Tensor:
         """Pick these tokens from states [H, N, D], as [n, H, L, D]."""
-        steps = _row_steps(states)
+        rows, steps = _as_rows(states)
         if steps not in self.made:
             self.made[steps] = _row_numbers(self.index, steps)
-        return _pick_rows(states, self.made[steps])
+        return _pick_rows(rows, self.made[steps])
 
     def put(self, values: Tensor, *, into: Tensor) -> None:
         """Write values [n, H, L, D] that are no blanks to their places in [H, N, D]."""
@@ -66,29 +66,33 @@ class Rows:
 
 def pick(states: Tensor, index: Tensor) -> Tensor:
     """Return states [H, N, D] of tokens [n, L], as [n, H, L, D]."""
-    return _pick_rows(states, _row_numbers(index, _row_steps(states)))
+    rows, steps = _as_rows(states)
+    return _pick_rows(rows, _row_numbers(index, steps))
 
 
-def _row_steps(states: Tensor) -> tuple[int, int, int]:
-    """Return (H, rows from a head to the next, rows from a token to the next) of states [H, N, D] in rows of D."""
-    (head, token, one), width = states.stride(), states.shape[2]
-    assert one == 1
-    assert head % width == token % width == 0
-    return len(states), head // width, token // width
+def _as_rows(states: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """View states [H, N, D], however their memory is ordered, as rows of D.
+
+    Returns them, H, and how many rows it is from a head and from a token to the next. Copied only where no row of D can
+    be told from the next.
+    """
+    heads, tokens, width = states.shape
+    if states.stride(2) != 1 or states.stride(0) % width or states.stride(1) % width:
+        states = states.contiguous()
+    head, token = states.stride(0) // width, states.stride(1) // width
+    rows = states.as_strided(((heads - 1) * head + (tokens - 1) * token + 1, width), (width, 1))
+    return rows, (heads, head, token)
 
 
 def _row_numbers(index: Tensor, steps: tuple[int, int, int]) -> Tensor:
-    """Return which rows of D hold tokens [n, L]: [n, H, L]."""
+    """Return which rows hold tokens [n, L]: [n, H, L]."""
     heads, head, token = steps
     return torch.arange(heads)[:, None] * head + index[:, None, :] * token
 
 
-def _pick_rows(states: Tensor, numbers: Tensor) -> Tensor:
-    """Return rows [n, H, L] of states [H, N, D] as [n, H, L, D], in one copy however their memory is ordered."""
-    heads, head, token = _row_steps(states)
-    tokens, width = states.shape[1:]
-    rows = states.as_strided(((heads - 1) * head + (tokens - 1) * token + 1, width), (width, 1))
-    return rows.index_select(0, numbers.flatten()).view(*numbers.shape, width)
+def _pick_rows(rows: Tensor, numbers: Tensor) -> Tensor:
+    """Return rows [n, H, L] as [n, H, L, D]."""
+    return rows.index_select(0, numbers.flatten()).view(*numbers.shape, rows.shape[1])
 
 
 @dataclass(frozen=True, eq=False)

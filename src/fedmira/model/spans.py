@@ -59,7 +59,7 @@ class Spans:
     """The sequence in stretches of whole examples, and those that share a start. example [N]: that of each token.
 
     bounds: the tokens of every stretch; asked: of these, from the first with a label to the last, none where none has
-    one. fans: examples that share a start, `last` of them those with a label.
+    one. sharing: examples that share a start; labelled: those of them with a label, from the first to the last.
     """
 
     bounds: tuple[tuple[int, int], ...]
@@ -72,7 +72,7 @@ class Spans:
     dealt: dict[bool, tuple[Fan, ...]] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Spans":
-        return self if device.type == "cpu" else replace(self, example=self.example.to(device), made={})
+        return self if device.type == "cpu" else replace(self, example=self.example.to(device), made={}, dealt={})
 
     def fans(self, *, labelled: bool = False) -> tuple[Fan, ...]:
         """Return the examples that share a start, of them those with a label, in fans; dealt once for a pass."""
