@@ -1,5 +1,7 @@
 """Both roads of packed attention give what a plain softmax over the tokens that are seen gives, and its gradient."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,6 +72,54 @@ def plans(sizes: list[int]) -> dict[str, Attention]:
     }
 
 
+# Each stretch: tokens shared by the rests that follow; (0, n) stands alone. Starts and rests of many sizes, two of the
+# starts of similar length, so that a fan holds examples of both; and one with more keys than are kept.
+STRETCHES = {
+    "few": [(2, 1, 2), (0, 1)],
+    "many": [(0, 9), (30, *range(1, 41)), (0, SPAN + 3), (28, 5, 200, 3, 17), (5, 40, 40), (0, 4)],
+    "large": [(KEPT + 10, 20, 30, 256), (0, 3)],
+}
+
+
+def rests_of(stretches: list[tuple[int, ...]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The places of every rest's start, and its own; a start comes first, as a rest of none."""
+    place = 0
+    for shared, *rests in stretches:
+        start = torch.arange(place, place + shared)
+        place += shared
+        yield start[:0], start
+        for size in rests:
+            yield start, torch.arange(place, place + size)
+            place += size
+
+
+def alone(stretches: list[tuple[int, ...]], given: list[Tensor], cap: float | None) -> Tensor:
+    """Every example with its start before it, one plain softmax each; of the start, its own answers."""
+    answers = []
+    for start, own in rests_of(stretches):
+        whole = torch.cat([start, own])
+        found = reference([len(whole)], [one[:, :, whole] for one in given], PLAIN, cap)
+        answers.append(found[:, len(start) :])
+    return torch.cat(answers, dim=1)
+
+
+def fanned(stretches: list[tuple[int, ...]], where: Tensor) -> Spans:
+    longest = max(shared + max(rests) for shared, *rests in stretches)
+    return make_spans(stretches, where, longest=longest)
+
+
+def check(found: Tensor, wanted: Tensor, given: list[Tensor], where: Tensor | None = None) -> None:
+    """The same answers, at these places alone or everywhere, and the same gradients of what comes from there."""
+    where = torch.arange(wanted.shape[1]) if where is None else where
+    torch.testing.assert_close(found[:, where], wanted[:, where], rtol=1e-10, atol=1e-12)
+    push = torch.zeros_like(wanted)
+    stream = torch.Generator().manual_seed(0)
+    push[:, where] = torch.randn(1, len(where), HEADS, WIDTH, dtype=torch.float64, generator=stream)
+    both = zip(torch.autograd.grad(found, given, push), torch.autograd.grad(wanted, given, push), strict=True)
+    for one, other in both:
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("rule", [PLAIN, WINDOW], ids=["causal", "window"])
 @pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
@@ -78,13 +128,7 @@ def test_attention_and_its_gradient_are_those_of_every_example_alone(
     road: str, sizes: list[int], rule: Rule, cap: float | None
 ) -> None:
     given = states(sum(sizes))
-    push = torch.randn(1, sum(sizes), HEADS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    wanted = reference(sizes, given, rule, cap)
-    found = run(plans(sizes)[road], given, rule, cap)
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
-    both = zip(torch.autograd.grad(found, given, push), torch.autograd.grad(wanted, given, push), strict=True)
-    for one, other in both:
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    check(run(plans(sizes)[road], given, rule, cap), reference(sizes, given, rule, cap), given)
 
 
 def test_short_examples_share_a_span_and_long_ones_have_their_own() -> None:
@@ -100,13 +144,8 @@ def test_the_last_layer_answers_from_the_first_label_of_a_span_to_its_last(sizes
     plan = spans_of(sizes, where)
     given, last = states(sum(sizes)), nn.Identity()
     wanted, found = reference(sizes, given, PLAIN, None), run(plan, given, PLAIN, None, last=last)
-    torch.testing.assert_close(found[:, where], wanted[:, where], rtol=1e-10, atol=1e-12)
+    check(found, wanted, given, where)
     assert bool((found == 0).all(-1).all(-1).any()), "rows that nobody asks for are left out"
-    push = torch.zeros_like(wanted)
-    push[:, where] = torch.randn(1, len(where), HEADS, WIDTH, dtype=torch.float64)
-    both = zip(torch.autograd.grad(found, given, push), torch.autograd.grad(wanted, given, push), strict=True)
-    for one, other in both:
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
 def test_a_pass_without_any_label_leaves_everything_out() -> None:
@@ -115,13 +154,18 @@ def test_a_pass_without_any_label_leaves_everything_out() -> None:
     assert not found.any()
 
 
-@pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
-def test_in_bfloat16_the_error_is_one_of_rounding(sizes: list[int]) -> None:
+@pytest.mark.parametrize(
+    "stretches",
+    [[(0, size) for size in SHORT], [(0, size) for size in LONG], STRETCHES["many"], [(40, *[7] * 64)]],
+    ids=["short", "long", "starts", "one start"],
+)
+def test_in_bfloat16_the_error_is_one_of_rounding(stretches: list[tuple[int, ...]]) -> None:
     """Against float64 on the same numbers: below 1 % of the answers and 2 % of the gradients."""
-    exact = states(sum(sizes))
+    exact = states(sum(map(sum, stretches)))
     given = [one.detach().bfloat16().requires_grad_() for one in exact]
     exact = [one.detach().double().requires_grad_() for one in given]
-    found, wanted = run(plans(sizes)["spans"], given, PLAIN, None), reference(sizes, exact, PLAIN, None)
+    plan = fanned(stretches, torch.arange(exact[0].shape[2]))
+    found, wanted = run(plan, given, PLAIN, None), alone(stretches, exact, None)
     push = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     pairs = [(found, wanted, 0.01)]
     pairs += [
@@ -153,35 +197,6 @@ def test_sizes_are_filled_up_from_what_lies_before() -> None:
     assert torch.equal(second.bias[24:, 24:] == 0, torch.ones(40, 40, dtype=torch.bool).tril())
 
 
-# Each stretch: tokens shared by the rests that follow; (0, n) stands alone. Starts and rests of many sizes, and two
-# stretches with one start of equal length, so that fans hold several groups.
-STRETCHES = {
-    "few": [(2, 1, 2), (0, 1)],
-    "many": [(0, 9), (30, *range(1, 41)), (0, SPAN + 3), (28, 5, 200, 3, 17), (5, 40, 40), (0, 4)],
-    "large": [(KEPT + 10, 20, 30, 256), (0, 3)],
-}
-
-
-def alone(stretches: list[tuple[int, ...]], given: list[Tensor], cap: float | None) -> Tensor:
-    """Every example with its start before it, one plain softmax each; of the start, its own answers."""
-    answers, place = [], 0
-    for shared, *rests in stretches:
-        start = torch.arange(place, place + shared)
-        place += shared
-        if shared:
-            answers.append(reference([shared], [one[:, :, start] for one in given], PLAIN, cap))
-        for size in rests:
-            whole = torch.cat([start, torch.arange(place, place + size)])
-            place += size
-            answers.append(reference([len(whole)], [one[:, :, whole] for one in given], PLAIN, cap)[:, shared:])
-    return torch.cat(answers, dim=1)
-
-
-def fanned(stretches: list[tuple[int, ...]], where: Tensor) -> Spans:
-    longest = max(shared + max(rests) for shared, *rests in stretches)
-    return make_spans(stretches, where, longest=longest)
-
-
 @pytest.mark.parametrize("layout", ["heads first", "tokens first", "slices", "columns"])
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("name", STRETCHES)
@@ -202,51 +217,20 @@ def test_examples_see_the_start_they_share_and_nothing_of_each_other(name: str, 
             .requires_grad_()
             for one in given
         ]
-    found = run(fanned(stretches, torch.arange(tokens)), given, PLAIN, cap)
-    wanted = alone(stretches, given, cap)
-    push = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
-    both = zip(torch.autograd.grad(found, given, push), torch.autograd.grad(wanted, given, push), strict=True)
-    for one, other in both:
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    check(run(fanned(stretches, torch.arange(tokens)), given, PLAIN, cap), alone(stretches, given, cap), given)
 
 
 @pytest.mark.parametrize("name", STRETCHES)
 def test_the_last_layer_answers_labels_of_examples_that_share_a_start(name: str) -> None:
     """Labels at the last two tokens of every other example; a gradient that comes from them is the whole one."""
     stretches = STRETCHES[name]
-    tokens = sum(map(sum, stretches))
-    ends = torch.cumsum(torch.tensor([size for shared, *rests in stretches for size in (shared, *rests)]), 0)
-    where = torch.unique(torch.cat([ends[::2] - 2, ends[::2] - 1]).clamp(min=0))
-    starts = torch.cat(
-        [torch.tensor([True, *[False] * len(rests)]) for _, *rests in stretches]
-    )  # a shared start has no labels
-    before = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]])
-    inside = torch.zeros(tokens, dtype=torch.bool)
-    for first, stop, start in zip(before.tolist(), ends.tolist(), starts.tolist(), strict=True):
-        inside[first:stop] = start
-    where = where[~inside[where]]
-    given, last = states(tokens), nn.Identity()
-    found, wanted = run(fanned(stretches, where), given, PLAIN, None, last=last), alone(stretches, given, None)
-    torch.testing.assert_close(found[:, where], wanted[:, where], rtol=1e-10, atol=1e-12)
-    push = torch.zeros_like(wanted)
-    push[:, where] = torch.randn(1, len(where), HEADS, WIDTH, dtype=torch.float64)
-    both = zip(torch.autograd.grad(found, given, push), torch.autograd.grad(wanted, given, push), strict=True)
-    for one, other in both:
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
-
-
-def test_in_bfloat16_what_examples_send_back_to_their_start_is_summed_in_float32() -> None:
-    stretches = [(40, *[7] * 64)]
-    exact = states(sum(map(sum, stretches)))
-    given = [one.detach().bfloat16().requires_grad_() for one in exact]
-    exact = [one.detach().double().requires_grad_() for one in given]
-    found, wanted = run(fanned(stretches, torch.tensor([40])), given, PLAIN, None), alone(stretches, exact, None)
-    push = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    both = zip(torch.autograd.grad(found, given, push), torch.autograd.grad(wanted, exact, push.double()), strict=True)
-    for one, other in both:
-        shared = slice(0, 40)
-        assert float((one.double() - other)[:, :, shared].norm() / other[:, :, shared].norm()) < 0.02
+    rests = [own for start, own in rests_of(stretches) if len(start)]
+    where = torch.cat([own[-2:] for own in rests[::2]])
+    given, last = states(sum(map(sum, stretches))), nn.Identity()
+    found = run(fanned(stretches, where), given, PLAIN, None, last=last)
+    check(found, alone(stretches, given, None), given, where)
+    others = torch.cat(rests[1::2])
+    assert not found[:, others].any(), "examples that nobody asks for are left out"
 
 
 def test_fans_hold_examples_of_similar_size_and_few_blanks() -> None:

@@ -167,7 +167,7 @@ def _round_up(size: int) -> int:
 
 
 def _round_count(count: int) -> int:
-    """Round up by at most an eighth or so: a product of as many as before needs not be set up anew."""
+    """Round up by at most a sixteenth: a product of as many examples as before needs no setting up."""
     step = max(1, (1 << count.bit_length()) // 16)
     return -(-count // step) * step
 
@@ -178,9 +178,7 @@ def attend(fan: Fan, states: tuple[Tensor, Tensor, Tensor], *, into: Tensor, sca
     states: q [H, N, D], k and v [H', N, D]; G = H / H' query heads share a key head.
     """
     query, key, value = _taken(fan, states)
-    scores, bias = _scores(query, key, scale=scale, cap=cap), fan.bias(query.dtype)
-    scores.view(len(bias), -1, *bias.shape[2:]).add_(bias)
-    chances = torch.softmax(scores, -1)
+    chances = _chances(fan, query, key, scale=scale, cap=cap)
     answers = torch.bmm(chances, value.flatten(0, 1))
     fan.queries.put(answers.view(*query.shape[:3], -1), into=into)
     return chances
@@ -188,6 +186,12 @@ def attend(fan: Fan, states: tuple[Tensor, Tensor, Tensor], *, into: Tensor, sca
 
 def _taken(fan: Fan, states: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return fan.queries.take(states[0]), fan.keys.take(states[1]), fan.keys.take(states[2])
+
+
+def _chances(fan: Fan, query: Tensor, key: Tensor, *, scale: float, cap: float | None) -> Tensor:
+    scores, bias = _scores(query, key, scale=scale, cap=cap), fan.bias(query.dtype)
+    scores.view(len(bias), -1, *bias.shape[2:]).add_(bias)
+    return torch.softmax(scores, -1)
 
 
 def _scores(query: Tensor, key: Tensor, *, scale: float, cap: float | None) -> Tensor:
@@ -201,7 +205,7 @@ def push_back(
     fan: Fan,
     states: tuple[Tensor, Tensor, Tensor],
     push: Tensor,
-    chances: Tensor,
+    chances: Tensor | None,
     *,
     into: tuple[Tensor, Tensor, Tensor],
     starts: tuple[Sums, Sums],
@@ -210,10 +214,11 @@ def push_back(
 ) -> None:
     """Write the gradients of a fan's own tokens to dq, dk, dv [H, N, D], and add up those of its starts' k and v.
 
-    dq and dk lack the factor `scale`. push [H, N, D]: the gradient of the answers; starts: sums [H', shared, D] of k
-    and of v by where a start begins.
+    dq and dk lack the factor `scale`. push [H, N, D]: the gradient of the answers; chances: as `attend` gave them, None
+    to make them again; starts: sums [H', shared, D] of k and of v by where a start begins.
     """
     query, key, value = _taken(fan, states)
+    chances = _chances(fan, query, key, scale=scale, cap=cap) if chances is None else chances
     asked = fan.queries.clear(fan.queries.take(push)).view(len(chances), -1, push.shape[2])
     back = torch._softmax_backward_data(torch.bmm(asked, value.flatten(0, 1).mT), chances, -1, chances.dtype)
     if cap is not None:

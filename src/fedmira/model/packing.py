@@ -200,12 +200,12 @@ def _groups(batch: Batch) -> list[list[Group]]:
     groups: list[list[Group]] = []
     for client, own in enumerate(lengths.tolist()):
         shared = common[client] if common[client] >= SHARED else 0
+        short = [shared > 0 and length - shared <= LONG_REST for length in own]
         found: list[Group] = []
         for example, length in enumerate(own):
-            short = bool(shared) and length - shared <= LONG_REST
             if not length:
                 continue
-            if short and found and own[found[-1].examples[-1]] - shared <= LONG_REST:
+            if short[example] and found and short[found[-1].examples[-1]]:
                 found[-1] = Group(client, (*found[-1].examples, example), shared)
             else:
                 found.append(Group(client, (example,), 0))

@@ -19,7 +19,7 @@ from fedmira.model.fans import Example, Fan, Sums, attend, make_fans, push_back
 SPAN = 128  # tokens up to which short examples share a span
 BLOCK = 128  # queries taken together in spans of more than twice as many
 STEP = 32  # sizes are multiples of it where they can be: products of a new size have to be set up first
-KEPT = 512  # tokens of a span up to which its probabilities are kept for the backward pass; beyond, made again
+KEPT = 512  # keys of a block or fan up to which its probabilities are kept for the backward pass; beyond, made again
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +210,7 @@ class _Spans(torch.autograd.Function):
                 kept.append(chances)
         for fan in fans:  # after the spans, whose blanks may lie here
             chances = attend(fan, (q, k, v), into=out, scale=scale, cap=cap)
-            if keep:
+            if keep and fan.keys.index.shape[1] <= KEPT:
                 kept.append(chances)
         ctx.save_for_backward(query, key, value, *kept)  # type: ignore[attr-defined]
         ctx.spans, ctx.fans, ctx.some = spans, fans, some  # type: ignore[attr-defined]
@@ -252,7 +252,8 @@ class _Spans(torch.autograd.Function):
                 dk[:, first:stop], dv[:, first:stop] = sums
         starts: tuple[Sums, Sums] = ({}, {})
         for fan in ctx.fans:  # type: ignore[attr-defined]
-            push_back(fan, (q, k, v), push, next(stored), into=(dq, dk, dv), starts=starts, scale=scale, cap=cap)
+            chances = next(stored) if fan.keys.index.shape[1] <= KEPT else None
+            push_back(fan, (q, k, v), push, chances, into=(dq, dk, dv), starts=starts, scale=scale, cap=cap)
         for gradient, totals in zip((dk, dv), starts, strict=True):
             for begin, total in totals.items():
                 gradient[:, begin : begin + total.shape[1]] += total
