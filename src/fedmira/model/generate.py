@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 
 from fedmira.adapters import Adapters
 from fedmira.model.kept import Part, Sees, Turn, places_of
-from fedmira.model.lanes import ANSWER_ROWS, Lane, Text, blanks_among, deal_rows, plan_passes
+from fedmira.model.lanes import ANSWER_ROWS, Lane, Text, blanks_among, deal_rows, least_limit, plan_passes
 from fedmira.model.load import Base, quiet
 from fedmira.model.prompts import Prompts, compute, states_after, texts_of
 from fedmira.model.source import first_line
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 LEFT_SHARE = 0.75  # the rows are drawn together when so few of them are still writing
 LOGIT_BYTES = 64 * 2**20  # float32 logits held at once
+STEP = 16  # tokens that room is made for at once: attention over a length not seen before is set up anew
 CHECK_EVERY = 8  # tokens between two looks at which rows have ended, where looking makes the host wait
 
 
@@ -118,65 +119,46 @@ class Kept:
 class _Rows:
     """Answers that go on, in lanes of equal width w: R rows, blank ones included.
 
-    parts: keys and values of what a lane's prompts begin with, of the rest of each row's, of what it wrote; keys
-    [R, L]: positions of all their tokens, NOWHERE for blanks; begins [R]: the position of the first token written.
-    lanes: the adapter of each lane; asked [R]: each row's prompt, -1 for a blank row; chosen [R]: the last token; ended
-    [R]: whether it needs no further one; shared, own: real tokens of each lane in the first part, each row in the
-    second.
+    lanes: the text of each row; a lane's first fills it up. openings: keys and values of what a lane's prompts begin
+    with; texts: of the rest of each row's, and from `place` on of what it wrote, `new` tokens in all. keys [R, L]:
+    positions of all these tokens, NOWHERE for blanks; begins [R]: the position of the first token written. asked [R]:
+    each row's prompt, -1 for a blank row; chosen [R]: the last token; ended [R]: whether it needs no further one.
     """
 
-    parts: tuple[Part, Part, Part]
+    prompts: Prompts
+    lanes: list[list[Text]]
+    openings: Part
+    texts: Part
+    place: int
+    new: int
     keys: Tensor
     begins: Tensor
-    lanes: list[int]
     asked: list[int]
     chosen: Tensor
     ended: Tensor
-    shared: list[int]
-    own: list[int]
-
-    @property
-    def width(self) -> int:
-        return len(self.asked) // len(self.lanes)
 
     def draw(self) -> list[list[int]] | None:
         """Return the rows to go on with, as new lanes; None if all may stay."""
         going = (~self.ended).tolist()
         if sum(going) > LEFT_SHARE * len(going):
             return None
-        starts = range(0, len(going), self.width)
-        own = [[row for row in range(start, start + self.width) if going[row]] for start in starts]
-        first, prompts, written = self.parts
-        lanes = deal_rows([rows for rows in own if rows], shared=first.length, each=prompts.length + written.length)
+        width = len(self.lanes[0])
+        starts = range(0, len(going), width)
+        own = [[row for row in range(start, start + width) if going[row]] for start in starts]
+        lanes = deal_rows([rows for rows in own if rows], shared=self.openings.length, each=self.place + self.new)
         return lanes if sum(len(rows) for rows in lanes) <= LEFT_SHARE * len(going) else None
 
-    def take(self, lanes: list[list[int]]) -> "_Rows":
-        """Return what is left when only these rows go on, as `draw` names them; one named again is blank there."""
-        rows = [row for lane in lanes for row in lane]
-        places = [lane[0] // self.width for lane in lanes]
-        shared, own = [self.shared[place] for place in places], [self.own[row] for row in rows]
-        device = self.begins.device
-        index = torch.tensor(rows, dtype=torch.int64, device=device)
-        first, prompts, written = self.parts
-        parts = (
-            first.of(torch.tensor(places, dtype=torch.int64, device=device), max(shared, default=0)),
-            prompts.of(index, max(own, default=0)),
-            written.of(index, written.length),
+    def take(self, lanes: list[list[int]], *, written: int) -> "_Rows":
+        """Return what is left when only these rows go on, as `draw` names them, after so many tokens."""
+        rows = [text for lane in self.lanes for text in lane]
+        index = torch.tensor([row for lane in lanes for row in lane], dtype=torch.int64, device=self.chosen.device)
+        chosen = self.chosen.index_select(0, index)
+        left = _lay_out(
+            self.prompts, [[rows[row] for row in lane] for lane in lanes], chosen, new=self.new, room=written
         )
-        starts = (0, first.length, first.length + prompts.length)
-        keys = [self.keys[:, start : start + part.length] for start, part in zip(starts, parts, strict=True)]
-        blank = blanks_among(rows)
-        return _Rows(
-            parts=parts,
-            keys=torch.cat(keys, dim=1).index_select(0, index),
-            begins=self.begins.index_select(0, index),
-            lanes=[self.lanes[place] for place in places],
-            asked=[-1 if again else self.asked[row] for row, again in zip(rows, blank, strict=True)],
-            chosen=self.chosen.index_select(0, index),
-            ended=torch.tensor(blank, dtype=torch.bool, device=device),
-            shared=shared,
-            own=own,
-        )
+        here, there = (slice(place, place + written) for place in (left.place, self.place))
+        left.texts.copy(self.texts, index, here, there)
+        return left
 
 
 def _write(
@@ -186,13 +168,13 @@ def _write(
     with torch.no_grad(), quiet():
         found, rows = _begin(base, kept.rules, adapters, lanes, ends=_stops(base), new=max_new_tokens)
         step = 0
-        while rows.asked:
-            own = adapters.take(torch.tensor(rows.lanes))
+        while rows.lanes:
+            own = adapters.take(torch.tensor([lane[0].lane for lane in rows.lanes]))
             with base.stack.filled(own, dtype=base.dtype, device=base.device):
                 told, drawn = _go_on(base, kept, rows, range(step, max_new_tokens - 1))
             step += len(told)
             _tell(told, rows, into=found)
-            rows = rows.take(drawn)
+            rows = rows.take(drawn, written=step)
     ends = set(_stops(base))
     texts = iter([_until(ids, ends) for ids in found])
     return [[next(texts) for _ in lane.places] for lane in lanes]
@@ -235,50 +217,67 @@ def _begin(
     prompts = compute(base, rules, adapters, lanes)
     found = [[token] for token in _choose(base, prompts.states).tolist()]
     going = [text for text in texts_of(lanes) if new > 1 and found[text.place][0] not in ends]
-    return found, _lay_out(base, going, found, prompts, new=new)
+    own = [list(group) for _, group in groupby(going, key=lambda text: text.lane)]
+    shared = max((text.after for text in going), default=0)
+    dealt = deal_rows(own, shared=shared, each=max((len(text.tokens) for text in going), default=0) + new)
+    chosen = torch.tensor([found[text.place][0] for lane in dealt for text in lane], dtype=torch.int64)
+    return found, _lay_out(prompts, dealt, chosen.to(base.device), new=new - 1)
 
 
-def _lay_out(base: Base, texts: Sequence[Text], found: Sequence[list[int]], prompts: Prompts, *, new: int) -> _Rows:
-    """Lay the texts that go on out as rows."""
-    longest = max((len(text.tokens) for text in texts), default=0)
-    common = max((text.after for text in texts), default=0)
-    own = [[text.place for text in group] for _, group in groupby(texts, key=lambda text: text.lane)]
-    dealt = deal_rows(own, shared=common, each=longest + new - 1)
-    of = {text.place: text for text in texts}
-    rows = [of[place] for lane in dealt for place in lane]
-    lanes = [of[lane[0]] for lane in dealt]
-    after, sizes = torch.tensor([[text.after, len(text.tokens)] for text in rows], dtype=torch.int64).view(-1, 2).T
-    written = Part(len(rows), max(1, new - 1))
-    keys = [
-        places_of(common, torch.zeros_like(after), after),
-        places_of(longest, after, sizes),
-        places_of(written.length, after + sizes, torch.full_like(sizes, written.length)),
-    ]
+def _lay_out(prompts: Prompts, lanes: list[list[Text]], chosen: Tensor, *, new: int, room: int = 0) -> _Rows:
+    """Lay texts out as rows, with room for so many tokens and a few more.
+
+    The beginnings of long ones stand with what their lane shares.
+    """
+    limit = least_limit(lanes)
+    openings: list[Tensor] = []
+    ahead: dict[int, tuple[int, int]] = {}  # of a text: where in its lane its beginning stands, and how long that is
+    for lane in lanes:
+        tokens = [prompts.opening[lane[0].lane]]
+        start = lane[0].after
+        for text in dict.fromkeys(lane):
+            size = max(0, len(text.tokens) - limit)
+            tokens.append(prompts.rest[text.place][:size])
+            ahead[text.place] = start, size
+            start += size
+        openings.append(torch.cat(tokens))
+    rows = [text for lane in lanes for text in lane]
+    sizes = [(text.after, ahead[text.place][1], len(text.tokens)) for text in rows]
+    after, begun, size = torch.tensor(sizes, dtype=torch.int64).view(-1, 3).T
+    common = max(map(len, openings), default=0)
+    shared = places_of(common, torch.zeros_like(after), after)
+    for row, text in enumerate(rows):
+        start, count = ahead[text.place]
+        shared[row, start : start + count] = text.after + torch.arange(count)
+    own = places_of(limit, after + begun, size - begun)
+    written = places_of(new, after + size, torch.full_like(size, new))
     blank = blanks_among([text.place for text in rows])
+    rests = [prompts.rest[text.place][ahead[text.place][1] :] for text in rows]
+    device = chosen.device
     return _Rows(
-        parts=(
-            prompts.openings([text.lane for text in lanes], common),
-            prompts.rests([text.place for text in rows], longest),
-            written,
-        ),
-        keys=torch.cat(keys, dim=1).to(base.device),
-        begins=(after + sizes).to(base.device),
-        lanes=[text.lane for text in lanes],
+        prompts=prompts,
+        lanes=lanes,
+        openings=prompts.part(openings, common),
+        texts=prompts.part(rests, limit + min(room + STEP, new)),
+        place=limit,
+        new=new,
+        keys=torch.cat([shared, own, written], dim=1).to(device),
+        begins=(after + size).to(device),
         asked=[-1 if again else text.place for text, again in zip(rows, blank, strict=True)],
-        chosen=torch.tensor([found[text.place][0] for text in rows], dtype=torch.int64, device=base.device),
-        ended=torch.tensor(blank, dtype=torch.bool, device=base.device),
-        shared=[text.after for text in lanes],
-        own=sizes.tolist(),
+        chosen=chosen,
+        ended=torch.tensor(blank, dtype=torch.bool, device=device),
     )
 
 
 def _step(base: Base, rules: tuple[Sees | None, ...], rows: _Rows, step: int) -> Tensor:
     """Compute what comes after the last token of every row; return its hidden states [R, d]."""
-    first, own, written = rows.parts
-    earlier = [part for part in (first, own) if part.length]
+    place = rows.place + step
+    if place >= rows.texts.length:
+        rows.texts.grow(rows.place + min(step + STEP, rows.new))
+    earlier = [rows.openings] if rows.openings.length else []
     queries = rows.begins[:, None] + step
-    keys = rows.keys[:, : first.length + own.length + written.seen_at(step)]
-    turn = Turn(written, slice(None), step, earlier, queries, keys, rules, written=True)
+    keys = rows.keys[:, : rows.openings.length + rows.texts.length]
+    turn = Turn(rows.texts, slice(None), place, earlier, queries, keys, rules, written=True)
     return states_after(base, turn, rows.chosen[:, None])[:, 0]
 
 
@@ -333,7 +332,7 @@ def _measure_kept(base: Base) -> Kept | None:
             together = torch.stack([state[row] for state in said]).double()
             worst = max(worst, float((alone - together).abs().max()))
             largest = max(largest, float(alone.abs().max()))
-    layers = [*rows.parts[2].keys, *rows.parts[2].values]
+    layers = [*rows.texts.keys, *rows.texts.values]
     tolerance = 5e-2 if base.dtype == torch.bfloat16 else 1e-4
     if not layers or not worst <= tolerance * max(1.0, largest):
         log.info("%s answers by generate: kept states differ by %.2g", base.name, worst)

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from fedmira.model.attention import Unfit, check_call
 
 NAME = "fedmira_kept"
 NOWHERE = 2**30  # the position of a blank: beyond every token's sight
-STEP = 16
 SCORES = 2**24  # scores worked out at once
 
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, positions of queries, of keys) -> bool
@@ -59,33 +59,31 @@ class Part:
                 kept.append(new.new_zeros(self.count, new.shape[1], self.length, new.shape[3]))
             kept[layer][rows, :, places] = new
 
-    def copy(self, other: "Part", here: Tensor, there: Tensor) -> None:
-        """Store rows of another part, up to this one's length."""
-        length = min(self.length, other.length)
-        for layer, (key, value) in enumerate(zip(other.keys, other.values, strict=True)):
-            some = [states[:, :, :length].index_select(0, there) for states in (key, value)]
-            self.keep(layer, here, slice(0, length), *some)
+    @property
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.keys, self.values, strict=True))
 
-    def seen_at(self, place: int) -> int:
-        """Return how many places a token written at `place` is shown: up to its own, and a few ahead that it masks.
+    def grow(self, length: int) -> None:
+        """Add empty places until there are `length`; nothing is done where there are as many."""
+        more = length - self.length
+        if more <= 0:
+            return
+        for kept in (self.keys, self.values):
+            kept[:] = [functional.pad(states, (0, 0, 0, more)) for states in kept]
+        self.length = length
 
-        In steps of STEP: attention over a length that was not seen before is set up anew.
-        """
-        return min(-(-(place + 1) // STEP) * STEP, self.length)
-
-    def read(self, layer: int, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return a layer's keys and values, the first `length` tokens of them."""
-        length = self.length if length is None else length
-        key, value = self.keys[layer][:, :, :length], self.values[layer][:, :, :length]
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values."""
+        key, value = self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
         if self.rows is not None:
             key, value = key.index_select(0, self.rows), value.index_select(0, self.rows)
         return key, value
 
-    def of(self, rows: Tensor, length: int) -> "Part":
-        """Return a part of these of the n, cut to a length."""
-        keys = [key[:, :, :length].index_select(0, rows) for key in self.keys]
-        values = [value[:, :, :length].index_select(0, rows) for value in self.values]
-        return Part(len(rows), length, keys, values)
+    def copy(self, other: "Part", rows: Tensor, here: slice, there: slice) -> None:
+        """Store what these of another part's n have at some places."""
+        for kept, others in ((self.keys, other.keys), (self.values, other.values)):
+            for states, new in zip(kept, others, strict=True):
+                states[:, :, here] = new[:, :, there].index_select(0, rows)
 
     def seen_by(self, rows: Tensor, length: int) -> "Part":
         """Return this part, cut to a length, as a pass sees it whose rows belong to these of the n."""
@@ -101,7 +99,7 @@ class Turn:
     """One pass through the layers: where its new keys and values go, and what its tokens see.
 
     They see the `earlier` parts and then their own: of the pass alone, or, where `written`, all that the part `into`
-    has up to `place`. queries [R, T] and keys [R, L]: positions of the new tokens and of all that may be seen; blanks
+    has. queries [R, T] and keys [R, L]: positions of the new tokens and of all that may be seen; blanks
     are NOWHERE. enough_at: the layer with whose keys and values the pass may end, None if its states are wanted. found:
     the rules that this pass's layers came with.
     """
@@ -126,7 +124,7 @@ class Turn:
         if layer == self.enough_at:
             raise Enough
         seen = [part.read(layer) for part in self.earlier]
-        seen.append(self.into.read(layer, self.into.seen_at(self.place)) if self.written else (key, value))
+        seen.append(self.into.read(layer) if self.written else (key, value))
         mask = self.mask(None if self.rules is None else self.rules[layer], query.dtype)
         return _attention(query, seen, scale=scale, softcap=softcap, mask=mask)
 

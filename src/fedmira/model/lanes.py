@@ -7,6 +7,7 @@ similar length; the rows that answers are written in stand in lanes of equal wid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile
+from typing import TypeVar
 
 from fedmira.model.packing import Segment
 
@@ -149,7 +150,10 @@ def segments_of(texts: Sequence[Text], length: int) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def deal_rows(own: Sequence[list[int]], *, shared: int, each: int) -> list[list[int]]:
+Row = TypeVar("Row")
+
+
+def deal_rows(own: Sequence[list[Row]], *, shared: int, each: int) -> list[list[Row]]:
     """Deal rows, given by client, to lanes of equal width, which the first of a lane's rows fill up.
 
     The width is the one with which least is kept: `shared` tokens a lane, `each` a row.
@@ -167,6 +171,19 @@ def _best_width(counts: Sequence[int], *, shared: int, each: int) -> tuple[int, 
     sizes = {width: sum(-(-count // width) for count in counts) * (shared + width * each) for width in widths}
     best = min(sizes, key=lambda width: (sizes[width], -width))
     return sizes[best], best
+
+
+def least_limit(lanes: Sequence[Sequence[Text]]) -> int:
+    """Return how many tokens of its own to keep in a text's row at most: rows are as long as the longest.
+
+    What a longer one has beyond stands beside what its lane shares, as far as there is room: lanes are as long as the
+    longest, too.
+    """
+    room = max((lane[0].after for lane in lanes), default=0)
+    sizes = [(room - lane[0].after, [len(text.tokens) for text in dict.fromkeys(lane)]) for lane in lanes]
+    limits = sorted({size for _, own in sizes for size in own})
+    fits = (one for one in limits if all(sum(max(0, size - one) for size in own) <= left for left, own in sizes))
+    return next(fits, 0)
 
 
 def blanks_among(rows: Sequence[int]) -> list[bool]:

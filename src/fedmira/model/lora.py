@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from fedmira.adapters import Adapters
+from fedmira.adapters import Adapters, Leaf
 from fedmira.errors import ModelError, nearest
 from fedmira.model.packing import Segment
 from fedmira.model.virtual import Prompts, make_prompts
@@ -107,26 +107,29 @@ class Stack:
         dropout: Dropout | None = None,
     ) -> Iterator[None]:
         """Point every layer at its leaves for one pass; `gradient` [S, P] receives what backward computes."""
-        rows = adapters.rows.to(device=device, dtype=dtype)
-        scale = adapters.scale.to(device=rows.device, dtype=dtype)[..., None, None]  # [S, 1, 1] or [S, modules, 1, 1]
-        cast = adapters.with_rows(rows)
+        held = adapters.with_rows(adapters.rows.to(device))
+        scale = adapters.scale.to(device=device, dtype=dtype)[..., None, None]  # [S, 1, 1] or [S, modules, 1, 1]
+
+        def factor(leaf: Leaf) -> Tensor:
+            return held.leaf(leaf).to(dtype).contiguous()  # each apart: products of parts of rows would copy them anew
+
         into = None if gradient is None else adapters.with_rows(gradient)
         encoder = next((part for part in adapters.layout.parts if part.kind == "prompt" and part.served), None)
         taught = encoder is not None and into is not None and encoder.trained
         if encoder is not None:
-            self.prompts = make_prompts(encoder, adapters, dtype=dtype, device=rows.device, differentiable=taught)
+            self.prompts = make_prompts(encoder, adapters, dtype=dtype, device=held.rows.device, differentiable=taught)
         for part in adapters.layout.parts:
             if not part.served:
                 continue
             for place, (first, second) in enumerate(part.pairs()):
                 own = scale if scale.ndim == 3 else scale[:, place]
-                pair = Pair(cast.leaf(first), cast.leaf(second), own)
+                pair = Pair(factor(first), factor(second), own)
                 if into is not None and part.trained:
                     pair.grad_a, pair.grad_b = into.leaf(first), into.leaf(second)
                 self.pairs.setdefault(first.module, []).append(pair)
         self.segments, self.clients = segments, len(adapters)
         self.dropout = dropout if dropout is not None and dropout.rate > 0 else None
-        self.anchor = None if gradient is None else torch.zeros((), requires_grad=True, device=rows.device)
+        self.anchor = None if gradient is None else torch.zeros((), requires_grad=True, device=held.rows.device)
         try:
             yield
             for pair in (pair for pairs in self.pairs.values() for pair in pairs):

@@ -8,7 +8,6 @@ the rest of them in batches of similar length.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,19 +26,27 @@ from fedmira.model.virtual import Places, find_places
 PACKED_TOKENS = 8192  # of one packed pass
 
 
-class Prompts(Protocol):
+@dataclass(frozen=True, eq=False)
+class Prompts:
     """Texts computed, each what its prompt has beyond what its lane shares. states [n, d]: of every text's last token.
 
-    openings and rests give the keys and values of lanes, and of texts by place, as parts of `length` tokens; beyond a
-    text's own tokens they hold anything.
+    layers: keys and values [H', N, D] of all tokens, in every layer; opening, rest: which of the N are what each lane
+    shares, and each text.
     """
 
-    @property
-    def states(self) -> Tensor: ...
+    states: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+    opening: list[Tensor]
+    rest: list[Tensor]
 
-    def openings(self, lanes: Sequence[int], length: int) -> Part: ...
-
-    def rests(self, places: Sequence[int], length: int) -> Part: ...
+    def part(self, rows: Sequence[Tensor], length: int) -> Part:
+        """Return keys and values of these tokens, a row each; a row's places beyond its own hold any token."""
+        index = torch.zeros(len(rows), length, dtype=torch.int64)
+        for row, own in zip(index, rows, strict=True):
+            row[: len(own)] = own
+        index = index.to(self.states.device)
+        keys, values = ([pick(states, index) for states in kept] for kept in zip(*self.layers, strict=True))
+        return Part(len(rows), length, keys, values)
 
 
 def texts_of(lanes: Sequence[Lane]) -> list[Text]:
@@ -73,33 +80,7 @@ def _filled(
     return base.stack.filled(own, dtype=base.dtype, device=base.device, segments=segments)
 
 
-@dataclass(frozen=True, eq=False)
-class _Packed:
-    """layers: keys and values [H', N, D] of all passes; opening, rest [n]: the tokens of each lane, each text."""
-
-    states: Tensor
-    layers: list[tuple[Tensor, Tensor]]
-    opening: list[Tensor]
-    rest: list[Tensor]
-
-    def openings(self, lanes: Sequence[int], length: int) -> Part:
-        return self._part([self.opening[lane] for lane in lanes], length)
-
-    def rests(self, places: Sequence[int], length: int) -> Part:
-        return self._part([self.rest[place] for place in places], length)
-
-    def _part(self, rows: Sequence[Tensor], length: int) -> Part:
-        index = torch.zeros(len(rows), length, dtype=torch.int64)
-        for row, own in zip(index, rows, strict=True):
-            row[: len(own)] = own[:length]
-        keys, values = [], []
-        for key, value in self.layers:
-            keys.append(pick(key, index))
-            values.append(pick(value, index))
-        return Part(len(rows), length, keys, values)
-
-
-def _packed(base: Base, adapters: Adapters | None, lanes: Sequence[Lane]) -> _Packed:
+def _packed(base: Base, adapters: Adapters | None, lanes: Sequence[Lane]) -> Prompts:
     states, layers = [], []
     opening: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * len(lanes)
     rest: list[Tensor] = []
@@ -128,13 +109,18 @@ def _packed(base: Base, adapters: Adapters | None, lanes: Sequence[Lane]) -> _Pa
                 opening[k] = start + places[: lanes[k].shared]
                 rest.append(start + places[lanes[k].shared :])
         start += plan.ids.shape[1]
-    joined = layers[0] if len(layers) == 1 else [_join(parts) for parts in zip(*layers, strict=True)]
-    return _Packed(torch.cat(states), joined, opening, rest)
+    return Prompts(torch.cat(states), _join(layers), opening, rest)
 
 
-def _join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    keys, values = zip(*parts, strict=True)
-    return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+def _join(passes: Sequence[list[tuple[Tensor, Tensor]]]) -> list[tuple[Tensor, Tensor]]:
+    """Put the tokens of all passes, keys and values [H', N, D] of every layer, one after another."""
+    if len(passes) == 1:
+        return passes[0]
+    joined = []
+    for layers in zip(*passes, strict=True):
+        keys, values = zip(*layers, strict=True)
+        joined.append((torch.cat(keys, dim=1), torch.cat(values, dim=1)))
+    return joined
 
 
 def _deal(lanes: Sequence[Lane]) -> Iterator[list[tuple[int, list[tuple[int, ...]]]]]:
@@ -154,44 +140,35 @@ def _deal(lanes: Sequence[Lane]) -> Iterator[list[tuple[int, list[tuple[int, ...
     yield some
 
 
-@dataclass(frozen=True, eq=False)
-class _Padded:
-    """first: keys and values of every lane's beginning; filled: the part that holds a text's, and its row there."""
-
-    states: Tensor
-    first: Part
-    filled: dict[int, tuple[Part, int]]
-
-    def openings(self, lanes: Sequence[int], length: int) -> Part:
-        return self.first.of(torch.tensor(lanes, dtype=torch.int64, device=self.states.device), length)
-
-    def rests(self, places: Sequence[int], length: int) -> Part:
-        found = Part(len(places), length)
-        by_part: dict[Part, list[tuple[int, int]]] = {}
-        for row, place in enumerate(places):
-            part, there = self.filled[place]
-            by_part.setdefault(part, []).append((row, there))
-        for part, rows in by_part.items():
-            here, from_there = (torch.tensor(one, device=self.states.device) for one in zip(*rows, strict=True))
-            found.copy(part, here, from_there)
-        return found
-
-
-def _padded(base: Base, rules: Rules, adapters: Adapters | None, lanes: Sequence[Lane]) -> _Padded:
+def _padded(base: Base, rules: Rules, adapters: Adapters | None, lanes: Sequence[Lane]) -> Prompts:
     first = Part(len(lanes), max(lane.shared for lane in lanes))
     openings = [Text(k, k, lane.prompts[0][: lane.shared], 0) for k, lane in enumerate(lanes) if lane.shared]
     for batch in deal_batches(openings):
         _fill(base, rules, adapters, batch, into=first, rows=[text.place for text in batch], enough=True)
     texts = texts_of(lanes)
     states: dict[int, Tensor] = {}
-    filled: dict[int, tuple[Part, int]] = {}
+    rest: dict[int, Tensor] = {}
+    parts = [first] if openings else []
+    start = len(lanes) * first.length  # of a batch among all tokens
     for batch in deal_batches(texts):
         part = Part(len(batch), max(len(text.tokens) for text in batch))
         found = _fill(base, rules, adapters, batch, into=part, after=first)
         for row, text in enumerate(batch):
             states[text.place] = found[row]
-            filled[text.place] = (part, row)
-    return _Padded(torch.stack([states[text.place] for text in texts]), first, filled)
+            rest[text.place] = start + row * part.length + torch.arange(len(text.tokens))
+        parts.append(part)
+        start += part.count * part.length
+    return Prompts(
+        states=torch.stack([states[text.place] for text in texts]),
+        layers=_join([[(_in_turn(key), _in_turn(value)) for key, value in part.layers] for part in parts]),
+        opening=[k * first.length + torch.arange(lane.shared) for k, lane in enumerate(lanes)],
+        rest=[rest[text.place] for text in texts],
+    )
+
+
+def _in_turn(states: Tensor) -> Tensor:
+    """View or copy states [n, H, T, D] as [H, n T, D]."""
+    return states.transpose(0, 1).flatten(1, 2)
 
 
 def _fill(
