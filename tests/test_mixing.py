@@ -1,12 +1,16 @@
 """Mixed rows against the plain product, over the limits of strips and turns."""
 
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from fedmira import mixing
+from fedmira.compiled import find_turn
 from fedmira.errors import ShapeError
 from fedmira.mixing import mix_rows
 
@@ -118,3 +122,63 @@ def test_an_answer_stays_while_it_is_held_and_its_memory_serves_the_next_one() -
     place = third.data_ptr()
     del third
     assert mix_rows(np.eye(3), rows).data_ptr() == place
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Let rows of any size be mixed by the compiled loop; return the columns that were."""
+    pytest.importorskip("numba")
+    real, asked = mixing.find_turn(), []
+    assert real is not None
+
+    def seen(*given: Any) -> None:
+        asked.append(given[-2:])
+        real(*given)
+
+    monkeypatch.setattr(mixing, "_WORTH", 0)
+    monkeypatch.setattr(mixing, "find_turn", lambda: seen)
+    return asked
+
+
+@pytest.mark.parametrize("columns", [128, 144, 32768, 32768 + 48, 100_000])
+@pytest.mark.parametrize("count", [1, 3, 32, 100])
+@pytest.mark.usefixtures("threads")
+def test_the_compiled_loop_gives_the_plain_product(count: int, columns: int, compiled: list[tuple[int, int]]) -> None:
+    rows, within = draw(count, columns, dtype=torch.float32), np.zeros((count, count))
+    for row in range(count):
+        within[row, (row + np.arange(min(count, 6))) % count] = draw(6 + row)[: min(count, 6)]
+    stored, neighbours = draw(9, columns, dtype=torch.float32), np.array([7, 0, 3])
+    outside = draw(count, 3).numpy()
+    outside[outside < 0] = 0
+    found = mix_rows(within, rows, outside=outside, stored=stored, neighbours=neighbours)
+    exact = torch.from_numpy(within) @ rows.double() + torch.from_numpy(outside) @ stored[neighbours].double()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    assert sum(last - first for first, last in compiled) == columns - columns % 128
+    assert torch.equal(found, mix_rows(within, rows, outside=outside, stored=stored, neighbours=neighbours))
+
+
+def test_the_compiled_loop_reads_neighbours_alone(compiled: list[tuple[int, int]]) -> None:
+    rows = torch.stack([torch.full((256,), 2.0), torch.full((256,), torch.nan)])
+    found = mix_rows(np.diag([0.5, 1.0]), rows)
+    assert torch.equal(found[0], torch.ones(256))
+    assert found[1].isnan().all()
+    assert compiled == [(0, 256)]
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "dtype"), [(2, 260, torch.float32), (2, 256, torch.float64), (100, 256, torch.float32)]
+)
+def test_rows_that_tiles_do_not_fit_are_mixed_the_other_way(
+    count: int, columns: int, dtype: torch.dtype, compiled: list[tuple[int, int]]
+) -> None:
+    """Rows that do not start where vectors do, other numbers, or all of a hundred rows mixed with all."""
+    rows, within = draw(count, columns, dtype=dtype), draw(count, count).numpy()
+    torch.testing.assert_close(
+        mix_rows(within, rows).double(), torch.from_numpy(within) @ rows.double(), rtol=1e-4, atol=1e-4
+    )
+    assert compiled == []
+
+
+def test_without_numba_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert find_turn.__wrapped__() is None

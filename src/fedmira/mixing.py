@@ -2,13 +2,15 @@
 
 A product [S, S] @ [S, P] with S of 8 to 64 and P in millions is bound by memory as much as by arithmetic. The columns
 are cut into strips that fit a core's cache, and as many threads as torch is set to take turns. Among hundreds of rows
-most weights are 0, and only the others are multiplied. Strips depend on shapes and weights alone, so the number of
-threads does not change the bits. The answer lies in memory of an earlier one that nobody holds any more, where there
-is such: the system would have to zero new pages first, which costs more than the mixing.
+most weights are 0, and only the others are multiplied. Where numba is installed, large rows of few neighbours each are
+mixed by a compiled loop (compiled.py). Strips depend on shapes and weights alone, so the number of threads does not
+change the bits. The answer lies in memory of an earlier one that nobody holds any more, where there is such: the system
+would have to zero new pages first, which costs more than the mixing.
 """
 
 import functools
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,12 +20,15 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from fedmira.compiled import ALIGN, TILE, find_turn
 from fedmira.errors import ShapeError
 
 _STRIP = 2**13  # columns of one product
 _SPARSE = 0.1  # of weights that are not 0, up to which a sparse product is faster than one of all of them
 _CACHED = 2**18  # gathered numbers at a time: 1 MB in float32
 _TURN = 2**15  # columns that a thread takes at a time; strips are powers of two, so they start where pages start
+_FEW = 64  # rows that one is mixed of, on average, up to which the compiled loop is faster
+_WORTH = 2**26  # bytes of rows from which on it is worth a second to compile it
 _LENT = 2**30  # bytes; larger answers are not kept for the next one
 
 
@@ -52,33 +57,74 @@ def mix_rows(
         )
     own = rows.numpy()
     out = _memory.lend(own.shape, own.dtype)
-    weights: np.ndarray | sparse.csr_array = within.astype(own.dtype)
-    strip = _STRIP
-    if np.count_nonzero(within) < _SPARSE * within.size:
-        weights = sparse.csr_array(weights)
-        strip = _power(_CACHED // count)
-    pull = sparse.csr_array(outside.astype(own.dtype)) if gathered and outside is not None else None
+    weights = within.astype(own.dtype)
+    pull = outside.astype(own.dtype) if gathered and outside is not None else np.empty((count, 0), own.dtype)
     held = own if stored is None else stored.numpy()
-    gather = _power(_CACHED // max(gathered, 1))
+    places = np.empty(0, np.int64) if neighbours is None else np.asarray(neighbours)
+    plain = _plain(weights, own, pull, held, places, out)
+    tiles = _tiles(weights, own, pull, held, places, out)
 
     def turn(first: int) -> None:
         last = min(first + _TURN, columns)
-        for start in range(first, last, strip):
-            stop = min(start + strip, last)
-            if isinstance(weights, np.ndarray):
-                np.matmul(weights, own[:, start:stop], out=out[:, start:stop])
-            else:
-                out[:, start:stop] = weights @ own[:, start:stop]
-        if pull is not None:
-            for start in range(first, last, gather):
-                stop = min(start + gather, last)
-                out[:, start:stop] += pull @ held[neighbours, start:stop]
+        if tiles is not None:
+            tiles(first, last - last % TILE)
+            first = last - last % TILE
+        plain(first, last)
 
     turns = range(0, columns, _TURN)
     workers = max(1, min(torch.get_num_threads(), len(turns)))
     with _blas().limit(limits=1), ThreadPoolExecutor(workers) as pool:  # BLAS must not start threads inside ours
         list(pool.map(turn, turns))
     return torch.from_numpy(out)
+
+
+Turn = Callable[[int, int], None]  # mixes the columns from the first to the second
+
+
+def _plain(
+    within: np.ndarray, own: np.ndarray, outside: np.ndarray, held: np.ndarray, places: np.ndarray, out: np.ndarray
+) -> Turn:
+    """out = within @ own + outside @ held[places] by BLAS, or by a sparse product."""
+    count, gathered = outside.shape
+    weights: np.ndarray | sparse.csr_array = within
+    strip = _STRIP
+    if np.count_nonzero(within) < _SPARSE * within.size:
+        weights = sparse.csr_array(within)
+        strip = _power(_CACHED // count)
+    pull = sparse.csr_array(outside)
+    gather = _power(_CACHED // max(gathered, 1))
+
+    def turn(first: int, last: int) -> None:
+        for start in range(first, last, strip):
+            stop = min(start + strip, last)
+            if isinstance(weights, np.ndarray):
+                np.matmul(weights, own[:, start:stop], out=out[:, start:stop])
+            else:
+                out[:, start:stop] = weights @ own[:, start:stop]
+        if gathered:
+            for start in range(first, last, gather):
+                stop = min(start + gather, last)
+                out[:, start:stop] += pull @ held[places, start:stop]
+
+    return turn
+
+
+def _tiles(
+    within: np.ndarray, own: np.ndarray, outside: np.ndarray, held: np.ndarray, places: np.ndarray, out: np.ndarray
+) -> Turn | None:
+    """The same by a compiled loop, for whole tiles of columns; None where that cannot be, or is not worth it."""
+    few = np.count_nonzero(within) + np.count_nonzero(outside) <= _FEW * len(within)
+    if own.dtype != np.float32 or own.nbytes < _WORTH or not few or out.strides[0] % ALIGN:
+        return None
+    compiled = find_turn()
+    if compiled is None:
+        return None
+    rows = np.concatenate(
+        [own.ctypes.data + np.arange(len(own)) * own.strides[0], held.ctypes.data + places * held.strides[0]]
+    ).astype(np.int64)
+    every = sparse.csr_array(np.concatenate([within, outside], axis=1))
+    starts, sources, weights = every.indptr.astype(np.int64), rows[every.indices], every.data
+    return lambda first, last: compiled(starts, sources, weights, out.ctypes.data, out.strides[0], first, last)
 
 
 class _Memory:
@@ -92,13 +138,20 @@ class _Memory:
         """Return an array with any content, in new memory while the last one is still in use."""
         size = int(np.prod(shape)) * dtype.itemsize
         if size > _LENT:
-            return np.empty(shape, dtype=dtype)
+            return _aligned(size).view(dtype).reshape(shape)
         held = self.lent is not None and self.lent() is not None
         if held or size > len(self.kept):
-            self.kept = np.empty(size, dtype=np.uint8)  # numpy asks for large pages
+            self.kept = _aligned(size)
         array = self.kept[:size].view(dtype).reshape(shape)
         self.lent = weakref.ref(array)
         return array
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Return so many bytes that start where a tile may start."""
+    memory = np.empty(size + ALIGN, dtype=np.uint8)  # numpy asks for large pages
+    start = -memory.ctypes.data % ALIGN
+    return memory[start : start + size]
 
 
 _memory = _Memory()

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fedmira.errors import ModelError
 from fedmira.model.fused import fuse
+from fedmira.model.heap import keep_freed_memory
 from fedmira.model.lora import Stack, find_targets, install
 from fedmira.model.loss import Head
 from fedmira.model.source import (
@@ -102,6 +103,7 @@ def load_base(
     tokenizer = load_tokenizer(name, revision=revision) if tokenizer is None else tokenizer
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
+    keep_freed_memory()
     folder = find_folder(name, revision=revision, weights=True)
     config = load_config(name, folder)
     try:
