@@ -169,14 +169,18 @@ def merge(found: Results, docs: Path) -> str:
                 f"{row['gb_per_second']:.1f}",
                 *(f"{1000 * taken[key]:.1f}" for key in ("copy", "fresh", "merge")),
                 spread(row["to_copy"]),
+                f"{1000 * taken['plain']:.1f}",
+                spread(row["plain_to_copy"]),
                 *(part for pair in zip(by, times, strict=True) for part in pair),
             ]
         )
     titles = ["S", "neighbours", "copy, GB/s", "copy, ms", "copy into new memory, ms", "merge, ms", "merge to copy"]
+    titles += ["without numba, ms", "to copy"]
     return (
         "Rows are GPT2-large adapters (36 layers, c_attn and both c_proj, rank 8: 4,055,040 parameters); 10 neighbours "
         "a client (7 of 8). A copy reads and writes the sampled rows once; where neighbours that were not sampled are "
-        "read, the ratio counts that reading too. The loop reloads two files for each pair, for every pair as the "
+        "read, the ratio counts that reading too. The merge has numba (`fedmira[fast]`), and beside it there is the same "
+        "without. The loop reloads two files for each pair, for every pair as the "
         "public code does or for joined pairs only; it ran once.\n\n"
         + table([*titles, "loop, s", "loop to merge", "loop of joined pairs, s", "to merge"], lines)
     )

@@ -7,7 +7,7 @@ Interleaved in one run:
   copy     torch's copy of the S rows into memory touched before, all threads: 2 x S x P x 4 bytes
   fresh    the same into new memory, whose pages the system zeroes at the first touch
   merge    `build("mira", ...).merge`, result in new memory: what a round pays. Each client has 10 neighbours (7 of 8).
-           "stored" adds the last rows of neighbours that were not sampled; its copy counts their reading as well
+           With numba, as `pip install "fedmira[fast]"` brings it; "plain" is the same without. "stored" adds the last rows of neighbours that were not sampled; its copy counts their reading as well
   loop     for every client and every other client, both state dicts are loaded from files (torch.load, page cache warm)
            and their differences added up tensor by tensor; once only. "all" visits every other sampled client, as
            the public code does, "joined" counts the pairs with a similarity above 0 alone
@@ -22,12 +22,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedmira import mixing
 from fedmira.adapters import Adapters, Layout, lora_layout
+from fedmira.compiled import find_turn
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message, Method, State
 
@@ -126,10 +129,15 @@ def measure(sampled: int, neighbours: str, layout: Layout, pairs: int, *, loop: 
         def merge() -> Tensor:
             return method.merge(state, torch.from_numpy(ids), Message(uploads), torch.ones(sampled), Clock(1)).rows
 
+        def plain() -> Tensor:
+            with patch.object(mixing, "find_turn", lambda: None):
+                return merge()
+
         works: dict[str, Callable[[], object]] = {
             "copy": lambda: target.copy_(uploads),
             "fresh": uploads.clone,
             "merge": merge,
+            "plain": plain,
         }
         taken: dict[str, list[float]] = {key: [] for key in works}
         for number in range(-1, pairs):
@@ -139,14 +147,18 @@ def measure(sampled: int, neighbours: str, layout: Layout, pairs: int, *, loop: 
                     taken[key].append(spent)
         extra = len(outside) if neighbours == "stored" else 0
         more = (2 * sampled + extra) / (2 * sampled)
-        ratios = [ours / (more * copy) for ours, copy in zip(taken["merge"], taken["copy"], strict=True)]
+        ratios = {
+            key: [ours / (more * copy) for ours, copy in zip(taken[key], taken["copy"], strict=True)]
+            for key in ("merge", "plain")
+        }
         row: dict[str, Any] = {
             "sampled": sampled,
             "neighbours": neighbours,
             "outside": extra,
             "gb_per_second": 2 * uploads.nbytes / statistics.median(taken["copy"]) / 1e9,
             "seconds": {key: statistics.median(values) for key, values in taken.items()},
-            "to_copy": ratios,
+            "to_copy": ratios["merge"],
+            "plain_to_copy": ratios["plain"],
         }
         if loop:
             similarity = weights / weights.sum(axis=1, keepdims=True)
@@ -166,7 +178,8 @@ def line(row: dict[str, Any]) -> str:
     text = (
         f"S = {row['sampled']}, {row['neighbours']} ({row['outside']} outside): copy {taken['copy']:.4f} s "
         f"({row['gb_per_second']:.1f} GB/s), fresh {taken['fresh']:.4f} s, merge {taken['merge']:.4f} s = "
-        f"{statistics.median(row['to_copy']):.2f} x copy ({min(row['to_copy']):.2f} to {max(row['to_copy']):.2f})"
+        f"{statistics.median(row['to_copy']):.2f} x copy ({min(row['to_copy']):.2f} to {max(row['to_copy']):.2f}), "
+        f"without numba {taken['plain']:.4f} s = {statistics.median(row['plain_to_copy']):.2f} x"
     )
     if "loop_s" in row:
         text += (
@@ -185,6 +198,7 @@ def main() -> None:
     options = parser.parse_args()
     layout = gpt2_large()
     assert layout.parameters == 4_055_040
+    assert find_turn() is not None, "no numba for this Python and numpy: pip install -e '.[fast]'"
     rows = []
     for neighbours in ("sampled", "stored"):
         for sampled in (8, 32):
