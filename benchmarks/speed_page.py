@@ -179,10 +179,9 @@ def merge(found: Results, docs: Path) -> str:
     return (
         "Rows are GPT2-large adapters (36 layers, c_attn and both c_proj, rank 8: 4,055,040 parameters); 10 neighbours "
         "a client (7 of 8). A copy reads and writes the sampled rows once; where neighbours that were not sampled are "
-        "read, the ratio counts that reading too. The merge has numba (`fedmira[fast]`), and beside it there is the same "
-        "without. The loop reloads two files for each pair, for every pair as the "
-        "public code does or for joined pairs only; it ran once.\n\n"
-        + table([*titles, "loop, s", "loop to merge", "loop of joined pairs, s", "to merge"], lines)
+        "read, the ratio counts that reading too. The merge has numba (`fedmira[fast]`); beside it the same without. "
+        "The loop reloads two files for each pair, for every pair as the public code does or for joined pairs only; it "
+        "ran once.\n\n" + table([*titles, "loop, s", "loop to merge", "loop of joined pairs, s", "to merge"], lines)
     )
 
 

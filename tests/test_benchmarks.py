@@ -168,9 +168,9 @@ def evaluated(ratio: float) -> dict[str, Any]:
 
 
 def merged(sampled: int, neighbours: str, merge_s: float, ratio: float, **loop: float) -> dict[str, Any]:
-    taken = {"copy": 0.02, "fresh": 0.04, "merge": merge_s}
+    taken = {"copy": 0.02, "fresh": 0.04, "merge": merge_s, "plain": 2 * merge_s}
     row = {"sampled": sampled, "neighbours": neighbours, "outside": 7, "gb_per_second": 6.5, "seconds": taken}
-    return {**row, "to_copy": [ratio] * 3, **loop}
+    return {**row, "to_copy": [ratio] * 3, "plain_to_copy": [ratio] * 3, **loop}
 
 
 def studied(name: str, clients: int, round_s: float, anon_mb: float) -> dict[str, Any]:

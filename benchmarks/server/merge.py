@@ -7,7 +7,8 @@ Interleaved in one run:
   copy     torch's copy of the S rows into memory touched before, all threads: 2 x S x P x 4 bytes
   fresh    the same into new memory, whose pages the system zeroes at the first touch
   merge    `build("mira", ...).merge`, result in new memory: what a round pays. Each client has 10 neighbours (7 of 8).
-           With numba, as `pip install "fedmira[fast]"` brings it; "plain" is the same without. "stored" adds the last rows of neighbours that were not sampled; its copy counts their reading as well
+           With numba, as `pip install "fedmira[fast]"` brings it; "plain" is the same without. "stored" adds the last
+           rows of neighbours that were not sampled; its copy counts their reading as well
   loop     for every client and every other client, both state dicts are loaded from files (torch.load, page cache warm)
            and their differences added up tensor by tensor; once only. "all" visits every other sampled client, as
            the public code does, "joined" counts the pairs with a similarity above 0 alone
