@@ -31,6 +31,7 @@ from fedmira.adapters import Adapters, Layout, lora_layout
 from fedmira.lowrank import decompose_sum, factors
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message, State
+from fedmira.model.heap import keep_freed_memory
 
 BURST = 20
 CLOSE = 1e-4  # of the largest number
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--modules", type=int, default=4)
     options = parser.parse_args()
+    keep_freed_memory()  # as every process does that loads a base
     sizes = (options.width, options.clients, options.rank)
     row = measure(*sizes, options.pairs)
     row["merge"] = measure_merge(*sizes, options.modules, options.pairs)

@@ -14,7 +14,7 @@ from fedmira.adapters import Adapters
 from fedmira.model import generate, kept, lanes
 from fedmira.model import prompts as prompts_of
 from fedmira.model.generate import answers, padded_answers
-from fedmira.model.lanes import count_tokens, plan_passes
+from fedmira.model.lanes import Text, count_tokens, least_limit, plan_passes
 from fedmira.model.load import Base
 
 RANKS = (1, 4, 2, 3)
@@ -137,10 +137,34 @@ def test_an_answer_does_not_depend_on_what_shares_its_pass(
     monkeypatch.setattr(lanes, "FILL_TOKENS", fill_tokens)
     monkeypatch.setattr(prompts_of, "PACKED_TOKENS", fill_tokens)
     monkeypatch.setattr(kept, "SCORES", scores)
+    monkeypatch.setattr(generate, "STEP", 3)
     assert answers(base, stack, prompts, max_new_tokens=NEW) == together
     order = torch.tensor([3, 0, 2, 1])
     turned = answers(base, stack.take(order), [prompts[k][::-1] for k in order], max_new_tokens=NEW)
     assert turned == [together[k][::-1] for k in order]
+
+
+@pytest.mark.parametrize(
+    ("given", "limit"),
+    [
+        ([], 0),
+        ([(0, [7])], 7),
+        ([(10, [5, 3]), (4, [9, 6])], 5),  # 4 and 1 tokens more fit in the 6 places beside the second lane's 4
+        ([(10, [5, 3]), (4, [9, 8])], 6),
+        ([(10, [5, 3]), (4, [9, 9, 2])], 6),
+        ([(10, [9, 3]), (0, [12, 1])], 9),
+        ([(10, [1]), (0, [9])], 1),
+    ],
+)
+def test_rows_are_as_long_as_what_finds_no_room_beside_shared_tokens(
+    given: list[tuple[int, list[int]]], limit: int
+) -> None:
+    dealt = [
+        [Text(k, 10 * k + place, tuple(range(size)), after) for place, size in enumerate(sizes)]
+        for k, (after, sizes) in enumerate(given)
+    ]
+    assert least_limit(dealt) == limit
+    assert least_limit([[*lane, lane[0]] for lane in dealt]) == limit  # blank rows need no room of their own
 
 
 def test_looking_less_often_for_ended_rows_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ A lane holds prompts of one client, and what these begin with in common is known
 similar length; the rows that answers are written in stand in lanes of equal width.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile
@@ -181,9 +182,12 @@ def least_limit(lanes: Sequence[Sequence[Text]]) -> int:
     """
     room = max((lane[0].after for lane in lanes), default=0)
     sizes = [(room - lane[0].after, [len(text.tokens) for text in dict.fromkeys(lane)]) for lane in lanes]
-    limits = sorted({size for _, own in sizes for size in own})
-    fits = (one for one in limits if all(sum(max(0, size - one) for size in own) <= left for left, own in sizes))
-    return next(fits, 0)
+    longest = max((max(own) for _, own in sizes), default=0)
+
+    def fits(limit: int) -> bool:
+        return all(sum(max(0, size - limit) for size in own) <= left for left, own in sizes)
+
+    return bisect_left(range(longest), True, key=fits)
 
 
 def blanks_among(rows: Sequence[int]) -> list[bool]:
