@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from fedmira import compiled as compiled_loop
 from fedmira import mixing
 from fedmira.compiled import find_turn
 from fedmira.errors import ShapeError
@@ -179,6 +181,22 @@ def test_rows_that_tiles_do_not_fit_are_mixed_the_other_way(
     assert compiled == []
 
 
-def test_without_numba_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "numba", None)
+@pytest.mark.usefixtures("compiled")
+def test_rows_that_are_views_of_others_are_mixed_as_they_are() -> None:
+    """Rows further apart than they are long, the same row more than once, and rows whose numbers are not neighbours."""
+    wide, within = draw(3, 512, dtype=torch.float32), draw(3, 3).numpy()
+    for rows in (wide[:, 128:384], wide[:1].expand(3, -1), wide[:, ::2]):
+        exact = torch.from_numpy(within) @ rows.double()
+        torch.testing.assert_close(mix_rows(within, rows).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("broken", "told"), [(None, False), (RuntimeError("no such symbol"), True)])
+def test_without_a_numba_that_works_nothing_is_compiled(
+    broken: Exception | None, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if broken is None:
+        monkeypatch.setitem(sys.modules, "numba", None)
+    else:
+        monkeypatch.setattr(compiled_loop, "_compile", Mock(side_effect=broken))
     assert find_turn.__wrapped__() is None
+    assert ("no such symbol" in caplog.text) == told

@@ -8,6 +8,7 @@ memory: what is written is not read before. Numba's own loops do neither, so a t
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,21 +19,31 @@ TILE = 8 * LANE  # columns
 STRIP = 8 * TILE  # columns of one row after another: long enough for the processor to fetch ahead
 ALIGN = 4 * LANE  # bytes: where tiles of the answer have to start
 
+log = logging.getLogger(__name__)
+
 Turn = Callable[[np.ndarray, np.ndarray, np.ndarray, int, int, int, int], None]
 
 
 @functools.cache
 def find_turn() -> Turn | None:
-    """Return turn(starts, sources, weights, out, pitch, first, last), compiled; None without numba.
+    """Return turn(starts, sources, weights, out, pitch, first, last), compiled; None without a numba that works.
 
     Row i of the answer, at address out + i pitch, is mixed of the rows at addresses sources[starts[i]:starts[i + 1]]
     with these weights, from column `first` to `last`, whole tiles of both. It reads and writes what it is pointed at:
     the caller holds the arrays. Other threads may run meanwhile.
     """
     try:
-        import numba
-    except ImportError:  # not installed, or not made for this numpy
-        return None
+        return _compile()
+    except ImportError as error:  # not installed, or not made for this numpy
+        log.debug("merges are not compiled: %s", error)
+    except Exception as error:  # one that is installed but broken must not end a round that BLAS can end
+        log.warning("merges are not compiled: %s: %s", type(error).__name__, error)
+    return None
+
+
+def _compile() -> Turn:
+    import numba
+
     tile = _make_tile()
 
     def turn(
@@ -40,15 +51,9 @@ def find_turn() -> Turn | None:
     ) -> None:
         for strip in range(first, last, STRIP):
             for row in range(len(starts) - 1):
+                begin, end = starts[row], starts[row + 1]
                 for column in range(strip, min(strip + STRIP, last), TILE):
-                    tile(
-                        sources.ctypes.data,
-                        weights.ctypes.data,
-                        starts[row],
-                        starts[row + 1],
-                        column,
-                        out + row * pitch,
-                    )
+                    tile(sources.ctypes.data, weights.ctypes.data, begin, end, column, out + row * pitch)
 
     signature = "void(int64[::1], int64[::1], float32[::1], int64, int64, int64, int64)"
     compiled: Turn = numba.njit(signature, nogil=True)(turn)

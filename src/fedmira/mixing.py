@@ -114,7 +114,8 @@ def _tiles(
 ) -> Turn | None:
     """The same by a compiled loop, for whole tiles of columns; None where that cannot be, or is not worth it."""
     few = np.count_nonzero(within) + np.count_nonzero(outside) <= _FEW * len(within)
-    if own.dtype != np.float32 or own.nbytes < _WORTH or not few or out.strides[0] % ALIGN:
+    fit = all(rows.dtype == np.float32 and rows.strides[1] == rows.itemsize for rows in (own, held))
+    if not fit or not few or own.nbytes < _WORTH or out.strides[0] % ALIGN:
         return None
     compiled = find_turn()
     if compiled is None:
