@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedmira import compiled as compiled_loop
-from fedmira import mixing
+from fedmira import mixing, store
 from fedmira.compiled import find_turn
 from fedmira.errors import ShapeError
 from fedmira.mixing import mix_rows
@@ -179,6 +180,25 @@ def test_rows_that_tiles_do_not_fit_are_mixed_the_other_way(
         mix_rows(within, rows).double(), torch.from_numpy(within) @ rows.double(), rtol=1e-4, atol=1e-4
     )
     assert compiled == []
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_compiled_loop_reads_stored_rows_where_they_lie(
+    mapped: bool, compiled: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that were written, in memory or in a file, and rows that are still as they began."""
+    monkeypatch.setattr(store, "RAM_BYTES", 0)
+    held = store.Rows(draw(2, 256, dtype=torch.float32), torch.tensor([0, 1, 0, 1, 1]), tmp_path if mapped else None)
+    held[torch.tensor([0, 3])] = draw(2, 256, dtype=torch.float32)
+    assert held.mapped == mapped
+    rows, neighbours = draw(4, 256, dtype=torch.float32), np.array([4, 3, 0, 2])
+    within, outside = draw(4, 4).numpy(), draw(4, 4).numpy()
+    exact = torch.from_numpy(within) @ rows.double()
+    for some in (neighbours, neighbours[:0]):
+        wanted = exact + torch.from_numpy(outside[:, : len(some)]) @ held[torch.from_numpy(some)].double()
+        found = mix_rows(within, rows, outside=outside[:, : len(some)], stored=held, neighbours=some)  # type: ignore[arg-type]
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert compiled == [(0, 256)] * 2
 
 
 @pytest.mark.usefixtures("compiled")

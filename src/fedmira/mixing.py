@@ -114,18 +114,28 @@ def _tiles(
 ) -> Turn | None:
     """The same by a compiled loop, for whole tiles of columns; None where that cannot be, or is not worth it."""
     few = np.count_nonzero(within) + np.count_nonzero(outside) <= _FEW * len(within)
-    fit = all(rows.dtype == np.float32 and rows.strides[1] == rows.itemsize for rows in (own, held))
-    if not fit or not few or own.nbytes < _WORTH or out.strides[0] % ALIGN:
+    if not few or own.nbytes < _WORTH or out.strides[0] % ALIGN:
         return None
-    compiled = find_turn()
+    rows = [_addresses(own, np.arange(len(own)))]
+    if len(places):
+        rows.append(_addresses(held, places))
+    found = [some for some in rows if some is not None]
+    compiled = find_turn() if len(found) == len(rows) else None
     if compiled is None:
         return None
-    rows = np.concatenate(
-        [own.ctypes.data + np.arange(len(own)) * own.strides[0], held.ctypes.data + places * held.strides[0]]
-    ).astype(np.int64)
+    begins = np.concatenate(found).astype(np.int64)
     every = sparse.csr_array(np.concatenate([within, outside], axis=1))
-    starts, sources, weights = every.indptr.astype(np.int64), rows[every.indices], every.data
+    starts, sources, weights = every.indptr.astype(np.int64), begins[every.indices], every.data
     return lambda first, last: compiled(starts, sources, weights, out.ctypes.data, out.strides[0], first, last)
+
+
+def _addresses(rows: Any, ids: np.ndarray) -> np.ndarray | None:
+    """Where these rows begin in memory; None if they are not float32, one number after another."""
+    if not isinstance(rows, np.ndarray):
+        found: np.ndarray | None = rows.addresses(ids)  # a store's columns
+        return found
+    fit = rows.dtype == np.float32 and rows.strides[1] == rows.itemsize
+    return rows.ctypes.data + ids * rows.strides[0] if fit else None
 
 
 class _Memory:
