@@ -191,7 +191,10 @@ def test_the_compiled_loop_reads_stored_rows_where_they_lie(
     held = store.Rows(draw(2, 256, dtype=torch.float32), torch.tensor([0, 1, 0, 1, 1]), tmp_path if mapped else None)
     held[torch.tensor([0, 3])] = draw(2, 256, dtype=torch.float32)
     assert held.mapped == mapped
-    rows, neighbours = draw(4, 256, dtype=torch.float32), np.array([4, 3, 0, 2])
+    rows, neighbours = (
+        draw(4, 256, dtype=torch.float32),
+        np.array([4, 3, 0, 2], dtype=np.int32),
+    )  # as sparse graphs have them
     within, outside = draw(4, 4).numpy(), draw(4, 4).numpy()
     exact = torch.from_numpy(within) @ rows.double()
     for some in (neighbours, neighbours[:0]):

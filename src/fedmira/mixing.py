@@ -60,7 +60,7 @@ def mix_rows(
     weights = within.astype(own.dtype)
     pull = outside.astype(own.dtype) if gathered and outside is not None else np.empty((count, 0), own.dtype)
     held = own if stored is None else stored.numpy()
-    places = np.empty(0, np.int64) if neighbours is None else np.asarray(neighbours)
+    places = np.asarray([] if neighbours is None else neighbours, dtype=np.int64)
     plain = _plain(weights, own, pull, held, places, out)
     tiles = _tiles(weights, own, pull, held, places, out)
 
