@@ -112,6 +112,13 @@ def test_weights_that_do_not_fit_are_refused_with_both_shapes() -> None:
         mix_rows(np.eye(2), draw(2, 5), outside=np.ones((2, 3)), stored=draw(4, 5), neighbours=np.array([2]))
 
 
+@pytest.mark.parametrize(("columns", "neighbour"), [(4, 1), (6, 1), (5, 4), (5, -1)])
+def test_stored_rows_that_do_not_fit_are_refused(columns: int, neighbour: int) -> None:
+    given = {"outside": np.ones((2, 1)), "stored": draw(4, columns), "neighbours": np.array([neighbour])}
+    with pytest.raises(ShapeError, match=rf"\[4, {columns}\], neighbours {neighbour} to .*need rows of 5 .*0 to 3"):
+        mix_rows(np.eye(2), draw(2, 5), **given)
+
+
 def test_an_answer_stays_while_it_is_held_and_its_memory_serves_the_next_one() -> None:
     rows = draw(3, 70_000)
     first = mix_rows(np.eye(3), rows)

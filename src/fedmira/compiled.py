@@ -42,6 +42,7 @@ def find_turn() -> Turn | None:
 
 
 def _compile() -> Turn:
+    """Compile, and try it on one tile: numba may be told to compile nothing, or wrongly."""
     import numba
 
     tile = _make_tile()
@@ -57,6 +58,12 @@ def _compile() -> Turn:
 
     signature = "void(int64[::1], int64[::1], float32[::1], int64, int64, int64, int64)"
     compiled: Turn = numba.njit(signature, nogil=True)(turn)
+    row, memory = np.arange(TILE, dtype=np.float32), np.empty(TILE + LANE, dtype=np.float32)
+    out = memory[-memory.ctypes.data % ALIGN // memory.itemsize :][:TILE]
+    starts, sources = np.array([0, 1]), np.array([row.ctypes.data])
+    compiled(starts, sources, np.array([0.5], dtype=np.float32), out.ctypes.data, out.nbytes, 0, TILE)
+    if not np.array_equal(out, row / 2):
+        raise RuntimeError("the loop that numba made gives wrong sums")
     return compiled
 
 

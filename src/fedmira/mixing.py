@@ -55,12 +55,19 @@ def mix_rows(
             f"mixing weights {found}: need [{count}, {count}] for {count} rows and [{count}, {gathered}] for "
             f"{gathered} stored neighbours"
         )
+    places = np.asarray([] if neighbours is None else neighbours, dtype=np.int64)
+    if gathered and stored is not None:
+        known, width = stored.shape
+        if width != columns or places.min() < 0 or places.max() >= known:
+            raise ShapeError(
+                f"mixing stored rows [{known}, {width}], neighbours {places.min()} to {places.max()}: need rows of "
+                f"{columns} and neighbours from 0 to {known - 1}"
+            )
     own = rows.numpy()
     out = _memory.lend(own.shape, own.dtype)
     weights = within.astype(own.dtype)
     pull = outside.astype(own.dtype) if gathered and outside is not None else np.empty((count, 0), own.dtype)
     held = own if stored is None else stored.numpy()
-    places = np.asarray([] if neighbours is None else neighbours, dtype=np.int64)
     plain = _plain(weights, own, pull, held, places, out)
     tiles = _tiles(weights, own, pull, held, places, out)
 

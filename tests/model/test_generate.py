@@ -144,6 +144,55 @@ def test_an_answer_does_not_depend_on_what_shares_its_pass(
     assert turned == [together[k][::-1] for k in order]
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_beginnings_of_long_prompts_stand_beside_what_others_share(
+    family: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One client shares much and has short rests, others share nothing; rows are drawn together on the way."""
+    stream = np.random.default_rng(0)
+
+    def draw(size: int) -> list[int]:
+        return stream.integers(2, tiny.VOCABULARY, size).tolist()
+
+    opening = draw(25)
+    prompts = [
+        [opening + draw(size) for size in (1, 2, 3, 2)],
+        [draw(size) for size in (20, 4, 3, 2, 2)],
+        [draw(size) for size in (18, 2, 1)],
+        [],
+    ]
+    base, stack = make(family)
+    ends = [tiny.END, 3, 8, 12]
+    base.model.generation_config.eos_token_id = ends  # type: ignore[union-attr]
+    wanted = by_peft(family, base, stack, prompts, end=ends)
+    real, laid = generate._lay_out, []
+
+    def seen(*given: Any, **named: Any) -> Any:
+        rows = real(*given, **named)
+        laid.append((rows.place, max((len(text.tokens) for lane in rows.lanes for text in lane), default=0)))
+        return rows
+
+    base = base if packed else replace(base, packs=False)
+    generate._find_kept(base)
+    monkeypatch.setattr(generate, "_lay_out", seen)
+    assert answers(base, stack, prompts, max_new_tokens=NEW) == wanted
+    assert any(place < longest for place, longest in laid)
+    assert len(laid) > 2  # the last one is empty
+
+
+def test_keys_and_values_that_are_not_finite_stay_with_their_client() -> None:
+    """In padded passes; in packed ones attention adds masked scores of its neighbours too."""
+    base, stack = make("llama")
+    base = replace(base, packs=False)
+    prompts = draw_prompts()
+    before = answers(base, stack, prompts, max_new_tokens=NEW)
+    spoiled = stack.rows.clone()
+    spoiled[3] = torch.nan
+    found = answers(base, stack.with_rows(spoiled), prompts, max_new_tokens=NEW)
+    assert found[:3] == before[:3]
+
+
 @pytest.mark.parametrize(
     ("given", "limit"),
     [

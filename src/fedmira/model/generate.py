@@ -257,8 +257,8 @@ def _lay_out(prompts: Prompts, lanes: list[list[Text]], chosen: Tensor, *, new: 
     return _Rows(
         prompts=prompts,
         lanes=lanes,
-        openings=prompts.part(openings, common),
-        texts=prompts.part(rests, limit + min(room + STEP, new)),
+        openings=prompts.part(openings, common, blanks=[prompts.rest[lane[0].place][0] for lane in lanes]),
+        texts=prompts.part(rests, limit + min(room + STEP, new), blanks=[prompts.rest[text.place][0] for text in rows]),
         place=limit,
         new=new,
         keys=torch.cat([shared, own, written], dim=1).to(device),

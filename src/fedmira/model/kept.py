@@ -37,7 +37,7 @@ def places_of(length: int, begins: Tensor, sizes: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Part:
-    """Keys and values [n, H', L, D] of every layer, n = count, L = length; 0 where none are kept.
+    """Keys and values [n, H', L, D] of every layer, n = count, L = length; anything where masks hide it.
 
     A layer's are allocated when it first brings some. rows [R]: which of the n each row of a pass sees; None: R / n
     rows in turn see the same.

@@ -71,10 +71,14 @@ def plan_passes(
 
 
 def count_tokens(lanes: Sequence[Lane], max_new_tokens: int) -> int:
-    """Tokens, blanks included, that a pass of these lanes keeps keys and values of if every answer goes on."""
+    """Tokens that a pass of these lanes keeps keys and values of if every answer goes on.
+
+    Those of the prompts, and those of the rows that answers are written in, blanks included.
+    """
     own = max(lane.own for lane in lanes) + max_new_tokens
     shared = max(lane.shared for lane in lanes)
-    return _best_width([len(lane.places) for lane in lanes], shared=shared, each=own)[0]
+    prompts = sum(lane.shared + sum(len(ids) - lane.shared for ids in lane.prompts) for lane in lanes)
+    return prompts + _best_width([len(lane.places) for lane in lanes], shared=shared, each=own)[0]
 
 
 def _lanes(
@@ -87,8 +91,8 @@ def _lanes(
     shared = 0
     if token_bytes is not None:
         shared = _count_shared(prompts)
-        each = len(prompts[order[0]]) - shared + new
-        most = max(1, min(most, (KEPT_BYTES // token_bytes - shared) // each))
+        longest = len(prompts[order[0]]) - shared
+        most = max(1, min(most, (KEPT_BYTES // token_bytes - 2 * shared) // (2 * longest + new)))
     lanes = []
     for start in range(0, len(order), most):
         places = tuple(order[start : start + most])

@@ -108,28 +108,27 @@ class Stack:
     ) -> Iterator[None]:
         """Point every layer at its leaves for one pass; `gradient` [S, P] receives what backward computes."""
         held = adapters.with_rows(adapters.rows.to(device))
+        device = held.rows.device
         scale = adapters.scale.to(device=device, dtype=dtype)[..., None, None]  # [S, 1, 1] or [S, modules, 1, 1]
-
-        def factor(leaf: Leaf) -> Tensor:
-            return held.leaf(leaf).to(dtype).contiguous()  # each apart: products of parts of rows would copy them anew
 
         into = None if gradient is None else adapters.with_rows(gradient)
         encoder = next((part for part in adapters.layout.parts if part.kind == "prompt" and part.served), None)
         taught = encoder is not None and into is not None and encoder.trained
         if encoder is not None:
-            self.prompts = make_prompts(encoder, adapters, dtype=dtype, device=held.rows.device, differentiable=taught)
+            self.prompts = make_prompts(encoder, adapters, dtype=dtype, device=device, differentiable=taught)
         for part in adapters.layout.parts:
             if not part.served:
                 continue
             for place, (first, second) in enumerate(part.pairs()):
                 own = scale if scale.ndim == 3 else scale[:, place]
-                pair = Pair(factor(first), factor(second), own)
+                pair = Pair(_factor(held, first, dtype), _factor(held, second, dtype), own)
                 if into is not None and part.trained:
                     pair.grad_a, pair.grad_b = into.leaf(first), into.leaf(second)
                 self.pairs.setdefault(first.module, []).append(pair)
+        del held  # on a device it is a copy of all rows
         self.segments, self.clients = segments, len(adapters)
         self.dropout = dropout if dropout is not None and dropout.rate > 0 else None
-        self.anchor = None if gradient is None else torch.zeros((), requires_grad=True, device=held.rows.device)
+        self.anchor = None if gradient is None else torch.zeros((), requires_grad=True, device=device)
         try:
             yield
             for pair in (pair for pairs in self.pairs.values() for pair in pairs):
@@ -154,6 +153,11 @@ class Stack:
             return self.segments
         each = tokens // self.clients
         return (Segment(0, self.clients, 0, each, (slice(0, each),) * self.clients),)
+
+
+def _factor(adapters: Adapters, leaf: Leaf, dtype: torch.dtype) -> Tensor:
+    """Return a factor of all clients [S, ...] apart from the rows: every product with a part of rows would copy it."""
+    return adapters.leaf(leaf).to(dtype).contiguous()
 
 
 class StackedLinear(nn.Module):

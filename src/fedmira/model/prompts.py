@@ -39,9 +39,14 @@ class Prompts:
     opening: list[Tensor]
     rest: list[Tensor]
 
-    def part(self, rows: Sequence[Tensor], length: int) -> Part:
-        """Return keys and values of these tokens, a row each; a row's places beyond its own hold any token."""
-        index = torch.zeros(len(rows), length, dtype=torch.int64)
+    def part(self, rows: Sequence[Tensor], length: int, *, blanks: Sequence[Tensor]) -> Part:
+        """Return keys and values of these tokens, a row each; blanks [n]: what stands in a row's places beyond its own.
+
+        Nobody sees it, but what is not finite would be seen: it has to be of the row's own client.
+        """
+        index = (
+            torch.stack(list(blanks))[:, None].repeat(1, length) if rows else torch.zeros(0, length, dtype=torch.int64)
+        )
         for row, own in zip(index, rows, strict=True):
             row[: len(own)] = own
         index = index.to(self.states.device)
