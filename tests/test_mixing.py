@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedmira import compiled as compiled_loop
 from fedmira import mixing, store
-from fedmira.compiled import find_turn
+from fedmira.compiled import find_loop
 from fedmira.errors import ShapeError
 from fedmira.mixing import mix_rows
 
@@ -138,7 +138,7 @@ def test_an_answer_stays_while_it_is_held_and_its_memory_serves_the_next_one() -
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Let rows of any size be mixed by the compiled loop; return the columns that were."""
     pytest.importorskip("numba")
-    real, asked = mixing.find_turn(), []
+    real, asked = mixing.find_loop(), []
     assert real is not None
 
     def seen(*given: Any) -> None:
@@ -146,7 +146,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         real(*given)
 
     monkeypatch.setattr(mixing, "_WORTH", 0)
-    monkeypatch.setattr(mixing, "find_turn", lambda: seen)
+    monkeypatch.setattr(mixing, "find_loop", lambda: seen)
     return asked
 
 
@@ -198,10 +198,8 @@ def test_the_compiled_loop_reads_stored_rows_where_they_lie(
     held = store.Rows(draw(2, 256, dtype=torch.float32), torch.tensor([0, 1, 0, 1, 1]), tmp_path if mapped else None)
     held[torch.tensor([0, 3])] = draw(2, 256, dtype=torch.float32)
     assert held.mapped == mapped
-    rows, neighbours = (
-        draw(4, 256, dtype=torch.float32),
-        np.array([4, 3, 0, 2], dtype=np.int32),
-    )  # as sparse graphs have them
+    rows = draw(4, 256, dtype=torch.float32)
+    neighbours = np.array([4, 3, 0, 2], dtype=np.int32)  # as sparse graphs have them
     within, outside = draw(4, 4).numpy(), draw(4, 4).numpy()
     exact = torch.from_numpy(within) @ rows.double()
     for some in (neighbours, neighbours[:0]):
@@ -228,5 +226,5 @@ def test_without_a_numba_that_works_nothing_is_compiled(
         monkeypatch.setitem(sys.modules, "numba", None)
     else:
         monkeypatch.setattr(compiled_loop, "_compile", Mock(side_effect=broken))
-    assert find_turn.__wrapped__() is None
+    assert find_loop.__wrapped__() is None
     assert ("no such symbol" in caplog.text) == told

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fedmira import mixing
 from fedmira.adapters import Adapters, Layout, lora_layout
-from fedmira.compiled import find_turn
+from fedmira.compiled import find_loop
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message, Method, State
 
@@ -131,7 +131,7 @@ def measure(sampled: int, neighbours: str, layout: Layout, pairs: int, *, loop: 
             return method.merge(state, torch.from_numpy(ids), Message(uploads), torch.ones(sampled), Clock(1)).rows
 
         def plain() -> Tensor:
-            with patch.object(mixing, "find_turn", lambda: None):
+            with patch.object(mixing, "find_loop", lambda: None):
                 return merge()
 
         works: dict[str, Callable[[], object]] = {
@@ -199,7 +199,7 @@ def main() -> None:
     options = parser.parse_args()
     layout = gpt2_large()
     assert layout.parameters == 4_055_040
-    assert find_turn() is not None, "no numba for this Python and numpy: pip install -e '.[fast]'"
+    assert find_loop() is not None, "no numba for this Python and numpy: pip install -e '.[fast]'"
     rows = []
     for neighbours in ("sampled", "stored"):
         for sampled in (8, 32):

@@ -21,12 +21,19 @@ ALIGN = 4 * LANE  # bytes: where tiles of the answer have to start
 
 log = logging.getLogger(__name__)
 
-Turn = Callable[[np.ndarray, np.ndarray, np.ndarray, int, int, int, int], None]
+Loop = Callable[[np.ndarray, np.ndarray, np.ndarray, int, int, int, int], None]
+
+
+def addresses(rows: np.ndarray, ids: np.ndarray) -> np.ndarray | None:
+    """Return where the rows `ids` [n] begin in memory; None if they are not float32, one number after another."""
+    if rows.dtype != np.float32 or rows.strides[1] != rows.itemsize:
+        return None
+    return rows.ctypes.data + ids.astype(np.int64) * rows.strides[0]
 
 
 @functools.cache
-def find_turn() -> Turn | None:
-    """Return turn(starts, sources, weights, out, pitch, first, last), compiled; None without a numba that works.
+def find_loop() -> Loop | None:
+    """Return loop(starts, sources, weights, out, pitch, first, last), compiled; None without a numba that works.
 
     Row i of the answer, at address out + i pitch, is mixed of the rows at addresses sources[starts[i]:starts[i + 1]]
     with these weights, from column `first` to `last`, whole tiles of both. It reads and writes what it is pointed at:
@@ -41,13 +48,13 @@ def find_turn() -> Turn | None:
     return None
 
 
-def _compile() -> Turn:
+def _compile() -> Loop:
     """Compile, and try it on one tile: numba may be told to compile nothing, or wrongly."""
     import numba
 
     tile = _make_tile()
 
-    def turn(
+    def loop(
         starts: np.ndarray, sources: np.ndarray, weights: np.ndarray, out: int, pitch: int, first: int, last: int
     ) -> None:
         for strip in range(first, last, STRIP):
@@ -57,7 +64,7 @@ def _compile() -> Turn:
                     tile(sources.ctypes.data, weights.ctypes.data, begin, end, column, out + row * pitch)
 
     signature = "void(int64[::1], int64[::1], float32[::1], int64, int64, int64, int64)"
-    compiled: Turn = numba.njit(signature, nogil=True)(turn)
+    compiled: Loop = numba.njit(signature, nogil=True)(loop)
     row, memory = np.arange(TILE, dtype=np.float32), np.empty(TILE + LANE, dtype=np.float32)
     out = memory[-memory.ctypes.data % ALIGN // memory.itemsize :][:TILE]
     starts, sources = np.array([0, 1]), np.array([row.ctypes.data])

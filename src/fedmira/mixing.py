@@ -20,7 +20,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from fedmira.compiled import ALIGN, TILE, find_turn
+from fedmira.compiled import ALIGN, TILE, addresses, find_loop
 from fedmira.errors import ShapeError
 
 _STRIP = 2**13  # columns of one product
@@ -67,7 +67,7 @@ def mix_rows(
     out = _memory.lend(own.shape, own.dtype)
     weights = within.astype(own.dtype)
     pull = outside.astype(own.dtype) if gathered and outside is not None else np.empty((count, 0), own.dtype)
-    held = own if stored is None else stored.numpy()
+    held = own if stored is None else stored.numpy()  # an array, or the columns of a store
     plain = _plain(weights, own, pull, held, places, out)
     tiles = _tiles(weights, own, pull, held, places, out)
 
@@ -85,12 +85,12 @@ def mix_rows(
     return torch.from_numpy(out)
 
 
-Turn = Callable[[int, int], None]  # mixes the columns from the first to the second
+Mix = Callable[[int, int], None]  # mixes the columns from the first to the second
 
 
 def _plain(
-    within: np.ndarray, own: np.ndarray, outside: np.ndarray, held: np.ndarray, places: np.ndarray, out: np.ndarray
-) -> Turn:
+    within: np.ndarray, own: np.ndarray, outside: np.ndarray, held: Any, places: np.ndarray, out: np.ndarray
+) -> Mix:
     """out = within @ own + outside @ held[places] by BLAS, or by a sparse product."""
     count, gathered = outside.shape
     weights: np.ndarray | sparse.csr_array = within
@@ -117,32 +117,23 @@ def _plain(
 
 
 def _tiles(
-    within: np.ndarray, own: np.ndarray, outside: np.ndarray, held: np.ndarray, places: np.ndarray, out: np.ndarray
-) -> Turn | None:
+    within: np.ndarray, own: np.ndarray, outside: np.ndarray, held: Any, places: np.ndarray, out: np.ndarray
+) -> Mix | None:
     """The same by a compiled loop, for whole tiles of columns; None where that cannot be, or is not worth it."""
     few = np.count_nonzero(within) + np.count_nonzero(outside) <= _FEW * len(within)
     if not few or own.nbytes < _WORTH or out.strides[0] % ALIGN:
         return None
-    rows = [_addresses(own, np.arange(len(own)))]
+    rows = [addresses(own, np.arange(len(own)))]
     if len(places):
-        rows.append(_addresses(held, places))
+        rows.append(addresses(held, places) if isinstance(held, np.ndarray) else held.addresses(places))
     found = [some for some in rows if some is not None]
-    compiled = find_turn() if len(found) == len(rows) else None
-    if compiled is None:
+    loop = find_loop() if len(found) == len(rows) else None
+    if loop is None:
         return None
-    begins = np.concatenate(found).astype(np.int64)
+    begins = np.concatenate(found)
     every = sparse.csr_array(np.concatenate([within, outside], axis=1))
     starts, sources, weights = every.indptr.astype(np.int64), begins[every.indices], every.data
-    return lambda first, last: compiled(starts, sources, weights, out.ctypes.data, out.strides[0], first, last)
-
-
-def _addresses(rows: Any, ids: np.ndarray) -> np.ndarray | None:
-    """Where these rows begin in memory; None if they are not float32, one number after another."""
-    if not isinstance(rows, np.ndarray):
-        found: np.ndarray | None = rows.addresses(ids)  # a store's columns
-        return found
-    fit = rows.dtype == np.float32 and rows.strides[1] == rows.itemsize
-    return rows.ctypes.data + ids * rows.strides[0] if fit else None
+    return lambda first, last: loop(starts, sources, weights, out.ctypes.data, out.strides[0], first, last)
 
 
 class _Memory:

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedmira.compiled import addresses
 from fedmira.errors import ShapeError, StoreError
 
 log = logging.getLogger(__name__)
@@ -144,12 +145,9 @@ class Columns:
         return part
 
     def addresses(self, ids: np.ndarray) -> np.ndarray | None:
-        """Return where the rows `ids` [n] begin in memory; None if a row is not float32, one number after another."""
-        if any(rows.dtype != np.float32 or rows.strides[1] != rows.itemsize for rows in (self.start, self.table)):
-            return None
-        begun = self.start.ctypes.data + self.kinds[ids] * self.start.strides[0]
-        written = self.table.ctypes.data + ids * self.table.strides[0]
-        return np.where(self.written[ids], written, begun)
+        """Return where the rows `ids` [n] begin in memory, None where that cannot be said (compiled.addresses)."""
+        begun, written = addresses(self.start, self.kinds[ids]), addresses(self.table, ids)
+        return None if begun is None or written is None else np.where(self.written[ids], written, begun)
 
 
 def _write_at(handle: int, data: memoryview, offset: int) -> None:

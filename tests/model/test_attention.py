@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedmira.model import attention
 from fedmira.model.attention import Attention, packed_attention
 from fedmira.model.buckets import make_buckets
-from fedmira.model.fans import STEP
+from fedmira.model.fans import STEP, pick
 from fedmira.model.spans import BLOCK, KEPT, SPAN, Rule, Spans, make_spans
 
 HEADS, KEYS, WIDTH = 4, 2, 6
@@ -244,3 +244,9 @@ def test_fans_hold_examples_of_similar_size_and_few_blanks() -> None:
     assert len(places.unique()) == len(places), "every token is asked once"
     assert all(fan.queries.index.shape[1] % STEP == fan.keys.index.shape[1] % STEP == 0 for fan in fans)
     assert plan.fans() is fans, "dealt once for a pass"
+
+
+def test_tokens_are_picked_on_the_device_where_they_lie() -> None:
+    """Answers on CUDA pick too: a device without numbers stands for it, which refuses to be mixed with the CPU."""
+    states = torch.empty(3, 40, 8, device="meta")
+    assert pick(states, torch.zeros(5, 7, dtype=torch.int64, device="meta")).shape == (5, 3, 7, 8)

@@ -87,7 +87,7 @@ def _as_rows(states: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
 def _row_numbers(index: Tensor, steps: tuple[int, int, int]) -> Tensor:
     """Return which rows hold tokens [n, L]: [n, H, L]."""
     heads, head, token = steps
-    return torch.arange(heads)[:, None] * head + index[:, None, :] * token
+    return torch.arange(heads, device=index.device)[:, None] * head + index[:, None, :] * token
 
 
 def _pick_rows(rows: Tensor, numbers: Tensor) -> Tensor:

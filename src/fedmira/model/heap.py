@@ -1,7 +1,8 @@
 """Let the C library keep memory that was freed.
 
 By default glibc gives it back to the system at once, and what is asked for next comes anew: every page of 4 kB is
-zeroed at its first touch, up to 100,000 of them in one pass over a cohort. The largest resident size stays the same.
+zeroed at its first touch, up to 100,000 of them in one pass over a cohort. What stays resident between passes grows
+by KEPT at most.
 """
 
 import ctypes

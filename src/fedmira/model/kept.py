@@ -99,9 +99,9 @@ class Turn:
     """One pass through the layers: where its new keys and values go, and what its tokens see.
 
     They see the `earlier` parts and then their own: of the pass alone, or, where `written`, all that the part `into`
-    has. queries [R, T] and keys [R, L]: positions of the new tokens and of all that may be seen; blanks
-    are NOWHERE. enough_at: the layer with whose keys and values the pass may end, None if its states are wanted. found:
-    the rules that this pass's layers came with.
+    has. queries [R, T] and keys [R, L]: positions of the new tokens and of all that may be seen; blanks are NOWHERE.
+    enough_at: the layer with whose keys and values the pass may end, None if its states are wanted. found: the rules
+    that this pass's layers came with.
     """
 
     into: Part
