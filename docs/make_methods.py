@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from fedmira.method_facts import MethodFacts, method_facts
+from fedmira.cli.method_facts import MethodFacts, method_facts
 from fedmira.methods import ALIASES, MethodModule, load, names
 from fedmira.methods.base import Settings
 

@@ -32,7 +32,7 @@ from tests import tiny
 from tests.small_study import Ended, command
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from fedmira.cli import app
+from fedmira.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 STUDY = "study.yaml"

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedmira.adapters import Adapters, prompt_layout
-from fedmira.card import Card
 from fedmira.data.batches import Encoded, collate
-from fedmira.export import depth_of, export_adapter
-from fedmira.model.load import Base
+from fedmira.export.card import Card
+from fedmira.export.peft_folder import depth_of, export_adapter
+from fedmira.model.base.load import Base
+from fedmira.model.packed.virtual import lead
 from fedmira.model.passes import plan_pass, states_of
-from fedmira.model.virtual import lead
 
 
 def encoders(base: Base, clients: int, *, tokens: int = 3, hidden: int = 8, seed: int = 0) -> Adapters:

@@ -18,8 +18,8 @@ import torch
 import yaml
 from tests import tiny
 
-from fedmira import cli
-from fedmira.runs import RunFolder
+from fedmira.cli.main import main as cli
+from fedmira.disk.folders import RunFolder
 
 CLIENTS = ("ada", "bo", "cy", "007", "no", "eve")  # of which YAML 1.1 would make a number and a truth value
 ROUNDS = 4

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fedmira.config.partitioners import PARTITIONERS
 from tests.laws import laws
 from tests.pages import (
     ROOT,
@@ -28,7 +29,7 @@ from tests.pages import (
 )
 
 import fedmira
-from fedmira.config import PARTITIONERS, ClientsConfig, DataConfig, SplitConfig
+from fedmira.config.sections import ClientsConfig, DataConfig, SplitConfig
 from fedmira.data.chats import ROLES
 from fedmira.data.formats import FORMATS
 from fedmira.data.sources import EXTENSIONS

@@ -17,8 +17,8 @@ from tests.pages import ROOT
 
 import fedmira
 from fedmira.bundled import MODEL_PATH
-from fedmira.config_file import parse_yaml
-from fedmira.study import Run
+from fedmira.config.yaml_text import parse_yaml
+from fedmira.study.face import Run
 
 RESULTS = ROOT / "benchmarks" / "results"
 STORED = sorted(RESULTS.glob("methods-*.json"))

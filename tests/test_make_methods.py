@@ -15,7 +15,7 @@ from pydantic import Field
 from tests.pages import ROOT, split_page
 
 import fedmira
-from fedmira.method_facts import build_default, method_facts
+from fedmira.cli.method_facts import build_default, method_facts
 from fedmira.methods import names
 from fedmira.methods.base import Message, Settings
 

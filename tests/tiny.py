@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fedmira.adapters import Adapters, Layout, lora_layout
 from fedmira.data.batches import ClientData, Encoded, Truncation
-from fedmira.model.load import Base, wrap
+from fedmira.model.base.load import Base, wrap
 
 VOCABULARY = 23
 END = 1  # end of text; 0 stands in for unknown words

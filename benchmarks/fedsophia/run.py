@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import fedmira
-from fedmira.runs import RunFolder
+from fedmira.disk.folders import RunFolder
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "runs" / "bench-fedsophia"

@@ -199,7 +199,7 @@ def against(one: MethodSummary) -> dict[str, Any] | None:
     return {key: getattr(one.against, key) for key in ("wins", "ties", "losses", "difference", "p_holm")}
 
 
-def costs(runs: Sequence[fedmira.study.Run]) -> dict[str, Any]:
+def costs(runs: Sequence[fedmira.study.face.Run]) -> dict[str, Any]:
     """What the runs of one entry, seed by seed, have in common: settings, bytes of a client and round."""
     facts, records = [run.facts for run in runs], [record for run in runs for record in run.rounds]
     first = facts[0]

@@ -24,10 +24,10 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from fedmira.adapters import Adapters, Layout, lora_layout, scales
+from fedmira.adapters.optim import adamw
 from fedmira.methods import build, load
 from fedmira.methods.base import Clock, Cohort, Method, Tools
-from fedmira.model.lora import Stack, find_targets, install
-from fedmira.optim import adamw
+from fedmira.model.packed.lora import Stack, find_targets, install
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "table2.md"
 MIB, GIB, GB = 2**20, 2**30, 1e9

@@ -98,7 +98,7 @@ def child(config: str) -> None:
         print(json.dumps({"what": what, "time": time.monotonic(), **facts}), flush=True)
 
     if config.startswith("base:"):
-        from fedmira.model.load import load_base
+        from fedmira.model.base.load import load_base
 
         base = load_base(config.removeprefix("base:"), dtype="float32", device="cpu", targets=["c_attn"])
         say("base", parameters=sum(one.numel() for one in base.model.parameters()))

@@ -18,12 +18,12 @@ from typing import Any, cast
 
 import torch
 from clients import status
+from fedmira.disk.table import Rows
 
 from fedmira.adapters import Adapters, lora_layout
-from fedmira.engine.journal import Ledger, commit, restore
+from fedmira.disk.folders import RunFolder
+from fedmira.engine.ledger import Ledger, commit, restore
 from fedmira.methods.base import Change, State
-from fedmira.runs import RunFolder
-from fedmira.store import Rows
 
 SHAPES = [(f"transformer.h.{layer}.attn.c_attn", 768, 2304) for layer in range(12)]
 RANK, SAMPLED = 8, 100

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters, Layout, lora_layout
-from fedmira.lowrank import decompose_sum, factors
+from fedmira.adapters.lowrank import decompose_sum, factors
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message, State
-from fedmira.model.heap import keep_freed_memory
+from fedmira.model.base.memory import keep_freed_memory
 
 BURST = 20
 CLOSE = 1e-4  # of the largest number

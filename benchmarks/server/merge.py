@@ -29,9 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmira import mixing
-from fedmira.adapters import Adapters, Layout, lora_layout
-from fedmira.compiled import find_loop
+from fedmira.adapters import Adapters, Layout, lora_layout, mixing
+from fedmira.adapters.mixing_compiled import find_loop
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message, Method, State
 

@@ -29,8 +29,8 @@ from yardstick import ALPHA, RANK, PeftLoop
 from fedmira.adapters import Adapters, lora_layout, start_adapters
 from fedmira.data.batches import collate
 from fedmira.evaluation.measure import measure_loss
-from fedmira.model.generate import answers
-from fedmira.model.load import load_base
+from fedmira.model.answers.generate import answers
+from fedmira.model.base.load import load_base
 
 STRENGTH = 0.1  # standard deviation of B
 

@@ -24,12 +24,12 @@ from units import random_base
 from yardstick import CLIP, PeftLoop
 
 from fedmira.adapters import lora_layout, start_adapters
+from fedmira.adapters.optim import adamw
 from fedmira.data.batches import ClientData, Encoded, Truncation
 from fedmira.engine.phase import Training, local_phase
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message
-from fedmira.model.load import load_base
-from fedmira.optim import adamw
+from fedmira.model.base.load import load_base
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from machine import describe, matmul_rate, wait

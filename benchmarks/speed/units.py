@@ -20,7 +20,7 @@ from fedmira.data.batches import ClientData, Encoded, Truncation, encode_client
 from fedmira.data.formats import read_records
 from fedmira.data.partition import form_clients
 from fedmira.data.templates import ALPACA
-from fedmira.model.load import load_tokenizer
+from fedmira.model.base.load import load_tokenizer
 
 SHARED = Path(os.environ.get("FEDMIRA_TEST_DATA", "../shared"))
 CLIENTS, STEPS, BATCH, LONGEST = 8, 5, 4, 256

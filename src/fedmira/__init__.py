@@ -5,10 +5,10 @@ together (MIRA). Everything public is here; see the README for the command line.
 """
 
 from fedmira.adapters import Adapters, Layout
-from fedmira.config import Config
+from fedmira.config.sections import Config
 from fedmira.errors import FedMiraError
 from fedmira.methods.base import Method
-from fedmira.study import Run, Study, export, load_config, load_method, load_run, methods, report, resume, run
+from fedmira.study.face import Run, Study, export, load_config, load_method, load_run, methods, report, resume, run
 
 __all__ = [
     "Adapters",

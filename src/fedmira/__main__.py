@@ -1,6 +1,6 @@
 """`python -m fedmira` is the command `fedmira`."""
 
-from fedmira.cli import main
+from fedmira.cli.main import main
 
 if __name__ == "__main__":
     main()

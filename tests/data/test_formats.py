@@ -269,7 +269,7 @@ def test_each_format_brings_its_usual_template(tmp_path: Path) -> None:
 def test_the_table_lists_the_formats_of_the_config() -> None:
     from typing import get_args
 
-    from fedmira.config import DataConfig
+    from fedmira.config.sections import DataConfig
 
     allowed = get_args(DataConfig.model_fields["format"].annotation)
     assert ("auto", *(entry.name for entry in formats.FORMATS)) == allowed

@@ -13,28 +13,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedmira.config.faults import check_config
 from tests import small_study, tiny
 from tests.small_study import CLIENTS, command, differences, outcome, run_folders
 from torch import Tensor
 
 import fedmira
-from fedmira import handover, preview
 from fedmira.adapters import Adapters
-from fedmira.config import Config, check_config
+from fedmira.config.sections import Config
 from fedmira.data.batches import ClientData
+from fedmira.disk.folders import RunFolder
 from fedmira.engine import exchange, scoring
+from fedmira.engine.cost import Work
 from fedmira.engine.exchange import plan_pool
 from fedmira.engine.federation import Federation, make_training
 from fedmira.engine.phase import local_phase, plan_steps
-from fedmira.engine.rounds import Ended, run_rounds
+from fedmira.engine.run import Ended, run_rounds
 from fedmira.engine.scoring import score_start
 from fedmira.errors import MethodError
 from fedmira.evaluation.measure import measure_loss
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message, Method
-from fedmira.model.load import Base
-from fedmira.plan import Work
-from fedmira.runs import RunFolder
+from fedmira.model.base.load import Base
+from fedmira.study import dry_run as preview
+from fedmira.study import handover
 
 RANKS = (2, 1, 2, 1)
 TRAIN = (5, 2, 3, 4)  # in batches of two: 3, 1, 2 and 2 steps

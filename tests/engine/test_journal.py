@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from fedmira.disk.table import Rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmira.adapters import Layout, lora_layout, start_adapters
-from fedmira.engine.journal import Ledger, commit, restore
+from fedmira.disk.checkpoints import checkpoint_rounds, load_chain
+from fedmira.disk.folders import RunFolder
+from fedmira.engine.ledger import Ledger, commit, restore
 from fedmira.errors import StoreError
 from fedmira.methods.base import Change, State
-from fedmira.runs import RunFolder
-from fedmira.store import Rows, checkpoint_rounds, load_chain
 
 CLIENTS = 6
 EVERYONE = torch.arange(CLIENTS)

@@ -12,15 +12,15 @@ from tests import tiny
 from tests.engine.test_rounds import RANKS, SCHEDULE, SEED, base, federation
 
 from fedmira.data.batches import ClientData
+from fedmira.disk.folders import RunFolder
 from fedmira.engine.federation import Federation
-from fedmira.engine.rounds import Ended, run_rounds
+from fedmira.engine.run import Ended, run_rounds
 from fedmira.engine.scoring import score_start
 from fedmira.errors import MethodError
 from fedmira.evaluation.embed import embed_prompts
 from fedmira.methods import build
 from fedmira.methods.base import Cohort
-from fedmira.prepare import count_values
-from fedmira.runs import RunFolder
+from fedmira.study.assemble import count_values
 
 SETTINGS: dict[str, Any] = {"lambda": 0.3, "neighbours": "stored", "graph": {"kind": "learned", "degree": 2}}
 

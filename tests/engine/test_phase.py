@@ -10,13 +10,13 @@ from tests import tiny
 from torch import Tensor
 
 from fedmira.adapters import Adapters
+from fedmira.adapters.optim import adamw, sgd
 from fedmira.data.batches import ClientData, collate
 from fedmira.engine.phase import PhaseResult, Training, local_phase, plan_steps
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Memory, Message, Method, Tools, descend
-from fedmira.model.load import Base
+from fedmira.model.base.load import Base
 from fedmira.model.passes import gradients
-from fedmira.optim import adamw, sgd
 
 TRAIN = (2, 7, 4)  # examples: 1, 4 and 2 batches of two in one epoch
 EPOCH = Training(adamw(weight_decay=0.1), 0.02, 2, None, 1, 1.0, True, 0.0, seed=3)

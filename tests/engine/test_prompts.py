@@ -13,19 +13,21 @@ from tests import small_study, tiny
 from tests.small_study import CLIENTS, command, differences, outcome
 
 import fedmira
-from fedmira import plan, preview
-from fedmira import prepare as preparing
 from fedmira.adapters import Layout, prompt_layout
-from fedmira.config import Config, check_config
-from fedmira.engine import rounds
+from fedmira.config.faults import check_config
+from fedmira.config.sections import Config
+from fedmira.engine import cost as plan
+from fedmira.engine import run as rounds
+from fedmira.engine.cost import Speeds
 from fedmira.engine.federation import Federation
 from fedmira.errors import ConfigError, MethodError, ModelError
 from fedmira.evaluation import measure
 from fedmira.methods import fedptuning
 from fedmira.methods.base import Method, own_rows, serve_own
-from fedmira.plan import Speeds
-from fedmira.prepare import prepare
-from fedmira.study import silent
+from fedmira.study import assemble as preparing
+from fedmira.study import dry_run as preview
+from fedmira.study.assemble import prepare
+from fedmira.study.face import silent
 
 TOKENS, HIDDEN, WIDTH = 5, 3, 16
 LAYOUT = prompt_layout(WIDTH, TOKENS, HIDDEN)

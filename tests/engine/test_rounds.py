@@ -13,17 +13,17 @@ from tests import tiny
 from torch import Tensor
 
 from fedmira.adapters import Adapters
-from fedmira.config import Config
+from fedmira.config.sections import Config
 from fedmira.data.batches import ClientData
+from fedmira.disk.folders import RunFolder
 from fedmira.engine.federation import Federation, common_start
-from fedmira.engine.journal import Ledger, restore
-from fedmira.engine.rounds import run_rounds
+from fedmira.engine.ledger import Ledger, restore
+from fedmira.engine.run import run_rounds
 from fedmira.engine.scoring import score_start
 from fedmira.evaluation.measure import measure_loss
 from fedmira.methods import build
 from fedmira.methods.base import Change, Clock, Cohort, Message, Method, State
-from fedmira.model.load import Base
-from fedmira.runs import RunFolder
+from fedmira.model.base.load import Base
 
 RANKS = (2, 1, 2, 1)
 TRAIN = (5, 2, 3, 4)

@@ -14,11 +14,12 @@ import torch
 from tests import small_study
 from tests.small_study import command, differences, outcome, run_folders
 
-from fedmira import handover, store
-from fedmira.engine.journal import Ledger, commit, restore
+from fedmira.disk import table
+from fedmira.disk.folders import RunFolder
+from fedmira.disk.table import Rows
+from fedmira.engine.ledger import Ledger, commit, restore
 from fedmira.methods.base import Change, State
-from fedmira.runs import RunFolder
-from fedmira.store import Rows
+from fedmira.study import handover
 
 CONTRACT = {"config.yaml", "run.json", "clients.json", "graph.json", "metrics.jsonl", "results.csv", "log.txt"}
 FOLDERS = {"checkpoints", "adapters"}
@@ -49,7 +50,7 @@ def in_memory(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Rows]:
     """Every row of several clients goes to a file; the list says which tables were made in this process."""
-    monkeypatch.setattr(store, "RAM_BYTES", 0)
+    monkeypatch.setattr(table, "RAM_BYTES", 0)
     tables: list[Rows] = []
     begin = Rows.__init__
 
@@ -191,7 +192,7 @@ class Holder:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon from /proc")
 def test_rows_checkpoints_and_the_way_back_fill_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "RAM_BYTES", 1 << 20)
+    monkeypatch.setattr(table, "RAM_BYTES", 1 << 20)
     grown = watched(lambda: play(tmp_path))
     assert grown < CLIENTS * WIDTH * 4 * 2 / 3, f"{grown / 1e6:.0f} MB"
 

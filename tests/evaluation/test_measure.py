@@ -12,9 +12,9 @@ from fedmira.data.batches import Batch, ClientData, Encoded, Truncation, collate
 from fedmira.evaluation import measure
 from fedmira.evaluation.measure import measure_answers, measure_loss
 from fedmira.evaluation.rouge import score_answer
-from fedmira.model import lanes
-from fedmira.model.generate import answers
-from fedmira.model.load import Base
+from fedmira.model.answers import lanes
+from fedmira.model.answers.generate import answers
+from fedmira.model.base.load import Base
 
 VALIDATION = (3, 0, 5, 1)  # client 1 has no examples
 

@@ -18,8 +18,8 @@ from tests import small_study, tiny
 from tests.data.bad_rows import BAD_LINES, SECRET
 from tests.small_study import Ended, command, has_traceback
 
+from fedmira.disk.folders import RunFolder
 from fedmira.engine import probe
-from fedmira.runs import RunFolder
 
 LOCAL = [{"name": "local"}]
 Config = Callable[..., Path]

@@ -14,7 +14,7 @@ from tests import small_study
 from tests.small_study import Command, command, differences, outcome, run_folders, start
 
 import fedmira
-from fedmira.runs import RunFolder
+from fedmira.disk.folders import RunFolder
 
 SECONDS = 1.5  # about what the small study takes
 

@@ -21,7 +21,7 @@ from tests.small_study import command, has_traceback
 
 from fedmira.data.formats import Record
 from fedmira.data.partition import form_clients
-from fedmira.runs import RunFolder
+from fedmira.disk.folders import RunFolder
 
 COUNT = 5000
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")

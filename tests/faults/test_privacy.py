@@ -20,7 +20,7 @@ from tests.small_study import Ended, command
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from fedmira.data.formats import read_records
-from fedmira.runs import RunFolder
+from fedmira.disk.folders import RunFolder
 
 SITES = ("north", "south", "west")
 EACH = 5  # examples of a site: 3 to train on, 1 to validate, 1 to test

@@ -49,7 +49,7 @@ socket.gethostbyname = lambda host: note("gethostbyname", host)
 
 PROGRAM = """
 import json, os, pathlib, socket, sys, tempfile
-from fedmira.cli import main
+from fedmira.cli.main import main
 
 def run(words):
     sys.argv = ["fedmira", *words]

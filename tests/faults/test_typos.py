@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import yaml
+from fedmira.config.faults import check_config
+from fedmira.config.partitioners import PARTITIONERS
 from pydantic import BaseModel
 from tests.small_study import command, has_traceback
 
 import fedmira
-from fedmira.config import PARTITIONERS, Config, MethodEntry, check_config
+from fedmira.config.sections import Config, MethodEntry
 from fedmira.errors import ConfigError
 from fedmira.methods import entry_faults
 

@@ -8,7 +8,7 @@ import torch
 from tests.laws.worlds import CLIENTS, EVERYONE, NEXT, World
 from torch import Tensor
 
-from fedmira.engine.journal import Ledger
+from fedmira.engine.ledger import Ledger
 from fedmira.methods.base import Change, Clock, Memory, Message, Method, State
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}

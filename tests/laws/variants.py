@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tests.laws.worlds import EVERYONE, World
 
-from fedmira.graph import Graph
+from fedmira.graphs.graph import Graph
 from fedmira.methods import build, load, names
 from fedmira.methods.base import Method
 

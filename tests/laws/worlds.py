@@ -14,12 +14,12 @@ from tests import tiny
 from torch import Tensor
 
 from fedmira.adapters import Adapters, Layout, lora_layout, scales, start_adapters
+from fedmira.adapters.optim import sgd
 from fedmira.data.batches import ClientData
 from fedmira.data.partition import client_key
-from fedmira.engine.journal import Ledger
+from fedmira.engine.ledger import Ledger
 from fedmira.engine.phase import Training, local_phase
 from fedmira.methods.base import Change, Clock, Cohort, Memory, Message, Method, Tools
-from fedmira.optim import sgd
 
 CLIENTS = 6
 FAMILIES = ("a", "a", "a", "b", "b", "b")

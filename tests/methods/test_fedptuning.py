@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters, Layout, lora_layout, prompt_layout, start_adapters
-from fedmira.config import MethodEntry
+from fedmira.config.sections import MethodEntry
 from fedmira.errors import ConfigError, ShapeError
 from fedmira.methods import build, settings_of
 from fedmira.methods.base import Clock, Cohort, Message, Method, State

@@ -14,12 +14,12 @@ from tests import small_study, tiny
 from torch import Tensor
 
 from fedmira.adapters import Adapters, lora_layout
+from fedmira.adapters.optim import adamw, sgd
+from fedmira.disk.checkpoints import load_chain
 from fedmira.engine.phase import PhaseResult, Training, local_phase
 from fedmira.errors import ConfigError, MethodError
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Memory, Message, Method, State, Tools
-from fedmira.optim import adamw, sgd
-from fedmira.store import load_chain
 
 LAYOUT = lora_layout([("m", 1, 1)], 1)  # two parameters; the rest of a row is padding
 COHORT = Cohort(("a", "b", "c"), (1, 3, 9), ({}, {}, {}), (np.arange(3),), 0)

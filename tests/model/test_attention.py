@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedmira.model import attention
-from fedmira.model.attention import Attention, packed_attention
-from fedmira.model.buckets import make_buckets
-from fedmira.model.fans import STEP, pick
-from fedmira.model.spans import BLOCK, KEPT, SPAN, Rule, Spans, make_spans
+from fedmira.model.packed import attention
+from fedmira.model.packed.attention import Attention, packed_attention
+from fedmira.model.packed.buckets import make_buckets
+from fedmira.model.packed.fans import STEP, pick
+from fedmira.model.packed.spans import BLOCK, KEPT, SPAN, Rule, Spans, make_spans
 
 HEADS, KEYS, WIDTH = 4, 2, 6
 PLAIN = Rule(lambda batch, head, queries, keys: keys <= queries, None)

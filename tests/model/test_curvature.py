@@ -12,18 +12,18 @@ from tests import tiny
 from torch import Tensor
 
 from fedmira.adapters import Adapters
+from fedmira.adapters.optim import sgd
 from fedmira.data.batches import NO_LOSS, Batch, Encoded, collate
 from fedmira.engine import phase
 from fedmira.engine.phase import PhaseResult, Training, local_phase
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Memory, Message, Tools, descend
-from fedmira.model import loss
-from fedmira.model.load import Base
-from fedmira.model.lora import Dropout
-from fedmira.model.loss import Head, _draw, sampled_loss, weighted_loss
-from fedmira.model.packing import SHARED, pack
+from fedmira.model.base.load import Base
+from fedmira.model.packed import loss
+from fedmira.model.packed.lora import Dropout
+from fedmira.model.packed.loss import Head, _draw, sampled_loss, weighted_loss
+from fedmira.model.packed.packing import SHARED, pack
 from fedmira.model.passes import gradients
-from fedmira.optim import sgd
 
 BASE = tiny.base("gpt2", targets=["c_attn"])
 PADDED = replace(BASE, packs=False)

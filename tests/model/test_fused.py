@@ -7,7 +7,7 @@ from tests import tiny
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from fedmira.model.fused import Norm, fuse
+from fedmira.model.packed.fused import Norm, fuse
 
 
 def gradient(module: nn.Module, x: Tensor, push: Tensor) -> tuple[Tensor, Tensor]:

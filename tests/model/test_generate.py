@@ -11,11 +11,12 @@ import torch
 from tests import tiny
 
 from fedmira.adapters import Adapters
-from fedmira.model import generate, kept, lanes
-from fedmira.model import prompts as prompts_of
-from fedmira.model.generate import answers, padded_answers
-from fedmira.model.lanes import Text, count_tokens, least_limit, plan_passes
-from fedmira.model.load import Base
+from fedmira.model.answers import cache as kept
+from fedmira.model.answers import generate, lanes
+from fedmira.model.answers import prefill as prompts_of
+from fedmira.model.answers.generate import answers, padded_answers
+from fedmira.model.answers.lanes import Text, count_tokens, least_limit, plan_passes
+from fedmira.model.base.load import Base
 
 RANKS = (1, 4, 2, 3)
 NEW = 12

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from fedmira.model.heap import keep_freed_memory
+from fedmira.model.base.memory import keep_freed_memory
 
 TOUCH_TWICE = """
 import resource, torch
-from fedmira.model.heap import keep_freed_memory
+from fedmira.model.base.memory import keep_freed_memory
 torch.set_num_threads(1)
 assert keep_freed_memory()
 def touch():

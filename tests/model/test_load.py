@@ -10,7 +10,7 @@ import transformers
 from tests import tiny
 
 from fedmira.errors import ModelError
-from fedmira.model.load import choose_device, choose_dtype, fingerprint, load_base, load_tokenizer, wrap
+from fedmira.model.base.load import choose_device, choose_dtype, fingerprint, load_base, load_tokenizer, wrap
 
 
 def refused(model: Any) -> Any:

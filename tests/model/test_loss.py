@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedmira.model import loss
-from fedmira.model.loss import Head, token_losses, weighted_loss
+from fedmira.model.packed import loss
+from fedmira.model.packed.loss import Head, token_losses, weighted_loss
 
 V, D, N = 7, 5, 6
 

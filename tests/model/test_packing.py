@@ -15,12 +15,12 @@ from transformers.masking_utils import create_causal_mask
 
 from fedmira.adapters import Adapters
 from fedmira.data.batches import NO_LOSS, Batch, Encoded, collate
-from fedmira.model.buckets import Buckets
-from fedmira.model.load import Base, wrap
-from fedmira.model.lora import Dropout
-from fedmira.model.packing import LONG_REST, SEGMENT_FILL, SHARED, _groups, pack, pad
+from fedmira.model.base.load import Base, wrap
+from fedmira.model.packed.buckets import Buckets
+from fedmira.model.packed.lora import Dropout
+from fedmira.model.packed.packing import LONG_REST, SEGMENT_FILL, SHARED, _groups, pack, pad
+from fedmira.model.packed.spans import Rule, Spans
 from fedmira.model.passes import gradients, losses
-from fedmira.model.spans import Rule, Spans
 
 BASE = tiny.base("gpt2", targets=["c_attn"])
 

@@ -14,9 +14,9 @@ from tests import tiny
 
 from fedmira.adapters import Layout
 from fedmira.errors import ModelError, StoreError
-from fedmira.export import export_adapter, read_adapter
-from fedmira.model.load import load_base
-from fedmira.model.source import load_tokenizer
+from fedmira.export.peft_folder import export_adapter, read_adapter
+from fedmira.model.base.load import load_base
+from fedmira.model.base.source import load_tokenizer
 
 
 class Payload:

@@ -13,8 +13,8 @@ from tests import tiny
 from tests.model import hub
 
 from fedmira.errors import ModelError
-from fedmira.model.load import load_base
-from fedmira.model.source import count_positions, fingerprint, load_tokenizer
+from fedmira.model.base.load import load_base
+from fedmira.model.base.source import count_positions, fingerprint, load_tokenizer
 
 Change = Callable[..., Path]
 

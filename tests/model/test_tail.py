@@ -8,11 +8,11 @@ from tests import tiny
 from torch import Tensor, nn
 
 from fedmira.data.batches import NO_LOSS, Batch
-from fedmira.model.load import Base
-from fedmira.model.lora import Dropout, Stack
-from fedmira.model.packing import Segment, _labelled
+from fedmira.model.base.load import Base
+from fedmira.model.packed.lora import Dropout, Stack
+from fedmira.model.packed.packing import Segment, _labelled
+from fedmira.model.packed.tail import find_tail
 from fedmira.model.passes import gradients, losses
-from fedmira.model.tail import find_tail
 
 PACKED = [family for family in tiny.FAMILIES if family not in tiny.PADDED]
 LENGTHS = torch.tensor([[14, 5], [9, 0], [12, 14], [3, 0]])

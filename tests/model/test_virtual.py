@@ -15,12 +15,12 @@ from torch.nn import functional
 from fedmira.adapters import Adapters, prompt_layout, start_adapters
 from fedmira.data.batches import Encoded, collate
 from fedmira.errors import ModelError
-from fedmira.model.generate import answers
-from fedmira.model.load import Base
-from fedmira.model.lora import Dropout
+from fedmira.model.answers.generate import answers
+from fedmira.model.base.load import Base
+from fedmira.model.base.trial import check_embeddings
+from fedmira.model.packed.lora import Dropout
+from fedmira.model.packed.virtual import ahead, embeddings, find_places, lead
 from fedmira.model.passes import gradients, losses
-from fedmira.model.trial import check_embeddings
-from fedmira.model.virtual import ahead, embeddings, find_places, lead
 
 TOKENS, HIDDEN, CLIENTS, NEW = 9, 6, 4, 8  # more tokens than a beginning needs to be computed once
 FAMILIES = ("gpt2", "llama-tied", "gemma2", "gemma3", "granite", "opt", "mixtral", "bloom", "mamba")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fedmira.adapters import Adapters
 from fedmira.data.batches import Batch, Encoded, collate
-from fedmira.model.attention import packed_attention
-from fedmira.model.load import Base
-from fedmira.model.packing import pack
+from fedmira.model.base.load import Base
+from fedmira.model.packed.attention import packed_attention
+from fedmira.model.packed.packing import pack
 from fedmira.model.passes import gradients
 
 RANKS = (1, 4, 2)  # mixed, in one stack of rank 4; alpha = 6 is none of them

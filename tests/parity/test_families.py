@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fedmira.data.batches import Batch, collate
 from fedmira.errors import ModelError
-from fedmira.model.generate import padded_answers
-from fedmira.model.load import Base
-from fedmira.model.lora import find_targets
+from fedmira.model.answers.generate import padded_answers
+from fedmira.model.base.load import Base
+from fedmira.model.packed.lora import find_targets
 
 MLP = ["down_proj", "gate_proj", "up_proj"]
 HEADS = ["k_proj", "o_proj", "q_proj", "v_proj"]

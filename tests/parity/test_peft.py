@@ -10,15 +10,15 @@ from tests import tiny
 from tests.parity.pairing import EXAMPLES, FLOAT32, RANKS, Pairing, pair, real_numbers, stacked_logits
 from torch import Tensor
 
+from fedmira.adapters.optim import adamw, sgd
 from fedmira.data.batches import NO_LOSS, Batch, collate
 from fedmira.engine.phase import Training, local_phase, plan_steps
-from fedmira.export import export_adapter, read_adapter, short_targets
+from fedmira.export.peft_folder import export_adapter, read_adapter, short_targets
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message
-from fedmira.model.generate import answers
-from fedmira.model.lora import find_targets
+from fedmira.model.answers.generate import answers
+from fedmira.model.packed.lora import find_targets
 from fedmira.model.passes import losses
-from fedmira.optim import adamw, sgd
 
 SHORT = {"gpt2": ["c_attn"]}
 CASES = [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.reports.hand_made import curve_rows, rows
 
-from fedmira.runs import RESULT_COLUMNS
+from fedmira.disk.folders import RESULT_COLUMNS
 
 Row = tuple[object, ...]
 WriteRun = Callable[..., Path]

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from fedmira.disk.files import write_json
 
 import fedmira
-from fedmira.graph import Graph
-from fedmira.runs import Result, RoundRecord, RunFolder, StudyFolder
-from fedmira.store import write_json
+from fedmira.disk.folders import Result, RoundRecord, RunFolder, StudyFolder
+from fedmira.graphs.graph import Graph
 
 LEVELS = {"local": 0.62, "fedavg": 0.45, "mira": 0.70}  # mean final score
 

@@ -8,7 +8,7 @@ import pytest
 from tests.reports.browser import Browser, browsing, find_browser
 from tests.reports.made_study import make_study
 
-from fedmira.graph import group_graph
+from fedmira.graphs.graph import group_graph
 from fedmira.reports.render import write_report
 
 NAMES = [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.reports.hand_made import page, rows, six
 
 from fedmira.errors import StoreError
-from fedmira.graph import Graph, from_matrix, group_graph, random_graph
+from fedmira.graphs.graph import Graph, from_matrix, group_graph, random_graph
 from fedmira.reports import axes, network
 from fedmira.reports.network import Network, networks
 from fedmira.reports.places import place_nodes

@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.reports.hand_made import Page
 from tests.reports.made_study import make_study
 
-from fedmira.graph import group_graph
+from fedmira.graphs.graph import group_graph
 from fedmira.reports.render import write_report
 
 MOST_BYTES = 3_000_000

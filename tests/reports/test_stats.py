@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmira.disk.folders import RESULT_COLUMNS
 from fedmira.errors import StoreError
 from fedmira.reports.stats import (
     Comparison,
@@ -22,7 +23,6 @@ from fedmira.reports.stats import (
     summarise,
     summarise_base,
 )
-from fedmira.runs import RESULT_COLUMNS
 
 
 def table(*rows: tuple[object, ...]) -> pd.DataFrame:

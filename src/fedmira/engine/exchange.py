@@ -13,12 +13,12 @@ from torch import Tensor
 from fedmira.adapters import Adapters, scales
 from fedmira.data.batches import ClientData, local_batches
 from fedmira.data.partition import client_key
+from fedmira.disk.folders import RunFolder
 from fedmira.engine.federation import HOLDER, POOL, Federation, Observer, common_start
 from fedmira.engine.gate import admit, check_change
-from fedmira.engine.journal import Ledger
+from fedmira.engine.ledger import Ledger
 from fedmira.engine.phase import PhaseResult, Training, local_phase, plan_steps
 from fedmira.methods.base import Change, Clock, Memory, Message, Method
-from fedmira.runs import RunFolder
 
 log = logging.getLogger(__name__)
 

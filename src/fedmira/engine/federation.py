@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters, Layout, scales, start_adapters
-from fedmira.config import Config
+from fedmira.adapters.optim import Optimizer, adamw, sgd
+from fedmira.config.sections import Config
 from fedmira.data.batches import ClientData, Truncation
+from fedmira.disk.table import Rows
 from fedmira.engine.phase import Training
 from fedmira.errors import MethodError
 from fedmira.methods.base import Clock, Method, State
-from fedmira.model.load import Base
-from fedmira.optim import Optimizer, adamw, sgd
-from fedmira.store import Rows
+from fedmira.model.base.load import Base
 
 POOL = "*"  # names all clients' data together; no client is called so
 HOLDER = torch.zeros(1, dtype=torch.int64)  # client 0, in whose place the pool's optimizer moments are kept

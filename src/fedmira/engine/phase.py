@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters
+from fedmira.adapters.optim import Optimizer, clip_
 from fedmira.data.batches import Batch, ClientData, collate, local_batches
 from fedmira.data.partition import client_key
 from fedmira.methods.base import Clock, Memory, Message, Method, Tools
-from fedmira.model.load import Base
-from fedmira.model.lora import Dropout
+from fedmira.model.base.load import Base
+from fedmira.model.packed.lora import Dropout
 from fedmira.model.passes import gradients
-from fedmira.optim import Optimizer, clip_
 
 
 @dataclass(frozen=True, eq=False)

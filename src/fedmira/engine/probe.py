@@ -6,11 +6,11 @@ from dataclasses import replace
 import torch
 
 from fedmira.adapters import Adapters, scales
+from fedmira.engine.cost import Speeds
 from fedmira.engine.federation import Federation, common_start, make_training
 from fedmira.engine.phase import local_phase
 from fedmira.evaluation.measure import measure_answers, measure_loss
 from fedmira.methods.base import Clock, Message, Method
-from fedmira.plan import Speeds
 
 ANSWERS = 64  # written by all clients together to see how long one takes
 LONG_S = 3.0  # a first step that took longer is measurement enough, warm or not

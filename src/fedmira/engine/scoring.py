@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters
+from fedmira.disk.folders import Result, View
 from fedmira.engine.federation import Federation, Observer, common_start
-from fedmira.engine.journal import Ledger
+from fedmira.engine.ledger import Ledger
 from fedmira.evaluation.measure import PASS_TOKENS, measure_answers, measure_loss
 from fedmira.methods.base import Method
-from fedmira.runs import Result, View
 
 EXAMPLES_KEPT = 3  # of each client, with report.examples
 START_BYTES = 64 << 20  # of rows in one pass that scores the untouched base

@@ -7,7 +7,7 @@ import torch
 
 from fedmira.data.batches import ClientData, Encoded, asking, collate
 from fedmira.evaluation.measure import PASS_TOKENS
-from fedmira.model.load import Base
+from fedmira.model.base.load import Base
 from fedmira.model.passes import plan_pass, states_of
 
 PROMPTS = 16  # of each client, spread over its training examples

@@ -9,8 +9,8 @@ from torch import Tensor
 from fedmira.adapters import Adapters
 from fedmira.data.batches import ClientData, Encoded, collate
 from fedmira.evaluation.rouge import score_answer
-from fedmira.model.generate import ANSWER_ROWS, answers
-from fedmira.model.load import Base
+from fedmira.model.answers.generate import ANSWER_ROWS, answers
+from fedmira.model.base.load import Base
 from fedmira.model.passes import losses
 
 __all__ = ["ANSWER_ROWS", "measure_answers", "measure_loss"]

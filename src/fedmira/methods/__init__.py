@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from fedmira.config import MethodEntry, describe_fault
+from fedmira.config.faults import describe_fault
+from fedmira.config.sections import MethodEntry
 from fedmira.errors import ConfigError, MethodError, nearest
 from fedmira.methods.base import Cohort, Method, Settings
 

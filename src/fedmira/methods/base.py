@@ -14,9 +14,9 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from fedmira.adapters import Adapters, Layout
-from fedmira.config import Strict
+from fedmira.config.strict import Strict
 from fedmira.errors import MethodError
-from fedmira.graph import Graph
+from fedmira.graphs.graph import Graph
 
 Memory = dict[str, Tensor]  # what a client keeps and never sends; every tensor has a leading client axis
 

@@ -11,15 +11,7 @@ tensor for itself, weighed by its client's share of the selected clients' exampl
 
 from typing import Literal
 
-from fedmira.methods.base import (
-    Cohort,
-    Method,
-    Settings,
-    merge_mean,
-    one_row,
-    serve_one,
-    start_state,
-)
+from fedmira.methods.base import Cohort, Method, Settings, merge_mean, one_row, serve_one, start_state
 
 
 class Config(Settings):

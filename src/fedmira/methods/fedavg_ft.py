@@ -19,15 +19,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fedmira.methods.base import (
-    Cohort,
-    Method,
-    Settings,
-    merge_mean,
-    one_row,
-    serve_one,
-    start_state,
-)
+from fedmira.methods.base import Cohort, Method, Settings, merge_mean, one_row, serve_one, start_state
 
 
 class Config(Settings):

@@ -19,15 +19,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedmira.adapters import Layout, prompt_layout
-from fedmira.methods.base import (
-    Cohort,
-    Method,
-    Settings,
-    merge_mean,
-    one_row,
-    serve_one,
-    start_state,
-)
+from fedmira.methods.base import Cohort, Method, Settings, merge_mean, one_row, serve_one, start_state
 
 
 class Config(Settings):

@@ -7,8 +7,8 @@
 It is the mean of the products, where FedAvg multiplies the means of the factors. The server keeps it at the largest
 rank r of the federation, which holds every smaller one: the first r_k pairs, with B times (alpha / r) / (alpha / r_k),
 are the cut to rank r_k. What lies beyond r is dropped in every round, as in the paper. The decomposition is exact, from
-the stacked factors where that is cheaper (lowrank.py). A client with more rank than the sum gets B = 0 and rows of A
-orthonormal to the others in what is missing, and goes on learning there.
+the stacked factors where that is cheaper (adapters/lowrank.py). A client with more rank than the sum gets B = 0 and
+rows of A orthonormal to the others in what is missing, and goes on learning there.
 
 As in the public code all singular values go into B, and alpha is the same for every rank. `weights: uniform` is ours.
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters, Leaf, Part
-from fedmira.lowrank import decompose_sum, factors
+from fedmira.adapters.lowrank import decompose_sum, factors
 from fedmira.methods.base import (
     Change,
     Clock,

@@ -20,17 +20,8 @@ from torch import Tensor
 
 from fedmira.adapters import Adapters
 from fedmira.errors import MethodError
-from fedmira.graph import group_graph, groups_by
-from fedmira.methods.base import (
-    Change,
-    Clock,
-    Cohort,
-    Memory,
-    Message,
-    Method,
-    Settings,
-    State,
-)
+from fedmira.graphs.graph import group_graph, groups_by
+from fedmira.methods.base import Change, Clock, Cohort, Memory, Message, Method, Settings, State
 
 
 class Config(Settings):

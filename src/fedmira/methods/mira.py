@@ -17,8 +17,8 @@ per round whatever K is. `solver: exact` takes the minimiser itself, for any cou
     W = argmin 1/2 ||W - V||^2 + c/2 tr(W^T L W), that is (I + c L_SS) W_S = V_S + c A_SN W_N
 
 `space: product` does the same to the updates s B A instead of their factors, and returns to each client's rank by a
-truncated SVD (lowrank.py): nothing depends on how an update is factored. `clip: tau` shortens every difference
-w_k - w_l to the length tau at most. Graphs can be learned from the adapters (similarity.py). `accept` lets a client
+truncated SVD (adapters/lowrank.py): nothing depends on how an update is factored. `clip: tau` shortens every difference
+w_k - w_l to the length tau at most. Graphs can be learned from the adapters (graphs/learned.py). `accept` lets a client
 refuse a reply that worsens its validation loss. `reply: lost` replays a defect of the public code, in which what the
 server decided never reached the client it was for; it is there to measure what published figures may have been.
 
@@ -41,15 +41,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedmira.adapters import Adapters
+from fedmira.adapters.lowrank import mix_products
+from fedmira.adapters.mixing import mix_rows
 from fedmira.errors import MethodError
-from fedmira.graph import (
-    Coupling,
-    Graph,
-    couple,
-    largest_coupling,
-    make_graph,
-)
-from fedmira.lowrank import mix_products
+from fedmira.graphs.graph import Coupling, Graph, couple, largest_coupling, make_graph
+from fedmira.graphs.learned import LEAST_SKETCH, LearnedGraph, knn_graph, shuffled
 from fedmira.methods.base import (
     Change,
     Clock,
@@ -63,8 +59,6 @@ from fedmira.methods.base import (
     own_rows,
     serve_own,
 )
-from fedmira.mixing import mix_rows
-from fedmira.similarity import LEAST_SKETCH, LearnedGraph, knn_graph, shuffled
 
 # The keys of `graph` that go with each kind; the others are refused there.
 KEYS = {

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fedmira.adapters import Adapters
 from fedmira.data.batches import Batch
-from fedmira.model.attention import packed_attention
-from fedmira.model.load import Base
-from fedmira.model.lora import Dropout
-from fedmira.model.loss import sampled_loss, token_losses, weighted_loss
-from fedmira.model.packing import Pass, pack, pad
-from fedmira.model.virtual import lead
+from fedmira.model.base.load import Base
+from fedmira.model.packed.attention import packed_attention
+from fedmira.model.packed.lora import Dropout
+from fedmira.model.packed.loss import sampled_loss, token_losses, weighted_loss
+from fedmira.model.packed.packing import Pass, pack, pad
+from fedmira.model.packed.virtual import lead
 
 
 def gradients(

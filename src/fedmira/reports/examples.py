@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmira.runs import RunFolder
+from fedmira.disk.folders import RunFolder
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,12 @@ from typing import Any
 
 import pandas as pd
 
+from fedmira.disk.files import read_json
+from fedmira.disk.folders import RunFolder
 from fedmira.errors import StoreError
 from fedmira.reports import wording
 from fedmira.reports.examples import Example, read_examples
-from fedmira.reports.stats import (
-    LOWER_IS_BETTER,
-    MethodSummary,
-    find_runs,
-    read_results,
-    summarise,
-    summarise_base,
-)
-from fedmira.runs import RunFolder
-from fedmira.store import read_json
+from fedmira.reports.stats import LOWER_IS_BETTER, MethodSummary, find_runs, read_results, summarise, summarise_base
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from fedmira.disk.files import write_atomic
 from fedmira.reports import axes, curves, facts, gain, network, wording
 from fedmira.reports.headline import headline
 from fedmira.reports.record import StudyRecord, read_study
 from fedmira.reports.stats import UNTOUCHED_BASE, curve
 from fedmira.reports.terminal import summary_tables
-from fedmira.store import write_atomic
 
 __all__ = ["summary_tables", "write_report"]
 

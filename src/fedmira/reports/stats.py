@@ -15,10 +15,10 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from fedmira.config import MethodEntry
-from fedmira.config_file import parse_yaml
+from fedmira.config.sections import MethodEntry
+from fedmira.config.yaml_text import parse_yaml
+from fedmira.disk.folders import RESULT_COLUMNS
 from fedmira.errors import FedMiraError, StoreError
-from fedmira.runs import RESULT_COLUMNS
 
 LOWER_IS_BETTER = frozenset({"loss"})
 UNTOUCHED_BASE = "untouched base"

@@ -1,0 +1,320 @@
+"""The command line: parse, call one function, print.
+
+Results go to standard output, progress and logs to standard error; exit codes are the contract's.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedmira import bundled
+from fedmira.cli.chat import open_chat
+from fedmira.cli.doctor import describe_machine, examine
+from fedmira.cli.init import draft_config
+from fedmira.cli.method_facts import method_facts
+from fedmira.cli.progress import Watch
+from fedmira.cli.show import questions, show_examples, show_plan, side_by_side, visible
+from fedmira.errors import ConfigError, FedMiraError, Stopped
+from fedmira.export.merged_model import Merged
+from fedmira.export.vllm import serve_line, serve_merged_line
+from fedmira.reports.render import summary_tables
+from fedmira.study import dry_run as preview
+from fedmira.study import face as study
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated multi-task fine-tuning of language models with LoRA: one base, one personal adapter per client.",
+)
+
+# Newer typer carries a click of its own: its errors are no errors of the package `click`, which may not even be there.
+USAGE_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c, applied to the config", show_default=False)]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="no progress")]
+AsJson = Annotated[bool, typer.Option("--json", help="print machine-readable JSON")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="show what the log file gets")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+
+
+SAVED = "finished rounds of a study that had begun are saved; it goes on with 'fedmira resume STUDY'"
+PLAIN_WIDTH = 120  # of tables that go to a file or a pipe
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="the config to write")] = Path("fedmira.yaml"),
+    data: Annotated[str | None, typer.Option(help="your data, read once to find format and clients")] = None,
+    model: Annotated[str | None, typer.Option(help="base model: a folder or a hub name")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a commented config to begin with; it runs as it is."""
+    found = draft_config(file, data=data, model=model)
+    if as_json:
+        print(json.dumps({"config": str(file), **found}))
+        return
+    clients = f"one client per {found['by']}" if found["partitioner"] == "null" else f"clients: {found['partitioner']}"
+    if note := found.get("note"):
+        print(f"note: {note}", file=sys.stderr)
+    print(f"wrote {file}: format {found['format']}, {clients}\nnext: fedmira run {file} --show-example, then --dry-run")
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help=f"YAML file, or one of: {', '.join(bundled.presets())}")],
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a study in output_dir")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what it would cost; write nothing")] = False,
+    show_example: Annotated[
+        bool, typer.Option("--show-example", help="print one example per client as the model gets it")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run a study: every method with every seed of a config."""
+    checked = study.load_config(config, overrides or [])
+    with Watch(quiet or as_json) as watch:
+        if show_example:
+            shown = list(preview.show_examples(checked, observer=watch))
+        elif dry_run:
+            plan = preview.plan_study(checked, overwrite=overwrite, observer=watch)
+        else:
+            done = study.run(checked, observer=watch, overwrite=overwrite)
+    if show_example:
+        show_examples(shown, as_json)
+    elif dry_run:
+        show_plan(plan, as_json)
+    else:
+        _show(done, as_json)
+
+
+@app.command()
+def resume(
+    path: Annotated[Path, typer.Argument(help="a study, or one of its runs")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Go on with a study that was stopped, or for more rounds (federation.rounds=N)."""
+    with Watch(quiet or as_json) as watch:
+        done = study.resume(path, overrides or [], observer=watch)
+    _show(done, as_json)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="a study, or one of its runs")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write report.html and summary.json again from what a study has on disk."""
+    _show(study.Study(study.report(path).parent), as_json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run: STUDY/<method>/seed-<n>")],
+    client: Annotated[str | None, typer.Option(help="one client; default: all")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for the copies; default: adapters, or merged with --merge")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="write whole models: adapters merged into the base")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="of merged models: float32, bfloat16, float64; default: the run's")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Copy clients' adapters out of a run, as PEFT folders or merged into the base, and tell how to serve them."""
+    opened = study.load_run(run)
+    if merge:
+        models = study.merge(opened, client=client, out=out or Path("merged"), dtype=dtype)
+        _show_merged(models, as_json)
+        return
+    if dtype is not None:
+        raise ConfigError(["--dtype: only merged models have a type of their own; give --merge too"], "export")
+    settings, architecture = opened.config.model, opened.facts.get("architecture")
+    copies = study.export(opened, client=client, out=out or Path("adapters"))
+    line = visible(serve_line(settings.base_model, copies, revision=settings.revision, architecture=architecture))
+    if as_json:
+        print(json.dumps({"adapters": [str(path) for path in copies], "vllm": line}))
+        return
+    print("\n".join(str(path) for path in copies))
+    print(line, file=sys.stderr)
+
+
+@app.command()
+def chat(
+    run: Annotated[Path | None, typer.Argument(help="a run: STUDY/<method>/seed-<n>", show_default=False)] = None,
+    client: Annotated[str | None, typer.Option(help="whose adapter")] = None,
+    adapter: Annotated[list[Path] | None, typer.Option(help="a PEFT folder, beside or without a run")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="one question; default: ask until Ctrl-D")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="another base: a folder or a hub name")] = None,
+    template: Annotated[str | None, typer.Option(help="another template: alpaca, chat, none or a file")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="length of an answer; default: 128")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Ask a client's adapter and the untouched base the same questions, side by side."""
+    opened = open_chat(
+        run, client=client, folders=adapter or (), model=model, template=template, max_new_tokens=max_new_tokens
+    )
+    print(f"template {opened.template.name}; greedy answers; Ctrl-D ends", file=sys.stderr)
+    for text in [prompt] if prompt is not None else questions():
+        replies = opened.ask(text)
+        print(json.dumps(replies, ensure_ascii=False) if as_json else side_by_side(replies), flush=True)
+
+
+@app.command()
+def methods(as_json: AsJson = False, debug: Debug = False) -> None:
+    """List the methods: what each does, who gets an adapter, what the server must see, what travels, the papers.
+
+    Bytes are those of a round. S: its clients. P: numbers of a client's row. With default settings.
+    """
+    found = {name: method_facts(study.load_method(name)) for name in study.methods()}
+    if as_json:
+        print(json.dumps({name: asdict(facts) for name, facts in found.items()}))
+        return
+    console = Console()
+    if not console.is_terminal:  # a line for each, for grep and its like
+        print("\n".join(f"{name:12s} {facts.about} {facts.line}" for name, facts in found.items()))
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, facts in found.items():
+        table.add_row(Text(name), Text(f"{facts.about}\n{facts.line}"))
+    console.print(table)
+    console.print("\nBytes are those of a round. S: its clients. P: numbers of a client's row.")
+
+
+@app.command()
+def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Print versions, device, memory, disk and speed of this machine, for a bug report."""
+    facts = examine(Path.cwd())
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(describe_machine(facts)))
+
+
+def _show(done: study.Study, as_json: bool) -> None:
+    """Print the table of a study and where its results lie."""
+    if as_json:
+        print((done.path / "summary.json").read_text(encoding="utf-8").rstrip())
+        return
+    console = Console()
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    for table in summary_tables(done.path):
+        console.print(table)
+    for opened in done.runs:
+        console.print(f"adapters: {opened.path / 'adapters'}", highlight=False, soft_wrap=True)
+    console.print(f"report:   {done.path / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _show_merged(models: Sequence[Merged], as_json: bool) -> None:
+    """Print where merged models lie, and how far their logits are from those of base and adapter apart."""
+    if as_json:
+        differences = {one.client: one.difference for one in models}
+        print(json.dumps({"models": [str(one.path) for one in models], "differences": differences}))
+        return
+    print("\n".join(str(one.path) for one in models))
+    for one in models:
+        blurred = "; rounding hides much of what the adapter does: --dtype float32 keeps it" if one.blurred else ""
+        print(
+            f"{one.client}: logits differ by at most {one.difference:.1e} of the largest from base and adapter apart "
+            f"({one.dtype}); the adapter moves them by {one.effect:.1e}{blurred}",
+            file=sys.stderr,
+        )
+    print(serve_merged_line(models[0].path), file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command line and turn every error into one message and an exit code of the contract."""
+    logger = logging.getLogger("fedmira")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # libraries set up the root logger as they like
+    logger.addHandler(_log_to_stderr(logging.INFO if {"-v", "--verbose"} & set(sys.argv) else logging.WARNING))
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what came of them is our message
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is first asked for something
+    debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        ended = app(standalone_mode=False)
+        if ended == 130:  # newer typer swallows Ctrl-C and returns the code it would exit with
+            raise KeyboardInterrupt
+        code = 0
+    except USAGE_ERROR as error:
+        error.show()  # type: ignore[attr-defined]
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        print(f"interrupted: {SAVED}", file=sys.stderr)
+        code = 130
+    except _Terminated:
+        print(f"stopped: {SAVED}", file=sys.stderr)
+        code = Stopped.exit_code
+    except FedMiraError as error:
+        if debug:
+            _trace(error)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
+        code = error.exit_code
+    except Exception as error:
+        _trace(error)
+        print(f"bug: {type(error).__name__}; please report it with the lines above", file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+class _Terminated(SystemExit):
+    """SIGTERM came; unlike other exits (a closed pipe) it is told as a stop."""
+
+
+def _stop(number: int, frame: object) -> None:
+    """End a run that a scheduler stops (SIGTERM) as Ctrl-C does: SystemExit passes every `except Exception`."""
+    raise _Terminated(Stopped.exit_code)
+
+
+def _trace(error: BaseException) -> None:
+    """Print where an error arose, and what led to it: our own words, and of others only the kind.
+
+    What a library says in an error may be text of an example (KeyError and ValueError show the value); from Python the
+    exception has it all.
+    """
+    chain = [error]
+    while cause := chain[-1].__cause__ or (None if chain[-1].__suppress_context__ else chain[-1].__context__):
+        chain.append(cause)
+    for one in reversed(chain):
+        own = f": {visible(str(one))}" if isinstance(one, FedMiraError) else " (its words are not shown)"
+        frames = "".join(traceback.format_tb(one.__traceback__))
+        print(f"Traceback (most recent call last):\n{frames}{type(one).__qualname__}{own}\n", file=sys.stderr)
+
+
+class _Plain(logging.Formatter):
+    """Writes one log record on one line that cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def _log_to_stderr(level: int) -> logging.Handler:
+    handler = logging.StreamHandler()
+    handler.setLevel(level)
+    handler.setFormatter(_Plain())
+    return handler

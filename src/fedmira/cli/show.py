@@ -1,0 +1,118 @@
+"""Results on standard output: examples as the model gets them, and what a study would cost."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.text import Text
+
+from fedmira.data.partition import shown_name
+from fedmira.engine.cost import Plan
+from fedmira.study.dry_run import Shown
+
+CLIENTS_SHOWN = 32  # more than this are in --json
+
+
+def show_examples(shown: Sequence[Shown], as_json: bool) -> None:
+    """Print examples as the model gets them; what loss is taken on is green, or in brackets where no colour is."""
+    if as_json:
+        print(json.dumps([asdict(one) for one in shown]))
+        return
+    console = Console()
+    for one in shown:
+        title = f"--- {shown_name(one.client)}: {plural(one.tokens, 'token')}, loss on {one.labels}"
+        console.print(title, highlight=False, markup=False, soft_wrap=True)
+        text = Text()
+        for piece, trained in one.pieces:
+            marked = piece if console.is_terminal and not console.no_color else f"[[{piece}]]"
+            text.append(visible(marked) if trained else visible(piece), style="green" if trained else "dim")
+        console.print(text, soft_wrap=True)
+    console.print("loss is taken on what is green, or in [[ ]]", highlight=False, markup=False)
+
+
+def plural(count: int, word: str) -> str:
+    """Write a number of things."""
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def visible(text: str) -> str:
+    """Keep control characters of somebody's data, and their names, from steering the terminal."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in text)
+
+
+def show_plan(plan: Plan, as_json: bool) -> None:
+    """Print what a study would cost."""
+    if as_json:
+        print(json.dumps(asdict(plan)))
+        return
+    memory, disk, cut = plan.memory, plan.disk, plan.truncation
+    each = ", ".join(f"{label} {_time(seconds)}" for label, seconds in plan.run_seconds.items())
+    travels = ", ".join(f"{label} {_size(count)}" for label, count in plan.bytes_per_round.items())
+    speeds = [f"{1 / plan.speeds.trained:,.0f} tokens/s trained"]
+    if plan.speeds.scored:
+        speeds.append(f"{1 / plan.speeds.scored:,.0f} tokens/s scored")
+    if plan.speeds.answer:
+        speeds.append(f"{1 / plan.speeds.answer:,.1f} answers/s written")
+    lines = {
+        "clients": f"{plan.clients}, {plan.sampled} in each of {plan.rounds} rounds, {plan.cohort} in one pass",
+        "examples": f"{plan.examples:,} to train on, {plan.tokens:,} tokens, loss on {plan.trained_tokens:,} of them",
+        "truncation": f"{cut['prompts_cut']} prompts and {cut['answers_cut']} answers cut, {cut['questions_cut']} "
+        f"prompts cut where answers are written, {cut['dropped']} of {cut['examples']} examples dropped",
+        "adapter": f"{plan.parameters:,} parameters, {_size(4 * plan.parameters)}",
+        "memory": f"base {_size(memory['base'])}, rows {_size(memory['rows'])}, one pass "
+        f"{_size(memory['cohort'])}; free {_size(memory['free'])}",
+        "disk": f"adapters {_size(disk['adapters'])}, checkpoints at most {_size(disk['checkpoints'])}"
+        f"{f', rows while a run lasts {_size(rows)}' if (rows := disk['rows']) else ''}; free {_size(disk['free'])}",
+        "travels": f"per round, up and down: {travels}",
+        "speed": f"{', '.join(speeds)} (measured just now)",
+        "time": f"about {_time(plan.total_seconds)} for {plan.runs} runs (each: {each}; scoring the untouched base "
+        f"{_time(plan.start_seconds)})",
+    }
+    for name, line in lines.items():
+        print(f"{name:12s}{line}")
+    if len(plan.by_client) <= CLIENTS_SHOWN:
+        print(f"\n{'client':34s}{'train':>8s}{'validation':>12s}{'test':>8s}{'trained tokens':>16s}")
+        for client, own in plan.by_client.items():
+            name = client if len(client) < 33 else f"{client[:30]}..."
+            print(f"{name:34s}{own['train']:8d}{own['validation']:12d}{own['test']:8d}{own['trained_tokens']:16d}")
+    stored = disk["adapters"] + disk["checkpoints"] + disk["rows"]
+    for what, need in (("memory", memory["base"] + memory["rows"]), ("disk", stored)):
+        free = {"memory": memory["free"] + memory["base"], "disk": disk["free"]}[what]
+        if need > free:
+            print(f"warning: {what} for {_size(need)} is needed and {_size(free)} is free")
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def questions() -> Iterator[str]:
+    """Yield what is typed, or the lines of a file, until they end."""
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if text.strip():
+            yield text
+
+
+def side_by_side(replies: Mapping[str, str]) -> str:
+    """Return answers under each other, every line after its speaker's name."""
+    width = max(len(shown_name(name)) for name in replies) + 2
+    lines = []
+    for name, reply in replies.items():
+        first, *more = visible(reply).split("\n")
+        lines += [f"{shown_name(name) + ':':{width}s}{first}", *(" " * width + line for line in more)]
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""Check a raw mapping against the config, and say every fault at once: where, what was found, what is allowed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from fedmira.config.partitioners import PARTITIONERS, partitioner_name
+from fedmira.config.sections import Config, MethodEntry
+from fedmira.config.strict import short
+from fedmira.errors import ConfigError, nearest
+
+
+def check_config(
+    raw: Mapping[str, Any],
+    source: str = "config",
+    method_faults: Callable[[int, MethodEntry], list[str]] | None = None,
+) -> Config:
+    """Turn a raw mapping into a Config. Raises one ConfigError that lists every fault.
+
+    method_faults: checks one entry of `methods:` against that method's own settings; given by the layer above.
+    """
+    faults: list[str] = []
+    config: Config | None = None
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        faults += [describe_fault(fault, Config, raw) for fault in error.errors()]
+    if method_faults is not None:
+        entries = raw.get("methods")
+        for index, entry in enumerate(entries if isinstance(entries, list) else []):
+            try:
+                faults += method_faults(index, MethodEntry.model_validate(entry))
+            except ValidationError:
+                continue  # already among the faults above
+    if faults or config is None:
+        raise ConfigError(faults, source)
+    return config
+
+
+def describe_fault(fault: Any, model: type[BaseModel], raw: Any, prefix: str = "") -> str:
+    """Turn one pydantic error into a line: where, what was found, what is allowed."""
+    loc = [
+        word
+        for word in fault["loc"]
+        if not (isinstance(word, str) and word.startswith(("list[", "literal[", "constrained-", "function-")))
+    ]
+    where = ".".join(str(word) for word in loc)
+    where = f"{prefix}{where}" if where else prefix.rstrip(".")
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        owner = _section(model, loc[:-1], raw)
+        beside = MethodEntry.model_fields if prefix and len(loc) == 1 else ()  # a method's own settings stand by these
+        allowed = sorted({*_keys(owner), *beside})
+        return f"{where}: unknown key{nearest(str(loc[-1]), allowed)}; allowed here: {', '.join(allowed)}"
+    if fault["type"] == "missing":
+        return f"{where}: missing; it has no default"
+    if fault["type"] == "value_error" and not loc:
+        return message
+    found = fault["input"]
+    plain = isinstance(found, str | int | float | bool | None)
+    if fault["type"] == "value_error" and not plain:
+        return f"{where}: {message}"
+    shown = f"found {short(found)}" if plain else f"found a {type(found).__name__}"
+    return f"{where}: {shown}: {message[0].lower()}{message[1:]}"
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _section(model: type[BaseModel], loc: Sequence[Any], raw: Any) -> type[BaseModel]:
+    """Follow a location through nested sections to the model that owns the last key."""
+    for word in loc:
+        raw = raw.get(word) if isinstance(raw, Mapping) else None
+        field = next((f for name, f in model.model_fields.items() if word in (name, f.alias)), None)
+        if field is None:
+            continue
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        sections = [kind for kind in kinds if issubclass(kind, BaseModel)]
+        if len(sections) > 1:
+            sections = [kind for name, kind in PARTITIONERS.items() if name == partitioner_name(raw)]
+        model = sections[0] if sections else model
+    return model

@@ -1,0 +1,243 @@
+"""The one strict config, section by section: what may be written and what it means.
+
+faults.py checks it, yaml_text.py reads and writes it.
+
+Nothing below the engine sees these classes except a method's own `Config` base. Contract: contracts page, "Config".
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fedmira.config.partitioners import PARTITIONERS, Partitioner, partitioner_name
+from fedmira.config.strict import Count, Fraction, Length, Seed, Strict, short, slip
+from fedmira.errors import nearest
+
+Metric = Literal["loss", "rouge_l", "exact_match", "word_accuracy"]
+
+
+class ModelConfig(Strict):
+    """The frozen base model."""
+
+    base_model: str  # local folder or hub name; no default on purpose
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = (
+        "auto"  # auto: bfloat16 where the machine computes it fast
+    )
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    revision: str | None = None  # hub only: branch, tag or commit
+
+
+MAX_RANK = 65_536  # above the width of any base it says nothing more
+RANK_TYPES = ("T1", "T2", "T3", "T4")  # of FlexLoRA; ranks.py says what they are and how they are drawn
+RANK_DRAWS = ("uniform", "heavy-tail-light", "heavy-tail-strong", "normal")
+
+
+class LoraConfig(Strict):
+    """The adapters; names and meaning as in PEFT's LoraConfig, but for `ranks`."""
+
+    r: Annotated[int, Field(ge=1, le=MAX_RANK)] = 8
+    ranks: list[int | str] | dict[str, str] | str | None = None  # a rank per client: a list, {column: NAME}, a draw
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = 16
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: list[str] | Literal["all-linear", "auto"] = "auto"  # auto: PEFT's list for the architecture
+
+    @field_validator("ranks", mode="before")
+    @classmethod
+    def _a_list_a_column_or_a_draw(cls, value: Any) -> Any:
+        """Check by hand: of three kinds pydantic would tell what is wrong with each."""
+        if value is None or (isinstance(value, str) and value in RANK_DRAWS):
+            return value
+        if isinstance(value, list | tuple) and value:
+            odd = [one for one in value if not (type(one) is int and 1 <= one <= MAX_RANK) and one not in RANK_TYPES]
+            if odd:
+                words = f"whole numbers from 1 to {MAX_RANK:,}, and {', '.join(RANK_TYPES)}"
+                raise ValueError(f"found {short(odd[0])} in the list of ranks; allowed are {words}")
+            return value
+        if isinstance(value, Mapping) and list(value) == ["column"] and isinstance(value["column"], str):
+            return value
+        hint = nearest(value, RANK_DRAWS) if isinstance(value, str) else ""
+        draws = ", ".join(RANK_DRAWS)
+        raise ValueError(f"should be a list with a rank per client, {{column: NAME}}, or a draw: {draws}{hint}")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> "LoraConfig":
+        if self.ranks is not None and self.r != LoraConfig.model_fields["r"].default:  # a default may be written out
+            raise ValueError(f"ranks takes the place of r; remove 'r: {self.r}', or ranks")
+        return self
+
+
+class SplitConfig(Strict):
+    """Fractions of every client's examples held out, drawn once from data.seed."""
+
+    validation: Fraction = 0.1
+    test: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _leaves_something_to_train(self) -> "SplitConfig":
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                f"validation + test = {self.validation + self.test:g}: must stay below 1 so that training has data"
+            )
+        return self
+
+
+class ClientsConfig(Strict):
+    """Who is a client: every value of a column, each value dealt at random to several, or what a partitioner says."""
+
+    by: str = "task"  # a column of the data: "task", "category", "file" (one file per client), ...
+    per_group: Count = 1  # clients that share one value's examples, dealt at random
+    partitioner: Partitioner | None = None  # names and parameters of flwr-datasets; takes the place of `by`
+    first: Count | None = None  # only the first n values (or parts) in file order; null = all
+    groups: str | None = None  # column that names a client's group in reports; null = the value of `by`
+
+    @field_validator("partitioner", mode="wrap")
+    @classmethod
+    def _by_name(cls, value: Any, handler: Any) -> Any:
+        """Check a partitioner against the one that it names, so that faults speak of it and not of all six."""
+        if value is None or isinstance(value, Strict):
+            return handler(value)
+        name = partitioner_name(value)
+        if name not in PARTITIONERS:
+            found = f"name {short(value['name'])} is unknown" if name else f"found no name{slip(value)}"
+            raise ValueError(f"{found}{nearest(name, list(PARTITIONERS))}; known: {', '.join(PARTITIONERS)}")
+        return PARTITIONERS[name].model_validate({**value, "name": name})
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> "ClientsConfig":
+        if self.partitioner and (self.by != "task" or self.per_group != 1):  # a default may be written out
+            other = "per_group" if self.by == "task" else f"by: {self.by}"
+            raise ValueError(f"a partitioner takes the place of by and per_group; remove '{other}', or the partitioner")
+        return self
+
+
+class DataConfig(Strict):
+    """What the clients train on."""
+
+    path: str  # file, folder, folder saved by `datasets`, or name on the Hugging Face hub; no default on purpose
+    subset: str | None = None  # hub only: the data set's configuration, such as "main"
+    revision: str | None = None  # hub only: branch, tag or commit
+    format: Literal[
+        "auto", "natural_instructions", "dolly", "alpaca", "prompt_completion", "messages", "sharegpt", "text"
+    ] = "auto"  # auto: by the keys of the first row, and announced
+    columns: dict[str, str] = Field(default={})  # FedMira's name -> the data's column, where they differ
+    on_bad_row: Literal["error", "skip"] = "error"  # skip: count bad rows, say how many, go on with the others
+    template: str = "auto"  # alpaca | none | chat (the tokenizer's) | a Jinja file; auto: the format's usual one
+    max_length: Annotated[int, Field(ge=4, lt=2**31)] = 512  # tokens of prompt + answer + end
+    positions_ahead: Annotated[int, Field(ge=0)] = 0  # of the base, kept free; at least a method's virtual tokens
+    truncation: Literal["prompt"] = "prompt"  # the answer is kept, the prompt is cut at its start
+    split: SplitConfig = SplitConfig()
+    split_column: str | None = None  # column with train | validation | test; overrides `split`
+    clients: ClientsConfig = ClientsConfig()
+    subsample: Annotated[float, Field(gt=0, le=1)] = 1.0  # fraction of each client's examples kept
+    seed: Seed = 0  # splits, subsample, dealing and partitioners; the same for all methods and training seeds
+
+
+class FederationConfig(Strict):
+    """Rounds and who takes part."""
+
+    rounds: Length
+    participation: Annotated[float, Field(gt=0, le=1)] = 1.0  # fraction of clients per round, at least one
+    cohort: Count | Literal["auto"] = "auto"  # clients trained in one pass
+
+
+class TrainingConfig(Strict):
+    """A client's local phase; names as in transformers' TrainingArguments."""
+
+    local_steps: Length | None = None
+    local_epochs: Length | None = None  # may stand for local_steps
+    batch_size: Count = 8
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0  # per client, over its whole row; null = no clipping
+    keep_optimizer: bool = False  # false: moments start fresh every round
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)  # adamw
+    eps: Annotated[float, Field(gt=0)] = 1e-8  # adamw
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # sgd
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingConfig":
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError("give exactly one of local_steps and local_epochs")
+        return self
+
+
+class EvaluationConfig(Strict):
+    """What is measured; the final test on all clients always runs."""
+
+    every: Count = 1  # rounds between validations of all clients (the curve)
+    metrics: list[Metric] = Field(default=["loss"])
+    max_new_tokens: Count = 64
+    max_examples: Count | None = None  # generated answers per client; None = its whole test split
+
+    @field_validator("metrics")
+    @classmethod
+    def _loss_first(cls, metrics: list[Metric]) -> list[Metric]:
+        return metrics if "loss" in metrics else ["loss", *metrics]
+
+
+class ReportConfig(Strict):
+    """What the report may show."""
+
+    examples: bool = False  # true: prompts and answers of test examples are kept in the run folder and shown
+
+
+class MethodEntry(BaseModel):
+    """One entry of `methods:`; everything but name and label belongs to the method's own Config."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_name(cls, value: Any) -> Any:
+        if isinstance(value, str):  # `- mira` is `- {name: mira}`
+            return {"name": value}
+        if wrong := slip(value):
+            raise ValueError(f"found no name{wrong}")
+        return value
+
+    name: str = Field(  # a method's id, or a dotted path
+        max_length=200, pattern=r"^[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
+    )
+    label: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
+
+    @property
+    def id(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def folder(self) -> str:
+        return self.label or self.id
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Config(Strict):
+    """A study: data, base model, federation, and the methods to compare on them."""
+
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    output_dir: str
+    model: ModelConfig
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig
+    federation: FederationConfig
+    training: TrainingConfig
+    methods: Annotated[list[MethodEntry], Field(min_length=1)]
+    evaluation: EvaluationConfig = EvaluationConfig()
+    report: ReportConfig = ReportConfig()
+    report_to: list[Literal["tensorboard", "trackio"]] = Field(default=[])  # follow rounds there; extras
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Config":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} repeat: each seed runs once")
+        if len(set(self.report_to)) < len(self.report_to):
+            raise ValueError(f"report_to {self.report_to} repeats: name each tracker once")
+        folders = [entry.folder for entry in self.methods]
+        twice = sorted({name for name in folders if folders.count(name) > 1})
+        if twice:
+            raise ValueError(f"methods {twice} appear more than once: give each a 'label:', which names its folder")
+        return self

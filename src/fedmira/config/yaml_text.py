@@ -1,0 +1,132 @@
+"""A config as YAML text: read without YAML's traps, changed by dotted overrides, written so that it runs again."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedmira.bundled import presets
+from fedmira.config.sections import Config
+from fedmira.errors import ConfigError, nearest
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its traps: `3e-4` is a number, `007` and `no` are text, a repeated key is a fault."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - the base class's are the traps
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError([f"line {node.start_mark.line + 1}: key '{key}' is given twice; keep one"])
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
+for _tag, _pattern, _first in (
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
+    ("float", _FLOAT, "-+0123456789."),
+    ("null", r"^(?:~|null|Null|NULL|)$", "~nN\0"),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}",
+        re.compile(_pattern),
+        list(_first.replace("\0", "")) + ([""] if _tag == "null" else []),
+    )
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Read YAML text safely. Raises ConfigError with file and line."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError([f"{where}not valid YAML: {getattr(error, 'problem', error)}"], source) from None
+    except ConfigError as error:
+        raise ConfigError(error.faults, source) from None
+    except (ValueError, RecursionError) as error:  # a tag such as !!int on text, 5000 digits, a thousand brackets
+        raise ConfigError([f"a value cannot be read: {error}"], source) from None
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file and apply `a.b=c` overrides (lists by index: `methods.2.lambda=0.3`).
+
+    Raises ConfigError if the file is missing, is no mapping, or an override names no place.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            [
+                f"no such config file{nearest(str(path), presets())} (current folder: {Path.cwd()}); 'fedmira init' "
+                f"writes one, and bundled are {', '.join(presets())}"
+            ],
+            str(path),
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"byte {error.start} is not UTF-8; save the file as UTF-8"], str(path)) from None
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        found = "nothing" if raw is None else type(raw).__name__
+        raise ConfigError(
+            [f"found {found}: a config is a mapping with the keys {', '.join(Config.model_fields)}"], str(path)
+        )
+    faults = [fault for override in overrides if (fault := _override(raw, override))]
+    if faults:
+        raise ConfigError(faults, "overrides")
+    return raw
+
+
+def _override(raw: dict[str, Any], override: str) -> str | None:
+    """Apply one `a.b=c` to the raw mapping; return the fault, or None."""
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        return f"'{override}': an override is written a.b=c"
+    place: Any = raw
+    words = key.split(".")
+    for position, word in enumerate(words):
+        if isinstance(place, list):
+            if not (word.isascii() and word.isdecimal()) or int(word) >= len(place):
+                return f"'{override}': '{word}' is no index of a list of {len(place)}"
+            index: Any = int(word)
+        elif isinstance(place, dict):
+            index = word
+        else:
+            return f"'{override}': '{word}' lies inside a plain value"
+        if position == len(words) - 1:
+            try:
+                place[index] = parse_yaml(value, "overrides")
+            except ConfigError as error:
+                return f"'{override}': {error.faults[0]}"
+            return None
+        if isinstance(place, dict) and place.get(index) is None:
+            place[index] = {}
+        place = place[index]
+    return None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what is no text to us (`1e5`), and what is no text to other readers of YAML (`no`, `007`)."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Only double quotes keep the rarer line breaks of Unicode, which a reader folds into spaces elsewhere."""
+    style = '"' if any(letter in text for letter in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump_config(config: Config) -> str:
+    """Write a Config as YAML that runs again as it is."""
+    content = config.model_dump(mode="json", by_alias=True)
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,1 @@
+"""Durable files, rows of all clients, checkpoints, and the folders of studies and runs."""

@@ -1,0 +1,184 @@
+"""Checkpoints as a chain of what changed, and the way back from a damaged one.
+
+A checkpoint is a folder `round-000012` with safetensors files and, written last, manifest.json with their sha256. A
+folder without a manifest never counts. "full" holds the whole state; "delta" holds what one round changed, so the cost
+of a checkpoint follows the change and not the number of clients. A full one is written once the deltas since the last
+would outweigh it. Going back means: the newest full one that is intact, then its deltas up to the first damaged one.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedmira.disk.files import sync_folder, write_atomic, write_pieces
+from fedmira.disk.table import Picked, bytes_of
+from fedmira.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+# safetensors' names: https://github.com/huggingface/safetensors#format
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+Tensors = Mapping[str, Tensor | Picked]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """One intact checkpoint. files: file name (without ending) -> its tensors."""
+
+    round: int
+    full: bool
+    files: Mapping[str, Mapping[str, Tensor]]
+
+
+def _write_tensors(path: Path, tensors: Tensors) -> dict[str, Any]:
+    """Write a safetensors file without a copy of it in memory; return its entry in the manifest: sha256, bytes."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # every tensor is aligned
+    described: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        value = tensors[name]
+        begin, end = end, end + math.prod(value.shape) * value.dtype.itemsize
+        described[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    header = json.dumps(described, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    size = 8 + len(header) + end
+    digest = hashlib.sha256()
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield len(header).to_bytes(8, "little") + header
+        for name in names:
+            value = tensors[name]
+            for block in value.blocks() if isinstance(value, Picked) else [value]:
+                yield bytes_of(block)
+
+    def hashed() -> Iterator[bytes | memoryview]:
+        for piece in pieces():
+            digest.update(piece)
+            yield piece
+
+    write_pieces(path, hashed(), size)
+    return {"sha256": digest.hexdigest(), "bytes": size}
+
+
+def save_checkpoint(folder: Path, round_number: int, files: Mapping[str, Tensors], *, full: bool) -> int:
+    """Write one checkpoint under `folder`, manifest last; return its size in bytes.
+
+    A left-over folder of the same round (a crash before its manifest, or a damaged one) is replaced.
+    """
+    place = folder / f"round-{round_number:06d}"
+    if place.exists():
+        shutil.rmtree(place)
+    place.mkdir(parents=True)
+    listed = {name: _write_tensors(place / f"{name}.safetensors", tensors) for name, tensors in files.items()}
+    manifest = {"schema": SCHEMA, "round": round_number, "full": full, "files": listed}
+    manifest["sha256"] = _manifest_hash(manifest)
+    write_atomic(place / "manifest.json", json.dumps(manifest, indent=1).encode())
+    sync_folder(folder)
+    return sum(int(entry["bytes"]) for entry in listed.values())
+
+
+def load_chain(folder: Path) -> list[Checkpoint]:
+    """Return the chain to the newest round that can be rebuilt: a full checkpoint, then deltas in order; [] if none.
+
+    A damaged checkpoint is reported by a warning and everything after it is left out, so that the round before it is
+    used. Raises StoreError if there are checkpoints but no intact full one.
+    """
+    numbers = checkpoint_rounds(folder)
+    loaded: dict[int, Checkpoint | None] = {}
+
+    def get(number: int) -> Checkpoint | None:
+        if number not in loaded:
+            loaded[number] = _load(folder / f"round-{number:06d}")
+        return loaded[number]
+
+    best: list[Checkpoint] = []
+    for start in reversed(range(len(numbers))):
+        first = get(numbers[start])
+        if first is None or not first.full:
+            continue
+        chain = [first]
+        for number in numbers[start + 1 :]:
+            following = get(number)
+            if following is None or following.round != chain[-1].round + 1:
+                break
+            chain.append(following)
+        if not best or chain[-1].round > best[-1].round:
+            best = chain
+        if best[-1].round == numbers[-1] or all(get(number) for number in numbers[start:]):
+            break
+    if numbers and not best:
+        raise StoreError(f"no intact checkpoint in '{folder}': {len(numbers)} found, all damaged; start the run anew")
+    if best and best[-1].round < numbers[-1]:
+        log.warning("going back to round %d: a later checkpoint in '%s' is damaged", best[-1].round, folder)
+    return best
+
+
+def checkpoint_rounds(folder: Path) -> list[int]:
+    """List the rounds that have a manifest, ascending."""
+    names = [path.parent.name.removeprefix("round-") for path in folder.glob("round-*/manifest.json")]
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+
+
+def prune(folder: Path, keep_from: int, keep_to: int | None = None) -> None:
+    """Remove checkpoints before round `keep_from` and, if given, after round `keep_to`.
+
+    Newest first and each one's manifest first, so that a crash leaves none half-readable and no gap below another.
+    """
+    for number in reversed(checkpoint_rounds(folder)):
+        if number < keep_from or (keep_to is not None and number > keep_to):
+            place = folder / f"round-{number:06d}"
+            (place / "manifest.json").unlink()
+            shutil.rmtree(place)
+
+
+def _manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """sha256 over everything in a manifest but its own hash: a flipped bit in a round's number must not pass."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _load(place: Path) -> Checkpoint | None:
+    """Read and verify one checkpoint; None, with a warning, if anything about it is wrong."""
+    try:
+        manifest = json.loads((place / "manifest.json").read_bytes())
+        if manifest["sha256"] != _manifest_hash(manifest) or place.name != f"round-{manifest['round']:06d}":
+            raise StoreError("manifest.json does not match its sha256")
+        if manifest["schema"] != SCHEMA:
+            raise StoreError(f"schema {manifest['schema']}, this version reads {SCHEMA}")
+        files = {}
+        for name, entry in manifest["files"].items():
+            path = place / f"{name}.safetensors"
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != entry["sha256"]:
+                raise StoreError(f"{path.name} does not match its sha256")
+            files[name] = load_file(path)
+        return Checkpoint(int(manifest["round"]), bool(manifest["full"]), files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, StoreError) as error:
+        log.warning("checkpoint '%s' is damaged (%s): it is not used", place, error)
+        return None

@@ -1,0 +1,287 @@
+"""Study and run folders: the files of the contract, and how they are cut back to a round on resume.
+
+STUDY/{config.yaml, summary.json, report.html} and STUDY/<method>/seed-<n>/ with config.yaml, run.json, clients.json,
+graph.json, metrics.jsonl, results.csv, log.txt, checkpoints/ and adapters/.
+"""
+
+import csv
+import fcntl
+import io
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fedmira.config.faults import check_config
+from fedmira.config.sections import Config
+from fedmira.config.yaml_text import dump_config, read_config
+from fedmira.disk.files import append_lines, read_json, write_atomic, write_json
+from fedmira.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+View = Literal["personal", "global"]  # each client's own adapter, or the one that all share
+State = Literal["running", "complete", "interrupted", "failed"]
+TRACKIO_FOLDER = ".trackio"  # of a study; no method's label begins with a dot
+RESULT_COLUMNS = ("client", "method", "seed", "round", "view", "split", "metric", "value")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number of results.csv; value None is n/a (the client has no example in that split)."""
+
+    client: str
+    round: int
+    view: View
+    split: Literal["train", "validation", "test"]
+    metric: str
+    value: float | None
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of metrics.jsonl. Per-client lists are in the order of `clients`; losses in nats per labelled token."""
+
+    round: int
+    clients: list[str]  # sampled
+    answered: list[str]  # of these, what the gate let through
+    train_loss: list[float]  # mean over the local steps
+    steps: list[int]
+    loss_before: list[float | None]  # validation, each with the adapter it returned
+    loss_after: list[float | None]  # validation, each with the adapter it has after the merge
+    validation_loss: float | None  # mean over all clients that have a validation split
+    bytes_up: int
+    bytes_down: int
+    seconds_training: float
+    seconds_merge: float
+    seconds: float  # of the whole round, measuring included
+    tokens: int  # unpadded tokens trained on
+    notes: Mapping[str, float] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)  # client -> reason
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One method with one seed."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapters(self) -> Path:
+        return self.path / "adapters"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Read run.json. Raises StoreError if it is missing or of another schema."""
+        facts = read_json(self.path / "run.json")
+        if facts.get("schema") != SCHEMA:
+            raise StoreError(f"'{self.path}': run.json has schema {facts.get('schema')}, this version reads {SCHEMA}")
+        return dict(facts)
+
+    def update(self, **changes: Any) -> None:
+        """Change some keys of run.json atomically."""
+        write_json(self.path / "run.json", {**self.facts, **changes})
+
+    def create(self, config: Config, facts: Mapping[str, Any], clients: Mapping[str, Any]) -> None:
+        """Make the folder with config.yaml (runs again as it is), clients.json and run.json."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / "config.yaml", dump_config(config).encode())
+        write_json(self.path / "clients.json", dict(clients))
+        write_atomic(self.path / "results.csv", (",".join(RESULT_COLUMNS) + "\n").encode())
+        write_atomic(self.path / "metrics.jsonl", b"")
+        write_json(self.path / "run.json", {"schema": SCHEMA, **facts})
+
+    def rewrite(self, config: Config) -> None:
+        """Replace config.yaml when the number of rounds has grown."""
+        write_atomic(self.path / "config.yaml", dump_config(config).encode())
+
+    def append(self, record: RoundRecord | None, results: Iterable[Result]) -> None:
+        """Add one round: its results, then its line of metrics.jsonl."""
+        label, seed = self.facts["label"], self.facts["seed"]
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerows(
+            (one.client, label, seed, one.round, one.view, one.split, one.metric, one.value) for one in results
+        )  # a float as repr, None as nothing
+        if lines := buffer.getvalue():
+            append_lines(self.path / "results.csv", [lines.removesuffix("\n")])
+        if record is not None:
+            append_lines(self.path / "metrics.jsonl", [json.dumps(_finite(asdict(record)), allow_nan=False)])
+
+    def write_examples(self, examples: Iterable[Mapping[str, Any]]) -> None:
+        """Write examples.jsonl: prompts, references and answers, where report.examples asks for them."""
+        lines = "".join(json.dumps(dict(one), ensure_ascii=False) + "\n" for one in examples)
+        write_atomic(self.path / "examples.jsonl", lines.encode())
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Read examples.jsonl; none where it was not asked for, or the run is not complete."""
+        path = self.path / "examples.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []  # U+2028 ends no line here
+        return [json.loads(line) for line in lines if line]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Read metrics.jsonl; a half-written last line (a crash) is left out."""
+        records = []
+        for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def cut_back(self, last_round: int, *, validated: bool = True) -> None:
+        """Drop what was written after `last_round`; those rounds are done again. Before round 1 nothing is kept.
+
+        validated: False where `last_round` was only validated because it was the last, and now is not: then that goes
+        too, so that a run which has grown reads like one that was longer from the start.
+        """
+        records = [record for record in self.records() if record["round"] <= last_round]
+        if records and not validated:
+            records[-1] = {**records[-1], "validation_loss": None}
+        kept = [json.dumps(record) for record in records]
+        write_atomic(self.path / "metrics.jsonl", "".join(line + "\n" for line in kept).encode())
+        lines = (self.path / "results.csv").read_text(encoding="utf-8").splitlines()
+        rows = [row for row in csv.reader(lines[1:]) if len(row) == len(RESULT_COLUMNS)]
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(RESULT_COLUMNS)
+        end = last_round if validated else last_round - 1
+        if last_round > 0:
+            writer.writerows(row for row in rows if row[3] == "0" or (int(row[3]) <= end and row[5] != "test"))
+        write_atomic(self.path / "results.csv", buffer.getvalue().encode())
+
+    @contextmanager
+    def logging(self) -> Any:
+        """Send FedMira's log records to log.txt while the run is under way."""
+        handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger = logging.getLogger("fedmira")
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """A study: one config, one run folder per method and seed."""
+
+    path: Path
+
+    def check_free(self, *, overwrite: bool = False) -> None:
+        """Raise StoreError unless the folder is empty or absent or, with `overwrite`, nothing but a study."""
+        if self.path.exists() and not self.path.is_dir():
+            raise StoreError(f"output_dir '{self.path}' is a file; choose another output_dir=...")
+        foreign = [path.name for path in self._entries() if not _belongs(path)]
+        if foreign:
+            raise StoreError(
+                f"output_dir '{self.path}' already holds files that are no study's, such as '{foreign[0]}'; they are "
+                "never overwritten: choose another output_dir=..."
+            )
+        begun = [path for path in self._entries() if not path.name.endswith(".tmp")]  # a crash can leave one alone
+        if begun and not overwrite:
+            raise StoreError(
+                f"output_dir '{self.path}' already holds a study; go on with 'fedmira resume {self.path}', "
+                "choose another output_dir=..., or give --overwrite"
+            )
+
+    def clear(self) -> None:
+        """Remove the study that is there. Raises StoreError, and removes nothing, if there is anything else."""
+        self.check_free(overwrite=True)
+        for path in self._entries():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _entries(self) -> list[Path]:
+        return sorted(self.path.iterdir()) if self.path.is_dir() else []
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out while this one writes. Raises StoreError if another one does already.
+
+        The lock is on the folder itself and ends with the process, however that ends.
+        """
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreError(
+                    f"'{self.path}' is in use by another fedmira process; wait for it or stop it"
+                ) from None
+            except OSError as error:
+                log.warning("'%s' cannot be locked (%s): start no second process on it", self.path, error.strerror)
+            yield
+        finally:
+            os.close(handle)
+
+    def create(self, config: Config) -> None:
+        """Make the folder. Raises StoreError if it holds anything already: nothing saved is overwritten."""
+        self.check_free()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"output_dir '{self.path}' cannot be made: {error.strerror}") from error
+        write_atomic(self.path / "config.yaml", dump_config(config).encode())
+
+    def rewrite(self, config: Config) -> None:
+        """Replace config.yaml when the number of rounds has grown."""
+        write_atomic(self.path / "config.yaml", dump_config(config).encode())
+
+    def config(self) -> Config:
+        """Read back the study's config. Raises StoreError if this is no study."""
+        source = self.path / "config.yaml"
+        if not source.is_file():
+            raise StoreError(f"'{self.path}' is no FedMira study: it has no config.yaml")
+        return check_config(read_config(source), str(source))
+
+    def run(self, label: str, seed: int) -> RunFolder:
+        return RunFolder(self.path / label / f"seed-{seed}")
+
+    def runs(self) -> list[RunFolder]:
+        """List the runs that were started, in the config's order."""
+        config = self.config()
+        folders = [self.run(entry.folder, seed) for seed in config.seeds for entry in config.methods]
+        return [folder for folder in folders if (folder.path / "run.json").is_file()]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: a number that has diverged becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _belongs(path: Path) -> bool:
+    """Is this entry of a study's folder one that FedMira wrote?"""
+    if path.is_dir() and not path.is_symlink():
+        if path.name == TRACKIO_FOLDER:
+            return True
+        runs = list(path.iterdir())
+        return bool(runs) and all(run.name.startswith("seed-") and (run / "config.yaml").is_file() for run in runs)
+    return path.name.removeprefix(".").removesuffix(".tmp") in ("config.yaml", "summary.json", "report.html")
+
+
+def find_study(path: Path) -> tuple[StudyFolder, RunFolder | None]:
+    """Accept a study or one of its runs. Raises StoreError if the path is neither."""
+    if (path / "run.json").is_file():
+        return StudyFolder(Path(os.path.abspath(path)).parent.parent), RunFolder(path)  # path may be "."
+    if (path / "config.yaml").is_file():
+        return StudyFolder(path), None
+    raise StoreError(f"'{path}' is no study and no run of FedMira: it has neither run.json nor config.yaml")

@@ -1,0 +1,147 @@
+"""Rows of all clients, in RAM while all of them together would be small, else in a memory-mapped file.
+
+Rows take room once they differ from the common start, so that ten thousand clients need as much memory as a hundred.
+"""
+
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmira.errors import ShapeError
+
+RAM_BYTES = 1 << 30  # rows of all clients that are more than this together are memory-mapped
+BLOCK_BYTES = 4 << 20  # of rows, on their way into a file
+
+
+class Rows:
+    """One row per client, [K, ...], of which only those that were written take room; read by client, as a tensor is.
+
+    rows[ids] copies the rows of `ids` [n] in that order, rows[ids] = values replaces them; a row that was never written
+    reads as its start. Nothing reads all rows at once: every other operation of a tensor is refused.
+    """
+
+    def __init__(self, start: Tensor, kinds: Tensor, folder: Path | None = None) -> None:
+        """Begin with row k = start[kinds[k]]. start [R, ...]; kinds [K] int64.
+
+        folder: where a file for the rows may be made if they could come to more than RAM_BYTES; None keeps them in RAM.
+        The file has no name: it is gone when the process is, however that ends. Raises OSError if it cannot be made.
+        """
+        self.start, self.kinds = start, kinds
+        self.shape = torch.Size((len(kinds), *start.shape[1:]))
+        self.ndim, self.dtype = len(self.shape), start.dtype
+        self.row_bytes = math.prod(start.shape[1:]) * start.element_size()
+        self.written = torch.zeros(len(kinds), dtype=torch.bool)
+        size = len(kinds) * self.row_bytes
+        self._file = None
+        if folder is None or size <= RAM_BYTES:
+            self._table = torch.empty(self.shape, dtype=self.dtype)  # pages that nobody writes take no memory
+        else:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - as long-lived as the rows
+            self._file.truncate(size)  # a hole: rows that nobody writes take no disk
+            whole = mmap.mmap(self._file.fileno(), size)
+            self._table = torch.frombuffer(whole, dtype=self.dtype).view(self.shape)
+
+    @property
+    def mapped(self) -> bool:
+        """Do the rows lie in a file?"""
+        return self._file is not None
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def __getitem__(self, ids: Tensor) -> Tensor:
+        _check_ids(ids)
+        known = self.written[ids]
+        if bool(known.all()):
+            return self._table[ids]
+        rows = self.start[self.kinds[ids]]
+        rows[known] = self._table[ids[known]]
+        return rows
+
+    def __setitem__(self, ids: Tensor, values: Tensor) -> None:
+        _check_ids(ids)
+        if self._file is None:
+            self._table[ids] = values
+        else:  # not through the map: there a full disk is a signal that kills, here it is an OSError
+            for k, row in zip(ids.tolist(), values.to(self.dtype), strict=True):
+                _write_at(self._file.fileno(), bytes_of(row), k * self.row_bytes)
+        self.written[ids] = True
+
+    def numpy(self) -> "Columns":
+        """Read the rows as numpy does, by client and columns: numpy()[ids, start:stop]."""
+        return Columns(self.start.numpy(), self.kinds.numpy(), self.written.numpy(), self._table.numpy())
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"rows of all clients have no '{name}': {ASK}")
+
+
+ASK = "there may be too many to be read at once; take rows[ids], ids [n] a tensor of client positions"
+
+
+def _check_ids(ids: object) -> None:
+    """Raise ShapeError unless clients are asked for one by one."""
+    if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
+        found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ShapeError(f"rows of all clients, asked for by {found}: {ASK}")
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Rows [K, P], read by several threads at once; arrays that the rows own."""
+
+    start: np.ndarray
+    kinds: np.ndarray
+    written: np.ndarray
+    table: np.ndarray
+
+    def __getitem__(self, at: tuple[np.ndarray, slice]) -> np.ndarray:
+        """Copy the columns `at[1]` of the rows `at[0]` [n], in that order."""
+        ids, columns = at
+        known = self.written[ids]
+        if known.all():
+            return self.table[ids, columns]
+        part = self.start[self.kinds[ids], columns]
+        part[known] = self.table[ids[known], columns]
+        return part
+
+
+def _write_at(handle: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(handle, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """View a tensor's bytes, in row-major order."""
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """Rows `ids` [n] of a source [K, ...], to be copied a block at a time on their way into a file."""
+
+    source: Tensor | Rows
+    ids: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.ids), *self.source.shape[1:]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield the rows in order, about BLOCK_BYTES at a time."""
+        count = max(1, BLOCK_BYTES // max(1, math.prod(self.shape[1:]) * self.dtype.itemsize))
+        for begin in range(0, len(self.ids), count):
+            yield self.source[self.ids[begin : begin + count]]

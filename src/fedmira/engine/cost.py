@@ -1,0 +1,189 @@
+"""What a study will cost before it starts: clients per pass, memory, disk, bytes that travel, and time.
+
+Nothing is guessed: a pass is measured for its memory, a short probe (engine/probe.py) for its speed, and the work is
+counted from the data and the schedule.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from fedmira.adapters import Layout, start_adapters
+from fedmira.data.batches import ClientData, Encoded, collate, count_examples
+from fedmira.methods.base import Method
+from fedmira.model.base.load import Base
+from fedmira.model.packed.loss import CHUNK_BYTES
+from fedmira.model.passes import gradients
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.6  # of the memory that is free now; the rest is for evaluation, the allocator and other programs
+
+
+@dataclass(frozen=True)
+class CohortPlan:
+    """Clients per pass and why. bytes_each: activations and rows of one client at the longest batch of the data."""
+
+    cohort: int
+    bytes_each: int
+    bytes_free: int
+
+
+def plan_cohort(
+    base: Base, layout: Layout, clients: Sequence[ClientData], *, batch_size: int, sampled: int
+) -> CohortPlan:
+    """Measure one client's training pass on the longest examples and return how many clients fit in one pass.
+
+    The bytes that autograd keeps for the backward pass are counted exactly by hooks; rows, gradient and moments are
+    5 x P x 4 bytes. sampled: clients of a round, the most a cohort can use.
+    """
+    longest = sorted((one for client in clients for one in client.train), key=lambda one: -len(one.ids))[:batch_size]
+    batch = collate([longest], pad_id=base.pad_id)
+    adapters = start_adapters(layout, torch.tensor([layout.parts[0].rank]), 1.0, torch.Generator().manual_seed(0))
+    adapters = adapters.with_rows(adapters.rows.to(base.device))
+    own = {parameter.untyped_storage().data_ptr() for parameter in base.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        gradients(base, adapters, batch, into=torch.zeros_like(adapters.rows))
+    each = sum(kept.values()) + 5 * layout.size * 4
+    free = _free_bytes(base.device) - 2 * CHUNK_BYTES
+    cohort = max(1, min(sampled, int(SHARE * free) // each))
+    log.info("cohort %d of %d sampled: %.1f MB a client, %.1f GB free", cohort, sampled, each / 1e6, free / 1e9)
+    return CohortPlan(cohort, each, free)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run passes through the base: tokens of training and of scoring by loss, and written answers."""
+
+    trained: float  # tokens, expected: which examples a partly used epoch holds is left to chance
+    scored: float  # tokens
+    answers: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.trained + other.trained, self.scored + other.scored, self.answers + other.answers)
+
+    def times(self, count: int) -> "Work":
+        """The same work so many times."""
+        return Work(self.trained * count, self.scored * count, self.answers * count)
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a probe measured on this machine, in seconds. None = there was nothing to measure on."""
+
+    trained: float  # per token
+    scored: float | None  # per token
+    answer: float | None  # per written answer, many in one pass
+
+    def seconds(self, work: Work) -> float:
+        """Time that some work will take."""
+        return work.trained * self.trained + work.scored * (self.scored or 0) + work.answers * (self.answer or 0)
+
+
+def count_start(clients: Sequence[ClientData], *, writes: bool, max_examples: int | None) -> Work:
+    """Count the scoring of the untouched base, once a study. writes: some metric needs written answers."""
+    scored = sum(_tokens(client.validation) + _tokens(client.test) for client in clients)
+    return Work(0, scored, _answers(clients, range(len(clients)), max_examples) if writes else 0)
+
+
+def count_run(
+    clients: Sequence[ClientData],
+    schedule: Sequence[np.ndarray],
+    *,
+    method: Method,
+    batch_size: int,
+    steps: int | None,
+    epochs: int | None,
+    every: int,
+    writes: bool,
+    max_examples: int | None,
+) -> Work:
+    """Count one run: the local phases of a schedule, the sampled clients' losses before and after each merge, what is
+    due of the curve, what clients fine-tune in the end, and the test of everyone who was ever sampled (of all, where
+    one model is shared or all fine-tune). Where nobody trains, the scores are those of the start."""
+    if method.trains == "nobody":
+        return Work(0.0, 0.0, 0)
+    examples = [
+        count_examples(len(client.train), batch_size=batch_size, steps=steps, epochs=epochs) for client in clients
+    ]
+    means = [client.tokens / len(client.train) for client in clients]
+    pooled = method.trains == "pool"
+    pool = sum(len(client.train) for client in clients)
+    mean = sum(client.tokens for client in clients) / pool
+    validation = [_tokens(client.validation) for client in clients]
+    everyone = sum(validation)
+    trained, scored = 0.0, 0.0
+    for number, ids in enumerate(schedule, 1):
+        if not pooled:
+            trained += sum(examples[k] * means[k] for k in ids)
+        elif method.pool_steps is None:
+            trained += sum(examples[k] for k in ids) * mean
+        else:
+            trained += method.pool_steps * min(batch_size, pool) * mean
+        own = sum(validation[k] for k in ids)
+        due = number % every == 0 or number == len(schedule)
+        scored += (0 if pooled else own) + (everyone if due and not method.personal else own)
+    tested: Sequence[int] = range(len(clients))
+    if method.tune is not None:
+        kind, length = method.tune
+        steps, epochs = (length, None) if kind == "steps" else (None, length)
+        trained += sum(
+            count_examples(len(client.train), batch_size=batch_size, steps=steps, epochs=epochs) * tokens
+            for client, tokens in zip(clients, means, strict=True)
+        )
+    elif method.personal:
+        tested = sorted({int(k) for ids in schedule for k in ids})
+    scored += sum(_tokens(clients[k].test) for k in tested)
+    return Work(trained, scored, _answers(clients, tested, max_examples) if writes else 0)
+
+
+def _tokens(examples: Sequence[Encoded]) -> int:
+    return sum(len(one.ids) for one in examples)
+
+
+def _answers(clients: Sequence[ClientData], ids: Sequence[int], max_examples: int | None) -> int:
+    return sum(len(clients[k].test[:max_examples]) for k in ids)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study before it starts. Bytes and seconds; `free` is what this machine has now."""
+
+    clients: int
+    sampled: int  # clients of a round
+    rounds: int
+    cohort: int  # clients trained in one pass
+    examples: int  # to train on
+    tokens: int  # of all training examples
+    trained_tokens: int  # of these, loss is taken on
+    truncation: dict[str, int]
+    by_client: dict[str, dict[str, int]]  # id -> examples of train, validation, test; trained_tokens
+    parameters: int  # of one adapter; the largest where methods have different ones
+    memory: dict[str, int]  # base | rows (at most, of clients that train) | cohort | free
+    disk: dict[str, int]  # adapters | rows (memory-mapped while a run lasts) | checkpoints (at most) | free
+    bytes_per_round: dict[str, int]  # method -> up and down together
+    speeds: Speeds
+    start_seconds: float  # scoring the untouched base, once
+    work: dict[str, Work]  # label -> what one run passes through the base
+    run_seconds: dict[str, float]  # label -> one run
+    runs: int  # methods x seeds
+    total_seconds: float

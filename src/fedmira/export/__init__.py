@@ -1,0 +1,1 @@
+"""Clients' adapters as PEFT folders, merged models and the lines that serve them."""

@@ -1,0 +1,322 @@
+"""One client's row as a standard PEFT folder: adapter_model.safetensors, adapter_config.json and a model card.
+
+LoRA's factors, or of a prompt encoder the embeddings that it makes: what PEFT keeps of either.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PromptEncoderConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from fedmira.adapters import Adapters, Layout
+from fedmira.adapters.ranks import by_ending
+from fedmira.disk.files import sync_folder, write_atomic
+from fedmira.errors import StoreError
+from fedmira.export.card import Card, model_card, shown_base
+from fedmira.model.base.source import join_some, list_pickles
+from fedmira.model.packed.virtual import embeddings
+
+PREFIX = "base_model.model."
+EMBEDDINGS = "prompt_embeddings"  # the one tensor of a prompt
+PROMPT = "P_TUNING"  # its peft_type
+FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What PEFT's config of a prompt says of its base and P-tuning does not read: decoder layers, attention heads."""
+
+    layers: int
+    heads: int
+
+
+def depth_of(config: PretrainedConfig) -> Depth:
+    """Return the depth of a base; what its config does not say is 1, for PEFT wants a number."""
+    text = config.get_text_config()
+    layers, heads = (getattr(text, name, None) or 1 for name in ("num_hidden_layers", "num_attention_heads"))
+    return Depth(int(layers), int(heads))
+
+
+def export_adapter(
+    folder: Path,
+    adapters: Adapters,
+    *,
+    base_model: str,
+    target_modules: Sequence[str],
+    fan_in_fan_out: bool,
+    card: Card,
+    revision: str | None = None,
+    depth: Depth | None = None,
+) -> None:
+    """Write one client's adapter [1, P] so that PeftModel.from_pretrained loads it with equal logits.
+
+    base_model, revision: as the config has them. Tensors are float32.
+
+    LoRA: cut to the client's own rank; alpha is scale x rank. r is the largest rank; modules of another are in
+    rank_pattern, and of another alpha in alpha_pattern.
+
+    A prompt encoder: the embeddings [n, d] that it makes, and nothing of what it makes them with. target_modules and
+    fan_in_fan_out say nothing then; depth: None leaves it to PEFT, which reads it off the base.
+
+    No hub is asked; PEFT's way of saving a whole model may look there whether the vocabulary has grown.
+    Raises StoreError if the folder cannot be written.
+    """
+    config: LoraConfig | PromptEncoderConfig
+    if adapters.layout.virtual_tokens:
+        config = _prompt_config(adapters.layout, depth)
+    else:
+        config = _lora_config(adapters, target_modules, fan_in_fan_out=fan_in_fan_out)
+    config.base_model_name_or_path, config.revision = base_model, revision
+    tensors = peft_tensors(adapters)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    config.save_pretrained(str(folder))
+    _sort_targets(folder / "adapter_config.json")
+    own: Card = {**card, **describe(adapters)}
+    write_atomic(folder / "README.md", model_card(base_model, own, revision=revision).encode())
+
+
+def _sort_targets(path: Path) -> None:
+    """Write the target modules in order: PEFT keeps them as a set, and saves them in another order every time."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"] = sorted(config["target_modules"])
+        path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _lora_config(adapters: Adapters, target_modules: Sequence[str], *, fan_in_fan_out: bool) -> LoraConfig:
+    rank, alpha = _rank_and_alpha(adapters)
+    modules, ranks, alphas = _by_module(adapters)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={name: own for name, own in by_ending(modules, ranks).items() if own != rank},
+        alpha_pattern={name: own for name, own in by_ending(modules, alphas).items() if not _same(own, alpha)},
+        target_modules=list(target_modules),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=fan_in_fan_out,
+        inference_mode=True,
+    )
+
+
+def _prompt_config(layout: Layout, depth: Depth | None) -> PromptEncoderConfig:
+    tokens, width = layout.part("prompt").leaves[0].shape
+    return PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=tokens,
+        token_dim=width,
+        num_transformer_submodules=1,
+        num_layers=None if depth is None else depth.layers,
+        num_attention_heads=None if depth is None else depth.heads,
+        encoder_reparameterization_type="MLP",
+        encoder_hidden_size=_hidden(layout),
+        inference_mode=True,
+    )
+
+
+def _hidden(layout: Layout) -> int | None:
+    """Return the width of a prompt encoder's MLP, which is that of its first bias; None without one."""
+    return next((leaf.shape[0] for leaf in layout.part("prompt").leaves if leaf.factor == "bias"), None)
+
+
+def peft_tensors(adapters: Adapters) -> dict[str, Tensor]:
+    """Name the tensors of one client [1, P] as PEFT does.
+
+    Factors: base_model.model.<module>.lora_{A,B}.weight; what a prompt encoder makes: prompt_embeddings [n, d].
+    """
+    if adapters.layout.virtual_tokens:
+        return {EMBEDDINGS: embeddings(adapters)[0].contiguous()}
+    tensors = {}
+    for place, (first, second) in enumerate(adapters.layout.part("lora").pairs()):
+        name, rank = f"{PREFIX}{first.module}", int(adapters.ranks_of(place)[0])
+        tensors[f"{name}.lora_A.weight"] = adapters.leaf(first)[0, :rank].contiguous()
+        tensors[f"{name}.lora_B.weight"] = adapters.leaf(second)[0, :, :rank].contiguous()
+    return tensors
+
+
+def describe(adapters: Adapters) -> Card:
+    """Return what a card says of one client's adapter [1, P] itself: its rank and alpha, or its virtual tokens."""
+    if not adapters.layout.virtual_tokens:
+        rank, alpha = _rank_and_alpha(adapters)
+        return {"rank": rank, "alpha": alpha}
+    found: Card = {"virtual_tokens": adapters.layout.virtual_tokens}
+    hidden = _hidden(adapters.layout)
+    return found if hidden is None else {**found, "hidden": hidden}
+
+
+def count_exported(layout: Layout) -> int:
+    """Count the numbers of a client's file at full rank: all parameters, or of a prompt encoder the embeddings' own."""
+    return layout.part("prompt").leaves[0].size if layout.virtual_tokens else layout.parameters
+
+
+def _rank_and_alpha(adapters: Adapters) -> tuple[int, float | int]:
+    """Return the largest rank of one client's modules [1, P], and alpha = scale x rank of the first that has it."""
+    _, ranks, alphas = _by_module(adapters)
+    return max(ranks), alphas[ranks.index(max(ranks))]
+
+
+def _by_module(adapters: Adapters) -> tuple[list[str], list[int], list[float | int]]:
+    """Names, ranks and alphas of one client's modules, in the layout's order."""
+    pairs = list(enumerate(adapters.layout.part("lora").pairs()))
+    ranks = [min(int(adapters.ranks_of(place)[0]), first.shape[0]) for place, (first, _) in pairs]
+    alphas = [_plain(float(adapters.scale_of(place)[0]) * rank) for (place, _), rank in zip(pairs, ranks, strict=True)]
+    return [first.module for _, (first, _) in pairs], ranks, alphas
+
+
+def copy_adapters(sources: Sequence[Path], targets: Sequence[Path]) -> None:
+    """Copy adapter folders, all or none: the three files of each, and nothing else that may lie there.
+
+    A base that the config names by an absolute path is called by its last name in the copies, which are handed on.
+    Raises StoreError if a file is missing, a pickle lies beside them, a target is taken or the disk does not take it.
+    """
+    check_adapters(sources)
+    check_free(targets)
+    with ExitStack() as stack:
+        places = [stack.enter_context(new_folder(target)) for target in targets]
+        for source, place in zip(sources, places, strict=True):
+            for name in FILES:
+                shutil.copyfile(source / name, place / name)
+            _name_base_only(place / "adapter_config.json")
+
+
+def check_adapters(folders: Sequence[Path]) -> None:
+    """Raise StoreError unless every folder holds an adapter's three files and no pickle."""
+    for folder in folders:
+        if pickles := list_pickles(folder):  # whoever put it there: nobody is to get it from us
+            raise StoreError(f"'{folder}' holds a pickle, {pickles[0]}, which FedMira never writes; remove it")
+        missing = [name for name in FILES if not (folder / name).is_file()]
+        if missing:
+            raise StoreError(f"'{folder}' has no {missing[0]}; was the run cut short at its end? 'fedmira resume' it")
+
+
+def check_free(targets: Sequence[Path]) -> None:
+    """Raise StoreError if something lies where one of these folders is to be made."""
+    taken = [target for target in targets if target.exists() or target.is_symlink()]
+    if taken:
+        raise StoreError(f"'{taken[0]}' exists already; choose another --out")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give an empty folder that becomes `target` once the block has ended well, and is gone otherwise.
+
+    Raises StoreError where the disk is full, read-only or in the way.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.exists():  # a crash left it
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise StoreError(f"cannot write '{target}': {error.strerror or error}; choose another --out") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _name_base_only(path: Path) -> None:
+    """Take the folders of an absolute path out of adapter_config.json; any other name of a base stays."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    name = config.get("base_model_name_or_path")
+    if isinstance(name, str) and shown_base(name) != name:
+        path.write_text(json.dumps({**config, "base_model_name_or_path": shown_base(name)}, indent=2, sort_keys=True))
+
+
+def read_adapter(folder: Path, layout: Layout) -> Tensor:
+    """Read a PEFT folder of ours back into a row [1, P]; only adapter_model.safetensors is opened.
+
+    A prompt fits a soft_layout: its encoder is not in the folder.
+    Raises StoreError if it does not fit the layout, is damaged, or pickles lie in the folder.
+    """
+    path = folder / "adapter_model.safetensors"
+    pickles = list_pickles(folder) if folder.is_dir() else []
+    if pickles:
+        raise StoreError(
+            f"'{folder}' holds pickles, which can run code: {join_some(pickles)}. "
+            "FedMira reads only adapter_model.safetensors; remove the pickles."
+        )
+    if not path.is_file():
+        raise StoreError(f"'{folder}' holds no adapter_model.safetensors")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"'{path}' is damaged, or no safetensors file: {error}") from None
+    row = (_prompt_row if layout.virtual_tokens else _lora_row)(path, tensors, layout)
+    if tensors:
+        raise StoreError(f"'{path}': unexpected tensor '{next(iter(tensors))}'")
+    return row
+
+
+def _lora_row(path: Path, tensors: dict[str, Tensor], layout: Layout) -> Tensor:
+    """Lay the factors out as a row, zero beyond their rank; they are taken out of `tensors`."""
+    row = torch.zeros(1, layout.size)
+    for leaf in layout.part("lora").leaves:
+        name = f"{PREFIX}{leaf.module}.lora_{leaf.factor}.weight"
+        if name not in tensors:
+            raise StoreError(f"'{path}': no tensor '{name}'; was it made for another base or other target_modules?")
+        found = tensors.pop(name)
+        place = row[0, leaf.start : leaf.stop].view(leaf.shape)
+        if found.ndim != 2 or any(own > room for own, room in zip(found.shape, leaf.shape, strict=True)):
+            raise StoreError(f"'{path}': '{name}' is {tuple(found.shape)}, at most {leaf.shape} fits")
+        place[: found.shape[0], : found.shape[1]] = found
+    return row
+
+
+def _prompt_row(path: Path, tensors: dict[str, Tensor], layout: Layout) -> Tensor:
+    """Lay the embeddings out as a row; they are taken out of `tensors`."""
+    leaf, *encoder = layout.part("prompt").leaves
+    if encoder:
+        raise StoreError(f"'{path}' can hold what a prompt encoder made, and not the encoder: read it as soft_layout")
+    if EMBEDDINGS not in tensors:
+        raise StoreError(f"'{path}': no tensor '{EMBEDDINGS}'; is it a prompt's?")
+    found = tensors.pop(EMBEDDINGS)
+    if tuple(found.shape) != leaf.shape:
+        raise StoreError(
+            f"'{path}': '{EMBEDDINGS}' is {tuple(found.shape)}, and {leaf.shape} is needed; was it made for another "
+            "base?"
+        )
+    row = torch.zeros(1, layout.size)
+    row[0, leaf.start : leaf.stop] = found.flatten()
+    return row
+
+
+def kind_of(folder: Path) -> str:
+    """Return the peft_type of an adapter's folder. Raises StoreError if its adapter_config.json cannot be read."""
+    path = folder / "adapter_config.json"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["peft_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise StoreError(f"'{path}' is missing or damaged; export the adapter again") from None
+
+
+def short_targets(modules: Sequence[str], linears: Sequence[str]) -> list[str]:
+    """Name the adapted modules by their endings (q_proj) where these pick no other linear layer, else in full.
+
+    PEFT and vLLM match a module by its ending; `linears`: all linear layers of the base below its head.
+    """
+    endings = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    matched = {name for name in linears if name.rsplit(".", 1)[-1] in endings}
+    return endings if matched == set(modules) else list(modules)
+
+
+def _plain(value: float) -> float | int:
+    return round(value) if _same(value, round(value)) else value
+
+
+def _same(one: float, other: float) -> bool:
+    """Equal but for what float32 rounds."""
+    return abs(one - other) < 1e-6 * max(1.0, one)

@@ -1,0 +1,1 @@
+"""Greedy answers of many clients in one pass."""

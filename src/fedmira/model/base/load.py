@@ -1,0 +1,261 @@
+"""Load a frozen base model from a local folder or a hub name, and refuse at the door what cannot work.
+
+Only safetensors weights, never code from the model's repository (source.py). A base is accepted when measurements on
+random tokens say that it is a causal decoder whose logits our head gives (trial.py).
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from fedmira.errors import ModelError
+from fedmira.model.base.memory import keep_freed_memory
+from fedmira.model.base.source import (
+    count_positions,
+    digest,
+    find_folder,
+    fingerprint,
+    first_line,
+    load_config,
+    load_tokenizer,
+    positions,
+    refuse,
+)
+from fedmira.model.base.trial import check_decoder, check_prompts, list_unfit, packs
+from fedmira.model.packed.fused import fuse
+from fedmira.model.packed.lora import Stack, find_targets, install
+from fedmira.model.packed.loss import Head
+from fedmira.model.packed.tail import Tail, find_tail
+from fedmira.model.packed.virtual import Places
+
+__all__ = ["Base", "choose_device", "choose_dtype", "count_positions", "fingerprint", "load_base", "load_tokenizer"]
+__all__ += ["quiet", "wrap"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A frozen base with stacked layers installed; shared by every client, method and seed of a study."""
+
+    name: str  # as the user wrote it
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    decoder: nn.Module
+    head: Head
+    shapes: tuple[tuple[str, int, int], ...]  # adapted modules: (name, in, out)
+    fingerprint: str  # sha256 over config, tokenizer and weights
+    dtype: torch.dtype
+    device: torch.device
+    max_positions: int | None
+    transposed: bool  # adapted weights are [in, out] (Conv1D)
+    packs: bool  # passes may lay examples end to end; else they are padded
+    stack: Stack = field(default_factory=Stack)
+    reach: int | None = None  # longest text whose attention is plainly causal (windows, chunks); None: any
+    tail: Tail | None = None  # what follows the last attention, where it can be cut to the labels
+
+    @property
+    def pad_id(self) -> int:
+        """Any id will do: padding stands right of every label in training and is masked in generation."""
+        pad = self.tokenizer.pad_token_id
+        known = pad is not None and pad < len(self.head.weight)  # some tokenizers add one that their base never saw
+        return int(pad if known else self.tokenizer.eos_token_id)
+
+    @property
+    def width(self) -> int:
+        """Width d of the token embeddings."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    def inputs(self, ids: Tensor, virtual: Places | None) -> dict[str, Tensor]:
+        """What the decoder is handed: ids, or embeddings where the stack's clients have virtual tokens among them."""
+        if virtual is None:
+            return {"input_ids": ids}
+        assert self.stack.prompts is not None, "virtual tokens of nobody"
+        plain = self.model.get_input_embeddings()(ids.clamp(min=0))
+        return {"inputs_embeds": self.stack.prompts.put(plain, virtual, self.stack.owners(ids.numel()))}
+
+
+def load_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    targets: Sequence[str] | str = "auto",
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+) -> Base:
+    """Load, check, freeze and stack a base model.
+
+    revision: branch, tag or commit of a hub name, None for its main branch. dtype "auto": bfloat16 where the machine
+    multiplies it fast (CUDA sm80+, CPUs with avx512_bf16 or amx_bf16), else float32. targets "auto": PEFT's list for
+    the architecture, or every linear layer where PEFT has none.
+    Raises ModelError: not found, not a causal decoder, weights that are pickles, do not fit the config or the device.
+    """
+    tokenizer = load_tokenizer(name, revision=revision) if tokenizer is None else tokenizer
+    where = choose_device(device)
+    kind = choose_dtype(dtype, where)
+    keep_freed_memory()
+    folder = find_folder(name, revision=revision, weights=True)
+    config = load_config(name, folder)
+    try:
+        with quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=kind,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+            )
+    except Exception as error:  # a damaged file, or a config that no model can be built from
+        raise refuse(name, f"weights cannot be loaded: {type(error).__name__}: {first_line(error)}") from None
+    wrong = sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]])
+    if wrong:
+        raise refuse(name, f"weights do not fit its config.json: {len(wrong)} such as {wrong[0]}")
+    try:
+        model = model.to(where)
+    except torch.OutOfMemoryError as error:
+        raise refuse(name, f"does not fit on {where} in {kind}: {first_line(error)}") from None
+    return wrap(model, tokenizer, name=name, targets=targets, fingerprint=digest(folder))
+
+
+def wrap(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    *,
+    name: str,
+    targets: Sequence[str] | str,
+    fingerprint: str,
+) -> Base:
+    """Freeze a loaded model and install stacked layers in it (load_base after loading; tests on random weights)."""
+    model.eval().requires_grad_(False)
+    config = model.config
+    # A checkpoint's own sampling settings (penalties, ...) would creep into greedy decoding; only its stops are kept.
+    stops = getattr(model.generation_config, "eos_token_id", None)
+    stops = [stops] if isinstance(stops, int) else list(stops or [])
+    model.generation_config = GenerationConfig(eos_token_id=sorted({tokenizer.eos_token_id, *stops}))
+    decoder = model.base_model if model.base_model is not model else getattr(model, "model", model)
+    output = model.get_output_embeddings()
+    if output is None or decoder is model:
+        raise refuse(name, f"{type(model).__name__} has no separate decoder and output head")
+    head = _make_head(output, config)
+    vocabulary = len(model.get_input_embeddings().weight)
+    if tokenizer.eos_token_id >= vocabulary:
+        raise refuse(
+            name, f"its tokenizer ends texts with id {tokenizer.eos_token_id}, the model knows {vocabulary} ids"
+        )
+    with quiet():
+        check_decoder(model, decoder, head, name=name)
+        check_prompts(model, vocabulary=vocabulary, name=name)
+        fuse(decoder)
+        names = _choose_targets(model, targets, head=output)
+        layers = {layer: model.get_submodule(layer) for layer in names}
+        unfit = list_unfit(decoder, layers, vocabulary=vocabulary)
+        if unfit:
+            names = _leave_out(names, unfit, targets, name=name)
+        stack = Stack()
+        shapes = install(model, names, stack)
+        reaches = packs(model, decoder)
+        tail = find_tail(model, decoder, stack) if reaches is not None else None
+    return Base(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        decoder=decoder,
+        head=head,
+        shapes=tuple(shapes),
+        fingerprint=fingerprint,
+        dtype=head.weight.dtype,
+        device=head.weight.device,
+        max_positions=positions(config),
+        transposed=bool(model.get_submodule(names[0]).transposed),
+        packs=reaches is not None,
+        reach=min(reaches, default=None) if reaches else None,
+        stack=stack,
+        tail=tail,
+    )
+
+
+def _make_head(output: nn.Linear, config: transformers.PretrainedConfig) -> Head:
+    return Head(
+        output.weight,
+        getattr(output, "bias", None),
+        scale=float(getattr(config, "logit_scale", None) or 1 / float(getattr(config, "logits_scaling", None) or 1)),
+        cap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _choose_targets(model: transformers.PreTrainedModel, targets: Sequence[str] | str, *, head: nn.Module) -> list[str]:
+    """Return the layers to adapt; "auto" is PEFT's list for the architecture where it fits, else all linear layers."""
+    if targets != "auto":
+        return find_targets(model, targets, head=head)
+    usual = PEFT_TARGETS.get(model.config.model_type)
+    if not isinstance(usual, list):  # some are patterns for models with more than a text decoder
+        return find_targets(model, "all-linear", head=head)
+    try:
+        return find_targets(model, usual, head=head)
+    except ModelError:  # PEFT's list was made for another version of the architecture
+        return find_targets(model, "all-linear", head=head)
+
+
+def choose_device(device: str) -> torch.device:
+    """Resolve "auto | cpu | cuda | cuda:N". Raises ModelError if that CUDA device is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"model.device '{device}': this machine shows {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Resolve "auto" to bfloat16 where matrix products in it are fast, else float32."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[dtype]
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        info = Path("/proc/cpuinfo")
+        fast = info.is_file() and re.search(r"\b(avx512_bf16|amx_bf16)\b", info.read_text()) is not None
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _leave_out(names: list[str], unfit: dict[str, str], targets: Sequence[str] | str, *, name: str) -> list[str]:
+    """Return the layers that can carry an adapter. Raises ModelError if the user named others, or none is left."""
+    left = [layer for layer in names if layer not in unfit]
+    layer, why = next(iter(unfit.items()))
+    if targets not in ("auto", "all-linear") or not left:
+        raise refuse(
+            name,
+            f"lora.target_modules: '{layer}' {why}, so it cannot carry an adapter per client; name other layers, or "
+            "all-linear for every layer that can",
+        )
+    log.warning("%s: %d of %d linear layers get no adapter: '%s' %s", name, len(unfit), len(names), layer, why)
+    return left
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' own advice (padding, masks) inside a pass that knows what it does."""
+    level = transformers.utils.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

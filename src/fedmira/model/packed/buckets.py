@@ -1,0 +1,132 @@
+"""Attention on accelerators: examples gathered by length into buckets [examples, T] and handed to fused attention."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from fedmira.model.packed.spans import Rule
+
+BUCKET_FILL = 0.75  # a bucket takes examples with at least this share of its longest one's tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Buckets:
+    """How attention finds its examples. All buckets together have R rows, padding included.
+
+    shapes: (examples, T) each; index [R]: the token of each row (0 where blank); back [N]: each token's row; blanks:
+    rows without token; trivial: one bucket in sequence order, nothing to gather.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    index: Tensor
+    back: Tensor
+    blanks: Tensor
+    trivial: bool
+    masks: dict[tuple[Rule, int], Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "Buckets":
+        if device.type == "cpu":
+            return self
+        index, back, blanks = (part.to(device) for part in (self.index, self.back, self.blanks))
+        return replace(self, index=index, back=back, blanks=blanks, masks={})
+
+    def mask(self, rule: Rule, bucket: int) -> Tensor | None:
+        """Return the mask [T, T] of a bucket's examples, None where it is plainly causal."""
+        length = self.shapes[bucket][1]
+        if rule.reach is None or length <= rule.reach:
+            return None
+        if (rule, bucket) not in self.masks:
+            first = sum(examples * size for examples, size in self.shapes[:bucket])
+            places = self.index[first : first + length]  # a bucket's first example is its longest: no row is blank
+            self.masks[rule, bucket] = rule.mask(places)
+        return self.masks[rule, bucket]
+
+
+def make_buckets(sizes: Tensor, starts: Tensor) -> Buckets:
+    """Deal examples of the sequence (their sizes and starts) into buckets of similar length."""
+    order = torch.argsort(sizes, descending=True, stable=True).tolist()
+    lengths = sizes.tolist()
+    shapes: list[tuple[int, int]] = []
+    index: list[Tensor] = []
+    real: list[Tensor] = []
+    first = 0
+    while first < len(order):
+        longest = lengths[order[first]]
+        stop = first + 1
+        while stop < len(order) and lengths[order[stop]] >= BUCKET_FILL * longest:
+            stop += 1
+        chosen = torch.tensor(order[first:stop])
+        steps = torch.arange(longest)
+        inside = steps[None, :] < sizes[chosen][:, None]
+        index.append(((starts[chosen][:, None] + steps) * inside).flatten())
+        real.append(inside.flatten())
+        shapes.append((stop - first, longest))
+        first = stop
+    rows, is_real = torch.cat(index), torch.cat(real)
+    back = torch.empty(int(sizes.sum()), dtype=torch.int64)
+    back[rows[is_real]] = torch.nonzero(is_real).squeeze(1)
+    trivial = len(shapes) == 1 and torch.equal(rows, torch.arange(len(back)))
+    return Buckets(tuple(shapes), rows, back, torch.nonzero(~is_real).squeeze(1), trivial)
+
+
+def attend_in_buckets(
+    plan: Buckets, query: Tensor, key: Tensor, value: Tensor, rule: Rule, *, scale: float, softcap: float | None
+) -> Tensor:
+    """Gather, attend in every bucket, put back. Shapes as in attend_in_spans."""
+    tokens, heads, width = query.shape[2], query.shape[1], value.shape[-1]
+    rows = [states[0].transpose(0, 1).reshape(tokens, -1) for states in (query, key, value)]
+    if not plan.trivial:
+        rows = [_Gather.apply(states, plan.index, plan.back, None) for states in rows]  # type: ignore[no-untyped-call]
+    sizes = [examples * length for examples, length in plan.shapes]
+    answers = []
+    for number, parts in enumerate(zip(*(torch.split(states, sizes) for states in rows), strict=True)):
+        split = [
+            part.view(*plan.shapes[number], states.shape[1], -1).transpose(1, 2)
+            for part, states in zip(parts, (query, key, value), strict=True)
+        ]
+        answers.append(_bucket(*split, scale=scale, mask=plan.mask(rule, number), softcap=softcap))
+    joined = answers[0] if len(answers) == 1 else torch.cat(answers)
+    if not plan.trivial:
+        joined = _Gather.apply(joined, plan.back, plan.index, plan.blanks)  # type: ignore[no-untyped-call]
+    return joined.view(1, tokens, heads, width)
+
+
+def _bucket(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None, softcap: float | None
+) -> Tensor:
+    """Attention of one bucket, query [E, H, T, D], mask [T, T] or None for causal; returns rows [E * T, H * D]."""
+    length = query.shape[2]
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if softcap is None:
+        answer = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
+    else:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril() if mask is None else mask
+        scores = softcap * torch.tanh(query @ key.mT * scale / softcap)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        answer = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
+    return answer.transpose(1, 2).reshape(query.shape[0] * length, -1)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows x[index]; because every row that matters is taken once, its gradient is a gather too and not a scatter.
+
+    back: for each row of x, where it went; blanks: rows of x that nothing was taken from, whose gradient is 0.
+    """
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, index: Tensor, back: Tensor, blanks: Tensor | None) -> Tensor:
+        ctx.back, ctx.blanks = back, blanks  # type: ignore[attr-defined]
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = grads[0].index_select(0, ctx.back)  # type: ignore[attr-defined]
+        if ctx.blanks is not None:  # type: ignore[attr-defined]
+            gradient.index_fill_(0, ctx.blanks, 0)  # type: ignore[attr-defined]
+        return gradient, None, None, None

@@ -1,0 +1,344 @@
+"""Stacked LoRA: one frozen linear layer, one pair of factors per client, one pass for all of them.
+
+    y_k = W x_k + b + s_k B_k (A_k x_k)          for every client k of the stack, s_k = alpha / r_k
+
+Clients lie one after another in the pass; a segment of clients with equally many tokens is seen as [clients, tokens,
+in] and the low-rank part is a `bmm` over the leading client axis. Gradients of A and B are written straight into
+gradient rows [S, P]; the rows themselves never enter the autograd graph, because each slice of a row would zero-fill a
+whole [S, P] on the way back.
+
+Source: Hu et al. 2021 (arXiv:2106.09685), equation 3; Conv1D (GPT-2) keeps its weight as [in, out].
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from fedmira.adapters import Adapters, Leaf
+from fedmira.errors import ModelError, nearest
+from fedmira.model.packed.packing import Segment
+from fedmira.model.packed.virtual import Prompts, make_prompts
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """LoRA dropout of one pass: rate p and a stream per client of the stack, so that masks depend on it alone."""
+
+    rate: float
+    seeds: Sequence[int]
+
+    def mask(self, slot: int, segment: Segment, like: Tensor) -> Tensor:
+        """Return multipliers [clients, tokens, in] of a segment: 0 with probability p, else 1 / (1 - p).
+
+        Drawn for a client's real tokens in their order, whatever shares the pass with it.
+        """
+        width = like.shape[-1]
+        keep = torch.ones(segment.stop - segment.first, segment.tokens, width, dtype=like.dtype)
+        for place, real in enumerate(segment.real):
+            count = real.stop if isinstance(real, slice) else len(real)
+            seed = self.seeds[segment.first + place]
+            stream = torch.Generator().manual_seed((seed * 1_000_003 + slot) % 2**63)
+            drawn = torch.rand(count, width, generator=stream) >= self.rate
+            keep[place, real] = drawn.to(like.dtype) / (1 - self.rate)
+        return keep.to(like.device)
+
+
+@dataclass
+class Pair:
+    """One adapter of one module for all clients: a [S, r, in], b [S, out, r], scale [S, 1, 1] and gradient views."""
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+    grad_a: Tensor | None = None
+    grad_b: Tensor | None = None
+    written: bool = False  # a module used twice in one pass adds its second gradient
+
+    def of(self, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A, B and scale of a segment's clients."""
+        chosen = slice(segment.first, segment.stop)
+        return self.a[chosen], self.b[chosen], self.scale[chosen]
+
+    def clear_unwritten(self) -> None:
+        """A module that took no part in the pass has no gradient: nothing of an earlier pass may stay in its place."""
+        if self.grad_a is not None and self.grad_b is not None and not self.written:
+            self.grad_a.zero_()
+            self.grad_b.zero_()
+
+    def write(self, first: int, stop: int, grad_a: Tensor, grad_b: Tensor) -> None:
+        """Keep the gradients of clients first..stop."""
+        assert self.grad_a is not None
+        assert self.grad_b is not None
+        if self.written:
+            self.grad_a[first:stop].add_(grad_a)
+            self.grad_b[first:stop].add_(grad_b)
+        else:
+            self.grad_a[first:stop].copy_(grad_a)
+            self.grad_b[first:stop].copy_(grad_b)
+
+
+@dataclass
+class Stack:
+    """What the stacked layers of one base read in a pass, and what stands before its texts; empty: the base alone."""
+
+    pairs: dict[str, list[Pair]] = field(default_factory=dict)
+    prompts: Prompts | None = None
+    segments: tuple[Segment, ...] | None = None  # None: the batch is split evenly among the clients
+    clients: int = 0
+    dropout: Dropout | None = None
+    anchor: Tensor | None = None  # makes the first adapted layer differentiable although its input is not
+
+    @contextmanager
+    def filled(
+        self,
+        adapters: Adapters,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        segments: tuple[Segment, ...] | None = None,
+        gradient: Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> Iterator[None]:
+        """Point every layer at its leaves for one pass; `gradient` [S, P] receives what backward computes."""
+        held = adapters.with_rows(adapters.rows.to(device))
+        device = held.rows.device
+        scale = adapters.scale.to(device=device, dtype=dtype)[..., None, None]  # [S, 1, 1] or [S, modules, 1, 1]
+
+        into = None if gradient is None else adapters.with_rows(gradient)
+        encoder = next((part for part in adapters.layout.parts if part.kind == "prompt" and part.served), None)
+        taught = encoder is not None and into is not None and encoder.trained
+        if encoder is not None:
+            self.prompts = make_prompts(encoder, adapters, dtype=dtype, device=device, differentiable=taught)
+        for part in adapters.layout.parts:
+            if not part.served:
+                continue
+            for place, (first, second) in enumerate(part.pairs()):
+                own = scale if scale.ndim == 3 else scale[:, place]
+                pair = Pair(_factor(held, first, dtype), _factor(held, second, dtype), own)
+                if into is not None and part.trained:
+                    pair.grad_a, pair.grad_b = into.leaf(first), into.leaf(second)
+                self.pairs.setdefault(first.module, []).append(pair)
+        del held  # on a device it is a copy of all rows
+        self.segments, self.clients = segments, len(adapters)
+        self.dropout = dropout if dropout is not None and dropout.rate > 0 else None
+        self.anchor = None if gradient is None else torch.zeros((), requires_grad=True, device=device)
+        try:
+            yield
+            for pair in (pair for pairs in self.pairs.values() for pair in pairs):
+                pair.clear_unwritten()
+            if taught and self.prompts is not None and encoder is not None and into is not None:
+                self.prompts.write(encoder, into)
+        finally:
+            self.pairs, self.prompts, self.segments, self.clients = {}, None, None, 0
+            self.dropout = self.anchor = None
+
+    def owners(self, tokens: int) -> Tensor:
+        """Return the client of each of `tokens` tokens of a pass, on the host."""
+        parts = [
+            torch.arange(segment.first, segment.stop).repeat_interleave(segment.tokens)
+            for segment in self.split(tokens)
+        ]
+        return torch.cat(parts)
+
+    def split(self, tokens: int) -> tuple[Segment, ...]:
+        """Return the segments of a sequence of `tokens` tokens."""
+        if self.segments is not None:
+            return self.segments
+        each = tokens // self.clients
+        return (Segment(0, self.clients, 0, each, (slice(0, each),) * self.clients),)
+
+
+def _factor(adapters: Adapters, leaf: Leaf, dtype: torch.dtype) -> Tensor:
+    """Return a factor of all clients [S, ...] apart from the rows: every product with a part of rows would copy it."""
+    return adapters.leaf(leaf).to(dtype).contiguous()
+
+
+class StackedLinear(nn.Module):
+    """A frozen Linear or Conv1D that adds each client's own low-rank update to that client's part of the sequence."""
+
+    def __init__(self, base: nn.Linear | Conv1D, stack: Stack, *, name: str, slot: int) -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.transposed = isinstance(base, Conv1D)  # weight is [in, out]
+        self.stack, self.name, self.slot = stack, name, slot
+
+    def plain(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = self.stack.pairs.get(self.name)
+        if not pairs:
+            return self.plain(x)
+        if self.stack.anchor is not None and torch.is_grad_enabled():
+            return _StackedLinear.apply(x, self.stack.anchor, self, pairs)  # type: ignore[no-untyped-call]
+        y = self.plain(x)
+        into, given = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        for segment in self.stack.split(len(given)):
+            own, seen = segment.view(into), segment.view(given)
+            for pair in pairs:
+                a, b, scale = pair.of(segment)
+                own.baddbmm_(torch.bmm(seen, a.mT) * scale, b.mT)
+        return y
+
+
+class _StackedLinear(torch.autograd.Function):
+    """Forward and backward of one stacked layer; the frozen weight gets no gradient, the factors write theirs away."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, anchor: Tensor, layer: StackedLinear, pairs: list[Pair]) -> Tensor:
+        y = layer.plain(x)
+        into, given = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        segments = layer.stack.split(len(given))
+        dropout = layer.stack.dropout
+        keeps: list[Tensor | None] = []
+        inner: list[Tensor] = []  # s (A x), per segment and pair
+        for segment in segments:
+            own, seen = segment.view(into), segment.view(given)
+            keep = None if dropout is None else dropout.mask(layer.slot, segment, seen)
+            seen = seen if keep is None else seen * keep
+            keeps.append(keep)
+            for pair in pairs:
+                a, b, scale = pair.of(segment)
+                z = torch.bmm(seen, a.mT).mul_(scale)
+                own.baddbmm_(z, b.mT)
+                inner.append(z)
+        ctx.save_for_backward(given, *inner, *keeps)  # type: ignore[attr-defined]
+        ctx.layer, ctx.pairs, ctx.segments, ctx.shape = layer, pairs, segments, x.shape  # type: ignore[attr-defined]
+        return y
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layer: StackedLinear = ctx.layer  # type: ignore[attr-defined]
+        pairs: list[Pair] = ctx.pairs  # type: ignore[attr-defined]
+        segments: tuple[Segment, ...] = ctx.segments  # type: ignore[attr-defined]
+        given, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
+        inner, keeps = saved[: -len(segments)], saved[-len(segments) :]
+        dy = grads[0].reshape(len(given), -1)
+        dx = None
+        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+            dx = dy @ (layer.weight.t() if layer.transposed else layer.weight)
+        for number, (segment, keep) in enumerate(zip(segments, keeps, strict=True)):
+            push, seen = segment.view(dy), segment.view(given)
+            seen = seen if keep is None else seen * keep
+            for place, pair in enumerate(pairs):
+                a, b, scale = pair.of(segment)
+                dz = torch.bmm(push, b).mul_(scale)
+                if pair.grad_a is not None:
+                    z = inner[number * len(pairs) + place]
+                    pair.write(segment.first, segment.stop, torch.bmm(dz.mT, seen), torch.bmm(push.mT, z))
+                if dx is not None:
+                    back = segment.view(dx)
+                    if keep is None:
+                        back.baddbmm_(dz, a)
+                    else:
+                        back.add_(torch.bmm(dz, a).mul_(keep))
+        for pair in pairs:
+            pair.written = True
+        return None if dx is None else dx.view(ctx.shape), None, None, None  # type: ignore[attr-defined]
+
+
+def find_targets(model: nn.Module, targets: Sequence[str] | str, *, head: nn.Module | None) -> list[str]:
+    """Return the full names of the modules to adapt, in the model's order.
+
+    targets: name endings as in PEFT (`q_proj` matches every `...q_proj`), or "all-linear" (all but the output head,
+    and but those that PEFT keeps no adapter on).
+    Raises ModelError if a name matches nothing, or matches a module that cannot be adapted, or none is named.
+    """
+    linear = [name for name, module in _linears(model) if module is not head]
+    barred = _barred(model, {_ending(name) for name in linear})
+    linear = [name for name in linear if _ending(name) not in barred]
+    endings = sorted({_ending(name) for name in linear})
+    if targets == "all-linear" and linear:
+        return linear
+    choice = f"its linear layers end in: {', '.join(endings) or '(it has none)'}"
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    if not wanted or not linear:
+        raise ModelError(f"lora.target_modules: found no layer of {type(model).__name__} to adapt; {choice}")
+    chosen: set[str] = set()
+    for target in wanted:
+        matches = [name for name, _ in model.named_modules() if name == target or name.endswith("." + target)]
+        if not matches:
+            raise ModelError(
+                f"lora.target_modules: '{target}' names no module of {type(model).__name__}{nearest(target, endings)}; "
+                f"{choice} (or use all-linear)"
+            )
+        odd = [name for name in matches if name not in linear]
+        if odd and _ending(odd[0]) in barred:
+            raise ModelError(
+                f"lora.target_modules: PEFT keeps no adapter on '{odd[0]}' of {type(model).__name__}, so none could be "
+                f"exported; {choice}"
+            )
+        if odd:
+            kind = type(model.get_submodule(odd[0])).__name__
+            raise ModelError(
+                f"lora.target_modules: '{odd[0]}' is a {kind}; adapters go on linear layers below the head"
+            )
+        chosen.update(matches)
+    return [name for name in linear if name in chosen]
+
+
+def install(model: nn.Module, names: Sequence[str], stack: Stack) -> list[tuple[str, int, int]]:
+    """Replace the named layers by stacked ones; return (name, in, out) of each, in order."""
+    shapes = []
+    for slot, name in enumerate(names):
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear | Conv1D)
+        layer = StackedLinear(base, stack, name=name, slot=slot)
+        model.set_submodule(name, layer)
+        first, second = base.weight.shape
+        shapes.append((name, first, second) if layer.transposed else (name, second, first))
+    return shapes
+
+
+# In models with Mamba layers PEFT takes these for read by a fused kernel without being called.
+_MAMBA = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
+_NOT_IN_MAMBA = frozenset({"out_proj", "conv1d"})
+
+
+def _barred(model: nn.Module, endings: Iterable[str]) -> frozenset[str]:
+    """Return the endings of linear layers on which PEFT keeps no adapter.
+
+    In mixtures of experts it reads `gate_proj` as part of the fused experts even where it names a layer of its own.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    barred = set(_NOT_IN_MAMBA if kind in _MAMBA else ())
+    for ending in endings:
+        asked = LoraConfig(target_modules=[ending])
+        try:
+            convert_peft_config_for_transformers(asked, model, None)
+        except ValueError:  # only together with the layers it is fused with
+            barred.add(ending)
+        if ending not in (asked.target_modules or ()):
+            barred.add(ending)
+    return frozenset(barred)
+
+
+def _ending(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and _is_linear(module):
+            yield name, module
+
+
+def _is_linear(module: nn.Linear | Conv1D) -> bool:
+    """Some subclasses do W x + b in their own way (Falcon), others do more (routers): those are tried on one input."""
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
+    x = torch.ones(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    try:
+        with torch.no_grad():
+            y = module(x)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return isinstance(y, Tensor) and torch.allclose(y, functional.linear(x, weight, module.bias), rtol=1e-2, atol=1e-3)

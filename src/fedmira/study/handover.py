@@ -1,0 +1,134 @@
+"""What a run hands over at its end: one PEFT folder per client, each with a card of what it is and how it scores."""
+
+import csv
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmira.adapters import Adapters
+from fedmira.adapters.ranks import is_mixed
+from fedmira.disk.files import write_atomic
+from fedmira.disk.folders import RunFolder
+from fedmira.engine.federation import Observer, first_state
+from fedmira.export.card import Card, licence_of, model_card
+from fedmira.export.peft_folder import count_exported, depth_of, describe, export_adapter, short_targets
+from fedmira.methods.base import Method
+from fedmira.study.assemble import Prepared
+
+LINK_BYTES = 1 << 30  # adapters that are more than this together share one file where they are equal
+
+Pair = tuple[float | None, float | None]
+
+
+def write_adapters(
+    folder: RunFolder, prepared: Prepared, serve: Callable[[Tensor], Adapters], observer: Observer
+) -> None:
+    """Write one PEFT folder per client of a run that has been tested; its facts and scores are read from its folder.
+
+    Clients with the same adapter, as all of a shared method and those never drawn of a personal one, get hard links to
+    one read-only file where there are so many that copies would fill the disk.
+    """
+    facts = folder.facts
+    method = prepared.methods[facts["label"], facts["seed"]]
+    federation = prepared.federation.under(method)
+    prompts = federation.layout.virtual_tokens > 0
+    own = method.personal or method.tune is not None
+    one = not own and len(first_state(federation, method, facts["seed"]).adapters) == 1  # else one of each group
+    targets = short_targets([name for name, _, _ in federation.base.shapes], prepared.linears)
+    scores = _scores(folder)
+    drawn = count_drawn(method, folder.records(), [client.id for client in federation.clients])
+    links = len(federation) * count_exported(federation.layout) * 4 > LINK_BYTES
+    pool = (sum(len(one.train) for one in federation.clients), sum(one.trained_tokens for one in federation.clients))
+    common: dict[tuple[tuple[int, ...], str], Path] = {}  # ranks and sha256 of a row that others may have -> its folder
+    for position, client in enumerate(federation.clients):
+        served = serve(torch.tensor([position]))
+        place = folder.adapters / client.id
+        card: Card = {
+            "client": client.id,
+            "group": client.group,
+            "method": facts["method"],
+            "settings": facts["settings"],
+            "rounds": facts["rounds"],
+            "seed": facts["seed"],
+            "base_sha256": facts["base_fingerprint"],
+            "licence": licence_of(client.columns),
+            "scores": scores.get(client.id, {}),
+            "version": facts["versions"]["fedmira"],
+            "date": facts["started"][:10],
+        }
+        if not prompts:
+            card["targets"] = sorted({name.rsplit(".", 1)[-1] for name, _, _ in federation.base.shapes})
+            card["layers"] = len(federation.base.shapes)
+        if method.trains != "nobody":
+            trained = pool if method.trains == "pool" else (len(client.train), client.trained_tokens)
+            card["examples"], card["trained_tokens"] = trained
+        card["personal"] = own
+        card["grouped"] = not own and not one
+        card["cut"] = not own and method.trains == "sampled" and is_mixed(federation.ranks)
+        if drawn[client.id] or method.tune is None:  # a card takes a personal adapter never drawn for the common start
+            card["drawn"] = drawn[client.id]
+        model = federation.config.model
+        digest = hashlib.sha256(served.rows.numpy().tobytes()).hexdigest() if links else ""
+        key = tuple(served.ranks.flatten().tolist()), digest
+        like = common.get(key)
+        if like is None or not _link(like, place):
+            export_adapter(
+                place,
+                served,
+                base_model=model.base_model,
+                revision=model.revision,
+                target_modules=targets,
+                fan_in_fan_out=federation.base.transposed,
+                depth=depth_of(federation.base.model.config) if prompts else None,
+                card=card,
+            )
+            if links and not (own and (drawn[client.id] or method.tune is not None)):
+                common[key] = place
+        else:
+            linked: Card = {**card, **describe(served)}
+            write_atomic(place / "README.md", model_card(model.base_model, linked, revision=model.revision).encode())
+        observer("export", {"done": position + 1, "clients": len(federation)})
+
+
+def count_drawn(method: Method, records: Sequence[Mapping[str, Any]], clients: Sequence[str]) -> Mapping[str, int]:
+    """Return in how many rounds each client's data were trained on: a pool takes everybody's in every round."""
+    if method.trains == "pool":
+        return dict.fromkeys(clients, len(records))
+    return Counter(
+        name for record in records for name, steps in zip(record["clients"], record["steps"], strict=True) if steps
+    )
+
+
+def _link(like: Path, place: Path) -> bool:
+    """Give a new folder another's adapter: a hard link to its weights, a copy of its config. False: no link is taken.
+
+    The weights become read-only: written through one name, they would change under all.
+    """
+    weights = "adapter_model.safetensors"
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(like / weights, place / weights)
+    except OSError:  # a file system without links, or one that takes no more of them
+        return False
+    (like / weights).chmod(0o444)
+    shutil.copyfile(like / "adapter_config.json", place / "adapter_config.json")
+    return True
+
+
+def _scores(folder: RunFolder) -> dict[str, dict[str, Pair]]:
+    """Read results.csv: client -> test metric -> (untouched base, after the last round); None = n/a."""
+    with (folder.path / "results.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    found: dict[str, dict[str, Pair]] = {}
+    for row in rows:
+        value = float(row["value"]) if row["value"] else None
+        base, _ = found.setdefault(row["client"], {}).get(row["metric"], (None, None))
+        found[row["client"]][row["metric"]] = (value, None) if row["round"] == "0" else (base, value)
+    return found

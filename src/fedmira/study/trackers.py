@@ -1,0 +1,235 @@
+"""Optional trackers: every round's losses, bytes and seconds in TensorBoard or trackio, where `report_to` asks for it.
+
+Both write inside the study and reach no network. TensorBoard's events lie in STUDY/<method>/seed-<n>/tensorboard (to
+see them: `tensorboard --logdir STUDY`), trackio's database in STUDY/.trackio (`TRACKIO_DIR=STUDY/.trackio trackio
+show`). What a run has tracked is written anew from metrics.jsonl when it goes on: after a resume, and after any crash,
+nothing is there twice and nothing is missing. A tracker that fails is told of once, and the run goes on without it.
+"""
+
+import fcntl
+import importlib.util
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedmira.disk.folders import TRACKIO_FOLDER, RunFolder
+from fedmira.engine.federation import Observer
+from fedmira.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+PROJECT = "fedmira"  # trackio's name for a database; there is one in each study
+END_S = 60  # for trackio to write what it still holds
+_PROGRAM = Path(__file__).with_name("trackio_program.py")
+# What could make trackio send anything anywhere; its folder is set below.
+_REMOTE = ("TRACKIO_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SPACE_ID")
+
+
+class Tracker(Protocol):
+    """Where a run's numbers go."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError, naming the extra to install, if a tracker's package is not there. Nothing is imported."""
+    missing = [name for name in names if not _is_installed(name)]
+    if missing:
+        faults = [
+            f"report_to: {name} is not installed; install it with pip install 'fedmira[{name}]', or take it out of "
+            "report_to"
+            for name in missing
+        ]
+        raise ConfigError(faults)
+
+
+def measures(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return what is tracked of one line of metrics.jsonl: finite numbers only, of no client by itself.
+
+    train_loss and validation_loss in nats per labelled token, the first a mean over the sampled clients.
+    """
+    trained = [value for value in record["train_loss"] if value is not None and math.isfinite(value)]
+    values = {
+        "train_loss": sum(trained) / len(trained) if trained else None,
+        **{name: record[name] for name in ("validation_loss", "bytes_up", "bytes_down", "seconds")},
+    }
+    return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+@contextmanager
+def tracking(names: Sequence[str], study: Path, observer: Observer) -> Iterator[Observer]:
+    """Give an observer that passes everything on to `observer`, and every round to the trackers of those names too."""
+    if not names:
+        yield observer
+        return
+    trackers = Trackers(tuple(names), study, observer)
+    try:
+        yield trackers
+    finally:
+        trackers.close()
+
+
+@dataclass(eq=False)
+class Trackers:
+    """Follows the runs of a study one after another; `run` opens nothing yet, its first round does."""
+
+    names: Sequence[str]
+    study: Path
+    observer: Observer
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of the run under way
+    folder: RunFolder | None = None  # None between runs
+    opened: dict[str, Tracker] | None = None  # None before the first round
+
+    def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
+        self.observer(event, facts)
+        if event == "run":
+            self.close()
+            self.folder, self.facts = RunFolder(facts["folder"]), facts["facts"]
+        elif event == "round":
+            self._follow(asdict(facts["record"]))
+        elif event == "complete":
+            self._follow(None)
+            self.close()
+
+    def close(self) -> None:
+        """End what is open."""
+        for name, tracker in list((self.opened or {}).items()):
+            with self._guarded(name):
+                tracker.close()
+        self.opened, self.folder = None, None
+
+    def _follow(self, record: Mapping[str, Any] | None) -> None:
+        """Log one round; the first time, all that metrics.jsonl has by now, this round included."""
+        if self.folder is None:
+            return
+        records: Sequence[Mapping[str, Any]] = [] if record is None else [record]
+        if self.opened is None:
+            self.opened = {}
+            for name in self.names:
+                with self._guarded(name):
+                    self.opened[name] = self._open(name, self.folder)
+            records = self.folder.records()
+        for one in records:
+            for name, tracker in list(self.opened.items()):
+                with self._guarded(name):
+                    tracker.log(one["round"], measures(one))
+
+    def _open(self, name: str, folder: RunFolder) -> Tracker:
+        if name == "tensorboard":
+            return TensorBoard(folder.path / "tensorboard")
+        return Trackio(self.study / TRACKIO_FOLDER, self.facts)
+
+    @contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
+        """Drop a tracker that fails for the rest of the run, which is worth more."""
+        try:
+            yield
+        except Exception as error:
+            (self.opened or {}).pop(name, None)
+            where = "" if self.folder is None else f" of '{self.folder.path}'"
+            log.warning("report_to: %s failed (%s); the rounds%s are in metrics.jsonl", name, _kind(error), where)
+
+
+class TensorBoard:
+    """Event files in a folder of the run; those of an earlier start are replaced."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, and the package may not be there
+
+        folder.mkdir(exist_ok=True)
+        for path in folder.glob("events.out.tfevents.*"):
+            path.unlink()
+        self.writer: Any = SummaryWriter(str(folder))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Trackio:
+    """A process of its own that logs to trackio what it reads, line by line, until its input ends.
+
+    trackio takes its folder from the environment when it is imported, once for a process, talks on standard output,
+    and would follow the name of a Space or server in the environment. None of that reaches this process so.
+    """
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        about = {"method": facts["method"], "seed": facts["seed"], "rounds": facts["rounds"]}
+        request = json.dumps([PROJECT, f"{facts['label']}/seed-{facts['seed']}", facts["label"], about])
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(_REMOTE)}
+        quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN_PATH": os.devnull, "SYSTEM": ""}
+        folder.mkdir(exist_ok=True)
+        with _held(folder) as handle:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-W", "ignore", str(_PROGRAM), request],  # -P: no module of the current folder
+                env={**kept, **quiet, "TRACKIO_DIR": str(folder.absolute())},
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is ours: it reads to the end what it was given
+                pass_fds=[handle],
+            )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write((json.dumps([step, dict(values)]) + "\n").encode())
+        except BrokenPipeError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        code = self.process.wait(END_S)
+        if code != 0:
+            raise ChildProcessError(f"trackio ended with {code}")
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[int]:
+    """Wait until no process that an earlier start left behind writes there; give a handle that keeps others waiting.
+
+    The lock lasts until all who have the handle are gone: a killed run's process may still read what it was given.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        until = time.monotonic() + END_S
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _kind(error: Exception) -> str:
+    """Return what kind of error it was; of our own, its words too. Others' words may say anything."""
+    return str(error) if isinstance(error, ChildProcessError) else type(error).__name__
+
+
+def _is_installed(name: str) -> bool:
+    """Is there such a package? A mere folder of that name beside a script is none."""
+    found = importlib.util.find_spec(name)
+    return found is not None and found.origin is not None

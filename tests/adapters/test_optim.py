@@ -1,0 +1,134 @@
+"""Optimizers over rows are torch's, client by client; clipping is each client's own."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedmira.adapters.optim import Optimizer, OptimizerMemory, adamw, clip_, sgd
+
+P = 5
+
+CASES: dict[str, tuple[Optimizer, Callable[[list[Tensor]], torch.optim.Optimizer]]] = {
+    "adamw": (
+        adamw(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+        lambda own: torch.optim.AdamW(own, lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+    ),
+    "adamw without decay": (adamw(), lambda own: torch.optim.AdamW(own, lr=0.1, weight_decay=0.0)),
+    "sgd": (sgd(), lambda own: torch.optim.SGD(own, lr=0.1)),
+    "sgd, momentum and decay": (
+        sgd(momentum=0.9, weight_decay=0.1),
+        lambda own: torch.optim.SGD(own, lr=0.1, momentum=0.9, weight_decay=0.1),
+    ),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def pair(
+    request: pytest.FixtureRequest,
+) -> tuple[Optimizer, Callable[[list[Tensor]], torch.optim.Optimizer]]:
+    return request.param
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def head(memory: OptimizerMemory, count: int) -> OptimizerMemory:
+    return {name: value[:count] for name, value in memory.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rows_move_as_torch_moves_them_although_clients_stop_at_different_steps(
+    pair: tuple[Optimizer, Callable[[list[Tensor]], torch.optim.Optimizer]], dtype: torch.dtype
+) -> None:
+    ours, theirs = pair
+    rows = draw(3, P, dtype=dtype)
+    judged = [row.clone().requires_grad_() for row in rows]
+    judges = [theirs([row]) for row in judged]
+    memory = ours.start(rows)
+    for step, working in enumerate((3, 3, 2, 1, 1)):
+        gradient = draw(working, P, seed=10 + step, dtype=dtype)
+        for row, judge, push in zip(judged, judges, gradient, strict=False):
+            row.grad = push.clone()
+            judge.step()
+        ours.update(rows[:working], gradient, head(memory, working), 0.1)
+    tight = dtype == torch.float64
+    expected = torch.stack([row.detach() for row in judged])
+    torch.testing.assert_close(rows, expected, rtol=1e-12 if tight else 1e-5, atol=1e-14 if tight else 1e-6)
+
+
+def test_a_finished_client_keeps_row_moments_and_step_count(
+    pair: tuple[Optimizer, Callable[[list[Tensor]], torch.optim.Optimizer]],
+) -> None:
+    ours, _ = pair
+    rows = draw(2, P)
+    memory = ours.start(rows)
+    ours.update(rows, draw(2, P, seed=1), memory, 0.1)
+    still = [rows[1].clone(), *(value[1].clone() for value in memory.values())]
+    ours.update(rows[:1], draw(1, P, seed=2), head(memory, 1), 0.1)
+    assert all(
+        torch.equal(now, then) for now, then in zip([rows[1], *(v[1] for v in memory.values())], still, strict=True)
+    )
+
+
+def test_memory_holds_the_named_keys_with_a_client_axis(
+    pair: tuple[Optimizer, Callable[[list[Tensor]], torch.optim.Optimizer]],
+) -> None:
+    ours, _ = pair
+    memory = ours.start(draw(4, P))
+    assert set(memory) == set(ours.keys)
+    assert all(len(value) == 4 for value in memory.values())
+
+
+def test_the_first_step_of_adamw_is_the_learning_rate_in_the_direction_of_the_gradient() -> None:
+    rows = torch.zeros(1, 2)
+    optimizer = adamw()
+    optimizer.update(rows, torch.tensor([[3.0, -0.001]]), optimizer.start(rows), 0.5)
+    assert rows.tolist()[0] == pytest.approx([-0.5, 0.5], abs=1e-4)
+
+
+def test_momentum_by_hand() -> None:
+    """g = 1 twice, momentum 1/2, lr 1: b = 1, then 1.5; w = -1, then -2.5."""
+    rows = torch.zeros(1, 1)
+    optimizer = sgd(momentum=0.5)
+    memory = optimizer.start(rows)
+    for expected in (-1.0, -2.5):
+        optimizer.update(rows, torch.ones(1, 1), memory, 1.0)
+        assert rows.item() == expected
+
+
+def test_sgd_without_momentum_keeps_nothing() -> None:
+    assert sgd().start(torch.zeros(2, 2)) == {}
+
+
+def test_clipping_scales_each_client_by_its_own_norm() -> None:
+    gradient = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0], [30.0, 40.0]])
+    before = clip_(gradient, 1.0)
+    assert before.tolist() == pytest.approx([5, 0.5, 0, 50])
+    assert gradient.tolist() == [pytest.approx(row) for row in ([0.6, 0.8], [0.3, 0.4], [0, 0], [0.6, 0.8])]
+
+
+def test_a_gradient_below_the_limit_keeps_its_bits() -> None:
+    gradient = draw(3, P, dtype=torch.float32)
+    before = gradient.clone()
+    clip_(gradient, 100.0)
+    assert torch.equal(gradient, before)
+
+
+def test_clipping_agrees_with_torch_up_to_its_millionth() -> None:
+    gradient = draw(1, P)
+    row = torch.zeros(P, dtype=torch.float64, requires_grad=True)
+    row.grad = gradient[0].clone()
+    norm = torch.nn.utils.clip_grad_norm_([row], 0.5)
+    before = clip_(gradient, 0.5)
+    assert float(before) == pytest.approx(float(norm))
+    assert row.grad is not None
+    torch.testing.assert_close(gradient[0], row.grad, rtol=1e-5, atol=0)
+
+
+def test_a_gradient_whose_square_overflows_float32_is_still_clipped() -> None:
+    gradient = torch.full((1, 4), 1e30)
+    clip_(gradient, 1.0)
+    assert gradient.tolist()[0] == pytest.approx([0.5] * 4)

@@ -1,0 +1,232 @@
+"""Study and run folders: nothing saved is overwritten, and what a crash left half-written is cut back."""
+
+import csv
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests import small_study
+
+from fedmira.config.faults import check_config
+from fedmira.config.sections import Config
+from fedmira.disk.folders import RESULT_COLUMNS, Result, RoundRecord, RunFolder, StudyFolder, find_study
+from fedmira.errors import StoreError
+
+FACTS = {"state": "running", "label": "local", "seed": 3}
+
+
+def config() -> Config:
+    return check_config(small_study.settings(Path("base"), Path("data.jsonl"), Path("out")))
+
+
+def record(number: int) -> RoundRecord:
+    return RoundRecord(
+        round=number,
+        clients=["ada"],
+        answered=["ada"],
+        train_loss=[1 / 3],
+        steps=[2],
+        loss_before=[None],
+        loss_after=[0.1 + 0.2],
+        validation_loss=None,
+        bytes_up=4,
+        bytes_down=4,
+        seconds_training=0.1,
+        seconds_merge=0.1,
+        seconds=0.2,
+        tokens=9,
+    )
+
+
+def result(number: int, *, split: Any = "validation", value: float | None = 0.5) -> Result:
+    return Result("ada", number, "personal", split, "loss", value)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run after round 2, tested once at its end."""
+    folder = RunFolder(tmp_path / "study" / "local" / "seed-3")
+    folder.create(config(), FACTS, {"ada": {"folder": "ada"}})
+    folder.append(None, [result(0), result(0, split="test")])
+    for number in (1, 2):
+        folder.append(record(number), [result(number)])
+    folder.append(None, [result(2, split="test")])
+    return folder
+
+
+def rows(run: RunFolder) -> list[tuple[str, str]]:
+    """(round, split) of results.csv."""
+    lines = list(csv.reader((run.path / "results.csv").read_text().splitlines()))
+    assert tuple(lines[0]) == RESULT_COLUMNS
+    return [(row[3], row[5]) for row in lines[1:]]
+
+
+def rounds(run: RunFolder) -> list[int]:
+    return [line["round"] for line in run.records()]
+
+
+START = [("0", "validation"), ("0", "test")]
+
+
+def test_a_new_run_has_the_files_that_say_what_it_is(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create(config(), FACTS, {})
+    assert {path.name for path in folder.path.iterdir()} == {
+        "config.yaml",
+        "clients.json",
+        "run.json",
+        "results.csv",
+        "metrics.jsonl",
+    }
+
+
+def test_a_run_made_again_after_a_crash_has_its_header_once(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create(config(), FACTS, {})
+    (folder.path / "run.json").unlink()
+    folder.create(config(), FACTS, {})
+    assert (folder.path / "results.csv").read_text() == ",".join(RESULT_COLUMNS) + "\n"
+
+
+def test_numbers_are_written_so_that_they_come_back_to_the_bit(run: RunFolder) -> None:
+    assert run.records()[0]["loss_after"] == [0.1 + 0.2]
+    run.append(None, [result(2, value=0.1 + 0.2), result(2, value=None)])
+    last = (run.path / "results.csv").read_text().splitlines()[-2:]
+    assert last == [
+        "ada,local,3,2,personal,validation,loss,0.30000000000000004",
+        "ada,local,3,2,personal,validation,loss,",
+    ]
+
+
+def test_cutting_back_to_a_round_keeps_the_rounds_up_to_it_and_no_final_test(run: RunFolder) -> None:
+    run.cut_back(1)
+    assert rounds(run) == [1]
+    assert rows(run) == [*START, ("1", "validation")]
+
+
+def test_cutting_back_to_the_last_round_drops_the_final_test_only(run: RunFolder) -> None:
+    run.cut_back(2)
+    assert rounds(run) == [1, 2]
+    assert rows(run) == [*START, ("1", "validation"), ("2", "validation")]
+
+
+def test_cutting_back_to_the_start_drops_everything_because_all_is_written_again(run: RunFolder) -> None:
+    run.cut_back(0)
+    assert rounds(run) == []
+    assert rows(run) == []
+
+
+def test_a_line_that_a_crash_cut_short_is_dropped(run: RunFolder) -> None:
+    for name in ("metrics.jsonl", "results.csv"):
+        path = run.path / name
+        path.write_bytes(path.read_bytes()[:-9])
+    run.cut_back(2)
+    assert rounds(run) == [1]
+    assert rows(run) == [*START, ("1", "validation"), ("2", "validation")]
+
+
+def test_cutting_back_twice_changes_nothing_more(run: RunFolder) -> None:
+    run.cut_back(1)
+    once = [(run.path / name).read_bytes() for name in ("metrics.jsonl", "results.csv")]
+    run.cut_back(1)
+    assert [(run.path / name).read_bytes() for name in ("metrics.jsonl", "results.csv")] == once
+
+
+def test_an_update_changes_its_keys_and_keeps_the_others(run: RunFolder) -> None:
+    run.update(state="complete", bytes_up=7)
+    assert run.facts == {"schema": 1, **FACTS, "state": "complete", "bytes_up": 7}
+
+
+def test_a_run_of_another_schema_is_refused(run: RunFolder) -> None:
+    (run.path / "run.json").write_text(json.dumps({"schema": 99}))
+    with pytest.raises(StoreError, match="schema 99, this version reads 1"):
+        _ = run.facts
+
+
+def test_log_records_go_to_the_runs_log_while_it_is_under_way_and_not_after(run: RunFolder) -> None:
+    log = logging.getLogger("fedmira.test")
+    with run.logging():
+        log.warning("inside")
+    log.warning("outside")
+    assert "inside" in (run.path / "log.txt").read_text()
+    assert "outside" not in (run.path / "log.txt").read_text()
+
+
+# ---------------------------------------------------------------- studies
+
+
+def test_a_study_is_made_in_a_new_or_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "empty", tmp_path / "a" / "new"):
+        StudyFolder(place).create(config())
+        assert StudyFolder(place).config() == config()
+
+
+def test_a_folder_that_holds_a_study_is_refused_with_the_three_ways_on(tmp_path: Path) -> None:
+    StudyFolder(tmp_path).create(config())
+    with pytest.raises(
+        StoreError, match=r"already holds a study; go on with 'fedmira resume .*output_dir=.*--overwrite"
+    ):
+        StudyFolder(tmp_path).create(config())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("foreign", ["thesis.tex", "photos/1.jpg", "local/notes.txt", "local/seed-3"])
+def test_a_folder_with_anything_else_in_it_is_never_overwritten(overwrite: bool, foreign: str, tmp_path: Path) -> None:
+    StudyFolder(tmp_path).create(config())
+    path = tmp_path / foreign
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(StoreError, match="holds files that are no study's"):
+        StudyFolder(tmp_path).check_free(overwrite=overwrite)
+    with pytest.raises(StoreError):
+        StudyFolder(tmp_path).clear()
+    assert path.read_text() == "mine"
+
+
+def test_a_study_is_cleared_whole(run: RunFolder) -> None:
+    study = StudyFolder(run.path.parent.parent)
+    study.path.joinpath("config.yaml").write_text("x")
+    study.clear()
+    assert list(study.path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(StoreError, match="is a file"):
+        StudyFolder(tmp_path / "out").create(config())
+    with pytest.raises(StoreError, match="cannot be made"):
+        StudyFolder(tmp_path / "out" / "study").create(config())
+
+
+def test_what_a_crash_before_the_first_rename_left_is_no_study(tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml.tmp").write_text("half")
+    StudyFolder(tmp_path).create(config())
+    assert StudyFolder(tmp_path).config() == config()
+
+
+def test_a_study_in_use_is_refused_to_a_second_process(tmp_path: Path) -> None:
+    with StudyFolder(tmp_path).held(), pytest.raises(StoreError, match="in use"), StudyFolder(tmp_path).held():
+        pass
+
+
+def test_a_study_is_free_again_afterwards(tmp_path: Path) -> None:
+    for _ in range(2):
+        with StudyFolder(tmp_path).held():
+            pass
+
+
+def test_a_study_is_found_by_itself_or_by_one_of_its_runs(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = run.path.parent.parent
+    StudyFolder(study).path.joinpath("config.yaml").write_text("x")
+    assert find_study(study) == (StudyFolder(study), None)
+    assert find_study(run.path) == (StudyFolder(study), run)
+    monkeypatch.chdir(run.path)
+    assert find_study(Path()) == (StudyFolder(study), RunFolder(Path()))
+
+
+def test_a_path_that_is_neither_study_nor_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"neither run\.json nor config\.yaml"):
+        find_study(tmp_path)

@@ -1,0 +1,188 @@
+"""From a config to clients: what each setting of `data` does to real files, before any weights are read."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests import small_study
+
+from fedmira.config.faults import check_config
+from fedmira.errors import ConfigError, DataError, MethodError
+from fedmira.study.assemble import Intake, prepare, take_in
+from fedmira.study.face import silent
+
+KINDS = ("red", "green", "blue")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_study.save_base(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """120 rows sorted by kind, each with a prompt of its own."""
+    made = [
+        {
+            "prompt": f"w{index % 20 + 2} w{index // 20 + 2}",
+            "completion": "w9",
+            "kind": KINDS[index // 40],
+            "place": index,
+        }
+        for index in range(120)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+def take(base: Path, rows: Path, /, **data: Any) -> Intake:
+    options: dict[str, Any] = {"split": {"validation": 0, "test": 0}, "clients": {"by": "kind"}, **data}
+    raw = small_study.settings(base, rows, rows.parent / "study")
+    raw["data"] = {"path": str(rows), "max_length": 12, **options}
+    return take_in(check_config(raw), lambda event, facts: None)[1]
+
+
+def sizes(intake: Intake) -> list[int]:
+    return [len(client.train) for client in intake.clients]
+
+
+@pytest.mark.parametrize(
+    ("partitioner", "clients"),
+    [
+        ({"name": "iid", "num_partitions": 7}, 7),
+        ({"name": "IidPartitioner", "num_partitions": 7, "shuffle": False}, 7),
+        ({"name": "size", "partition_sizes": [20, 60, 40]}, 3),
+        ({"name": "linear", "num_partitions": 5}, 5),
+        ({"name": "square", "num_partitions": 4}, 4),
+        ({"name": "exponential", "num_partitions": 3}, 3),
+        ({"name": "dirichlet", "num_partitions": 6, "partition_by": "kind", "alpha": 0.5, "min_partition_size": 2}, 6),
+        ({"name": "Pathological", "num_partitions": 6, "partition_by": "kind", "num_classes_per_partition": 2}, 6),
+        ({"name": "shard", "num_partitions": 6, "partition_by": "kind", "num_shards_per_partition": 2}, 6),
+        ({"name": "natural_id", "partition_by": "kind"}, 3),
+    ],
+)
+def test_every_partitioner_gives_every_example_to_exactly_one_client(
+    partitioner: Mapping[str, Any], clients: int, base: Path, rows: Path
+) -> None:
+    intake = take(base, rows, clients={"partitioner": partitioner})
+    assert len(intake.clients) == clients
+    assert sum(sizes(intake)) == 120
+    assert intake.left_out == 0
+    prompts = sorted(example.ids for client in intake.clients for example in client.train)
+    everything = take(base, rows, clients={"by": "kind"})
+    assert prompts == sorted(example.ids for client in everything.clients for example in client.train)
+
+
+def test_iid_clients_of_a_sorted_file_are_alike_unless_told_otherwise(base: Path, rows: Path) -> None:
+    def kinds(shuffle: bool) -> list[int]:
+        made = take(base, rows, clients={"partitioner": {"name": "iid", "num_partitions": 3, "shuffle": shuffle}})
+        third = [example.ids[1] for client in made.clients for example in client.train]
+        return [len(set(third[start : start + 40])) for start in (0, 40, 80)]
+
+    assert kinds(False) == [2, 2, 2]
+    assert min(kinds(True)) > 2
+
+
+def test_a_partitioner_follows_its_own_seed_or_that_of_the_data(base: Path, rows: Path) -> None:
+    def deal(seed: int | None, own: int | None = None) -> list[tuple[int, ...]]:
+        chosen = {"name": "iid", "num_partitions": 4, "seed": own}
+        made = take(base, rows, clients={"partitioner": chosen}, seed=seed or 0)
+        return [example.ids for example in made.clients[0].train]
+
+    assert deal(1) == deal(1) == deal(7, own=1)
+    assert deal(1) != deal(2)
+
+
+def test_what_a_partitioner_leaves_out_is_counted(base: Path, rows: Path) -> None:
+    intake = take(base, rows, clients={"partitioner": {"name": "size", "partition_sizes": [10, 20]}})
+    assert (sizes(intake), intake.left_out, intake.examples) == ([10, 20], 90, 120)
+
+
+def test_clients_of_a_partitioner_have_a_group_only_where_a_column_names_it(base: Path, rows: Path) -> None:
+    chosen = {"name": "size", "partition_sizes": [40, 40, 40], "shuffle": False}
+    assert {client.group for client in take(base, rows, clients={"partitioner": chosen}).clients} == {None}
+    grouped = take(base, rows, clients={"partitioner": chosen, "groups": "kind"})
+    assert [(client.id, client.group) for client in grouped.clients] == [
+        ("client-0", "red"),
+        ("client-1", "green"),
+        ("client-2", "blue"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("clients", "message"),
+    [
+        ({"partitioner": {"name": "dirichlet", "num_partitions": 2, "partition_by": "knid", "alpha": 1}}, "'knid'"),
+        ({"partitioner": {"name": "size", "partition_sizes": [121]}}, "121"),
+        ({"partitioner": {"name": "iid", "num_partitions": 121}}, "121"),
+        ({"by": "knid"}, r"no column 'knid' \(did you mean 'kind'\?\).*partitioner: \{name: iid"),
+    ],
+)
+def test_clients_that_cannot_be_formed_are_refused_with_what_to_do(
+    clients: Mapping[str, Any], message: str, base: Path, rows: Path
+) -> None:
+    with pytest.raises(DataError, match=message):
+        take(base, rows, clients=clients)
+
+
+def test_plain_text_takes_no_template_and_no_written_answers(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "w3 w4 w5", "kind": "a"}\n' * 3)
+    raw = small_study.settings(base, path, tmp_path / "study", evaluation={"metrics": ["loss", "rouge_l"]})
+    raw["data"] = {"path": str(path), "max_length": 12, "template": "alpaca", "clients": {"by": "kind"}}
+    with pytest.raises(ConfigError) as caught:
+        take_in(check_config(raw), lambda event, facts: None)
+    assert "data.template: found 'alpaca'" in str(caught.value)
+    assert "evaluation.metrics: found rouge_l" in str(caught.value)
+    raw["data"]["template"], raw["evaluation"]["metrics"] = "auto", ["loss"]
+    _, intake = take_in(check_config(raw), lambda event, facts: None)
+    [client] = intake.clients
+    assert client.train[0].prompt_length == 1  # there is one token to predict from
+    assert client.train[0].labels == 4  # three words and the end
+
+
+def test_a_template_of_ones_own_reaches_the_examples(base: Path, rows: Path) -> None:
+    own = rows.parent / "own.jinja"
+    own.write_text("w7 {{ instruction }} w8")
+    plain, framed = take(base, rows).clients[0].train[0], take(base, rows, template=str(own)).clients[0].train[0]
+    assert framed.ids[1:-3] == plain.ids[:-2]
+    assert len(framed.ids) == len(plain.ids) + 2
+
+
+def test_splits_that_the_data_names_are_kept_or_their_mixing_is_told(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "split.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": "w3", "completion": f"w{place}", "kind": "a", "split": split}) + "\n"
+            for split, count in (("train", 6), ("test", 2))
+            for place in range(3, 3 + count)
+        )
+    )
+    mixed, kept = take(base, path), take(base, path, split_column="split")
+    assert (mixed.pooled, kept.pooled) == (["test", "train"], ())
+    assert (len(mixed.clients[0].train), len(kept.clients[0].train), len(kept.clients[0].test)) == (8, 6, 2)
+
+
+def test_prompts_that_run_into_their_answers_and_unknown_words_are_counted(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "glued.jsonl"
+    rows = [("w3?", "w4", "a"), ("w3? ", "w4", "a"), ("w3", " w4", "a"), ("w3 :", "w4", "a"), ("zebra", " zebra", "b")]
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c, "kind": k}) + "\n" for p, c, k in rows))
+    intake = take(base, path)
+    assert intake.glued == 1
+    assert 0 < intake.unknown < 1
+    assert take(base, path, template="alpaca").glued == 0
+
+
+def test_a_method_may_be_given_by_its_name_alone() -> None:
+    raw = small_study.settings(Path("b"), Path("d"), Path("s"), methods=["local", "mira"])
+    assert [entry.folder for entry in check_config(raw).methods] == ["local", "mira"]
+
+
+def test_a_fault_of_a_method_names_its_place(base: Path, rows: Path, tmp_path: Path) -> None:
+    methods = [{"name": "local"}, {"name": "groupavg", "column": "nope"}]
+    raw = small_study.settings(base, rows, tmp_path / "out", methods=methods, data={"clients": {"by": "kind"}})
+    with pytest.raises(MethodError, match=r"methods\.1 \(groupavg\): groupavg: column 'nope'"):
+        prepare(check_config(raw, "test"), silent)

@@ -1,0 +1,256 @@
+"""Looking before running: --dry-run, --show-example, init and doctor write nothing and tell the truth."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from tests import small_study
+from tests.small_study import CLIENTS, command, has_traceback
+
+from fedmira import bundled
+from fedmira.config.faults import check_config
+from fedmira.config.partitioners import PARTITIONERS
+from fedmira.config.sections import Config
+from fedmira.config.yaml_text import read_config
+from fedmira.disk import table
+from fedmira.disk.folders import RunFolder
+from fedmira.study import dry_run as preview
+from fedmira.study import face as study
+from fedmira.study import handover
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return small_study.save_base(folder / "base"), small_study.save_data(folder / "data.jsonl")
+
+
+@pytest.fixture
+def config(inputs: tuple[Path, Path], tmp_path: Path) -> Path:
+    return small_study.save_config(tmp_path / "config.yaml", small_study.settings(*inputs, tmp_path / "study"))
+
+
+# ---------------------------------------------------------------- what it will cost
+
+
+@pytest.mark.parametrize("length", [{"local_epochs": 2, "local_steps": None}, {"local_steps": 3}])
+def test_the_plan_counts_the_work_that_the_runs_then_do(
+    length: dict[str, int | None], inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    raw = small_study.settings(*inputs, tmp_path / "study", training=length, evaluation={"every": 2})
+    checked = check_config(raw)
+    plan = preview.plan_study(checked)
+    assert not (tmp_path / "study").exists()
+    done = study.run(checked)
+    for run in done.runs:
+        records = RunFolder(run.path).records()
+        assert {record["bytes_up"] + record["bytes_down"] for record in records} == {
+            plan.bytes_per_round[run.facts["label"]]
+        }
+        trained = sum(record["tokens"] for record in records)
+        assert plan.work[run.facts["label"]].trained == pytest.approx(
+            trained, rel=1e-9 if "local_epochs" in length else 0.05
+        )
+    facts = done.runs[0].facts
+    assert (plan.clients, plan.sampled, plan.cohort) == (facts["clients"], facts["sampled"], facts["cohort"])
+    assert plan.parameters == facts["parameters"]
+    adapters = sum(path.stat().st_size for path in (tmp_path / "study").glob("*/*/adapters/*/*.safetensors"))
+    assert plan.disk["adapters"] <= adapters <= plan.disk["adapters"] + 2000 * len(CLIENTS) * plan.runs  # and headers
+    checkpoints = sum(path.stat().st_size for path in (tmp_path / "study").glob("*/*/checkpoints/*/state.safetensors"))
+    assert 0 < checkpoints <= plan.disk["checkpoints"] + 2000 * plan.runs * small_study.ROUNDS
+
+
+def test_the_plan_adds_up_and_measured_what_it_says(config: Path) -> None:
+    plan = preview.plan_study(study.load_config(config))
+    assert plan.speeds.trained > 0
+    assert (plan.speeds.scored or 0) > 0
+    assert (plan.speeds.answer or 0) > 0
+    assert plan.total_seconds == pytest.approx(plan.start_seconds + sum(plan.run_seconds.values()))
+    assert plan.runs == 3
+    shares = [plan.work[label].trained for label in ("local", "fedavg", "mira")]
+    assert shares[0] == shares[1] == shares[2]
+    assert plan.work["fedavg"].scored > plan.work["local"].scored  # a shared model changes everybody's loss
+
+
+def test_the_plan_counts_rows_where_they_will_lie(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One round of 3 of 6 clients: 3 rows and 2 x 3 moments; fedavg's own are one row and as many moments."""
+
+    def plan(**changes: Any) -> preview.Plan:
+        raw = small_study.settings(*inputs, tmp_path / "study", federation={"rounds": 1}, **changes)
+        return preview.plan_study(check_config(raw))
+
+    kept = {"training": {"keep_optimizer": True}}
+    row = plan().memory["rows"] // 3
+    assert row > 4 * plan().parameters - 1
+    assert plan(**kept).memory["rows"] == 9 * row
+    assert plan(**kept).disk["rows"] == 0
+    copied = plan().disk["adapters"]
+    assert copied == 3 * 6 * 4 * plan().parameters
+    monkeypatch.setattr(table, "RAM_BYTES", row)
+    monkeypatch.setattr(handover, "LINK_BYTES", 0)
+    large = plan(**kept, methods=[{"name": "fedavg"}])
+    assert (large.memory["rows"], large.disk["rows"]) == (row, 6 * row)  # its one row stays in memory
+    assert large.disk["adapters"] == 4 * plan().parameters  # one file for all
+    large = plan(**kept)
+    assert (large.memory["rows"], large.disk["rows"]) == (row, 9 * row)
+    assert large.disk["adapters"] == (4 + 1 + 4) * 4 * plan().parameters  # one for those never drawn
+    assert large.disk["checkpoints"] == preview.COPIES * (9 + 7 + 9) * row
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(config: Path, tmp_path: Path) -> None:
+    ended = command("run", config, "--dry-run")
+    assert ended.code == 0, ended.err
+    for word in ("clients", "tokens", "truncation", "in one pass", "memory", "disk", "per round", "about", "tokens/s"):
+        assert word in ended.out, word
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_dry_run_in_json_is_the_plan(config: Path) -> None:
+    ended = command("run", config, "--dry-run", "--json")
+    assert (ended.code, ended.err) == (0, "")
+    assert json.loads(ended.out)["clients"] == len(CLIENTS)
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "thesis.tex").write_text("mine")
+    for overrides in (["lora.r=0"], [], ["data.path=none.jsonl", f"output_dir={tmp_path / 'other'}"]):
+        ended = command("run", config, "--dry-run", *overrides)
+        assert (ended.code, ended.out) == (2, "")
+        assert not has_traceback(ended.err)
+
+
+# ---------------------------------------------------------------- what the model gets
+
+
+def test_one_example_of_every_client_is_shown_with_what_is_trained_on(config: Path, tmp_path: Path) -> None:
+    ended = command("run", config, "--show-example")
+    assert ended.code == 0, ended.err
+    lines = [line for line in ended.out.splitlines() if line.startswith("--- ")]
+    assert [line.split()[1].rstrip(":") for line in lines] == list(CLIENTS)
+    assert ended.out.count("[[w") == len(CLIENTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_shown_pieces_are_the_whole_example(config: Path) -> None:
+    shown = json.loads(command("run", config, "--show-example", "--json").out)
+    for one in shown:
+        texts = [text for text, _ in one["pieces"]]
+        assert [trained for _, trained in one["pieces"]] == [False, True]
+        assert len(texts[0].split()) == 4  # of the prompt
+        assert len(texts[1].split()) == one["labels"] == one["tokens"] - 4  # two words and the end
+
+
+# ---------------------------------------------------------------- a first config
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from keys(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{field.alias or name}"
+
+
+def flat(raw: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in raw.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def test_init_writes_every_key_and_the_file_runs_as_it_is(tmp_path: Path) -> None:
+    ended = command("init", "mine.yaml", folder=tmp_path)
+    assert ended.code == 0, ended.err
+    raw = read_config(tmp_path / "mine.yaml")
+    missing = set(keys(Config)) - set(flat(raw)) - {"training.local_steps"}  # the other of two
+    assert missing == set()
+    assert "local_steps" in (tmp_path / "mine.yaml").read_text()
+    ended = command("run", "mine.yaml", "federation.rounds=1", "-q", folder=tmp_path)
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+
+
+def test_the_comments_of_init_name_every_choice(tmp_path: Path) -> None:
+    command("init", folder=tmp_path)
+    text = (tmp_path / "fedmira.yaml").read_text()
+    for name in (*PARTITIONERS, "auto", "sharegpt", "bfloat16", "skip", "exact_match", "symmetric", "stored"):
+        assert name in text, name
+
+
+def test_init_never_overwrites(tmp_path: Path) -> None:
+    (tmp_path / "fedmira.yaml").write_text("mine")
+    ended = command("init", folder=tmp_path)
+    assert ended.code == 2
+    assert "exists already" in ended.err
+    assert (tmp_path / "fedmira.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("rows", "clients"),
+    [
+        ([{"instruction": "a", "output": "b", "site": "x"}], {"by": "site"}),
+        ([{"instruction": "a", "output": "b"}] * 80, {"partitioner": {"name": "iid", "num_partitions": 4}}),
+        (
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "task": "t"}],
+            {"by": "task"},
+        ),
+    ],
+)
+def test_init_looks_at_the_data_to_fill_in_format_and_clients(
+    rows: list[dict[str, object]], clients: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "my rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = command("init", "mine.yaml", "--data", "my rows.jsonl", "--model", "org/base", "--json", folder=tmp_path)
+    assert ended.code == 0, ended.err
+    made = check_config(read_config(tmp_path / "mine.yaml"))
+    assert made.data.path == "my rows.jsonl"
+    assert made.model.base_model == "org/base"
+    assert made.data.format == json.loads(ended.out)["format"] == ("messages" if "messages" in rows[0] else "alpaca")
+    found = made.data.clients.model_dump()
+    assert {
+        key: {k: found[key][k] for k in value} if isinstance(value, dict) else found[key]
+        for key, value in clients.items()
+    } == clients
+
+
+def test_init_refuses_data_that_cannot_be_read_and_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    for arguments in (["--data", "none.jsonl"], ["none/mine.yaml"]):
+        ended = command("init", *arguments, folder=tmp_path)
+        assert ended.code == 2
+        assert not has_traceback(ended.err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_template_of_init_is_plain_yaml_too() -> None:
+    text = (Path(bundled.__file__).parent / "init.yaml").read_text()
+    for word in ("MODEL", "DATA", "FORMAT", "LENGTH", "SPLIT", "BY", "NAME", "FILE"):
+        text = text.replace(f"@{word}@", "x")
+    assert "@" not in text
+    assert set(yaml.safe_load(text)) == set(Config.model_fields)
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def test_the_doctor_tells_versions_device_memory_and_disk() -> None:
+    ended = command("doctor")
+    assert (ended.code, ended.err) == (0, "")
+    for word in ("python", "torch", "transformers", "peft", "device", "memory", "disk", "GFLOP/s", "cores"):
+        assert word in ended.out, word
+    facts = json.loads(command("doctor", "--json").out)
+    assert facts["versions"]["fedmira"] == study.importlib.metadata.version("fedmira")
+    assert facts["disk_free_bytes"] > 0
+
+
+def test_the_doctor_tells_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_of_mine")
+    assert "hf_secret" not in command("doctor").out + command("doctor", "--json").out
