@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -43,10 +43,9 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Part:
-    """A named stretch of a row (`lora`, `prompt`, `private`, ...) with its own rank and duties.
+    """A named slice of a row (`lora`, `prompt`) with its own rank.
 
-    kind: pairs of low-rank factors, or a prompt encoder, which has no rank (0). travels: sent to and from the server;
-    trained: its leaves receive gradients; served: active in the forward pass.
+    kind: pairs of low-rank factors, or a prompt encoder, which has no rank (0).
     """
 
     name: str
@@ -54,9 +53,6 @@ class Part:
     leaves: tuple[Leaf, ...]
     start: int
     stop: int
-    travels: bool = True
-    trained: bool = True
-    served: bool = True
     kind: Literal["lora", "prompt"] = "lora"
 
     def pairs(self) -> Iterator[tuple[Leaf, Leaf]]:
@@ -93,21 +89,21 @@ class Layout:
     @property
     def virtual_tokens(self) -> int:
         """How many virtual tokens n stand before every text: the rows of the prompt encoder's embedding."""
-        return sum(part.leaves[0].shape[0] for part in self.parts if part.kind == "prompt" and part.served)
+        return sum(part.leaves[0].shape[0] for part in self.parts if part.kind == "prompt")
 
     @property
     def fingerprint(self) -> str:
         """sha256 over every name, shape and offset: two sides of a wire compare it before they exchange rows."""
         spec = [
-            [
-                part.name,
-                part.rank,
-                part.travels,
-                [[leaf.module, leaf.factor, *leaf.shape, leaf.start] for leaf in part.leaves],
-            ]
+            [part.name, part.rank, [[leaf.module, leaf.factor, *leaf.shape, leaf.start] for leaf in part.leaves]]
             for part in self.parts
         ]
         return hashlib.sha256(json.dumps(spec).encode()).hexdigest()
+
+    @property
+    def gaps(self) -> list[slice]:
+        """The stretches between and after parts that only align them; no client has a parameter there."""
+        return [slice(part.leaves[-1].stop, part.stop) for part in self.parts if part.leaves[-1].stop < part.stop]
 
     def part(self, name: str) -> Part:
         for part in self.parts:
@@ -264,17 +260,62 @@ class Adapters:
         raise ShapeError(f"module '{module}' has no adapter in this layout")
 
     def mask_(self) -> "Adapters":
-        """Zero, in place, every padded pair beyond a client's own rank; a no-op when all ranks are full."""
-        if self._is_padded():
+        """Zero, in place, every padded pair beyond a client's own rank, and what only aligns parts."""
+        if self.is_padded:
             self.rows.mul_(self.layout.rank_mask(self.ranks).to(self.rows.device))
+        else:
+            for gap in self.layout.gaps:
+                self.rows[:, gap] = 0
         return self
 
-    def _is_padded(self) -> bool:
+    @property
+    def is_padded(self) -> bool:
         """Has any client less rank than its row has room for?"""
         if self.ranks.ndim == 1:
             return bool((self.ranks < max(part.rank for part in self.layout.parts)).any())
         parts = [part for part in self.layout.parts if part.kind == "lora"]
         return any(bool((self.ranks < torch.tensor(part.ranks)).any()) for part in parts)
+
+
+class RowTable(Protocol):
+    """Rows [K, ...] of all clients, read by client: there may be too many to be read at once."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, ids: Tensor) -> Tensor:
+        """Copy the rows `ids` [n], in that order."""
+        ...
+
+    def mean(self) -> Tensor:
+        """Return the mean of all rows [1, ...], read a block at a time."""
+        ...
+
+    def numpy(self) -> Any:
+        """Return what reads as a numpy array does by client and columns: numpy()[ids, start:stop]."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """The adapters that a server keeps: as Adapters, but rows are a table, read by client."""
+
+    layout: Layout
+    rows: RowTable
+    ranks: Tensor
+    scale: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, ids: Tensor, *, rows: Tensor | None = None) -> Adapters:
+        """Copy the adapters `ids` [n] in that order; `rows` [n, P], where given, replace the stored ones."""
+        return Adapters(self.layout, self.rows[ids] if rows is None else rows, self.ranks[ids], self.scale[ids])
 
 
 def start_adapters(layout: Layout, ranks: Tensor, alpha: float, generator: torch.Generator) -> Adapters:

@@ -4,8 +4,8 @@ A product [S, S] @ [S, P] with S of 8 to 64 and P in millions is bound by memory
 are cut into strips that fit a core's cache, and as many threads as torch is set to take turns. Among hundreds of rows
 most weights are 0, and only the others are multiplied. Where numba is installed, large rows of few neighbours each are
 mixed by a compiled loop (mixing_compiled.py). Strips depend on shapes and weights alone, so the number of threads does
-not change the bits. The answer lies in memory of an earlier one that nobody holds any more, where there is such: the system
-would have to zero new pages first, which costs more than the mixing.
+not change the bits. The answer is written to memory of an earlier one that nobody uses any more, where there is such:
+the system would have to zero new pages first, which costs more than the mixing.
 """
 
 import functools
@@ -20,6 +20,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from fedmira.adapters import RowTable
 from fedmira.adapters.mixing_compiled import ALIGN, TILE, addresses, find_loop
 from fedmira.errors import ShapeError
 
@@ -37,7 +38,7 @@ def mix_rows(
     rows: Tensor,
     *,
     outside: np.ndarray | None = None,
-    stored: Tensor | None = None,
+    stored: Tensor | RowTable | None = None,
     neighbours: np.ndarray | None = None,
 ) -> Tensor:
     """out = within @ rows + outside @ stored[neighbours], in the dtype of `rows`.
@@ -140,6 +141,8 @@ def _stored_addresses(held: Any, ids: np.ndarray) -> np.ndarray | None:
     """Return where the stored rows `ids` [n] begin in memory: in an array, or in a table of rows written and not."""
     if isinstance(held, np.ndarray):
         return addresses(held, ids)
+    if not hasattr(held, "kinds"):
+        return None
     begun, written = addresses(held.start, held.kinds[ids]), addresses(held.table, ids)
     return None if begun is None or written is None else np.where(held.written[ids], written, begun)
 

@@ -73,6 +73,25 @@ def sgd(*, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
     return Optimizer("sgd", ("velocity",) if momentum else (), start, update)
 
 
+def on_columns(optimizer: Optimizer, columns: Tensor) -> Optimizer:
+    """Return the optimizer that moves, decays and remembers these columns (bool [P]) alone; the others stay the same.
+
+    Source: optax.masked, over columns of a flat row.
+    """
+    chosen = columns.nonzero().flatten()
+
+    def update(rows: Tensor, gradient: Tensor, memory: OptimizerMemory, learning_rate: float) -> None:
+        part = rows[:, chosen]
+        packed = {name: value if value.ndim == 1 else value[:, chosen] for name, value in memory.items()}
+        optimizer.update(part, gradient[:, chosen], packed, learning_rate)
+        rows[:, chosen] = part
+        for name, value in packed.items():
+            if value.ndim > 1:
+                memory[name][:, chosen] = value
+
+    return Optimizer(optimizer.name, optimizer.keys, optimizer.start, update)
+
+
 def clip_(gradient: Tensor, max_norm: float) -> Tensor:
     """Scale, in place, every client's gradient row to at most max_norm; return the norms before [S] (float64)."""
     before = norms(gradient)

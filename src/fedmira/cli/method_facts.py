@@ -1,6 +1,7 @@
 """What a method is, read off the messages it sends: for `fedmira methods` and the pages of docs/methods."""
 
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,9 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapters, lora_layout, scales, start_adapters
+from fedmira.adapters import lora_layout
+from fedmira.adapters.columns import lay_over, pack
+from fedmira.engine.clients import Asked, Reply, Scores, Send, everybody
+from fedmira.engine.federation import Federation
+from fedmira.engine.gate import Header
+from fedmira.engine.ledger import Ledger
+from fedmira.engine.round import play
 from fedmira.methods import MethodModule
-from fedmira.methods.base import Clock, Cohort, Memory, Message, Method, Tools
+from fedmira.methods.base import Clock, Cohort, Message, Method, Tools
 
 PARTS = {"lora": "the LoRA factors", "prompt": "the prompt encoder"}
 CLIENTS, RANK, WIDTH = 4, 2, 4  # of the federation whose messages are looked at
@@ -45,16 +52,16 @@ def method_facts(module: MethodModule, method: Method | None = None) -> MethodFa
     method = build_default(module) if method is None else method
     text = (module.__doc__ or "").strip()
     sources = re.split(r"^Sources?:", text, flags=re.MULTILINE)[1:]
-    down, up, size, sends = exchange(method)
+    down, up, sends = exchange(method)
     return MethodFacts(
         about=text.splitlines()[0],
         papers=re.findall(r"arXiv:\d{4}\.\d{4,5}", " ".join(sources)),
-        view="personal" if method.personal or method.tune is not None else "global",
-        needs=method.needs if method.exchanges else "nothing",
-        weighs=method.uses_weights,
-        sends=sends if method.exchanges else "nothing",
-        bytes_up=_formula(up, size) if method.exchanges else "",
-        bytes_down=_formula(down, size) if method.exchanges else "",
+        view="personal" if method.personal else "global",
+        needs="nothing" if method.sends_nothing else method.facts.needs,
+        weighs=method.facts.weighs,
+        sends="nothing" if method.sends_nothing else sends,
+        bytes_up="" if method.sends_nothing else up,
+        bytes_down="" if method.sends_nothing else down,
     )
 
 
@@ -65,38 +72,77 @@ def build_default(module: MethodModule) -> Method:
     return module.build(module.Config(), cohort)
 
 
-def exchange(method: Method) -> tuple[Message, Message, int, str]:
-    """Return what is sent and what comes back in a first round of one local step, gradients all zero.
+class Idle:
+    """Clients that carry out a round of one local step in which every gradient is zero."""
 
-    And P, how many numbers a client's row has, and what they are.
-    """
+    def __init__(self, federation: Federation, method: Method) -> None:
+        self.federation, self.method = federation, method
+        self.given: Message | None = None
+        self.returned: Message | None = None
+
+    def ask(self, sampled: Tensor) -> Asked:
+        return everybody(sampled)
+
+    def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
+        layout, half = self.federation.layout, self.method.client
+        travels = self.method.travels(layout, clock)
+        nothing = torch.zeros(len(ids), layout.size)
+        whole = given.map(lambda rows: lay_over(nothing, travels, rows))
+        adapters = self.federation.adapters(ids, whole.rows.clone())
+        tools = Tools(
+            clock=Clock(clock.round, steps=torch.ones(len(ids), dtype=torch.int64), learning_rate=0.1),
+            grad=lambda adapters: (torch.zeros(len(adapters)), torch.zeros_like(adapters.rows)),
+            update=lambda adapters, gradient, *, of="main": adapters,
+            rng=lambda name: [np.random.default_rng(k) for k in ids.tolist()],
+            curvature=lambda adapters: (torch.ones(len(adapters)), torch.zeros_like(adapters.rows)),
+            loss=lambda adapters, *, on="validation": torch.zeros(len(adapters), dtype=torch.float64),
+        )
+        adapters, memory = half.begin(adapters, half.start(adapters), whole, tools)
+        adapters, memory = half.step(adapters, memory, whole, tools)
+        message = half.finish(adapters, memory, whole, tools)[0]
+        sent = travels & self.method.trained(layout, clock)
+        self.given, self.returned = given, message.map(lambda rows: pack(rows, sent))
+        names = [self.federation.names[k] for k in ids.tolist()]
+        headers = [
+            Header("", clock.round, name, name, "", self.federation.layout_hash, self.method.name, 1.0)
+            for name in names
+        ]
+        ones = torch.ones(len(ids))
+        return Reply(ids, self.returned, tuple(headers), ones, ones.long(), [None] * len(ids))
+
+    def losses(self, ids: Tensor, send: Send) -> list[float | None]:
+        return [None] * len(ids)
+
+    def test(self, ids: Sequence[int], send: Send, progress: Callable[[int], None]) -> Scores:
+        return Scores([None] * len(ids), {})
+
+    def keep(self, ids: Tensor) -> None:
+        return None
+
+    def restore(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        return None
+
+
+def exchange(method: Method) -> tuple[str, str, str]:
+    """Play a first round; return what is sent and what comes back, as formulas of bytes, and what it is."""
     layout = lora_layout([("layer", WIDTH, WIDTH)], RANK)
-    if method.layout is not None:
-        layout = method.layout(layout, WIDTH)
-    ids, ranks = torch.arange(CLIENTS), torch.full((CLIENTS,), RANK if layout.low_rank else 0)
-    start = start_adapters(layout, ranks if method.personal else ranks[:1], 2.0, torch.Generator().manual_seed(0))
-    given = method.send(method.init(start, Clock(0)), ids, Clock(1))
-    adapters = Adapters(layout, given.rows[:, : layout.size].clone(), ranks, scales(ranks, 2.0))
-
-    def grad(current: Adapters) -> tuple[Tensor, Tensor]:
-        return torch.zeros(len(current)), torch.zeros_like(current.rows)
-
-    def update(current: Adapters, gradient: Tensor, memory: Memory) -> tuple[Adapters, Memory]:
-        return current, memory
-
-    def rng(purpose: str) -> list[np.random.Generator]:
-        return [np.random.default_rng(k) for k in range(CLIENTS)]
-
-    clock = Clock(1, steps=torch.ones(CLIENTS, dtype=torch.int64), learning_rate=0.1)
-    tools = Tools(clock, grad, update, rng, grad)
-    adapters, memory = method.begin(adapters, method.private(adapters), given, tools)
-    adapters, memory = method.step(adapters, memory, given, tools)
-    returned = method.finish(adapters, memory, given, tools)[0]
-    return given, returned, layout.size, " and ".join(PARTS[part.kind] for part in layout.parts if part.travels)
+    names = tuple(f"client-{k}" for k in range(CLIENTS))
+    lora = Federation(names, layout, torch.full((CLIENTS,), RANK), 2.0)
+    federation = lora.under(method, WIDTH)
+    ledger = Ledger(federation, federation.first_state(0, method), torch.zeros(CLIENTS))
+    clients = Idle(federation, method)
+    played = play(method, ledger, clients, torch.arange(CLIENTS), Clock(1, learning_rate=0.1))
+    assert clients.given is not None
+    assert clients.returned is not None
+    size = int(federation.layout.sizes(federation.ranks[:1])[0])
+    down = _formula(clients.given, played.bytes_down, size)
+    up = _formula(clients.returned, played.bytes_up, size)
+    return down, up, " and ".join(PARTS[part.kind] for part in federation.layout.parts)
 
 
-def _formula(message: Message, size: int) -> str:
+def _formula(message: Message, total: int, size: int) -> str:
     """Write the bytes of S clients' messages, of rows that have `size` numbers when whole."""
-    share = message.rows.shape[1] / size
+    scalars = 8 * len(message.scalars)
+    share = (total / CLIENTS - scalars) / (4 * size)
     row = f"S x {'' if share == 1 else f'{share:g} x '}P x 4"
-    return f"{row} + S x {8 * len(message.scalars)}" if message.scalars else row
+    return f"{row} + S x {scalars}" if scalars else row

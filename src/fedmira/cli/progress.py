@@ -12,14 +12,14 @@ from fedmira.cli.show import plural, visible
 from fedmira.data.partition import shown_name
 from fedmira.data.rows import FAULTS_SHOWN
 from fedmira.engine.federation import Federation
-from fedmira.study.assemble import Intake
+from fedmira.study.intake import Intake
 
 UNKNOWN_SHARE = 0.01  # of the tokens; below it, rare characters
 
 
-def _adapter(of: Federation) -> str:
+def _adapter(of: Federation, layers: int) -> str:
     """Say what every client trains."""
-    what = f"rank {shown(of.ranks)} on {len(of.base.shapes)} layers"
+    what = f"rank {shown(of.ranks)} on {layers} layers"
     if not of.layout.low_rank:
         what = plural(of.layout.virtual_tokens, "virtual token")
     return f"{what}, {of.layout.parameters:,} parameters each"
@@ -115,16 +115,16 @@ class Watch:
             )
 
     def on_model(self, facts: Mapping[str, Any]) -> None:
-        federation = facts["federation"]
-        base = federation.base
+        prepared, workplace = facts["prepared"], facts["prepared"].workplace
+        base = workplace.base
+        adapters = " or ".join(_adapter(kind, len(base.shapes)) for kind in facts["kinds"])
         self.say(
-            f"base: {federation.config.model.base_model}, {str(base.dtype).removeprefix('torch.')} on {base.device}; "
-            f"adapters: {' or '.join(map(_adapter, facts['kinds']))}; {facts['sampled']} clients a round, "
-            f"{federation.cohort} in one pass"
+            f"base: {prepared.config.model.base_model}, {str(base.dtype).removeprefix('torch.')} on {base.device}; "
+            f"adapters: {adapters}; {facts['sampled']} clients a round, {workplace.cohort} in one pass"
         )
 
         for split in ("validation", "test"):
-            if not any(getattr(client, split) for client in federation.clients):
+            if not any(getattr(client, split) for client in workplace.clients):
                 self.say(f"warning: no client has a {split} example (data.split, split_column): its scores are n/a")
 
     def on_start(self, facts: Mapping[str, Any]) -> None:

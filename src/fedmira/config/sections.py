@@ -201,6 +201,7 @@ class MethodEntry(BaseModel):
         max_length=200, pattern=r"^[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
     )
     label: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
+    wrappers: list[dict[str, Any]] = Field(default=[], alias="with")  # names and settings, the first innermost
 
     @property
     def id(self) -> str:

@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from fedmira.errors import StoreError
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 # safetensors' names: https://github.com/huggingface/safetensors#format
 DTYPES = {
     torch.float64: "F64",
@@ -48,11 +48,12 @@ Tensors = Mapping[str, Tensor | Picked]
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """One intact checkpoint. files: file name (without ending) -> its tensors."""
+    """One intact checkpoint. files: file name (without ending) -> its tensors. facts: of its round, as JSON."""
 
     round: int
     full: bool
     files: Mapping[str, Mapping[str, Tensor]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _write_tensors(path: Path, tensors: Tensors) -> dict[str, Any]:
@@ -85,8 +86,15 @@ def _write_tensors(path: Path, tensors: Tensors) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "bytes": size}
 
 
-def save_checkpoint(folder: Path, round_number: int, files: Mapping[str, Tensors], *, full: bool) -> int:
-    """Write one checkpoint under `folder`, manifest last; return its size in bytes.
+def save_checkpoint(
+    folder: Path,
+    round_number: int,
+    files: Mapping[str, Tensors],
+    *,
+    full: bool,
+    facts: Mapping[str, Any] | None = None,
+) -> int:
+    """Write one checkpoint under `folder`, manifest last; return its size in bytes. facts: of its round, as JSON.
 
     A left-over folder of the same round (a crash before its manifest, or a damaged one) is replaced.
     """
@@ -95,7 +103,13 @@ def save_checkpoint(folder: Path, round_number: int, files: Mapping[str, Tensors
         shutil.rmtree(place)
     place.mkdir(parents=True)
     listed = {name: _write_tensors(place / f"{name}.safetensors", tensors) for name, tensors in files.items()}
-    manifest = {"schema": SCHEMA, "round": round_number, "full": full, "files": listed}
+    manifest = {
+        "schema": SCHEMA,
+        "round": round_number,
+        "full": full,
+        "files": listed,
+        "facts": dict(facts or {}),
+    }
     manifest["sha256"] = _manifest_hash(manifest)
     write_atomic(place / "manifest.json", json.dumps(manifest, indent=1).encode())
     sync_folder(folder)
@@ -178,7 +192,7 @@ def _load(place: Path) -> Checkpoint | None:
             if found != entry["sha256"]:
                 raise StoreError(f"{path.name} does not match its sha256")
             files[name] = load_file(path)
-        return Checkpoint(int(manifest["round"]), bool(manifest["full"]), files)
+        return Checkpoint(int(manifest["round"]), bool(manifest["full"]), files, manifest["facts"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, StoreError) as error:
         log.warning("checkpoint '%s' is damaged (%s): it is not used", place, error)
         return None

@@ -139,25 +139,19 @@ class RunFolder:
                 break
         return records
 
-    def cut_back(self, last_round: int, *, validated: bool = True) -> None:
-        """Drop what was written after `last_round`; those rounds are done again. Before round 1 nothing is kept.
+    def cut_back(self, last_round: int) -> None:
+        """Drop what was written of rounds after `last_round`, and every test; at -1 nothing is kept.
 
-        validated: False where `last_round` was only validated because it was the last, and now is not: then that goes
-        too, so that a run which has grown reads like one that was longer from the start.
+        Round 0 is the start.
         """
         records = [record for record in self.records() if record["round"] <= last_round]
-        if records and not validated:
-            records[-1] = {**records[-1], "validation_loss": None}
-        kept = [json.dumps(record) for record in records]
-        write_atomic(self.path / "metrics.jsonl", "".join(line + "\n" for line in kept).encode())
+        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
         lines = (self.path / "results.csv").read_text(encoding="utf-8").splitlines()
         rows = [row for row in csv.reader(lines[1:]) if len(row) == len(RESULT_COLUMNS)]
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(RESULT_COLUMNS)
-        end = last_round if validated else last_round - 1
-        if last_round > 0:
-            writer.writerows(row for row in rows if row[3] == "0" or (int(row[3]) <= end and row[5] != "test"))
+        writer.writerows(row for row in rows if int(row[3]) <= last_round and (row[3] == "0" or row[5] != "test"))
         write_atomic(self.path / "results.csv", buffer.getvalue().encode())
 
     @contextmanager

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -22,11 +22,11 @@ RAM_BYTES = 1 << 30  # rows of all clients that are more than this together are 
 BLOCK_BYTES = 4 << 20  # of rows, on their way into a file
 
 
-class Rows:
-    """One row per client, [K, ...], of which only those that were written take room; read by client, as a tensor is.
+class Table:
+    """One row per client, [K, ...], of which only those that were written take room.
 
-    rows[ids] copies the rows of `ids` [n] in that order, rows[ids] = values replaces them; a row that was never written
-    reads as its start. Nothing reads all rows at once: every other operation of a tensor is refused.
+    table[ids] copies the rows of `ids` [n] in that order, write(ids, values) replaces them; a row that was never
+    written reads as its start. Nothing reads all rows at once: every other operation of a tensor is refused.
     """
 
     def __init__(self, start: Tensor, kinds: Tensor, folder: Path | None = None) -> None:
@@ -67,7 +67,8 @@ class Rows:
         rows[known] = self._table[ids[known]]
         return rows
 
-    def __setitem__(self, ids: Tensor, values: Tensor) -> None:
+    def write(self, ids: Tensor, values: Tensor) -> None:
+        """Replace the rows `ids` [n]. Raises OSError if the file cannot take them."""
         _check_ids(ids)
         if self._file is None:
             self._table[ids] = values
@@ -76,9 +77,13 @@ class Rows:
                 _write_at(self._file.fileno(), bytes_of(row), k * self.row_bytes)
         self.written[ids] = True
 
-    def numpy(self) -> "Columns":
+    def mean(self) -> Tensor:
+        """Return the mean of all rows [1, ...], added up in float64 a block at a time."""
+        return mean_of(self)
+
+    def numpy(self) -> "TableArrays":
         """Read the rows as numpy does, by client and columns: numpy()[ids, start:stop]."""
-        return Columns(self.start.numpy(), self.kinds.numpy(), self.written.numpy(), self._table.numpy())
+        return TableArrays(self.start.numpy(), self.kinds.numpy(), self.written.numpy(), self._table.numpy())
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"rows of all clients have no '{name}': {ASK}")
@@ -95,8 +100,8 @@ def _check_ids(ids: object) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Columns:
-    """Rows [K, P], read by several threads at once; arrays that the rows own."""
+class TableArrays:
+    """Rows [K, P], read by several threads at once; arrays that the table owns."""
 
     start: np.ndarray
     kinds: np.ndarray
@@ -125,11 +130,79 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+class RowSource(Protocol):
+    """Rows [K, ...] that are read by client."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __getitem__(self, ids: Tensor) -> Tensor: ...
+
+
+def mean_of(source: Tensor | RowSource) -> Tensor:
+    """Return the mean of all rows [1, ...] of a source, added up in float64 a block at a time."""
+    everyone = torch.arange(source.shape[0])
+    total = sum(block.double().sum(dim=0, keepdim=True) for block in Picked(source, everyone).blocks())
+    return (torch.as_tensor(total) / len(everyone)).to(source.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Overlay:
+    """Rows of a source [K, ...] as they will be once the rows `ids` [n] are replaced by `values` [n, ...]."""
+
+    source: Tensor | RowSource
+    ids: Tensor
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, ids: Tensor) -> Tensor:
+        rows = self.source[ids]
+        place = {int(k): n for n, k in enumerate(self.ids)}
+        changed = [(n, place[int(k)]) for n, k in enumerate(ids) if int(k) in place]
+        if changed:
+            targets, sources = torch.tensor(changed).T
+            rows = rows.clone() if isinstance(self.source, Tensor) else rows
+            rows[targets] = self.values[sources].to(rows.dtype)
+        return rows
+
+    def mean(self) -> Tensor:
+        """Return the mean of all rows [1, ...], added up in float64 a block at a time."""
+        return mean_of(self)
+
+    def numpy(self) -> "_OverlayArrays":
+        """Read the rows as numpy does, by client and columns: numpy()[ids, start:stop]."""
+        return _OverlayArrays(self)
+
+
+@dataclass(frozen=True, eq=False)
+class _OverlayArrays:
+    """An overlay, read as numpy reads rows."""
+
+    overlay: Overlay
+
+    def __getitem__(self, at: tuple[np.ndarray, slice]) -> np.ndarray:
+        ids, columns = at
+        return self.overlay[torch.from_numpy(ids)].numpy()[:, columns]
+
+
 @dataclass(frozen=True, eq=False)
 class Picked:
     """Rows `ids` [n] of a source [K, ...], to be copied a block at a time on their way into a file."""
 
-    source: Tensor | Rows
+    source: Tensor | RowSource
     ids: Tensor
 
     @property

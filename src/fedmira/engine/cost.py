@@ -1,27 +1,35 @@
 """What a study will cost before it starts: clients per pass, memory, disk, bytes that travel, and time.
 
-Nothing is guessed: a pass is measured for its memory, a short probe (engine/probe.py) for its speed, and the work is
-counted from the data and the schedule.
+Nothing is guessed: a pass is measured for its memory, a short probe for its speed, and the work is counted from the
+data and the schedule.
 """
 
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Layout, start_adapters
+from fedmira.adapters import Adapters, Layout, start_adapters
 from fedmira.data.batches import ClientData, Encoded, collate, count_examples
-from fedmira.methods.base import Method
+from fedmira.engine.federation import Federation
+from fedmira.engine.phase import local_phase
+from fedmira.engine.tools import Training
+from fedmira.engine.workplace import Workplace
+from fedmira.evaluation.measure import measure_answers, measure_loss
+from fedmira.methods.base import Clock, Message, Method
 from fedmira.model.base.load import Base
 from fedmira.model.packed.loss import CHUNK_BYTES
 from fedmira.model.passes import gradients
 
 log = logging.getLogger(__name__)
 
+ANSWERS = 64  # written by all clients together to see how long one takes
+LONG_S = 3.0  # a first step that took longer is measurement enough, warm or not
 SHARE = 0.6  # of the memory that is free now; the rest is for evaluation, the allocator and other programs
 
 
@@ -120,13 +128,14 @@ def count_run(
     """Count one run: the local phases of a schedule, the sampled clients' losses before and after each merge, what is
     due of the curve, what clients fine-tune in the end, and the test of everyone who was ever sampled (of all, where
     one model is shared or all fine-tune). Where nobody trains, the scores are those of the start."""
-    if method.trains == "nobody":
+    regime = method.regime
+    if regime.trainees == "nobody":
         return Work(0.0, 0.0, 0)
     examples = [
         count_examples(len(client.train), batch_size=batch_size, steps=steps, epochs=epochs) for client in clients
     ]
     means = [client.tokens / len(client.train) for client in clients]
-    pooled = method.trains == "pool"
+    pooled = regime.trainees == "pool"
     pool = sum(len(client.train) for client in clients)
     mean = sum(client.tokens for client in clients) / pool
     validation = [_tokens(client.validation) for client in clients]
@@ -135,22 +144,22 @@ def count_run(
     for number, ids in enumerate(schedule, 1):
         if not pooled:
             trained += sum(examples[k] * means[k] for k in ids)
-        elif method.pool_steps is None:
+        elif regime.pool_steps is None:
             trained += sum(examples[k] for k in ids) * mean
         else:
-            trained += method.pool_steps * min(batch_size, pool) * mean
+            trained += regime.pool_steps * min(batch_size, pool) * mean
         own = sum(validation[k] for k in ids)
         due = number % every == 0 or number == len(schedule)
-        scored += (0 if pooled else own) + (everyone if due and not method.personal else own)
+        scored += (0 if pooled else own) + (everyone if due and not method.has_row_of_each else own)
     tested: Sequence[int] = range(len(clients))
-    if method.tune is not None:
-        kind, length = method.tune
+    if regime.tune is not None:
+        kind, length = regime.tune
         steps, epochs = (length, None) if kind == "steps" else (None, length)
         trained += sum(
             count_examples(len(client.train), batch_size=batch_size, steps=steps, epochs=epochs) * tokens
             for client, tokens in zip(clients, means, strict=True)
         )
-    elif method.personal:
+    elif method.has_row_of_each:
         tested = sorted({int(k) for ids in schedule for k in ids})
     scored += sum(_tokens(clients[k].test) for k in tested)
     return Work(trained, scored, _answers(clients, tested, max_examples) if writes else 0)
@@ -162,6 +171,82 @@ def _tokens(examples: Sequence[Encoded]) -> int:
 
 def _answers(clients: Sequence[ClientData], ids: Sequence[int], max_examples: int | None) -> int:
     return sum(len(clients[k].test[:max_examples]) for k in ids)
+
+
+def measure_speeds(
+    workplace: Workplace, federation: Federation, method: Method, training: Training, ids: Tensor
+) -> Speeds:
+    """Measure in seconds what a study will spend minutes on: a local step, a pass of scoring, a pass of answers.
+
+    ids [S]: the clients of the first round; as many as one pass takes are used. Nothing is kept.
+    """
+    ids = ids[: workplace.cohort]
+    row, _ = replace(federation, ranks=federation.largest_ranks).start_rows(training.seed)
+    start = federation.adapters(ids, row.expand(len(ids), -1))
+    clients = [workplace.clients[int(k)] for k in ids]
+
+    def train(steps: int) -> float:
+        short = replace(training, local_steps=steps, local_epochs=None)
+        began = time.monotonic()
+        done = local_phase(
+            workplace.base,
+            method,
+            clients,
+            start,
+            Message(start.rows),
+            {},
+            training=short,
+            clock=Clock(1),
+            cohort=workplace.cohort,
+        )
+        return (time.monotonic() - began) / max(done.tokens, 1)
+
+    began = time.monotonic()
+    trained = train(1)
+    if time.monotonic() - began < LONG_S:
+        trained = train(3)
+    return Speeds(trained, _score(workplace, start, ids), _write(workplace, start, ids))
+
+
+def _score(workplace: Workplace, start: Adapters, ids: Tensor) -> float | None:
+    """Seconds per token of scoring; None where no client has anything to score."""
+    clients = [workplace.clients[int(k)] for k in ids]
+    split = "validation" if any(client.validation for client in clients) else "test"
+    tokens = sum(len(example.ids) for client in clients for example in getattr(client, split))
+    if not tokens:
+        return None
+    began = time.monotonic()
+    measure_loss(
+        workplace.base,
+        lambda some: start.take(torch.zeros_like(some)),
+        workplace.clients,
+        ids.tolist(),
+        split=split,
+        cohort=workplace.cohort,
+    )
+    return (time.monotonic() - began) / tokens
+
+
+def _write(workplace: Workplace, start: Adapters, ids: Tensor) -> float | None:
+    """Seconds per written answer; None where none is written."""
+    evaluation = workplace.evaluation
+    each = min(max(ANSWERS // len(ids), 1), evaluation.max_examples or ANSWERS)
+    answers = sum(len(workplace.clients[int(k)].test[:each]) for k in ids)
+    if not evaluation.metrics or not answers:
+        return None
+    began = time.monotonic()
+    measure_answers(
+        workplace.base,
+        lambda some: start.take(torch.zeros_like(some)),
+        workplace.clients,
+        ids.tolist(),
+        split="test",
+        cohort=workplace.cohort,
+        metrics=evaluation.metrics,
+        max_new_tokens=evaluation.max_new_tokens,
+        max_examples=each,
+    )
+    return (time.monotonic() - began) / answers
 
 
 @dataclass(frozen=True)

@@ -1,51 +1,44 @@
-"""What all runs of a study share, and what every run begins with."""
+"""What the server and the clients of a run agree on before round 1. No config, no base model, no data."""
 
 import functools
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapters, Layout, scales, start_adapters
-from fedmira.adapters.optim import Optimizer, adamw, sgd
-from fedmira.config.sections import Config
-from fedmira.data.batches import ClientData, Truncation
-from fedmira.disk.table import Rows
-from fedmira.engine.phase import Training
+from fedmira.adapters import Adapters, Layout, Stored, scales, start_adapters
+from fedmira.disk.table import Table
 from fedmira.errors import MethodError
 from fedmira.methods.base import Clock, Method, State
-from fedmira.model.base.load import Base
-
-POOL = "*"  # names all clients' data together; no client is called so
-HOLDER = torch.zeros(1, dtype=torch.int64)  # client 0, in whose place the pool's optimizer moments are kept
-Observer = Callable[[str, Mapping[str, object]], None]  # (event, facts): round | tuning | scoring
 
 
 @dataclass(frozen=True, eq=False)
 class Federation:
-    """What all runs of a study share. ranks [K] or, by module, [K, modules]; cohort: clients trained in one pass."""
+    """Who takes part, with which rows. names [K]; ranks [K] or, by module, [K, modules]; alpha: LoRA's.
 
-    config: Config
-    base: Base
-    clients: tuple[ClientData, ...]
+    run, base: the ids of the run and of the base's weights, which every upload has to name.
+    """
+
+    names: tuple[str, ...]
     layout: Layout
     ranks: Tensor
-    cohort: int
+    alpha: float
+    run: str = ""
+    base: str = ""
+    dtype: torch.dtype = torch.float32  # of rows
 
     def __len__(self) -> int:
-        return len(self.clients)
+        return len(self.names)
 
-    def under(self, method: Method) -> "Federation":
+    def under(self, method: Method, width: int) -> "Federation":
         """This federation with the rows that a method carries: LoRA's, or its own, which may have no rank (0).
 
-        Raises MethodError for rows that no pass or export could take apart.
+        width: of the base's embeddings. Raises MethodError for rows that no pass or export could take apart.
         """
         if method.layout is None:
             return self
-        layout = method.layout(self.layout, self.base.width)
+        layout = method.layout(self.layout, width)
         encoders = sum(part.kind == "prompt" for part in layout.parts)
         if encoders > 1 or (encoders and layout.low_rank):
             raise MethodError(
@@ -55,64 +48,42 @@ class Federation:
         ranks = self.ranks if layout.low_rank else torch.zeros(len(self), dtype=torch.int64)
         return replace(self, layout=layout, ranks=ranks)
 
-    def at_own_ranks(self, adapters: Adapters, ids: Tensor) -> Adapters:
-        """Return adapters as the clients of `ids` train and use them: cut to their ranks, at their scales."""
+    def adapters(self, ids: Tensor, rows: Tensor) -> Adapters:
+        """Return rows [S, P] as adapters of the clients `ids`, at their ranks and scales; nothing is copied."""
         ranks = self.ranks[ids]
-        if torch.equal(adapters.ranks, ranks):
-            return adapters
-        return Adapters(self.layout, adapters.rows.clone(), ranks, scales(ranks, self.config.lora.lora_alpha)).mask_()
+        return Adapters(self.layout, rows, ranks, scales(ranks, self.alpha).to(self.dtype))
+
+    @functools.cached_property
+    def layout_hash(self) -> str:
+        return self.layout.fingerprint
 
     @property
     def largest_ranks(self) -> Tensor:
         """Those of a row that several clients share: [1] or [1, modules]."""
         return self.ranks.amax(dim=0, keepdim=True)
 
-    @functools.cached_property
-    def pool(self) -> ClientData:
-        """All clients' training data as one client's, for methods that train on the pool; nothing to score it on."""
-        everything = tuple(one for client in self.clients for one in client.train)
-        return ClientData(POOL, POOL, None, {}, everything, (), (), Truncation())
+    def start_rows(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Draw the start that every client shares, cut to each distinct rank [R, P], and whose is which [K]."""
+        distinct, kinds = torch.unique(self.ranks, dim=0, return_inverse=True)
+        drawn = start_adapters(self.layout, distinct, self.alpha, torch.Generator().manual_seed(seed))
+        return drawn.rows.to(self.dtype), kinds
 
+    def start(self, seed: int, method: Method, scratch: Path | None = None) -> Stored:
+        """Return the common start as the rows that the server has: of each client, of each group, or one.
 
-def make_optimizer(config: Config) -> Optimizer:
-    """Build the clients' optimizer from the config's training section."""
-    training = config.training
-    if training.optimizer == "sgd":
-        return sgd(momentum=training.momentum, weight_decay=training.weight_decay)
-    return adamw(betas=training.betas, eps=training.eps, weight_decay=training.weight_decay)
+        scratch: a folder for the rows of all clients if they are too many for RAM.
+        """
+        if method.has_row_of_each:
+            rows, kinds = self.start_rows(seed)
+            table, ranks = Table(rows, kinds, scratch), self.ranks
+        else:
+            largest = replace(self, ranks=self.largest_ranks)
+            count = method.count_rows(len(self))
+            rows, _ = largest.start_rows(seed)
+            table = Table(rows, torch.zeros(count, dtype=torch.int64))
+            ranks = largest.ranks.expand(count, *largest.ranks.shape[1:]).clone()
+        return Stored(self.layout, table, ranks, scales(ranks, self.alpha).to(self.dtype))
 
-
-def make_training(config: Config, seed: int) -> Training:
-    section = config.training
-    return Training(
-        optimizer=make_optimizer(config),
-        learning_rate=section.learning_rate,
-        batch_size=section.batch_size,
-        local_steps=section.local_steps,
-        local_epochs=section.local_epochs,
-        max_grad_norm=section.max_grad_norm,
-        keep_optimizer=section.keep_optimizer,
-        dropout=config.lora.lora_dropout,
-        seed=seed,
-    )
-
-
-def common_start(federation: Federation, seed: int, clients: int, scratch: Path | None = None) -> Adapters:
-    """Draw the start that every client shares; one row, or for personal methods one for each of `clients`.
-
-    Several rows are store.Rows: read by client, they take room once they differ from the start. scratch: a folder for
-    them if they are too large for RAM.
-    """
-    ranks = federation.ranks if clients == len(federation) else federation.largest_ranks
-    stream = torch.Generator().manual_seed(seed)
-    distinct, kinds = torch.unique(ranks, dim=0, return_inverse=True)
-    start = start_adapters(federation.layout, distinct, federation.config.lora.lora_alpha, stream)
-    if clients == 1:
-        return start
-    rows = cast(Tensor, Rows(start.rows, kinds, scratch))  # reads and writes by client as one
-    return Adapters(federation.layout, rows, ranks, start.scale[kinds])
-
-
-def first_state(federation: Federation, method: Method, seed: int, scratch: Path | None = None) -> State:
-    """Return what the server holds before round 1. scratch: as in common_start."""
-    return method.init(common_start(federation, seed, len(federation) if method.personal else 1, scratch), Clock(0))
+    def first_state(self, seed: int, method: Method, scratch: Path | None = None) -> State:
+        """Return what the server has before round 1. scratch: as in start."""
+        return method.init(self.start(seed, method, scratch), Clock(0))

@@ -1,43 +1,115 @@
-"""What may reach a method: every upload is checked here, in simulation and at a server alike.
+"""What may reach a method: every upload is judged here by itself, in simulation and at a server alike.
 
-A refused upload counts as silence: that client keeps its row, the others go on.
+A refused upload counts as silence: that client keeps its row, the others go on. Reasons are the wire's words: schema,
+identity, round, duplicate, size, not_finite, norm, weight (contracts page, "Wire").
 """
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Layout, norms
+from fedmira.adapters import norms
+from fedmira.engine.federation import Federation
 from fedmira.errors import WireError
 from fedmira.methods.base import Change, Message
 
+SCHEMA = 1  # of the header
 MAX_NORM = 1e6  # of one client's row; far above any adapter that still computes in float32
 
 
-def admit(ids: Tensor, returned: Message, weights: Tensor, layout: Layout) -> tuple[Tensor, dict[int, str]]:
-    """Return the positions [n] of uploads that may be merged, and the refused ones with their reason.
+@dataclass(frozen=True)
+class Header:
+    """What an upload says of itself."""
 
-    Reasons are the wire's words: size (shape or dtype), not_finite, norm, weight.
+    run_id: str
+    round: int
+    client: str
+    nonce: str
+    base_hash: str
+    layout_hash: str
+    method: str
+    weight: float  # training examples
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """One client's upload: its header, and a message with one row [1, Q]."""
+
+    header: Header
+    message: Message
+
+
+@dataclass(eq=False)
+class Expected:
+    """What the server waits for in a round. clients: name -> position of those it asked; columns: Q.
+
+    Grows while uploads come in: a client answers once, and a nonce is used once.
     """
+
+    federation: Federation
+    method: str
+    round: int
+    clients: Mapping[str, int]
+    columns: int
+    answered: set[str] = field(default_factory=set)
+    nonces: set[str] = field(default_factory=set)
+
+
+def refusal(upload: Upload, expected: Expected) -> str | None:
+    """Return why an upload may not be merged, as one of the wire's words, or None."""
+    header, message, federation = upload.header, upload.message, expected.federation
+    names = (header.schema, header.method, header.run_id, header.base_hash, header.layout_hash)
+    if names != (SCHEMA, expected.method, federation.run, federation.base, federation.layout_hash):
+        return "schema"
+    if header.client not in expected.clients:
+        return "identity"
+    if header.round != expected.round:
+        return "round"
+    if header.client in expected.answered or header.nonce in expected.nonces:
+        return "duplicate"
+    rows = [message.rows, *message.more.values()]
+    if any(row.shape != (1, expected.columns) or not row.is_floating_point() for row in rows):
+        return "size"
+    if any(scalar.shape != (1,) for scalar in message.scalars.values()):
+        return "size"
+    lengths = torch.cat([norms(row) for row in rows])
+    if not all(bool(torch.isfinite(value).all()) for value in (lengths, *message.scalars.values())):
+        return "not_finite"
+    if float(lengths.max()) > MAX_NORM:
+        return "norm"
+    if not 0 < header.weight < float("inf"):
+        return "weight"
+    return None
+
+
+def admit(uploads: Sequence[Upload], expected: Expected) -> tuple[Tensor, dict[int, str]]:
+    """Return the places [n] of the uploads that may be merged, and client position -> reason of the refused ones.
+
+    An upload of somebody who was not asked has no position: it is only left out.
+    """
+    places: list[int] = []
     refused: dict[int, str] = {}
-    rows = returned.rows
-    if rows.shape != (len(ids), layout.size) or not rows.is_floating_point():
-        return torch.empty(0, dtype=torch.int64), dict.fromkeys(ids.tolist(), "size")
-    lengths = norms(rows)
-    finite = torch.isfinite(lengths)
-    for scalar in returned.scalars.values():
-        finite &= torch.isfinite(scalar)
-    for position, client in enumerate(ids.tolist()):
-        if not bool(finite[position]):
-            refused[client] = "not_finite"
-        elif float(lengths[position]) > MAX_NORM:
-            refused[client] = "norm"
-        elif not float(weights[position]) > 0 or not bool(torch.isfinite(weights[position])):
-            refused[client] = "weight"
-    kept = [position for position, client in enumerate(ids.tolist()) if client not in refused]
-    return torch.tensor(kept, dtype=torch.int64), refused
+    for place, upload in enumerate(uploads):
+        reason = refusal(upload, expected)
+        if reason is None:
+            places.append(place)
+            expected.answered.add(upload.header.client)
+            expected.nonces.add(upload.header.nonce)
+        elif upload.header.client in expected.clients and upload.header.client not in expected.answered:
+            refused[expected.clients[upload.header.client]] = reason
+    return torch.tensor(places, dtype=torch.int64), refused
 
 
 def check_change(change: Change, method: str) -> None:
     """Refuse a merge whose result is not finite, before it replaces anything."""
-    if not bool(torch.isfinite(norms(change.rows)).all()):
-        raise WireError("not_finite", f"the merge of '{method}' gave rows that are not finite; nothing was replaced")
+    values = [change.rows, *(change.shared or {}).values(), *change.tables.values()]
+    values += [] if change.base is None else [change.base.rows]
+    for value in values:
+        if value.is_floating_point() and not bool(torch.isfinite(norms(value.reshape(1, -1))).all()):
+            raise WireError(
+                "not_finite", f"the merge of '{method}' gave rows that are not finite; nothing was replaced"
+            )

@@ -1,39 +1,35 @@
-"""A run's memory on disk: what each round changed is durable before the next begins, and can be put together again.
+"""A run's state on the server: what each round changed is durable before it is used, and can be put together again.
 
 Rows of clients that were never sampled are the common start, which the seed gives back; they are not stored.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedmira.disk.checkpoints import Tensors, load_chain, prune, save_checkpoint
-from fedmira.disk.folders import RunFolder
-from fedmira.disk.table import Picked, Rows
-from fedmira.methods.base import Change, Memory, State
+from fedmira.disk.table import Overlay, Picked, Table
+from fedmira.engine.clients import Clients, Kept
+from fedmira.engine.federation import Federation
+from fedmira.methods.base import Change, State
 
 
 @dataclass
 class Ledger:
-    """The mutable state of one run between rounds; only the engine writes it.
+    """The server's side of a run between rounds; only the engine writes it. It knows no client's data or memory.
 
-    state: of the method. memory: kept optimizer moments and private parts, [K, ...], read by client (store.Rows).
-    validation [K]: the newest validation loss of every client, nan where it has no validation split; saved [K]: as the
-    newest checkpoint has it. scratch: a folder for what is too large for RAM; None keeps all in RAM.
+    state: of the method. validation [K]: the newest validation loss of every client, nan where none is known; saved
+    [K]: as the newest checkpoint has it.
     """
 
+    federation: Federation
     state: State
     validation: Tensor
-    scratch: Path | None = None
-    memory: Memory = field(default_factory=dict)
     round: int = 0
-    touched: set[int] = field(default_factory=set)  # rows of state.adapters that differ from the common start
-    remembered: set[int] = field(default_factory=set)  # clients whose memory is kept
     delta_bytes: int = 0  # of the deltas since the last full checkpoint
     last_full: int = 0
     saved: Tensor = field(init=False)
@@ -41,87 +37,80 @@ class Ledger:
     def __post_init__(self) -> None:
         self.saved = self.validation.clone()
 
+    @property
+    def table(self) -> Table:
+        """The rows that the server keeps; methods read them by client and never write them."""
+        rows = self.state.adapters.rows
+        assert isinstance(rows, Table), "a method's init keeps the table it was given"
+        return rows
+
+    def after(self, change: Change) -> State:
+        """Return the state as it will be once a change is applied; nothing is copied, and nothing is changed."""
+        stored = replace(self.state.adapters, rows=Overlay(self.table, change.ids, change.rows))
+        shared = self.state.shared if change.shared is None else dict(change.shared)
+        tables = dict(self.state.tables)
+        for name, value in change.tables.items():
+            tables[name] = tables[name].index_copy(0, change.ids, value)
+        return State(stored, shared, tables)
+
     def apply(self, change: Change) -> None:
-        """Put a merge's decision in place."""
-        self.state.adapters.rows[change.ids] = change.rows
+        """Carry out what a merge decided."""
+        self.table.write(change.ids, change.rows)
         for name, value in change.tables.items():
             self.state.tables[name][change.ids] = value
         if change.shared is not None:
-            self.state = State(self.state.adapters, dict(change.shared), self.state.tables)
-        self.touched.update(change.ids.tolist())
-
-    def recall(self, ids: Tensor, names: Sequence[str] | None = None, *, first: Memory | None = None) -> Memory:
-        """Copy what the clients of `ids` kept; first [n, ...]: what they have who never trained."""
-        found = {name: value[ids] for name, value in self.memory.items() if names is None or name in names}
-        new = torch.tensor([k not in self.remembered for k in ids.tolist()])
-        for name, value in (first or {}).items():
-            found.setdefault(name, value.clone())[new] = value[new]
-        return found
-
-    def remember(self, ids: Tensor, memory: Memory, clients: int) -> None:
-        """Keep what the clients of `ids` return at the end of a phase."""
-        for name, value in memory.items():
-            if name not in self.memory:
-                nothing = torch.zeros(1, *value.shape[1:], dtype=value.dtype)
-                kept = Rows(nothing, torch.zeros(clients, dtype=torch.int64), self.scratch)
-                self.memory[name] = cast(Tensor, kept)  # reads and writes by client as one
-            self.memory[name][ids] = value
-        if memory:
-            self.remembered.update(ids.tolist())
+            self.state = replace(self.state, shared=dict(change.shared))
 
 
-def commit(folder: RunFolder, ledger: Ledger, change: Change, trained: Tensor) -> None:
-    """Make the round that `ledger` has just finished durable: a delta, or the whole state where that is no dearer.
+def commit(
+    checkpoints: Path, ledger: Ledger, change: Change, kept: Kept | None, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Make the next round durable before it is applied: a delta, or the whole state where that is no dearer.
 
-    trained [S]: clients whose memory changed.
+    kept: what a simulation's clients remember of the round. facts: of the round, as JSON.
     """
-    each = ledger.state.adapters.rows.shape[1] * 4
-    each += _row_bytes(ledger.state.tables)
-    remembered_each = _row_bytes(ledger.memory)
-    whole = len(ledger.touched) * each + len(ledger.remembered) * remembered_each
-    delta = len(change.ids) * each + (len(trained) * remembered_each if ledger.memory else 0)
+    number = ledger.round + 1
+    written = ledger.table.written
+    each = ledger.table.row_bytes
+    each += sum(value[:1].numel() * value.element_size() for value in ledger.state.tables.values())
+    touched = torch.tensor(sorted({*written.nonzero().flatten().tolist(), *change.ids.tolist()}), dtype=torch.int64)
+    whole = len(touched) * each + (0 if kept is None else kept.bytes_of_all)
+    delta = len(change.ids) * each + (0 if kept is None else kept.bytes_of_round)
     # The second is full as well: were the first the only one, damage to it would lose the run.
-    full = ledger.round <= 2 or ledger.delta_bytes + delta >= whole
-    ids = torch.tensor(sorted(ledger.touched), dtype=torch.int64) if full else change.ids
-    kept = torch.tensor(sorted(ledger.remembered), dtype=torch.int64) if full else trained
-    shared = {f"shared.{name}": value for name, value in ledger.state.shared.items()}
-    tables = {f"table.{name}": Picked(value, ids) for name, value in ledger.state.tables.items()}
+    full = number <= 2 or ledger.delta_bytes + delta >= whole
+    ids = touched if full else change.ids
+    state = ledger.after(change)
+    shared = {f"shared.{name}": value for name, value in state.shared.items()}
+    tables = {f"table.{name}": Picked(value, ids) for name, value in state.tables.items()}
     files: dict[str, Tensors] = {
-        "state": {"ids": ids, "rows": Picked(ledger.state.adapters.rows, ids), **shared, **tables},
+        "state": {"ids": ids, "rows": Picked(state.adapters.rows, ids), **shared, **tables},
         "engine": {"validation": ledger.validation} if full else _measured(ledger),
+        **({} if kept is None else kept.files(full=full)),
     }
-    if ledger.memory:
-        files["memory"] = {"ids": kept, **{name: Picked(value, kept) for name, value in ledger.memory.items()}}
-    save_checkpoint(folder.checkpoints, ledger.round, files, full=full)
+    save_checkpoint(checkpoints, number, files, full=full, facts=facts or {})
     ledger.saved = ledger.validation.clone()
     if full:
-        prune(folder.checkpoints, ledger.last_full)
-        ledger.last_full, ledger.delta_bytes = ledger.round, 0
+        prune(checkpoints, ledger.last_full)
+        ledger.last_full, ledger.delta_bytes = number, 0
     else:
         ledger.delta_bytes += delta
 
 
-def _row_bytes(tables: Mapping[str, Tensor]) -> int:
-    """Bytes of one client's row in all of these tensors [K, ...] together."""
-    return sum(math.prod(value.shape[1:]) * value.dtype.itemsize for value in tables.values())
-
-
 def _measured(ledger: Ledger) -> Tensors:
-    """Return the validation losses that this round changed, and whose they are."""
+    """Return the validation losses that changed since the last checkpoint, and whose they are."""
     new, old = ledger.validation, ledger.saved
     ids = ((new != old) & ~(new.isnan() & old.isnan())).nonzero().flatten()
     return {"ids": ids, "validation": new[ids]}
 
 
-def restore(folder: RunFolder, ledger: Ledger) -> None:
-    """Bring a fresh ledger to the newest round that is intact on disk; nothing there leaves it at the start.
+def restore(checkpoints: Path, ledger: Ledger, clients: Clients) -> Mapping[str, Any]:
+    """Bring a fresh ledger, and its clients, to the newest round that is intact on disk; return that round's facts.
 
-    Later checkpoints, which only a damaged one in between can leave, are removed.
-
-    Raises StoreError if there are checkpoints but none can be used.
+    Without a checkpoint both stay at the start. Later checkpoints, which only a damaged one in between can leave, are
+    removed. Raises StoreError if there are checkpoints but none can be used.
     """
-    clients = len(ledger.validation)
-    for checkpoint in load_chain(folder.checkpoints):
+    facts: Mapping[str, Any] = {}
+    for checkpoint in load_chain(checkpoints):
         state = checkpoint.files["state"]
         shared, tables = (
             {name.removeprefix(kind): value for name, value in state.items() if name.startswith(kind)}
@@ -130,16 +119,15 @@ def restore(folder: RunFolder, ledger: Ledger) -> None:
         ledger.apply(Change(state["ids"], state["rows"], shared or None, tables))
         engine = checkpoint.files["engine"]
         ledger.validation[engine.get("ids", slice(None))] = engine["validation"]  # without ids: everybody's
-        memory = dict(checkpoint.files.get("memory", {}))
-        if memory:
-            ledger.remember(memory.pop("ids"), memory, clients)
-        ledger.round = checkpoint.round
+        clients.restore(checkpoint.files)
+        ledger.round, facts = checkpoint.round, checkpoint.facts
         if checkpoint.full:
             ledger.last_full, ledger.delta_bytes = checkpoint.round, 0
         else:
-            ledger.delta_bytes += sum(
-                value.numel() * value.element_size() for value in (state["rows"], *tables.values(), *memory.values())
-            )
+            memory = checkpoint.files.get("memory", {})
+            values = [state["rows"], *tables.values(), *(value for name, value in memory.items() if name != "ids")]
+            ledger.delta_bytes += sum(value.numel() * value.element_size() for value in values)
     ledger.saved = ledger.validation.clone()
-    if ledger.round:  # what lies beyond is done again, and must not be taken for the new rounds' own
-        prune(folder.checkpoints, keep_from=0, keep_to=ledger.round)
+    if ledger.round:  # what is beyond is done again, and must not be taken for the new rounds' own
+        prune(checkpoints, keep_from=0, keep_to=ledger.round)
+    return facts

@@ -4,7 +4,6 @@ Clients are ordered by their number of steps, so that those still at work are a 
 its row and its moments untouched, because it is no longer in any batch.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,36 +12,26 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters
-from fedmira.adapters.optim import Optimizer, clip_
-from fedmira.data.batches import Batch, ClientData, collate, local_batches
+from fedmira.data.batches import ClientData, collate, local_batches
 from fedmira.data.partition import client_key
-from fedmira.methods.base import Clock, Memory, Message, Method, Tools
+from fedmira.engine.tools import Moments, Toolbox, Training
+from fedmira.errors import MethodError
+from fedmira.methods.base import Clock, Memory, Message, Method
 from fedmira.model.base.load import Base
-from fedmira.model.packed.lora import Dropout
-from fedmira.model.passes import gradients
-
-
-@dataclass(frozen=True, eq=False)
-class Training:
-    """How clients train; plain values from the config."""
-
-    optimizer: Optimizer
-    learning_rate: float
-    batch_size: int
-    local_steps: int | None
-    local_epochs: int | None
-    max_grad_norm: float | None
-    keep_optimizer: bool
-    dropout: float
-    seed: int
 
 
 @dataclass(frozen=True, eq=False)
 class PhaseResult:
-    """What a phase gives, in the order of the clients it was given. losses [S]: mean over each client's own steps."""
+    """What a phase gives, in the order of the clients it was given.
 
+    rows [S, P]: each client's own, as its last step left it; returned: what it sends, whole rows. memory: of the
+    method; moments: of the optimizer. losses [S]: mean over each client's own steps.
+    """
+
+    rows: Tensor
     returned: Message
     memory: Memory
+    moments: Moments
     losses: Tensor
     steps: Tensor
     tokens: int
@@ -68,54 +57,64 @@ def local_phase(
     start: Adapters,
     given: Message,
     memory: Memory,
+    moments: Moments | None = None,
     *,
     training: Training,
     clock: Clock,
     cohort: int,
     plans: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> PhaseResult:
-    """Train `clients` from what the server sent, at most `cohort` of them in one pass.
+    """Train `clients` from what they were sent, at most `cohort` of them in one pass.
 
-    start: an Adapters whose rows are overwritten by `given` (ranks and scales of these clients). given and memory are
-    read only. plans: the training examples of each step of each client; None: as plan_steps draws them.
-    Raises ShapeError if rows and clients disagree.
+    start: the ranks and scales of these clients; its rows are not read. given: whole rows, what was sent laid over each
+    client's own. given, memory and moments are only read. plans: the training examples of each step of each client;
+    None: as plan_steps draws them. Raises ShapeError if rows and clients disagree.
     """
+    moments = moments or {}
     if plans is None:
         plans = [plan_steps(client, training, clock.round) for client in clients]
     order = sorted(range(len(clients)), key=lambda position: -len(plans[position]))
-    pieces: list[tuple[list[int], PhaseResult]] = []
+    pieces: list[PhaseResult] = []
     for first in range(0, len(order), cohort):
         chosen = order[first : first + cohort]
         index = torch.tensor(chosen)
+        own = given.take(index)
         pieces.append(
-            (
-                chosen,
-                _train_together(
-                    base,
-                    method,
-                    [clients[position] for position in chosen],
-                    [plans[position] for position in chosen],
-                    start.take(index),
-                    _pick(given, index),
-                    {name: value[index] for name, value in memory.items()},
-                    training=training,
-                    clock=clock,
-                ),
+            _train_together(
+                base,
+                method,
+                [clients[position] for position in chosen],
+                [plans[position] for position in chosen],
+                start.take(index, rows=own.rows),
+                own,
+                {name: value[index] for name, value in memory.items()},
+                {of: {name: value[index] for name, value in some.items()} for of, some in moments.items()},
+                training=training,
+                clock=clock,
             )
         )
     back = torch.argsort(torch.tensor(order))
+    in_order = len(pieces) == 1 and order == sorted(order)
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        return parts[0] if in_order else torch.cat(list(parts))[back]
+
+    def join_named(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: join([part[name] for part in parts]) for name in parts[0]}
+
+    returned = Message(
+        join([piece.returned.rows for piece in pieces]),
+        join_named([piece.returned.scalars for piece in pieces]),
+        join_named([piece.returned.more for piece in pieces]),
+    )
     return PhaseResult(
-        returned=Message(
-            torch.cat([piece.returned.rows for _, piece in pieces])[back],
-            {
-                name: torch.cat([piece.returned.scalars[name] for _, piece in pieces])[back]
-                for name in pieces[0][1].returned.scalars
-            },
-        ),
-        memory={name: torch.cat([piece.memory[name] for _, piece in pieces])[back] for name in pieces[0][1].memory},
-        losses=torch.cat([piece.losses for _, piece in pieces])[back],
-        steps=torch.cat([piece.steps for _, piece in pieces])[back],
-        tokens=sum(piece.tokens for _, piece in pieces),
+        rows=join([piece.rows for piece in pieces]),
+        returned=returned,
+        memory=join_named([piece.memory for piece in pieces]),
+        moments={of: join_named([piece.moments[of] for piece in pieces]) for of in pieces[0].moments},
+        losses=join([piece.losses for piece in pieces]),
+        steps=join([piece.steps for piece in pieces]),
+        tokens=sum(piece.tokens for piece in pieces),
     )
 
 
@@ -124,98 +123,69 @@ def _train_together(
     method: Method,
     clients: Sequence[ClientData],
     plans: Sequence[Sequence[np.ndarray]],
-    adapters: Adapters,
+    start: Adapters,
     given: Message,
     memory: Memory,
+    moments: Moments,
     *,
     training: Training,
     clock: Clock,
 ) -> PhaseResult:
     """One pass per step for clients in descending order of their number of steps."""
-    adapters = adapters.with_rows(given.rows.to(base.device, copy=True)).mask_()
-    given = Message(given.rows.to(base.device), {name: value.to(base.device) for name, value in given.scalars.items()})
-    memory = {name: value.to(base.device) for name, value in memory.items()}
+    device = base.device
+    adapters = start.with_rows(given.rows.to(device, copy=True)).mask_()
+    given = _at_own_ranks(given, adapters)
+    memory = {name: value.to(device) for name, value in memory.items()}
+    moments = {of: {name: value.to(device) for name, value in some.items()} for of, some in moments.items()}
+    moments.setdefault("main", training.optimizer.start(adapters.rows))
     steps = torch.tensor([len(plan) for plan in plans])
-    sums = torch.zeros(len(clients), dtype=torch.float64, device=base.device)  # read at the end: a step never waits
-    gradient = torch.zeros_like(adapters.rows)
-    clock = replace(clock, learning_rate=training.learning_rate)
-    trained = 0
-    last = int(steps.max())
-    for name, value in training.optimizer.start(adapters.rows).items():
-        memory.setdefault(name, value)
-
-    @functools.cache
-    def second_gradient() -> Tensor:
-        """Few methods ask for curvature; the others do without the memory."""
-        return torch.zeros_like(gradient)
-
-    def tools(step: int, moments: Sequence[int], batch: Batch | None) -> Tools:
-        """moments: 0 = begin, 1 + step, or 1 + own steps = finish; for each client, so that streams are its own."""
-        count = len(moments)
-        keys = [client_key(client.id) for client in clients[:count]]
-        first_call = True
-
-        def rng(name: str) -> Sequence[np.random.Generator]:
-            salt = client_key(name)
-            return [
-                np.random.default_rng([training.seed, clock.round, key, moment, salt])
-                for key, moment in zip(keys, moments, strict=True)
-            ]
-
-        def dropout() -> Dropout | None:
-            if not training.dropout:
-                return None
-            return Dropout(training.dropout, [int(stream.integers(2**40)) for stream in rng("dropout")])
-
-        def grad(current: Adapters) -> tuple[Tensor, Tensor]:
-            assert batch is not None, "begin and finish have no batch"
-            losses, _ = gradients(base, current, batch, into=gradient[:count], dropout=dropout())
-            nonlocal first_call
-            if first_call:  # a method may ask again at other points; the loss of a step is the one it began with
-                sums[:count] += losses
-            first_call = False
-            return losses, gradient[:count]
-
-        def curvature(current: Adapters) -> tuple[Tensor, Tensor]:
-            assert batch is not None, "begin and finish have no batch"
-            into = second_gradient()[:count]
-            _, tokens = gradients(base, current, batch, into=into, dropout=dropout(), streams=rng("curvature"))
-            return tokens, into
-
-        def update(current: Adapters, push: Tensor, held: Memory) -> tuple[Adapters, Memory]:
-            if training.max_grad_norm is not None:
-                clip_(push, training.max_grad_norm)
-            own = {name: held[name] for name in training.optimizer.keys}
-            training.optimizer.update(current.rows, push, own, clock.learning_rate)
-            return current.mask_(), held
-
-        return Tools(
-            clock=replace(clock, step=step, steps=steps[:count]), grad=grad, update=update, rng=rng, curvature=curvature
-        )
-
-    everyone = len(clients)
-    adapters, memory = method.begin(adapters, memory, given, tools(0, [0] * everyone, None))
-    for step in range(last):
+    trained = method.trained(adapters.layout, clock).to(device)
+    box = Toolbox(
+        base, clients, training, replace(clock, learning_rate=training.learning_rate), adapters.rows, trained, moments
+    )
+    half, everyone = method.client, len(clients)
+    adapters, memory = half.begin(adapters, memory, given, box.tools(0, [0] * everyone, None, steps=steps))
+    frozen = adapters.rows[:, ~trained].clone() if box.partly else None
+    tokens = 0
+    for step in range(int(steps.max())):
         count = int((steps > step).sum())
         examples = [
             [client.train[i] for i in plan[step]] for client, plan in zip(clients[:count], plans[:count], strict=True)
         ]
         batch = collate(examples, pad_id=base.pad_id)
-        trained += int(batch.lengths.sum())
+        tokens += int(batch.lengths.sum())
         view = adapters.head(count)
-        held = {name: value[:count] for name, value in memory.items()}
-        after, kept = method.step(view, held, _pick(given, slice(count)), tools(step, [1 + step] * count, batch))
+        before = {name: value[:count] for name, value in memory.items()}
+        tools = box.tools(step, [1 + step] * count, batch, steps=steps)
+        after, kept = half.step(view, dict(before), given.take(slice(count)), tools)
         _write_back(view.rows, after.rows)
-        for name, value in kept.items():
-            _write_back(held[name], value)
-    message, memory = method.finish(adapters, memory, given, tools(last, (1 + steps).tolist(), None))
+        if frozen is not None:
+            view.rows[:, ~trained] = frozen[:count]
+        memory = _remember(memory, kept, count=everyone, method=method.name)
+    tools = box.tools(int(steps.max()), (1 + steps).tolist(), None, steps=steps)
+    message, memory = half.finish(adapters, memory, given, tools)
     return PhaseResult(
-        returned=Message(message.rows.cpu(), {name: value.cpu() for name, value in message.scalars.items()}),
+        rows=adapters.rows.cpu(),
+        returned=Message(
+            message.rows.cpu(),
+            {name: value.cpu() for name, value in message.scalars.items()},
+            {name: value.cpu() for name, value in message.more.items()},
+        ),
         memory={name: value.cpu() for name, value in memory.items()},
-        losses=sums.cpu() / steps,
+        moments={of: {name: value.cpu() for name, value in some.items()} for of, some in moments.items()},
+        losses=box.losses.cpu() / steps,
         steps=steps,
-        tokens=trained,
+        tokens=tokens,
     )
+
+
+def _at_own_ranks(given: Message, adapters: Adapters) -> Message:
+    """Return what was sent as these clients see it: on their device, within their ranks."""
+    if not adapters.is_padded and not adapters.layout.gaps:
+        moved = given.map(lambda rows: rows.to(adapters.rows.device))
+    else:
+        moved = given.map(lambda rows: adapters.with_rows(rows.to(adapters.rows.device, copy=True)).mask_().rows)
+    return replace(moved, scalars={name: value.to(adapters.rows.device) for name, value in moved.scalars.items()})
 
 
 def _write_back(place: Tensor, value: Tensor) -> None:
@@ -224,6 +194,20 @@ def _write_back(place: Tensor, value: Tensor) -> None:
         place.copy_(value)
 
 
-def _pick(message: Message, index: Tensor | slice) -> Message:
-    scalars: Mapping[str, Tensor] = {name: value[index] for name, value in message.scalars.items()}
-    return Message(message.rows[index], scalars)
+def _remember(memory: Memory, after: Memory, *, count: int, method: str) -> Memory:
+    """Return the memory of `count` clients where a step of the first ones returned `after`.
+
+    A name that the step adds is zero for clients that have finished; a name that it drops stays as it was. Raises
+    MethodError if a name changes its shape or type.
+    """
+    for name, value in after.items():
+        if name not in memory:
+            memory = {**memory, name: torch.zeros(count, *value.shape[1:], dtype=value.dtype, device=value.device)}
+        place = memory[name][: len(value)]
+        if place.shape != value.shape or place.dtype != value.dtype:
+            raise MethodError(
+                f"method '{method}': memory '{name}' was {place.dtype} {tuple(place.shape)}, and a step returned "
+                f"{value.dtype} {tuple(value.shape)}: a tensor keeps its type and shape"
+            )
+        _write_back(place, value)
+    return memory

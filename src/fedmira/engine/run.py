@@ -1,4 +1,4 @@
-"""The only round loop: exchange, put in place, measure, make durable.
+"""The only loop over rounds: play, make durable, apply, measure.
 
 Everything that differs between methods is in the Method; everything a method must not know is in this package.
 """
@@ -6,35 +6,42 @@ Everything that differs between methods is in the Method; everything a method mu
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters
-from fedmira.config.sections import Config
 from fedmira.disk.folders import RoundRecord, RunFolder
-from fedmira.engine.exchange import Exchange, exchange, tune
-from fedmira.engine.federation import Federation, Observer, first_state, make_training
+from fedmira.engine.clients import Asked, Scores
+from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger, commit, restore
-from fedmira.engine.phase import Training
-from fedmira.engine.scoring import (
-    Scores,
-    examples_of,
-    final_scores,
-    known,
-    losses_of,
-    note,
-    results_of,
-    validate,
-    view_of,
-)
+from fedmira.engine.round import Round, Sender, mask_change, play
+from fedmira.engine.scoring import examples_of, final_scores, known, note, results_of, validate, view_of
+from fedmira.engine.simulated import Pool, Simulated
 from fedmira.graphs.graph import Graph
-from fedmira.methods.base import Change, Method
+from fedmira.methods.base import Clock, Method
 
 log = logging.getLogger(__name__)
+
+Observer = Callable[[str, Mapping[str, object]], None]  # (event, facts): round | tuning | scoring
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long a run is and when it is measured. every: rounds between validations of all clients."""
+
+    rounds: int
+    every: int
+    seed: int
+    learning_rate: float
+
+    def is_due(self, number: int) -> bool:
+        """Is everybody validated after this round?"""
+        return number % self.every == 0 or number == self.rounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,159 +52,221 @@ class Ended:
     graph: Graph | None
 
 
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One method with one seed while it is carried out."""
+
+    federation: Federation
+    method: Method
+    clients: Simulated | Pool
+    course: Course
+    folder: RunFolder
+    ledger: Ledger
+    observer: Observer
+
+    @property
+    def sender(self) -> Sender:
+        """What the server would send now."""
+        return Sender(self.method, self.ledger, self.clock)
+
+    @property
+    def clock(self) -> Clock:
+        """Of the next round."""
+        rate = self.method.regime.learning_rate
+        return Clock(self.ledger.round + 1, learning_rate=self.course.learning_rate if rate is None else rate)
+
+    def progress(self, clients: int) -> Callable[[int], None]:
+        return lambda done: self.observer("scoring", {"done": done, "clients": clients})
+
+
 def run_rounds(
     federation: Federation,
     method: Method,
+    clients: Simulated | Pool,
     schedule: Sequence[np.ndarray],
     folder: RunFolder,
     *,
-    seed: int,
+    course: Course,
     start: Scores,
     observer: Observer,
 ) -> Ended:
     """Carry one method with one seed from the newest checkpoint to the last round.
 
-    Each round ends with its line of metrics.jsonl and then its checkpoint, which makes it count; a crash loses at most
-    the round under way.
+    A round counts once its checkpoint is written; then it is applied and measured, and its line goes to metrics.jsonl.
+    A crash loses at most the round under way. The newest durable round is measured again after a resume.
     """
-    config = federation.config
-    training = make_training(config, seed)
-    if method.learning_rate is not None:
-        training = replace(training, learning_rate=method.learning_rate)
     validation = torch.tensor([math.nan if value is None else value for value in start.validation], dtype=torch.float64)
-    ledger = Ledger(first_state(federation, method, seed, folder.path), validation, folder.path)
-    restore(folder, ledger)
-    folder.cut_back(ledger.round, validated=_is_due(config, ledger.round))
-    view = view_of(method)
-    names = [client.id for client in federation.clients]
+    ledger = Ledger(federation, federation.first_state(course.seed, method, folder.path), validation)
+    run = Run(federation, method, clients, course, folder, ledger, observer)
+    facts = restore(folder.checkpoints, ledger, clients)
+    folder.cut_back(ledger.round - 1)
     if ledger.round == 0:
-        folder.append(None, results_of(names, 0, view, start))
-    else:
+        folder.append(None, results_of(federation.names, 0, view_of(method), start))
+    drawn = method.has_row_of_each and federation.layout.virtual_tokens > 0
+    if ledger.round == 0 and drawn:  # drawn virtual tokens change the base before anybody has trained
+        validate(clients, method, ledger, run.sender, torch.arange(len(federation)), due=False)
+    if ledger.round:
         log.info("resumed after round %d", ledger.round)
-
-    def serve(ids: Tensor) -> Adapters:
-        served = method.serve(ledger.state, ledger.memory, ids)
-        # Of a row that several share each has what its rank has room for, as in training; a pool trains at the largest.
-        return served if method.trains == "pool" else federation.at_own_ranks(served, ids)
-
-    if ledger.round == 0 and method.personal and federation.layout.virtual_tokens:
-        validate(
-            federation, method, ledger, serve, torch.arange(len(federation)), due=False
-        )  # drawn virtual tokens change the base before anybody has trained
-    for number in range(ledger.round + 1, config.federation.rounds + 1):
-        record = _one_round(federation, method, ledger, folder, schedule[number - 1], training=training, serve=serve)
-        observer("round", {"record": record, "rounds": config.federation.rounds})
-    last: Callable[[Tensor], Adapters] = serve
-    if method.tune is not None:
-        last, view = tune(federation, method, ledger, folder, training, observer).take, "personal"
-    ever = sorted({int(k) for ids in schedule[: config.federation.rounds] for k in ids})
-    final = final_scores(federation, method, last, ever, start, observer)
-    folder.append(None, [row for row in results_of(names, ledger.round, view, final) if row.split == "test"])
-    if config.report.examples:
-        folder.write_examples(examples_of(federation, start, final))
-    return Ended(last, None if method.learned is None else method.learned(ledger.state))
+        _measure(run, facts, torch.from_numpy(schedule[ledger.round - 1]))
+    for number in range(ledger.round + 1, course.rounds + 1):
+        record = _one_round(run, schedule[number - 1])
+        observer("round", {"record": record, "rounds": course.rounds})
+    view = view_of(method)
+    if method.regime.tune is not None:
+        _tune(run)
+        view = "personal"
+    send = run.sender
+    ever = sorted({int(k) for ids in schedule[: course.rounds] for k in ids})
+    count = len(ever) if method.has_row_of_each and not drawn else len(federation)
+    final = final_scores(clients, method, ledger, send, ever, start, run.progress(count))
+    last = [row for row in results_of(federation.names, ledger.round, view, final) if row.split == "test"]
+    folder.append(None, last)
+    if clients.workplace.evaluation.examples:
+        folder.write_examples(examples_of(clients.workplace, start, final))
+    learned = method.facts.learned
+    return Ended(lambda ids: clients.adapters(ids, send), None if learned is None else learned(ledger.state))
 
 
-def _one_round(
-    federation: Federation,
-    method: Method,
-    ledger: Ledger,
-    folder: RunFolder,
-    sampled: np.ndarray,
-    *,
-    training: Training,
-    serve: Callable[[Tensor], Adapters],
-) -> RoundRecord:
-    """One round, from sampling to a durable checkpoint."""
+def _one_round(run: Run, sampled: np.ndarray) -> RoundRecord:
+    """One round, from sampling to its line of metrics.jsonl."""
     began = time.monotonic()
-    done = exchange(federation, method, ledger, sampled, training)
-    ledger.remember(done.keepers, done.kept, len(federation))
-    ledger.apply(done.change)
+    ledger, clients = run.ledger, run.clients
+    ids = torch.from_numpy(sampled)
+    asked = clients.ask(ids)
+    played = play(run.method, ledger, clients, asked.ids, run.clock)
+    after: list[float | None] | None = None
+    if run.method.regime.tolerance is not None:
+        played, after = _let_refuse(run, played, run.method.regime.tolerance)
+    facts = {**_facts(run, played, asked, ids), "loss_after": after}
+    for name, reason in facts["refused"].items():
+        log.warning("round %d: the upload of client '%s' was refused: %s", ledger.round + 1, name, reason)
+    kept = clients.keep(played.answered)
+    commit(run.folder.checkpoints, ledger, played.change, kept, facts)
+    kept.apply()
+    ledger.apply(played.change)
     ledger.round += 1
-    due = _is_due(federation.config, ledger.round)
-    before, after = _judge(federation, method, ledger, serve, done, due)
-    notes = dict(done.change.notes)
-    if method.accept is not None:
-        after, notes["refused_replies"] = _refuse(ledger, done, before, after, method.accept)
+    return _measure(run, facts, ids, began=began)
+
+
+def _let_refuse(run: Run, played: Round, tolerance: float) -> tuple[Round, list[float | None]]:
+    """Let clients whose loss a reply would worsen by more than `tolerance` keep what they uploaded.
+
+    Returns the round so changed, and the losses of the clients asked. A client without a validation split, or whose
+    upload was refused, has no say.
+    """
+    ledger, change = run.ledger, played.change
+    proposed = Sender(run.method, ledger, replace(run.clock, round=run.clock.round + 1), ledger.after(change))
+    after = run.clients.losses(played.ids, proposed)
+    before = dict(zip(played.reply.ids.tolist(), played.reply.validation, strict=True))
+    uploaded = {k: n for n, k in enumerate(played.answered.tolist())}
+    rows = change.rows.clone()
+    losses, refused = list(after), 0
+    for n, k in enumerate(played.ids.tolist()):
+        old, new = before.get(k), after[n]
+        if k in uploaded and old is not None and new is not None and new > old + tolerance:
+            rows[change.ids == k] = played.uploads.rows[uploaded[k]]
+            losses[n] = old
+            refused += 1
+    changed = replace(change, rows=rows, notes={**change.notes, "refused_replies": refused})
+    return replace(played, change=mask_change(run.method, ledger, changed)), losses
+
+
+def _facts(run: Run, played: Round, asked: Asked, sampled: Tensor) -> dict[str, Any]:
+    """What the record of a round says of training and merge, as JSON: all that is known before the round is applied.
+
+    Figures of a sampled client are those of the client that was asked for it.
+    """
+    names, reply = run.federation.names, played.reply
+    places = {k: n for n, k in enumerate(reply.ids.tolist())}
+    admitted = set(played.answered.tolist())
+    asked_for = [int(asked.ids[n]) if n >= 0 else None for n in asked.of.tolist()]
+    whose = [None if k is None else places.get(k) for k in asked_for]
+    clients = [names[k] for k in sampled.tolist()]
+    unmoved = run.method.has_row_of_each and len(admitted) == len(played.ids) and _left_as_uploaded(played)
+    return {
+        "clients": clients,
+        "answered": [name for name, k in zip(clients, asked_for, strict=True) if k in admitted],
+        "train_loss": [math.nan if n is None else float(reply.losses[n]) for n in whose],
+        "steps": [0 if n is None else int(reply.steps[n]) for n in whose],
+        "loss_before": [
+            reply.validation[n] if n is not None and k in admitted else None
+            for n, k in zip(whose, asked_for, strict=True)
+        ],
+        "bytes_up": played.bytes_up,
+        "bytes_down": played.bytes_down,
+        "seconds_training": played.seconds_training,
+        "seconds_merge": played.seconds_merge,
+        "tokens": reply.tokens,
+        "notes": dict(played.change.notes),
+        "refused": {
+            name: played.refused[k]
+            for name, k in zip(clients, asked_for, strict=True)
+            if k is not None and k in played.refused
+        },
+        "unmoved": unmoved,
+    }
+
+
+def _left_as_uploaded(played: Round) -> bool:
+    """Did the merge leave every client with what it returned?"""
+    change = played.change
+    if not len(change.ids):
+        return True  # nothing travels
+    return torch.equal(change.ids, played.answered) and torch.equal(change.rows, played.uploads.rows)
+
+
+def _measure(run: Run, facts: Mapping[str, Any], sampled: Tensor, *, began: float | None = None) -> RoundRecord:
+    """Score the newest round, which is durable, and write its line of metrics.jsonl.
+
+    began: when the round did; None where an earlier process carried it out.
+    """
+    again = time.monotonic()
+    ledger, asked = run.ledger, run.clients.ask(sampled)
+    due = run.course.is_due(ledger.round)
+    facts = dict(facts)
+    unmoved, after = facts.pop("unmoved"), facts.pop("loss_after")
+    if not len(asked.ids):  # nobody trains: the losses known are still true
+        after = facts["loss_before"] = known(ledger.validation[sampled])
+    elif unmoved and after is None:  # nothing needs to be scored twice
+        after = facts["loss_before"]
+    if after is None:
+        after = validate(run.clients, run.method, ledger, run.sender, sampled, due=due)
+    else:
+        note(ledger, sampled, after)
+    if not torch.equal(asked.ids, sampled):  # one answers for all, and what it returned is what everyone has now
+        facts["loss_before"] = after if facts["answered"] or not len(asked.ids) else [None] * len(sampled)
     everyone = known(ledger.validation)
     measured = [value for value in everyone if value is not None]
-    names = [client.id for client in federation.clients]
+    earlier = 0.0 if began is not None else facts["seconds_training"] + facts["seconds_merge"]
     record = RoundRecord(
         round=ledger.round,
-        clients=[names[k] for k in done.ids.tolist()],
-        answered=[names[k] for k in done.answered.tolist()],
-        train_loss=done.losses.tolist(),
-        steps=done.steps.tolist(),
-        loss_before=before,
         loss_after=after,
         validation_loss=sum(measured) / len(measured) if due and measured else None,
-        bytes_up=done.bytes_up,
-        bytes_down=done.bytes_down,
-        seconds_training=done.seconds_training,
-        seconds_merge=done.seconds_merge,
-        seconds=time.monotonic() - began,
-        tokens=done.tokens,
-        notes=notes,
-        refused={names[k]: reason for k, reason in done.refused.items()},
+        seconds=earlier + time.monotonic() - (again if began is None else began),
+        **facts,
     )
-    for name, reason in record.refused.items():
-        log.warning("round %d: the upload of client '%s' was refused: %s", record.round, name, reason)
-    folder.append(record, results_of(names, record.round, view_of(method), Scores(everyone, {})) if due else [])
-    commit(folder, ledger, done.change, done.keepers)
+    results = results_of(run.federation.names, record.round, view_of(run.method), Scores(everyone, {})) if due else []
+    run.folder.append(record, results)
     return record
 
 
-def _judge(
-    federation: Federation,
-    method: Method,
-    ledger: Ledger,
-    serve: Callable[[Tensor], Adapters],
-    done: Exchange,
-    due: bool,
-) -> tuple[list[float | None], list[float | None]]:
-    """Return the sampled clients' validation losses with what they returned and with what they have now.
+def _tune(run: Run) -> None:
+    """Let every client fine-tune what it would be sent now, in passes of clients with about as many examples.
 
-    Brings ledger.validation up to date.
+    Nothing of it enters the ledger: after a kill it is done again, to the same bits, and more rounds later go on from
+    what the server has.
     """
-    ids = done.ids.tolist()
-    if method.trains == "nobody":
-        losses = known(ledger.validation[done.ids])
-        return losses, losses
-    if method.trains == "pool":  # what it returned is what everyone has now
-        after = validate(federation, method, ledger, serve, done.ids, due)
-        return after if len(done.answered) else [None] * len(ids), after
-    before = losses_of(federation, done.uploads, done.ids, done.answered)
-    same = torch.equal(done.change.ids, done.ids) and torch.equal(done.change.rows, done.uploads.rows)
-    if method.personal and same:  # the merge moved nothing, so nothing needs to be scored twice
-        note(ledger, ids, before)
-        return before, before
-    return before, validate(federation, method, ledger, serve, done.ids, due)
-
-
-def _refuse(
-    ledger: Ledger, done: Exchange, before: list[float | None], after: list[float | None], tolerance: float
-) -> tuple[list[float | None], int]:
-    """Let clients whose loss a reply worsens by more than `tolerance` keep what they uploaded; return losses and count.
-
-    before, after: validation losses of the sampled clients with their uploads and with the replies. A client without a
-    validation split, or whose upload was refused, has no say.
-    """
-    ids = done.ids.tolist()
-    worse = [
-        k
-        for k, old, new in zip(ids, before, after, strict=True)
-        if old is not None and new is not None and new > old + tolerance
-    ]
-    if not worse:
-        return after, 0
-    where = {int(k): place for place, k in enumerate(done.answered)}
-    kept = done.uploads.rows[torch.tensor([where[k] for k in worse])]
-    ledger.apply(Change(torch.tensor(worse), kept))
-    losses = [old if k in worse else new for k, old, new in zip(ids, before, after, strict=True)]
-    note(ledger, ids, losses)
-    return losses, len(worse)
-
-
-def _is_due(config: Config, number: int) -> bool:
-    """Is everybody validated after this round?"""
-    return number % config.evaluation.every == 0 or number == config.federation.rounds
+    clients = run.clients
+    assert isinstance(clients, Simulated)
+    began, tokens = time.monotonic(), 0
+    alike = sorted(range(len(run.federation)), key=lambda k: len(clients.workplace.clients[k].train))
+    cohort = clients.workplace.cohort
+    for first in range(0, len(alike), cohort):
+        ids = torch.tensor(alike[first : first + cohort])
+        trained, unfit = clients.tune(ids, run.sender, run.folder.path)
+        tokens += trained
+        for k, reason in unfit.items():
+            name = run.federation.names[k]
+            log.warning("what client '%s' fine-tuned was refused (%s): it keeps what it was sent", name, reason)
+        run.observer("tuning", {"done": first + len(ids), "clients": len(alike)})
+    run.folder.update(seconds_tuning=time.monotonic() - began, tokens_tuning=tokens)

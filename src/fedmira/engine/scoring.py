@@ -1,84 +1,59 @@
 """Losses and answers of a run's clients: before training, around every merge, and at the end."""
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters
 from fedmira.disk.folders import Result, View
-from fedmira.engine.federation import Federation, Observer, common_start
+from fedmira.engine.clients import Clients, Scores, Send
+from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger
+from fedmira.engine.workplace import Workplace
 from fedmira.evaluation.measure import PASS_TOKENS, measure_answers, measure_loss
 from fedmira.methods.base import Method
 
 EXAMPLES_KEPT = 3  # of each client, with report.examples
 START_BYTES = 64 << 20  # of rows in one pass that scores the untouched base
 
-
-@dataclass(frozen=True)
-class Scores:
-    """Every client at one moment. validation [K] in nats; test: metric -> [K]. None = the client has no such split."""
-
-    validation: Sequence[float | None]
-    test: Mapping[str, Sequence[float | None]]
-    texts: Mapping[tuple[int, int], str] = field(default_factory=dict)  # (client, place in its test split) -> answer
+Serve = Callable[[Tensor], Adapters]  # client positions [n] -> their adapters, in that order
 
 
-def score_start(federation: Federation, observer: Observer) -> Scores:
+def score_start(workplace: Workplace, federation: Federation, progress: Callable[[int], None]) -> Scores:
     """Score the untouched base on every client: B = 0 at the common start, so no method or seed changes it."""
-    start = common_start(federation, 0, 1)
+    largest = replace(federation, ranks=federation.largest_ranks)
+    rows, _ = largest.start_rows(0)
+    start = largest.adapters(torch.zeros(1, dtype=torch.int64), rows)
     everyone = range(len(federation))
 
     def serve(ids: Tensor) -> Adapters:
         return start.take(torch.zeros_like(ids))
 
     # everyone has the same row, so that a pass is limited by its tokens alone
-    longest = max((len(one.ids) for client in federation.clients for one in client.validation), default=1)
-    cohort = max(federation.cohort, min(PASS_TOKENS // longest, START_BYTES // (4 * federation.layout.size)))
-    validation = measure_loss(federation.base, serve, federation.clients, everyone, split="validation", cohort=cohort)
-    return replace(_test(federation, serve, everyone, observer), validation=validation)
-
-
-def losses_of(federation: Federation, uploads: Adapters, ids: Tensor, answered: Tensor) -> list[float | None]:
-    """Validation loss of the sampled clients, each with the row it returned; None for a refused upload."""
-    where = {int(k): position for position, k in enumerate(answered)}
-    values = measure_loss(
-        federation.base,
-        lambda some: uploads.take(torch.tensor([where[int(k)] for k in some])),
-        federation.clients,
-        answered.tolist(),
-        split="validation",
-        cohort=federation.cohort,
-    )
-    return [values[where[int(k)]] if int(k) in where else None for k in ids]
+    longest = max((len(example.ids) for client in workplace.clients for example in client.validation), default=1)
+    cohort = max(workplace.cohort, min(PASS_TOKENS // longest, START_BYTES // (4 * federation.layout.size)))
+    validation = measure_loss(workplace.base, serve, workplace.clients, everyone, split="validation", cohort=cohort)
+    return replace(score_test_split(workplace, serve, everyone, progress), validation=validation)
 
 
 def validate(
-    federation: Federation,
-    method: Method,
-    ledger: Ledger,
-    serve: Callable[[Tensor], Adapters],
-    ids: Tensor,
-    due: bool,
+    clients: Clients, method: Method, ledger: Ledger, send: Send, ids: Tensor, *, due: bool
 ) -> list[float | None]:
-    """Bring ledger.validation up to date; return the sampled clients' losses after the merge.
+    """Bring ledger.validation up to date; return the losses of the clients `ids` after the merge.
 
-    Personal methods change the sampled clients only, so the others' losses stand. A shared model changes everybody's,
-    and everybody is scored when a validation is due.
+    Where the server has a row of each client only the sampled ones change, so the others' losses are still true. A
+    shared row changes everybody's, and everybody is scored when a validation is due.
     """
-    sampled = ids.tolist()
-    some = functools.partial(
-        measure_loss, federation.base, serve, federation.clients, split="validation", cohort=federation.cohort
-    )
-    after = some(sampled)  # by themselves, so that their losses are to the bit the same whether all are due or not
-    note(ledger, sampled, after)
-    if due and not method.personal:
-        others = sorted(set(range(len(federation))) - set(sampled))
-        note(ledger, others, some(others))
+    after = clients.losses(
+        ids, send
+    )  # by themselves, so that their losses have the same bits whether all are due or not
+    note(ledger, ids, after)
+    if due and not method.has_row_of_each:
+        others = torch.tensor(sorted(set(range(len(ledger.federation))) - set(ids.tolist())), dtype=torch.int64)
+        note(ledger, others, clients.losses(others, send))
     return after
 
 
@@ -86,29 +61,32 @@ def known(losses: Tensor) -> list[float | None]:
     return [None if math.isnan(value) else value for value in losses.tolist()]
 
 
-def note(ledger: Ledger, ids: Sequence[int], values: Sequence[float | None]) -> None:
-    for k, value in zip(ids, values, strict=True):
+def note(ledger: Ledger, ids: Tensor, values: Sequence[float | None]) -> None:
+    """Take down the newest validation losses of the clients `ids`."""
+    for k, value in zip(ids.tolist(), values, strict=True):
         ledger.validation[k] = math.nan if value is None else value
 
 
 def final_scores(
-    federation: Federation,
+    clients: Clients,
     method: Method,
-    serve: Callable[[Tensor], Adapters],
+    ledger: Ledger,
+    send: Send,
     ever: Sequence[int],
     start: Scores,
-    observer: Observer,
+    progress: Callable[[int], None],
 ) -> Scores:
-    """Test every client with the adapter it would use now; never-sampled ones of a personal method are at the start.
+    """Test every client with the adapter it would use now; where each has a row, those never sampled are at the start.
 
     With LoRA that is the untouched base, whose scores are known.
     """
-    if method.trains == "nobody":
+    federation = ledger.federation
+    if method.regime.trainees == "nobody":
         return replace(start, validation=[None] * len(federation))
     starts_elsewhere = federation.layout.virtual_tokens > 0  # a client never sampled is then not at the untouched base
-    if not method.personal or method.tune is not None or starts_elsewhere:
-        return _test(federation, serve, range(len(federation)), observer)
-    scores = _test(federation, serve, ever, observer)
+    if not method.has_row_of_each or starts_elsewhere:
+        return clients.test(range(len(federation)), send, progress)
+    scores = clients.test(ever, send, progress)
     whole = {metric: list(values) for metric, values in start.test.items()}
     for metric, values in scores.test.items():
         for k, value in zip(ever, values, strict=True):
@@ -116,47 +94,43 @@ def final_scores(
     return Scores([None] * len(federation), whole, {**start.texts, **scores.texts})
 
 
-def _test(
-    federation: Federation, serve: Callable[[Tensor], Adapters], ids: Sequence[int], observer: Observer
-) -> Scores:
-    """Every metric of the config on the test split, in the order of `ids`; no validation."""
-    config = federation.config.evaluation
-    loss = measure_loss(federation.base, serve, federation.clients, ids, split="test", cohort=federation.cohort)
+def score_test_split(workplace: Workplace, serve: Serve, ids: Sequence[int], progress: Callable[[int], None]) -> Scores:
+    """Return every metric of the evaluation on the test split, in the order of `ids`; no validation."""
+    evaluation = workplace.evaluation
+    loss = measure_loss(workplace.base, serve, workplace.clients, ids, split="test", cohort=workplace.cohort)
     scores = {"loss": loss}
     texts: dict[tuple[int, int], str] = {}
-    keeps = federation.config.report.examples
 
     def written(k: int, place: int, text: str) -> None:
-        if keeps and place < EXAMPLES_KEPT:
+        if evaluation.examples and place < EXAMPLES_KEPT:
             texts[k, place] = text
 
-    metrics = [metric for metric in config.metrics if metric != "loss"]
-    if metrics or keeps:
+    if evaluation.metrics or evaluation.examples:
         answers = measure_answers(
-            federation.base,
+            workplace.base,
             serve,
-            federation.clients,
+            workplace.clients,
             ids,
             split="test",
-            cohort=federation.cohort,
-            metrics=metrics,
-            max_new_tokens=config.max_new_tokens,
-            max_examples=config.max_examples if metrics else EXAMPLES_KEPT,
-            progress=lambda done: observer("scoring", {"done": done, "clients": len(ids)}),
+            cohort=workplace.cohort,
+            metrics=evaluation.metrics,
+            max_new_tokens=evaluation.max_new_tokens,
+            max_examples=evaluation.max_examples if evaluation.metrics else EXAMPLES_KEPT,
+            progress=progress,
             written=written,
         )
-        scores |= {metric: [one[metric] for one in answers] for metric in metrics}
+        scores |= {metric: [one[metric] for one in answers] for metric in evaluation.metrics}
     return Scores([None] * len(ids), scores, texts)
 
 
-def examples_of(federation: Federation, start: Scores, final: Scores) -> list[dict[str, object]]:
+def examples_of(workplace: Workplace, start: Scores, final: Scores) -> list[dict[str, object]]:
     """Test examples with what the untouched base and the run's adapter write; only where the user asked for them."""
-    decode = federation.base.tokenizer.decode
+    decode, clients = workplace.base.tokenizer.decode, workplace.clients
     return [
         {
-            "client": federation.clients[k].id,
-            "prompt": decode(federation.clients[k].test[place].question, skip_special_tokens=True),
-            "references": list(federation.clients[k].test[place].answers),
+            "client": clients[k].id,
+            "prompt": decode(clients[k].test[place].question, skip_special_tokens=True),
+            "references": list(clients[k].test[place].answers),
             "base": start.texts.get((k, place), ""),
             "answer": text,
         }
@@ -166,7 +140,7 @@ def examples_of(federation: Federation, start: Scores, final: Scores) -> list[di
 
 def view_of(method: Method) -> View:
     """Whose adapter the numbers are about: each client's own, or the one that all share."""
-    return "personal" if method.personal else "global"
+    return "personal" if method.personal and method.regime.tune is None else "global"
 
 
 def results_of(names: Sequence[str], number: int, view: View, scores: Scores) -> list[Result]:

@@ -17,13 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sparse
-from scipy.sparse.linalg import eigsh
 
 from fedmira.errors import MethodError
 
 Array = np.ndarray
 NORMALISATIONS = ("none", "row", "symmetric")
-_DENSE = 1024  # subgraphs up to this size get exact dense eigenvalues
 _LISTED = 4_000_000  # entries; a graph of more is a rule, of which a round computes its own part
 _BLOCK = 256  # rows of a rule at a time
 
@@ -281,82 +279,3 @@ def file_graph(path: str | Path, ids: Sequence[str]) -> Graph:
                 values.append(weight)
     matrix = sparse.csr_array((values, (rows, columns)), shape=(len(ids), len(ids)), dtype=np.float64)
     return Graph(matrix, "file", str(path))
-
-
-def normalise(weights: Array, kind: str, *, columns: Array | None = None) -> Array:
-    """Return A~ of dense similarities [S, N]; a client without neighbours keeps a row of zeros.
-
-    columns: degrees of the column clients [N], needed by "symmetric" where the rows are only some of the clients.
-    """
-    if kind == "none":
-        return weights
-    degrees = weights.sum(axis=1)
-    if kind == "row":
-        return weights * _inverse(degrees)[:, None]
-    return weights * _inverse(np.sqrt(degrees))[:, None] * _inverse(np.sqrt(degrees if columns is None else columns))
-
-
-def _inverse(values: Array) -> Array:
-    return np.divide(1.0, values, out=np.zeros_like(values), where=values > 0)
-
-
-def laplacian(weights: Array) -> Array:
-    """L = diag(A~ 1) - A~ of normalised similarities [S, S]."""
-    return np.diag(weights.sum(axis=1)) - weights
-
-
-@dataclass(frozen=True, eq=False)
-class Coupling:
-    """The pull of one round: A~ is within [S, S] and outside [S, N]; neighbours [N]: stored clients joined to ids."""
-
-    ids: Array
-    within: Array
-    neighbours: Array
-    outside: Array
-
-    @property
-    def degree(self) -> Array:
-        """A~ 1 [S]: c x degree is the fraction by which a client moves towards its neighbours' mean."""
-        return self.within.sum(axis=1) + self.outside.sum(axis=1)
-
-
-def couple(graph: Graph, ids: Array, *, kind: str, stored: bool) -> Coupling:
-    """Restrict the graph to a round, then normalise: among the sampled only, or with every stored neighbour too.
-
-    stored=False: A~ on ids x ids. stored=True: rows of ids against all their neighbours, normalised together.
-    """
-    if not stored:
-        return Coupling(ids, normalise(graph.subgraph(ids), kind), np.empty(0, dtype=np.int64), np.empty((len(ids), 0)))
-    others = graph.neighbours(ids)
-    everyone = np.concatenate([ids, others])
-    size = len(ids)
-    degrees = graph.degrees(everyone) if kind == "symmetric" else None
-    whole = normalise(graph.subgraph(ids, everyone), kind, columns=degrees)
-    return Coupling(ids, whole[:, :size], others, whole[:, size:])
-
-
-def largest_eigenvalue(coupling: Coupling) -> float:
-    """The largest eigenvalue of L_SS = diag(A~ 1) - A~_SS, the operator that a round applies to the sampled clients.
-
-    Row normalisation is similar to a symmetric matrix where A is symmetric, so eigenvalues are real there; elsewhere
-    the largest modulus is returned.
-    """
-    operator = np.diag(coupling.degree) - coupling.within
-    if len(operator) > _DENSE and np.allclose(operator, operator.T):
-        return float(eigsh(sparse.csr_array(operator), k=1, return_eigenvectors=False)[0])
-    if np.array_equal(operator, operator.T):
-        return float(np.linalg.eigvalsh(operator)[-1])
-    return float(np.abs(np.linalg.eigvals(operator)).max())
-
-
-def largest_coupling(graph: Graph, couplings: Sequence[Coupling]) -> float:
-    """The coupling c below which every round of the schedule contracts.
-
-    Symmetric graphs: c x lambda_max(L_SS) < 2 over all rounds. Asymmetric graphs: c x max row sum <= 1, so that a round
-    stays a weighted mean. Infinite when no round joins anybody.
-    """
-    if graph.symmetric:
-        worst = max((largest_eigenvalue(coupling) for coupling in couplings), default=0.0)
-        return 2 / worst if worst > 0 else float("inf")
-    worst = max((float(coupling.degree.max(initial=0.0)) for coupling in couplings), default=0.0)
-    return 1 / worst if worst > 0 else float("inf")

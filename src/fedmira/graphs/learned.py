@@ -24,7 +24,7 @@ import scipy.sparse as sparse
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapters, Layout
+from fedmira.adapters import Adapters, Layout, Stored
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import Graph
 
@@ -282,7 +282,7 @@ class LearnedGraph:
     shuffled: bool
     seed: int
 
-    def begin(self, adapters: Adapters) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def begin(self, adapters: Stored) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What is shared and the tables of all clients at the start: nobody is known, so nobody is joined."""
         first = torch.zeros(1, dtype=torch.int64)
         parts = self._sketch(adapters.take(first)).shape[1:]
@@ -292,7 +292,7 @@ class LearnedGraph:
 
     def look(
         self,
-        adapters: Adapters,
+        adapters: Stored,
         shared: Mapping[str, Tensor],
         tables: Mapping[str, Tensor],
         ids: Tensor,
@@ -364,7 +364,7 @@ class LearnedGraph:
         return _sketcher(stretches, share_of(self.size, len(stretches)), self.seed).sketch(rows)
 
 
-def common_row(adapters: Adapters) -> Tensor:
+def common_row(adapters: Stored) -> Tensor:
     """The row [P] that everyone's start is a part of: each number from a client whose rank has it."""
     _, kinds = torch.unique(adapters.ranks, dim=0, return_inverse=True)
     firsts = torch.tensor([int((kinds == kind).nonzero()[0]) for kind in range(int(kinds.max()) + 1)])

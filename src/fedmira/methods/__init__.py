@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -16,8 +17,11 @@ from fedmira.config.faults import describe_fault
 from fedmira.config.sections import MethodEntry
 from fedmira.errors import ConfigError, MethodError, nearest
 from fedmira.methods.base import Cohort, Method, Settings
+from fedmira.methods.wrappers import ALIASES as WRAPPER_ALIASES
+from fedmira.methods.wrappers import WRAPPERS, wrap
 
 ALIASES = {"fedit": "fedavg"}
+NOT_METHODS = ("base", "wrappers")
 
 
 class MethodModule(Protocol):
@@ -31,7 +35,7 @@ class MethodModule(Protocol):
 
 def names() -> list[str]:
     """List the methods in the tree, by their file names."""
-    return sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "base")
+    return sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name not in NOT_METHODS)
 
 
 def load(name: str) -> MethodModule:
@@ -112,31 +116,66 @@ def _near(file: str) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """One entry of `methods:`, checked once: what to build, and the wrappers around it, the first innermost."""
+
+    entry: MethodEntry
+    module: MethodModule
+    settings: Settings
+    wrappers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+    def build(self, cohort: Cohort) -> Method:
+        """Build the method for a federation. Raises MethodError for settings that cannot work on this cohort."""
+        return wrap(self.module.build(self.settings, cohort), self.wrappers)
+
+
+def recipe_of(entry: MethodEntry) -> Recipe:
+    """Check an entry against its method's own settings. Raises ConfigError that lists every fault."""
+    recipe = _check(entry, prefix="")
+    if isinstance(recipe, Recipe):
+        return recipe
+    raise ConfigError(recipe, f"method {entry.name}")
+
+
 def entry_faults(index: int, entry: MethodEntry) -> list[str]:
     """List the faults of one entry of `methods:` against that method's own settings."""
+    found = _check(entry, prefix=f"methods.{index}.")
+    return [] if isinstance(found, Recipe) else found
+
+
+def _check(entry: MethodEntry, *, prefix: str) -> Recipe | list[str]:
+    """Return the entry's recipe, or its faults, each with its place after `prefix`."""
     try:
         module = load(entry.name)
-        module.Config.model_validate(entry.settings)
     except MethodError as error:
-        return [f"methods.{index}.name: {error}"]
+        return [f"{prefix}name: {error}"]
+    settings: Settings | None = None
+    faults: list[str] = []
+    try:
+        settings = module.Config.model_validate(entry.settings)
     except ValidationError as error:
-        return [
-            describe_fault(fault, module.Config, entry.settings, prefix=f"methods.{index}.") for fault in error.errors()
-        ]
-    return []
-
-
-def settings_of(entry: MethodEntry) -> Settings:
-    """Return the settings of an entry of `methods:`. Raises ConfigError for settings that the method does not know."""
-    faults = entry_faults(0, entry)
-    if faults:
-        raise ConfigError(faults, f"method {entry.name}")
-    return load(entry.name).Config.model_validate(entry.settings)
+        faults += [describe_fault(fault, module.Config, entry.settings, prefix=prefix) for fault in error.errors()]
+    wrappers = []
+    for index, given in enumerate(entry.wrappers):
+        place, options = f"{prefix}with.{index}.", {key: value for key, value in given.items() if key != "name"}
+        name = str(given.get("name", ""))
+        name = WRAPPER_ALIASES.get(name, name)
+        if name not in WRAPPERS:
+            known = ", ".join(WRAPPERS)
+            faults.append(f"{place}name: unknown wrapper '{name}'{nearest(name, list(WRAPPERS))}; known: {known}")
+            continue
+        kind = WRAPPERS[name][0]
+        try:
+            wrappers.append((name, dict(kind.model_validate(options))))
+        except ValidationError as error:
+            faults += [describe_fault(fault, kind, options, prefix=place) for fault in error.errors()]
+    return faults if faults or settings is None else Recipe(entry, module, settings, tuple(wrappers))
 
 
 def build(name: str, settings: Mapping[str, Any], cohort: Cohort) -> Method:
-    """Build a method for a federation from its YAML settings.
+    """Build a method for a federation from its YAML settings, `with` among them.
 
     Raises ConfigError for settings it does not know, MethodError for settings that cannot work on this cohort.
     """
-    return load(name).build(settings_of(MethodEntry(name=name, **settings)), cohort)
+    return recipe_of(MethodEntry.model_validate({"name": name, **settings})).build(cohort)

@@ -1,19 +1,20 @@
 """What a method is: a record of functions over rows with a leading client axis, the same in simulation and at a site.
 
-Letters: K clients, S sampled clients, P adapter parameters per client. A method file holds both halves of one paper, a
-small `Settings` and `build(settings, cohort) -> Method`; nothing is inherited and nothing is registered.
+Letters: K clients, S sampled clients, n of these that answered, P numbers of a row. A method file holds both halves of
+one paper, a small `Settings` and `build(settings, cohort) -> Method`; nothing is inherited and nothing is registered.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from fedmira.adapters import Adapters, Layout
+from fedmira.adapters import Adapters, Layout, Stored, lora_layout
+from fedmira.adapters.columns import every_column
 from fedmira.config.strict import Strict
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import Graph
@@ -50,9 +51,9 @@ class Cohort:
     """What is known of the federation before it starts. schedule: sampled client positions per round.
 
     columns: per client, the data columns with one value (for graphs by group). profile(None): the mean embedding of
-    each client's prompts by the frozen base [K, d]; profile(column): how often each value of a data column stands in
-    its training examples [K, values]. Neither is worked out unless it is asked for. ranks, scale: of each client's
-    adapter, as in Adapters, [K] or [K, modules]; None: everyone has those of the common start.
+    each client's prompts by the frozen base [K, d]; profile(column): the share of each value of a data column in its
+    training examples [K, values]. Neither is computed unless it is called. ranks, scale: of each client's adapter, as
+    in Adapters, [K] or [K, modules]; None: everyone has those of the common start.
     """
 
     ids: tuple[str, ...]
@@ -74,26 +75,38 @@ def _no_profile(column: str | None) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """What crosses the wire for S clients: rows [S, P] of the parts that travel, and declared scalars [S]."""
+    """What the server and S clients send each other: rows [S, P], declared scalars [S], and further rows by name.
+
+    A method reads and writes whole rows. Only the columns that travel cross the wire (`Method.travels`): those of
+    `rows` and of every tensor [S, P] of `more`. Each side fills the other columns with what it has itself.
+    """
 
     rows: Tensor
     scalars: Mapping[str, Tensor] = field(default_factory=dict)
+    more: Mapping[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def bytes_each(self) -> int:
-        """Payload of a client's message in bytes, rows whole as they stand here; headers are not counted."""
-        return self.rows.shape[1] * self.rows.element_size() + 8 * len(self.scalars)
+    def take(self, index: Tensor | slice) -> "Message":
+        """Return the messages of some clients, by position."""
+        return Message(
+            self.rows[index],
+            {name: value[index] for name, value in self.scalars.items()},
+            {name: value[index] for name, value in self.more.items()},
+        )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Message":
+        """Return the same message with `change` applied to every tensor of rows."""
+        return Message(change(self.rows), self.scalars, {name: change(value) for name, value in self.more.items()})
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What the server keeps between rounds. adapters: [K, P] where the method is personal, else [1, P].
+    """What the server keeps between rounds. adapters: a row of each client, one row for all, or a row of each group.
 
-    shared: whatever is common to all, written whole in every checkpoint. tables: [K, ...] each, something about every
-    client; of these a round changes, and a checkpoint holds, the rows of its own clients.
+    shared: tensors that are common to all, written whole in every checkpoint. tables: [K, ...] each, something about
+    every client; a round changes, and a checkpoint holds, the rows of its own clients.
     """
 
-    adapters: Adapters
+    adapters: Stored
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     tables: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -102,8 +115,9 @@ class State:
 class Change:
     """What a merge decided. rows [n, P] replace the rows `ids` [n] of State.adapters; shared replaces State.shared.
 
-    tables: name -> [n, ...], which replace the rows `ids` of State.tables. notes: numbers for the round's record. Only
-    the engine applies a Change.
+    tables: name -> [n, ...], which replace the rows `ids` of State.tables. notes: numbers for the round's record. base:
+    low-rank pairs B A that are added to the base's weights for everybody, one row [1, P'] of any rank, with its scale.
+    Only the engine applies a Change, once it is durable.
     """
 
     ids: Tensor
@@ -111,14 +125,31 @@ class Change:
     shared: Mapping[str, Tensor] | None = None
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
+    base: Adapters | None = None
 
 
-# The client's optimizer over rows, clipping included: (adapters, gradient, memory), changed in place and returned.
-Update = Callable[[Adapters, Tensor, Memory], tuple[Adapters, Memory]]
-# Losses [S] and gradient rows [S, P] on the step's batch; the gradient is a buffer that the next call overwrites.
-Gradient = Callable[[Adapters], tuple[Tensor, Tensor]]
-# Labelled tokens [S] and gradient rows [S, P] of the mean cross-entropy with labels drawn from the model itself.
-Curvature = Callable[[Adapters], tuple[Tensor, Tensor]]
+class Gradient(Protocol):
+    """Losses [S] and gradient rows [S, P] on the step's batch; the gradient is a buffer that the next call overwrites.
+
+    Columns that are not trained have gradient 0.
+    """
+
+    def __call__(self, adapters: Adapters) -> tuple[Tensor, Tensor]: ...
+
+
+class Update(Protocol):
+    """One step of the client's optimizer, clipping included, on the trained columns; changes the rows in place.
+
+    of: whose moments are used. A second trained row has moments under a second name.
+    """
+
+    def __call__(self, adapters: Adapters, gradient: Tensor, *, of: str = "main") -> Adapters: ...
+
+
+class Loss(Protocol):
+    """Mean cross-entropy [S] in nats per labelled token, float64; nan where a client has no example in that split."""
+
+    def __call__(self, adapters: Adapters, *, on: Literal["validation", "batch"] = "validation") -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,63 +157,242 @@ class Tools:
     """Functions and facts that a client half may use, so that a new method needs no new signature.
 
     rng(name): a generator per client, from run seed, round and client key, never from a position in the batch.
-    curvature: like grad, with labels y ~ softmax(f(x)) at every place that has a label, and in a buffer of its own.
+    curvature: like grad, but labelled tokens [S] and gradient rows [S, P] of the mean cross-entropy with labels
+    y ~ softmax(f(x)) at every position that has a label, in a separate buffer. `begin`, `finish` and `use` have no
+    batch: there grad, curvature and loss on a batch cannot be called.
     """
 
     clock: Clock
     grad: Gradient
     update: Update
     rng: Callable[[str], Sequence[np.random.Generator]]
-    curvature: Curvature
+    curvature: Gradient
+    loss: Loss
 
 
-@dataclass(frozen=True)
-class Method:
-    """A federated method as a value. Client functions see [S, ...] and return new values or their own arguments."""
+class Phase(Protocol):
+    """A part of a client's round. adapters [S, P]: in `begin` what was sent, laid over the client's own row."""
 
-    name: str
-    init: Callable[[Adapters, Clock], State]
-    send: Callable[[State, Tensor, Clock], Message]
-    merge: Callable[[State, Tensor, Message, Tensor, Clock], Change]
-    serve: Callable[[State, Memory, Tensor], Adapters]
-    personal: bool  # every client has its own row on the server
-    uses_weights: bool  # example counts enter the merge
-    begin: Callable[[Adapters, Memory, Message, Tools], tuple[Adapters, Memory]] = (
-        lambda adapters, memory, given, tools: (
-            adapters,
-            memory,
-        )
-    )
-    step: Callable[[Adapters, Memory, Message, Tools], tuple[Adapters, Memory]] = (
-        lambda adapters, memory, given, tools: descend(adapters, memory, given, tools)
-    )
-    finish: Callable[[Adapters, Memory, Message, Tools], tuple[Message, Memory]] = (
-        lambda adapters, memory, given, tools: (
-            Message(adapters.rows),
-            memory,
-        )
-    )
-    layout: Callable[[Layout, int], Layout] | None = (
-        None  # (LoRA's, width of the base's embeddings) -> own; None: LoRA's
-    )
-    learning_rate: float | None = None  # of its clients; None: the config's
-    private: Callable[[Adapters], Memory] = lambda adapters: {}  # what a client keeps of its own before it ever trained
-    accept: float | None = None  # a client keeps a reply only if its validation loss is not worse by more, in nats
-    needs: Literal["each", "sum"] = "sum"  # must the server see each upload, or would their sum do
-    compare: Literal["factors", "products"] = "factors"  # what "equal" means for this method's adapters
-    graph: Graph | None = None  # who is pulled to whom, for reports
-    learned: Callable[[State], Graph] | None = None  # the graph as it is now, where it is learned on the way
-    exchanges: bool = True  # do adapters travel; False where clients train alone, in one place or not at all
-    pull: Callable[[Tensor], Tensor] | None = None  # ids [S] -> fraction by which a merge moves each, for reports
-    trains: Literal["sampled", "pool", "nobody"] = "sampled"  # whose data a round trains on: its clients', all together
-    pool_steps: int | None = None  # of the pool in a round; None = as many, and examples, as its clients would take
-    tune: tuple[Literal["steps", "epochs"], int] | None = None  # what every client trains alone after the last round
+    def __call__(self, adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]: ...
+
+
+class Finish(Protocol):
+    """The end of a client's round: what it returns, and what it keeps."""
+
+    def __call__(self, adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]: ...
+
+
+class Use(Protocol):
+    """The adapters that clients use: what they would be sent now, seen through what they keep. Memory is only read."""
+
+    def __call__(self, adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> Adapters: ...
+
+
+def remember_nothing(adapters: Adapters) -> Memory:
+    return {}
+
+
+def begin_from_what_was_sent(
+    adapters: Adapters, memory: Memory, given: Message, tools: Tools
+) -> tuple[Adapters, Memory]:
+    return adapters, memory
 
 
 def descend(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
     """One plain local step: the gradient of every client's own loss, then the optimizer."""
     _, gradient = tools.grad(adapters)
-    return tools.update(adapters, gradient, memory)
+    return tools.update(adapters, gradient), memory
+
+
+def return_the_row(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:
+    return Message(adapters.rows), memory
+
+
+def use_what_was_sent(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> Adapters:
+    return adapters
+
+
+@dataclass(frozen=True)
+class Client:
+    """The client's half. Functions see [S, ...] and return new values or their own arguments.
+
+    start: the memory of a client that never trained, from the adapters it is sent. step may change rows and memory in
+    place, and sees only the clients that have steps left.
+    """
+
+    start: Callable[[Adapters], Memory] = remember_nothing
+    begin: Phase = begin_from_what_was_sent
+    step: Phase = descend
+    finish: Finish = return_the_row
+    use: Use = use_what_was_sent
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What a method needs of whoever carries out its rounds, beside the rounds themselves.
+
+    trainees: whose data a round trains on: its clients', all clients' together (a pool), or nobody's. pool_steps: of
+    the pool in a round; None = as many, and examples, as its clients would take. learning_rate: of its clients; None =
+    the config's. tolerance: a client keeps a reply only if its validation loss is not worse by more, in nats; None =
+    always. tune: what every client trains alone after the last round.
+    """
+
+    trainees: Literal["sampled", "pool", "nobody"] = "sampled"
+    pool_steps: int | None = None
+    learning_rate: float | None = None
+    tolerance: float | None = None
+    tune: tuple[Literal["steps", "epochs"], int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What reports and laws ask of a method, and the engine never does.
+
+    needs: must the server see each upload, or would their sum do. weighs: do example counts enter the merge. compare:
+    what "equal" means for this method's adapters. graph: who is pulled to whom; learned: that graph of a State, where
+    it is learned in the rounds. pull: ids [S] -> fraction by which a merge moves each.
+    """
+
+    needs: Literal["each", "sum"] = "sum"
+    weighs: bool = False
+    compare: Literal["factors", "products"] = "factors"
+    graph: Graph | None = None
+    learned: Callable[[State], Graph] | None = None
+    pull: Callable[[Tensor], Tensor] | None = None
+
+
+class Init(Protocol):
+    """The server's state before round 1, from the common start."""
+
+    def __call__(self, start: Stored, clock: Clock) -> State: ...
+
+
+class Send(Protocol):
+    """What the server sends the clients `ids` [S]."""
+
+    def __call__(self, state: State, ids: Tensor, clock: Clock) -> Message: ...
+
+
+class Merge(Protocol):
+    """What the server makes of the uploads of the clients `ids` [n] that answered. weights [n]: training examples."""
+
+    def __call__(self, state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change: ...
+
+
+# (LoRA's layout, width of the base's embeddings) -> the layout of the method's own rows
+Layouts = Callable[[Layout, int], Layout]
+# (layout, clock) -> bool [P]
+Columns = Callable[[Layout, Clock], Tensor]
+
+
+def all_columns(layout: Layout, clock: Clock) -> Tensor:
+    return every_column(layout)
+
+
+def no_columns(layout: Layout, clock: Clock) -> Tensor:
+    return ~every_column(layout)
+
+
+def start_state(start: Stored, clock: Clock) -> State:
+    """Nothing but the common start."""
+    return State(start)
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A federated method as a value.
+
+    rows_of: whose rows the server has: `each` client's, `one` for all, or groups: a tensor [K] with the number of the
+    row that each client uses. send: by default each client is sent the row that it uses. layout: None = LoRA's.
+    travels: columns of a row that cross the wire; the others stay with the client, and begin as the common start.
+    trained: columns that local steps move. A client returns the columns that do both.
+
+    Raises MethodError if two fields contradict each other.
+    """
+
+    name: str
+    merge: Merge
+    rows_of: Literal["each", "one"] | Tensor = "one"
+    init: Init = start_state
+    send: Send | None = None
+    client: Client = Client()
+    layout: Layouts | None = None
+    travels: Columns = all_columns
+    trained: Columns = all_columns
+    regime: Regime = Regime()
+    facts: Facts = Facts()
+
+    def __post_init__(self) -> None:
+        regime, facts, each = self.regime, self.facts, isinstance(self.rows_of, str) and self.rows_of == "each"
+        one = isinstance(self.rows_of, str) and self.rows_of == "one"
+        faults = {
+            "a client can refuse a reply (tolerance) only where the server has a row of each client": (
+                regime.tolerance is not None and not each
+            ),
+            "clients fine-tune at the end (tune) what they share; here each has a row": regime.tune is not None
+            and each,
+            "a pool, or nobody, trains one row for all": regime.trainees != "sampled" and not one,
+            "where a pool or nobody trains, no client fine-tunes at the end": (
+                regime.trainees != "sampled" and regime.tune is not None
+            ),
+            "pool_steps are of a pool": regime.pool_steps is not None and regime.trainees != "pool",
+            "a graph is given or learned, not both": facts.graph is not None and facts.learned is not None,
+            "the fraction that a merge pulls (pull) needs a graph that is given": (
+                facts.pull is not None and facts.graph is None
+            ),
+        }
+        if wrong := [rule for rule, broken in faults.items() if broken]:
+            raise MethodError(f"method '{self.name}': {'; '.join(wrong)}")
+
+    @property
+    def personal(self) -> bool:
+        """Does each client use a separate adapter in the end?"""
+        return (
+            self.has_row_of_each
+            or self.regime.tune is not None
+            or (self.regime.trainees == "sampled" and (self._keeps_columns or self.client.use is not use_what_was_sent))
+        )
+
+    @property
+    def _keeps_columns(self) -> bool:
+        """Are there columns that a client trains and never sends? Looked up in a small layout, in two rounds."""
+        layout, clocks = self._small_layout(), (Clock(1), Clock(2))
+        return any(bool((self.trained(layout, at) & ~self.travels(layout, at)).any()) for at in clocks)
+
+    @property
+    def sends_nothing(self) -> bool:
+        """Does no column of a row travel?"""
+        layout = self._small_layout()
+        return not any(bool(self.travels(layout, at).any()) for at in (Clock(1), Clock(2)))
+
+    def _small_layout(self) -> Layout:
+        layout = lora_layout([("layer", 1, 1)], 1)
+        return layout if self.layout is None else self.layout(layout, 1)
+
+    @property
+    def has_row_of_each(self) -> bool:
+        """Has the server a row of each client?"""
+        return isinstance(self.rows_of, str) and self.rows_of == "each"
+
+    def count_rows(self, clients: int) -> int:
+        """Return how many rows the server has."""
+        if isinstance(self.rows_of, Tensor):
+            return int(self.rows_of.max()) + 1
+        return clients if self.rows_of == "each" else 1
+
+    def row_of(self, ids: Tensor) -> Tensor:
+        """Return which row each of the clients `ids` [S] uses."""
+        if isinstance(self.rows_of, Tensor):
+            return self.rows_of[ids]
+        return ids if self.rows_of == "each" else torch.zeros_like(ids)
+
+    def message(self, state: State, ids: Tensor, clock: Clock) -> Message:
+        """Return what the server sends the clients `ids` [S], whole rows."""
+        if self.send is not None:
+            return self.send(state, ids, clock)
+        if isinstance(self.rows_of, str) and self.rows_of == "one":
+            return Message(state.adapters.rows[torch.zeros(1, dtype=torch.int64)].expand(len(ids), -1))
+        return Message(state.adapters.rows[self.row_of(ids)])
 
 
 def shares_of(weights: Tensor, by: Literal["examples", "uniform"]) -> Tensor:
@@ -202,35 +412,20 @@ def mean_row(rows: Tensor, shares: Tensor) -> Tensor:
     return shares.to(rows.dtype)[None, :] @ rows
 
 
-def merge_mean(by: Literal["examples", "uniform"]) -> Callable[[State, Tensor, Message, Tensor, Clock], Change]:
-    """Return a merge that puts the mean of the uploads, number by number, in the place of the one shared row."""
+def merge_mean(by: Literal["examples", "uniform"]) -> Merge:
+    """Return a merge that replaces the one shared row by the mean of the uploads, number by number."""
 
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-        return Change(torch.zeros(1, dtype=torch.int64), mean_row(returned.rows, shares_of(weights, by)))
+        return replace_shared(mean_row(returned.rows, shares_of(weights, by)))
 
     return merge
 
 
-def own_rows(state: State, ids: Tensor, clock: Clock) -> Message:
-    """Send every client its own stored row."""
-    return Message(state.adapters.rows[ids])
+def replace_shared(row: Tensor) -> Change:
+    """Replace the one row that all share by `row` [1, P]."""
+    return Change(torch.zeros(1, dtype=torch.int64), row)
 
 
-def one_row(state: State, ids: Tensor, clock: Clock) -> Message:
-    """Send every client the one shared row."""
-    return Message(state.adapters.rows.expand(len(ids), -1))
-
-
-def serve_own(state: State, memory: Memory, ids: Tensor) -> Adapters:
-    """Each client uses its own stored row."""
-    return state.adapters.take(ids)
-
-
-def serve_one(state: State, memory: Memory, ids: Tensor) -> Adapters:
-    """Each client uses the one shared row."""
-    return state.adapters.take(torch.zeros_like(ids))
-
-
-def start_state(adapters: Adapters, clock: Clock) -> State:
-    """Nothing but the common start."""
-    return State(adapters)
+def change_nothing(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
+    """Replace no row, whatever came back."""
+    return Change(torch.empty(0, dtype=torch.int64), returned.rows[:0])

@@ -11,7 +11,7 @@ tensor for itself, weighed by its client's share of the selected clients' exampl
 
 from typing import Literal
 
-from fedmira.methods.base import Cohort, Method, Settings, merge_mean, one_row, serve_one, start_state
+from fedmira.methods.base import Cohort, Facts, Method, Settings, merge_mean
 
 
 class Config(Settings):
@@ -22,13 +22,4 @@ class Config(Settings):
 
 def build(config: Config, cohort: Cohort) -> Method:
     """Return FedAvg as a Method."""
-    return Method(
-        name="fedavg",
-        init=start_state,
-        send=one_row,
-        merge=merge_mean(config.weights),
-        serve=serve_one,
-        personal=False,
-        uses_weights=config.weights == "examples",
-        needs="sum",
-    )
+    return Method("fedavg", merge_mean(config.weights), facts=Facts(weighs=config.weights == "examples"))

@@ -19,7 +19,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fedmira.methods.base import Cohort, Method, Settings, merge_mean, one_row, serve_one, start_state
+from fedmira.methods.base import Cohort, Facts, Method, Settings, merge_mean
+from fedmira.methods.wrappers import tuned_after
 
 
 class Config(Settings):
@@ -38,14 +39,5 @@ class Config(Settings):
 
 def build(config: Config, cohort: Cohort) -> Method:
     """Return FedAvg-FT as a Method."""
-    return Method(
-        name="fedavg_ft",
-        init=start_state,
-        send=one_row,
-        merge=merge_mean(config.weights),
-        serve=serve_one,
-        personal=False,
-        uses_weights=config.weights == "examples",
-        needs="sum",
-        tune=("epochs", config.epochs or 1) if config.steps is None else ("steps", config.steps),
-    )
+    shared = Method("fedavg_ft", merge_mean(config.weights), facts=Facts(weighs=config.weights == "examples"))
+    return tuned_after(shared, steps=config.steps, epochs=config.epochs)

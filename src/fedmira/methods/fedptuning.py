@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedmira.adapters import Layout, prompt_layout
-from fedmira.methods.base import Cohort, Method, Settings, merge_mean, one_row, serve_one, start_state
+from fedmira.methods.base import Cohort, Facts, Method, Regime, Settings, merge_mean
 
 
 class Config(Settings):
@@ -42,14 +42,9 @@ def build(config: Config, cohort: Cohort) -> Method:
         return prompt_layout(width, config.virtual_tokens, config.hidden)
 
     return Method(
-        name="fedptuning",
-        init=start_state,
-        send=one_row,
-        merge=merge_mean(config.weights),
-        serve=serve_one,
-        personal=False,
-        uses_weights=config.weights == "examples",
-        needs="sum",
+        "fedptuning",
+        merge_mean(config.weights),
         layout=layout,
-        learning_rate=config.learning_rate,
+        regime=Regime(learning_rate=config.learning_rate),
+        facts=Facts(weighs=config.weights == "examples"),
     )

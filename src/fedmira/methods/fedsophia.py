@@ -40,18 +40,7 @@ import torch
 from pydantic import Field
 
 from fedmira.adapters import Adapters
-from fedmira.methods.base import (
-    Cohort,
-    Memory,
-    Message,
-    Method,
-    Settings,
-    Tools,
-    merge_mean,
-    one_row,
-    serve_one,
-    start_state,
-)
+from fedmira.methods.base import Client, Cohort, Facts, Memory, Message, Method, Settings, Tools, merge_mean
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -96,17 +85,10 @@ def build(config: Config, cohort: Cohort) -> Method:
         return Message(adapters.rows), memory
 
     return Method(
-        name="fedsophia",
-        init=start_state,
-        send=one_row,
-        merge=merge_mean(config.weights),
-        serve=serve_one,
-        personal=False,
-        uses_weights=config.weights == "examples",
-        step=step,
-        finish=finish,
-        private=start_memory,
-        needs="sum",
+        "fedsophia",
+        merge_mean(config.weights),
+        client=Client(start=start_memory, step=step, finish=finish),
+        facts=Facts(weighs=config.weights == "examples"),
     )
 
 

@@ -30,15 +30,13 @@ from fedmira.methods.base import (
     Change,
     Clock,
     Cohort,
-    Memory,
+    Facts,
     Message,
     Method,
     Settings,
     State,
-    one_row,
-    serve_one,
+    replace_shared,
     shares_of,
-    start_state,
 )
 
 BATCH = 2**24  # numbers of stacked factors that are decomposed at once
@@ -53,36 +51,29 @@ class Config(Settings):
 def build(config: Config, cohort: Cohort) -> Method:
     """Return FlexLoRA as a Method."""
 
-    def hold(rows: Tensor, ids: Tensor, shared: Adapters) -> Adapters:
+    def of_clients(rows: Tensor, ids: Tensor, state: State) -> Adapters:
         """Rows [S, P] as adapters of the clients `ids` [S], with their own ranks and scale."""
+        shared = state.adapters
         if cohort.ranks is None or cohort.scale is None:
             alike = torch.zeros_like(ids)
             return Adapters(shared.layout, rows, shared.ranks[alike], shared.scale[alike])
         return Adapters(shared.layout, rows, cohort.ranks[ids], cohort.scale[ids])
 
-    def serve(state: State, memory: Memory, ids: Tensor) -> Adapters:
-        copies = state.adapters.rows.expand(len(ids), -1).clone()
-        return cut_(hold(copies, ids, state.adapters), state.adapters)
-
     def send(state: State, ids: Tensor, clock: Clock) -> Message:
-        return Message(serve(state, {}, ids).rows)
+        row = state.adapters.take(torch.zeros(1, dtype=torch.int64))
+        return Message(cut_(of_clients(row.rows.repeat(len(ids), 1), ids, state), row).rows)
 
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-        uploads = hold(returned.rows, ids, state.adapters)
-        row = mean_update(uploads, shares_of(weights, config.weights), state.adapters)
-        return Change(torch.zeros(1, dtype=torch.int64), row)
+        row = state.adapters.take(torch.zeros(1, dtype=torch.int64))
+        uploads = of_clients(returned.rows, ids, state)
+        return replace_shared(mean_update(uploads, shares_of(weights, config.weights), row))
 
     mixed = cohort.ranks is not None and bool((cohort.ranks != cohort.ranks[:1]).any())
     return Method(
-        name="flexlora",
-        init=start_state,
-        send=send if mixed else one_row,
-        merge=merge,
-        serve=serve if mixed else serve_one,
-        personal=False,
-        uses_weights=config.weights == "examples",
-        needs="each",
-        compare="products",
+        "flexlora",
+        merge,
+        send=send if mixed else None,
+        facts=Facts(needs="each", weighs=config.weights == "examples", compare="products"),
     )
 
 

@@ -18,10 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapters
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import group_graph, groups_by
-from fedmira.methods.base import Change, Clock, Cohort, Memory, Message, Method, Settings, State
+from fedmira.methods.base import Change, Clock, Cohort, Facts, Message, Method, Settings, State
 
 
 class Config(Settings):
@@ -39,31 +38,13 @@ def build(config: Config, cohort: Cohort) -> Method:
     known = sorted(set(names))  # by name, so that rows do not depend on the clients' order
     group = torch.tensor([known.index(name) for name in names])  # [K]
 
-    def start(adapters: Adapters, clock: Clock) -> State:
-        return State(adapters.take(torch.zeros(len(known), dtype=torch.int64)))
-
-    def send(state: State, ids: Tensor, clock: Clock) -> Message:
-        return Message(state.adapters.rows[group[ids]])
-
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
         shares = weights if config.weights == "examples" else torch.ones_like(weights)
         present, rows = group_means(returned.rows, shares, group[ids], count=len(known))
         return Change(present, rows, notes={"groups": len(present)})
 
-    def serve(state: State, memory: Memory, ids: Tensor) -> Adapters:
-        return state.adapters.take(group[ids])
-
-    return Method(
-        name="groupavg",
-        init=start,
-        send=send,
-        merge=merge,
-        serve=serve,
-        personal=False,
-        uses_weights=config.weights == "examples",
-        needs="sum",
-        graph=None if config.column is None else group_graph(names),
-    )
+    graph = None if config.column is None else group_graph(names)
+    return Method("groupavg", merge, rows_of=group, facts=Facts(weighs=config.weights == "examples", graph=graph))
 
 
 def group_means(rows: Tensor, weights: Tensor, group: Tensor, *, count: int) -> tuple[Tensor, Tensor]:

@@ -2,23 +2,11 @@
 
     w_k^(t+1) = w_{k,R}^(t)  for sampled k;   w_k^(t+1) = w_k^(t)  otherwise
 
-The yardstick that every federated method has to beat; MIRA with lambda = 0 (arXiv:2410.15524, after equation 3).
+Nothing travels: each client keeps its adapter, and the server sees none. The yardstick that every federated method has
+to beat; MIRA with lambda = 0 (arXiv:2410.15524, after equation 3).
 """
 
-from torch import Tensor
-
-from fedmira.methods.base import (
-    Change,
-    Clock,
-    Cohort,
-    Message,
-    Method,
-    Settings,
-    State,
-    own_rows,
-    serve_own,
-    start_state,
-)
+from fedmira.methods.base import Cohort, Facts, Method, Settings, change_nothing, no_columns
 
 
 class Config(Settings):
@@ -27,19 +15,4 @@ class Config(Settings):
 
 def build(config: Config, cohort: Cohort) -> Method:
     """Return local training as a Method."""
-    return Method(
-        name="local",
-        init=start_state,
-        send=own_rows,
-        merge=keep_uploads,
-        serve=serve_own,
-        personal=True,
-        uses_weights=False,
-        needs="each",
-        exchanges=False,
-    )
-
-
-def keep_uploads(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-    """Replace each sampled client's row by what it returned."""
-    return Change(ids, returned.rows)
+    return Method("local", change_nothing, rows_of="each", travels=no_columns, facts=Facts(needs="each"))

@@ -30,9 +30,7 @@ of its parent FedU (CharlieDinh/FedU_FMTL) moves one client after another, by lr
 of eta lambda; against FedU's printed step nothing was checked.
 """
 
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -40,68 +38,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fedmira.adapters import Adapters
+from fedmira.adapters import Stored
 from fedmira.adapters.lowrank import mix_products
 from fedmira.adapters.mixing import mix_rows
-from fedmira.errors import MethodError
-from fedmira.graphs.graph import Coupling, Graph, couple, largest_coupling, make_graph
-from fedmira.graphs.learned import LEAST_SKETCH, LearnedGraph, knn_graph, shuffled
-from fedmira.methods.base import (
-    Change,
-    Clock,
-    Cohort,
-    Memory,
-    Message,
-    Method,
-    Settings,
-    State,
-    Tools,
-    own_rows,
-    serve_own,
-)
-
-# The keys of `graph` that go with each kind; the others are refused there.
-KEYS = {
-    "random": {"seed", "shuffled"},
-    "uniform": {"shuffled"},
-    "groups": {"column", "shuffled"},
-    "file": {"path", "shuffled"},
-    "knn": {"features", "column", "measure", "degree", "shuffled"},
-    "learned": {"of", "measure", "scope", "every", "degree", "sketch", "shuffled"},
-}
-
-
-class GraphConfig(Settings):
-    """Where the similarities a_kl come from."""
-
-    kind: Literal["random", "uniform", "groups", "file", "knn", "learned"] = "random"  # random: the authors' recipe
-    column: str | None = None  # groups: clients with the same value are joined; knn: whose values are counted
-    path: str | None = None  # file: CSV with client,neighbour,weight
-    seed: int | None = Field(default=None, ge=0)  # random: None = the run's seed
-    features: Literal["embedding", "histogram"] = "embedding"  # knn: what the base makes of prompts, or counted values
-    of: Literal["adapters", "updates"] = "adapters"  # learned: all that was learned, or the last round's part of it
-    measure: Literal["cosine", "distance"] = "cosine"  # knn, learned
-    scope: Literal["whole", "layer"] = "whole"  # learned: one similarity of all layers together, or their mean
-    every: int = Field(default=1, ge=1)  # learned: rounds between two looks at the same client
-    degree: int = Field(default=10, ge=1)  # knn, learned: the most neighbours of a client
-    sketch: int = Field(default=LEAST_SKETCH, ge=LEAST_SKETCH)  # learned: numbers kept of each client
-    shuffled: bool = False  # the same graph with its clients permuted: a control
-
-    @model_validator(mode="after")
-    def _complete(self) -> "GraphConfig":
-        if self.kind == "groups" and not self.column:
-            raise ValueError("graph kind 'groups' needs 'column', the data column that names a client's group")
-        if self.kind == "file" and not self.path:
-            raise ValueError("graph kind 'file' needs 'path', a CSV with client,neighbour,weight")
-        if self.kind == "knn" and (self.features == "histogram") != (self.column is not None):
-            raise ValueError("graph kind 'knn' needs 'column' with 'features: histogram', and only there")
-        usual = {name: field.default for name, field in type(self).model_fields.items()}
-        given = {name for name in self.model_fields_set - {"kind"} if getattr(self, name) != usual[name]}
-        if strange := sorted(given - KEYS[self.kind]):
-            raise ValueError(
-                f"graph kind '{self.kind}' has no {', '.join(strange)}; it takes {sorted(KEYS[self.kind])}"
-            )
-        return self
+from fedmira.graphs.graph import Graph
+from fedmira.graphs.learned import LearnedGraph
+from fedmira.graphs.settings import GraphConfig, given_graph, learn_graph
+from fedmira.graphs.step import Coupling, check_stable, couple, shorten, stable_coupling, transfer
+from fedmira.methods.base import Change, Clock, Cohort, Facts, Message, Method, Settings, State
+from fedmira.methods.wrappers import accepting, lost_reply
 
 
 class AcceptConfig(Settings):
@@ -140,41 +85,45 @@ def build(config: Config, cohort: Cohort) -> Method:
     the graph cannot be made from this cohort.
     """
     coupling, explicit = config.eta * config.lam, config.solver == "explicit"
-    learned = learn_graph(config, cohort) if config.graph.kind == "learned" else None
-    graph = None if learned is not None else given_graph(config.graph, cohort)
+    products, stored = config.space == "product", config.neighbours == "stored"
+    learned: LearnedGraph | None = None
+    graph: Graph | None = None
+    if config.graph.kind == "learned":
+        learned = learn_graph(config.graph, products=products, stored=stored, seed=cohort.seed)
+    else:
+        graph = given_graph(
+            config.graph, ids=cohort.ids, columns=cohort.columns, seed=cohort.seed, profile=cohort.profile
+        )
 
     def restrict(some: Graph, ids: Tensor) -> Coupling:
-        return couple(some, ids.numpy(), kind=config.normalise, stored=config.neighbours == "stored")
+        return couple(some, ids.numpy(), kind=config.normalise, stored=stored)
 
     checked = {frozenset(ids.tolist()): torch.from_numpy(ids) for ids in cohort.schedule}
     if graph is not None and explicit:
         rounds = [restrict(graph, ids) for ids in checked.values()]
-        check_stable(coupling, graph, rounds, normalised=config.normalise != "none")
-    if config.reply == "lost":
-        warnings.warn("mira: reply: lost replays a defect of the public code; it is no way to train", stacklevel=2)
+        check_stable(coupling, graph, rounds, normalised=config.normalise != "none", method="mira")
 
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-        some, strength = graph, coupling
+        joined, strength = graph, coupling
         notes: dict[str, float] = {}
         tables: Mapping[str, Tensor] = {}
         if learned is not None:
             server = (state.adapters, state.shared, state.tables)
-            some, tables, notes = learned.look(*server, ids, returned.rows, clock.round)
-        assert some is not None
-        near = restrict(some, ids)
+            joined, tables, notes = learned.look(*server, ids, returned.rows, clock.round)
+        assert joined is not None
+        near = restrict(joined, ids)
         if explicit and (learned is not None or frozenset(ids.tolist()) not in checked):
-            limit = largest_coupling(some, [near])  # nobody could check this subgraph before; it may bear less
-            strength = min(coupling, limit / 2 if some.symmetric else limit)
+            strength = stable_coupling(coupling, joined, near)  # nobody could check this subgraph before
         uploads = state.adapters.take(ids, rows=returned.rows)
         if config.clip is not None:
-            near, clipped = shorten(near, uploads, state.adapters, config.clip, products=config.space == "product")
+            near, clipped = shorten(near, uploads, state.adapters, config.clip, products=products)
             notes["clipped_percent"] = 100 * clipped
         within, outside = transfer(near, strength, exact=not explicit)
-        if config.space == "product":
+        if products:
             rows = mix_products(within, uploads, outside, state.adapters.take(torch.from_numpy(near.neighbours)))
         else:
-            stored = state.adapters.rows
-            rows = mix_rows(within, returned.rows, outside=outside, stored=stored, neighbours=near.neighbours)
+            table = state.adapters.rows
+            rows = mix_rows(within, returned.rows, outside=outside, stored=table, neighbours=near.neighbours)
         notes["pull_percent"] = 100 * float((1 - np.diag(within)).mean())
         return Change(ids, rows, tables=tables, notes=notes)
 
@@ -183,144 +132,17 @@ def build(config: Config, cohort: Cohort) -> Method:
         within, _ = transfer(restrict(graph, ids), coupling, exact=not explicit)
         return torch.from_numpy(1 - np.diag(within))
 
-    def start(adapters: Adapters, clock: Clock) -> State:
-        return State(adapters, *learned.begin(adapters)) if learned is not None else State(adapters)
+    def start(start: Stored, clock: Clock) -> State:
+        return State(start) if learned is None else State(start, *learned.begin(start))
 
-    method = Method(
-        name="mira",
-        init=start,
-        send=own_rows,
-        merge=merge,
-        serve=serve_own,
-        personal=True,
-        uses_weights=False,
-        accept=None if config.accept is None else config.accept.tolerance,
+    facts = Facts(
         needs="each",
-        compare="products" if config.space == "product" else "factors",
+        compare="products" if products else "factors",
         graph=graph,
         learned=None if learned is None else lambda state: learned.whole(state.tables),
         pull=None if graph is None else pull,
     )
+    method = Method("mira", merge, rows_of="each", init=start, facts=facts)
     if config.reply == "lost":
-        return replace(method, begin=from_own_upload, finish=keep_upload, private=own_start)
-    return method
-
-
-def given_graph(wanted: GraphConfig, cohort: Cohort) -> Graph:
-    """Make a graph that is known before training."""
-    if wanted.kind == "knn":
-        column = wanted.column if wanted.features == "histogram" else None
-        note = f"{wanted.degree} nearest by {f'the values of {column}' if column else 'embeddings of prompts'}"
-        found = knn_graph(cohort.profile(column), measure=wanted.measure, degree=wanted.degree, note=note)
-    else:
-        found = make_graph(
-            wanted.kind,
-            ids=cohort.ids,
-            columns=cohort.columns,
-            column=wanted.column,
-            path=wanted.path,
-            seed=cohort.seed if wanted.seed is None else wanted.seed,
-        )
-    return shuffled(found, cohort.seed) if wanted.shuffled else found
-
-
-def learn_graph(config: Config, cohort: Cohort) -> LearnedGraph:
-    """What is to be learned, as a value; nothing is known yet."""
-    wanted = config.graph
-    return LearnedGraph(
-        of=wanted.of,
-        measure=wanted.measure,
-        by_module=wanted.scope == "layer",
-        every=wanted.every,
-        degree=wanted.degree,
-        size=wanted.sketch,
-        products=config.space == "product",
-        stored=config.neighbours == "stored",
-        shuffled=wanted.shuffled,
-        seed=cohort.seed,
-    )
-
-
-def check_stable(coupling: float, graph: Graph, rounds: list[Coupling], *, normalised: bool) -> None:
-    """Refuse a coupling that makes clients swing apart on some round; warn where they overshoot their neighbours.
-
-    Symmetric graphs: eta lambda lambda_max(L) < 2. Asymmetric graphs: eta lambda max_k degree_k <= 1.
-    """
-    limit = largest_coupling(graph, rounds)
-    if coupling > 0 and (coupling >= limit if graph.symmetric else coupling > limit):
-        why = "2 / largest Laplacian eigenvalue" if graph.symmetric else "1 / largest row sum of an asymmetric graph"
-        raise MethodError(
-            f"mira: eta x lambda = {coupling:.4g} must be below {limit:.4g} for this graph and schedule ({why}), else "
-            f"clients swing apart; lower lambda{'' if normalised else ', or use normalise: row'}, or use solver: exact"
-        )
-    if graph.symmetric and coupling > limit / 2 * (1 + 1e-9):  # at exactly half, neighbours meet in the middle
-        warnings.warn(
-            f"mira: eta x lambda = {coupling:.4g} is over half of the stable limit {limit:.4g}: clients overshoot "
-            "their neighbours and come back",
-            stacklevel=2,
-        )
-
-
-def transfer(near: Coupling, coupling: float, *, exact: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The step as weights of rows [S, S] and [S, N]: W_S <- within V_S + outside W_N; rows of both sum to 1 together.
-
-    explicit: I - c L_SS and c A~_SN (equation 8); exact: (I + c L_SS)^-1 and c (I + c L_SS)^-1 A~_SN.
-    """
-    laplacian = np.diag(near.degree) - near.within
-    if not exact:
-        return np.eye(len(laplacian)) - coupling * laplacian, coupling * near.outside
-    inverse = np.linalg.inv(np.eye(len(laplacian)) + coupling * laplacian)
-    return inverse, coupling * inverse @ near.outside
-
-
-def shorten(
-    near: Coupling, uploads: Adapters, stored: Adapters, tau: float, *, products: bool
-) -> tuple[Coupling, float]:
-    """Weigh each neighbour by min(1, tau / ||w_k - w_l||), so that its pull is at most a_kl tau; and the share so cut.
-
-    The norm is that of the difference of rows, taken directly, or of the updates s B A with `products`.
-    """
-    within, outside = near.within.copy(), near.outside.copy()
-    apart: Callable[[Adapters, Adapters], float] = product_distance if products else row_distance
-    cut = total = 0
-    for k in range(len(near.ids)):
-        own = uploads.take(torch.tensor([k]))
-        for weights, others, ids in ((within, uploads, None), (outside, stored, near.neighbours)):
-            for place in np.flatnonzero(weights[k]).tolist():
-                other = others.take(torch.tensor([place if ids is None else int(ids[place])]))
-                length = apart(own, other)
-                total += 1
-                if length > tau:
-                    weights[k, place] *= tau / length
-                    cut += 1
-    return Coupling(near.ids, within, near.neighbours, outside), cut / max(1, total)
-
-
-def row_distance(one: Adapters, other: Adapters) -> float:
-    return float(torch.linalg.vector_norm(one.rows - other.rows, dtype=torch.float64))
-
-
-def product_distance(one: Adapters, other: Adapters) -> float:
-    """||s B A - s' B' A'|| over all modules: the norm of [s B, -s' B'] [A; A'] through its small Gram matrices."""
-    total = 0.0
-    for part in one.layout.parts:
-        for place, (first, second) in enumerate(part.pairs()):
-            signed = ((one, one.scale_of(place)), (other, -other.scale_of(place)))
-            left = torch.cat([scale * side.leaf(second)[0].double() for side, scale in signed], dim=1)
-            right = torch.cat([one.leaf(first)[0].double(), other.leaf(first)[0].double()])
-            total += float(((left.T @ left) * (right @ right.T)).sum())
-    return max(total, 0.0) ** 0.5
-
-
-def own_start(adapters: Adapters) -> Memory:
-    """What a client starts from where no reply reaches it: the common start, as it was first sent."""
-    return {"upload": adapters.rows.clone()}
-
-
-def from_own_upload(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
-    """Begin from what this client uploaded last, whatever the server made of it (the defect)."""
-    return adapters.with_rows(memory["upload"].clone()), memory
-
-
-def keep_upload(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:
-    return Message(adapters.rows), {**memory, "upload": adapters.rows.clone()}
+        return lost_reply(method)
+    return method if config.accept is None else accepting(method, tolerance=config.accept.tolerance)

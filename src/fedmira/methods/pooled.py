@@ -13,22 +13,9 @@ data in each round, so a client counts by its examples. The pool has a stream an
 Not from a paper.
 """
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from fedmira.methods.base import (
-    Change,
-    Clock,
-    Cohort,
-    Message,
-    Method,
-    Settings,
-    State,
-    one_row,
-    serve_one,
-    start_state,
-)
+from fedmira.methods.base import Cohort, Method, Regime, Settings, change_nothing, no_columns
 
 
 class Config(Settings):
@@ -38,21 +25,6 @@ class Config(Settings):
 
 
 def build(config: Config, cohort: Cohort) -> Method:
-    """Return pooled training as a Method; the engine makes one client of all."""
-    return Method(
-        name="pooled",
-        init=start_state,
-        send=one_row,
-        merge=take_row,
-        serve=serve_one,
-        personal=False,
-        uses_weights=False,
-        exchanges=False,
-        trains="pool",
-        pool_steps=config.steps,
-    )
-
-
-def take_row(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-    """Replace the one row by what the pool returned, rows [1, P]; of several rows by their mean."""
-    return Change(torch.zeros(1, dtype=torch.int64), returned.rows.mean(dim=0, keepdim=True))
+    """Return pooled training as a Method: one client has all data, and keeps what it trains."""
+    regime = Regime(trainees="pool", pool_steps=config.steps)
+    return Method("pooled", change_nothing, travels=no_columns, regime=regime)

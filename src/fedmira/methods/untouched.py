@@ -6,24 +6,7 @@ The control that tells what training brings at all. A round of it costs a line o
 pass through the base is made, the scores are those of the start. Not from a paper.
 """
 
-import torch
-from torch import Tensor
-
-from fedmira.adapters import Adapters
-from fedmira.methods.base import (
-    Change,
-    Clock,
-    Cohort,
-    Memory,
-    Message,
-    Method,
-    Settings,
-    State,
-    Tools,
-    one_row,
-    serve_one,
-    start_state,
-)
+from fedmira.methods.base import Cohort, Method, Regime, Settings, change_nothing, no_columns
 
 
 class Config(Settings):
@@ -32,24 +15,4 @@ class Config(Settings):
 
 def build(config: Config, cohort: Cohort) -> Method:
     """Return the untouched base as a Method."""
-    return Method(
-        name="untouched",
-        init=start_state,
-        send=one_row,
-        merge=change_nothing,
-        serve=serve_one,
-        personal=False,
-        uses_weights=False,
-        step=stand_still,
-        exchanges=False,
-        trains="nobody",
-    )
-
-
-def stand_still(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
-    return adapters, memory
-
-
-def change_nothing(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-    """Replace no row, whatever came back."""
-    return Change(torch.empty(0, dtype=torch.int64), returned.rows[:0])
+    return Method("untouched", change_nothing, travels=no_columns, trained=no_columns, regime=Regime(trainees="nobody"))

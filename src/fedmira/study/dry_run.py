@@ -1,25 +1,29 @@
 """Look before you run: what a study would cost, and what its examples look like to the model. Nothing is written."""
 
-import functools
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fedmira.adapters import Layout
+from fedmira.adapters.columns import count_columns
 from fedmira.config.sections import Config
 from fedmira.data.batches import Encoded
 from fedmira.disk import table
 from fedmira.disk.folders import StudyFolder
-from fedmira.engine.cost import Plan, Speeds, Work, count_run, count_start, plan_cohort
-from fedmira.engine.federation import Observer, first_state, make_optimizer
-from fedmira.engine.probe import measure_speeds
+from fedmira.engine.cost import Plan, Speeds, Work, count_run, count_start, measure_speeds, plan_cohort
+from fedmira.engine.federation import Federation
+from fedmira.engine.run import Observer
+from fedmira.engine.tools import Training
 from fedmira.export.peft_folder import count_exported
-from fedmira.methods import build
+from fedmira.methods import build, recipe_of
+from fedmira.methods.base import Clock, Method
 from fedmira.study import handover
-from fedmira.study.assemble import Prepared, prepare, take_in, using_threads
+from fedmira.study.assemble import Prepared, keep_positions, optimizer_of, prepare, training_of, using_threads
+from fedmira.study.intake import take_in
 from fedmira.study.trackers import check_trackers
 
 COPIES = 4  # full checkpoints and the deltas since, at most, in the size of one that is full
@@ -41,6 +45,7 @@ def silent(event: str, facts: object) -> None:
 
 def show_examples(config: Config, *, observer: Observer = silent) -> Iterator[Shown]:
     """Yield the first training example of every client, as tokenised and cut. Raises as `run` does, without a base."""
+    config = keep_positions(config, [recipe_of(entry) for entry in config.methods])
     tokenizer, intake = take_in(config, observer)
     for client in intake.clients:
         example = client.train[0]
@@ -73,75 +78,28 @@ def plan_study(config: Config, *, overwrite: bool = False, observer: Observer = 
 
 
 def _plan(prepared: Prepared) -> Plan:
-    federation = prepared.federation
-    config, clients, base = federation.config, federation.clients, federation.base
+    config, workplace = prepared.config, prepared.workplace
+    clients, base = workplace.clients, workplace.base
     seed = config.seeds[0]
-    cohort = prepared.cohorts[seed]
-    sampled = len(cohort.schedule[0])
-    plain = build("local", {}, cohort)
-    first = torch.from_numpy(cohort.schedule[0])
-
-    kinds = {one.layout: one for one in map(federation.under, prepared.methods.values())}  # few have rows of their own
+    schedule = prepared.cohorts[seed].schedule
+    sampled = len(schedule[0])
+    kinds = prepared.kinds()  # few have rows of their own
     passes = [
         plan_cohort(base, layout, clients, batch_size=config.training.batch_size, sampled=sampled) for layout in kinds
     ]
-
-    @functools.cache
-    def measure(layout: Layout, *, pooled: bool = False) -> Speeds:
-        """A pool's passes are one client's."""
-        own = {federation.layout: federation, **kinds}[layout]
-        return measure_speeds(own, plain, first[:1] if pooled else first, seed=seed)
-
-    speeds = measure(federation.layout)  # the untouched base is scored with these
-    writes = any(metric != "loss" for metric in config.evaluation.metrics)
+    probe = _Probe(prepared, torch.from_numpy(schedule[0]), training_of(config, seed))
+    speeds = probe.measure(prepared.federation)  # the untouched base is scored with these
+    writes = bool(workplace.evaluation.metrics)
     start_work = count_start(clients, writes=writes, max_examples=config.evaluation.max_examples)
-    ever = len({int(k) for ids in cohort.schedule for k in ids})
-    works: dict[str, Work] = {}
-    seconds: dict[str, float] = {}
-    travels: dict[str, int] = {}
-    adapters, checkpoints = 0, 0
-    rows = {"memory": 0, "disk": 0}  # of the run that needs most; runs follow each other
-    moments = sum(name != "steps" for name in make_optimizer(config).keys) if config.training.keep_optimizer else 0
-    for entry in prepared.entries:
-        method = prepared.methods[entry.folder, seed]
-        under = federation.under(method)
-        each = under.layout.size * 4
-        works[entry.folder] = count_run(
-            clients,
-            cohort.schedule,
-            method=method,
-            batch_size=config.training.batch_size,
-            steps=config.training.local_steps,
-            epochs=config.training.local_epochs,
-            every=config.evaluation.every,
-            writes=writes,
-            max_examples=config.evaluation.max_examples,
-        )
-        own_speeds = measure(under.layout)
-        if method.trains == "pool":
-            own_speeds = replace(own_speeds, trained=measure(under.layout, pooled=True).trained)
-        seconds[entry.folder] = own_speeds.seconds(works[entry.folder])
-        own_rows = float(under.layout.sizes(under.ranks).double().mean())  # of a round's clients, on average
-        travels[entry.folder] = round(2 * sampled * 4 * own_rows) if method.exchanges else 0
-        shared = 0 if method.personal else len(first_state(under, method, seed).adapters)
-        own = ever if method.personal else 0  # rows that differ from the start
-        tuned = len(clients) if method.tune is not None else 0
-        kept = moments * {"nobody": 0, "pool": 1, "sampled": ever}[method.trains]
-        needed = {"memory": shared * each, "disk": 0}
-        needed["disk" if len(clients) * each > table.RAM_BYTES else "memory"] += (own + kept + tuned) * each
-        rows = {place: max(rows[place], needed[place]) for place in rows}
-        changed = 0 if method.trains == "nobody" else shared + own
-        checkpoints += COPIES * (changed + kept) * each * len(config.seeds)
-        whole = count_exported(under.layout) * 4
-        links = len(clients) * whole > handover.LINK_BYTES  # then equal adapters share a file
-        distinct = own + (own < len(clients)) if method.personal else tuned or shared
-        adapters += (distinct if links else len(clients)) * whole * len(config.seeds)
-    runs = len(prepared.entries) * len(config.seeds)
+    costs = {label: _cost(prepared, built.methods[seed], seed, probe) for label, built in prepared.built.items()}
+    needed = [cost.rows for cost in costs.values()]  # of the run that needs most; runs follow each other
+    runs = len(prepared.built) * len(config.seeds)
+    seconds = {label: cost.seconds for label, cost in costs.items()}
     return Plan(
         clients=len(clients),
         sampled=sampled,
         rounds=config.federation.rounds,
-        cohort=federation.cohort,
+        cohort=workplace.cohort,
         examples=sum(len(client.train) for client in clients),
         tokens=sum(client.tokens for client in clients),
         trained_tokens=sum(client.trained_tokens for client in clients),
@@ -158,23 +116,103 @@ def _plan(prepared: Prepared) -> Plan:
         parameters=max(layout.parameters for layout in kinds),
         memory={
             "base": sum(value.numel() * value.element_size() for value in base.model.parameters()),
-            "rows": rows["memory"],
-            "cohort": federation.cohort * max(one.bytes_each for one in passes),
+            "rows": max(rows["memory"] for rows in needed),
+            "cohort": workplace.cohort * max(one.bytes_each for one in passes),
             "free": min(one.bytes_free for one in passes),
         },
         disk={
-            "adapters": adapters,
-            "rows": rows["disk"],
-            "checkpoints": checkpoints,
+            "adapters": len(config.seeds) * sum(cost.adapters for cost in costs.values()),
+            "rows": max(rows["disk"] for rows in needed),
+            "checkpoints": len(config.seeds) * sum(cost.checkpoints for cost in costs.values()),
             "free": _free_disk(Path(config.output_dir)),
         },
-        bytes_per_round=travels,
+        bytes_per_round={label: cost.travels for label, cost in costs.items()},
         speeds=speeds,
         start_seconds=speeds.seconds(start_work),
-        work=works,
+        work={label: cost.work for label, cost in costs.items()},
         run_seconds=seconds,
         runs=runs,
         total_seconds=speeds.seconds(start_work) + len(config.seeds) * sum(seconds.values()),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Probe:
+    """Measures the speed of rows of each layout once. ids [S]: the clients of the first round."""
+
+    prepared: Prepared
+    ids: Tensor
+    training: Training
+    known: dict[tuple[Layout, bool], Speeds] = field(default_factory=dict)
+
+    def measure(self, federation: Federation, *, pooled: bool = False) -> Speeds:
+        """Return speeds of training, scoring and answers. pooled: a pool's passes are one client's."""
+        key = (federation.layout, pooled)
+        if key not in self.known:
+            plain = build("local", {}, self.prepared.cohorts[self.training.seed])
+            ids = self.ids[:1] if pooled else self.ids
+            self.known[key] = measure_speeds(self.prepared.workplace, federation, plain, self.training, ids)
+        return self.known[key]
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What one run of a method costs. rows: bytes in memory and on disk; others in bytes and seconds."""
+
+    work: Work
+    seconds: float
+    travels: int
+    rows: dict[str, int]
+    checkpoints: int
+    adapters: int
+
+
+def _cost(prepared: Prepared, method: Method, seed: int, probe: _Probe) -> _Cost:
+    config, clients = prepared.config, prepared.workplace.clients
+    federation, schedule, regime = prepared.under(method), prepared.cohorts[seed].schedule, method.regime
+    row = federation.layout.size * 4
+    work = count_run(
+        clients,
+        schedule,
+        method=method,
+        batch_size=config.training.batch_size,
+        steps=config.training.local_steps,
+        epochs=config.training.local_epochs,
+        every=config.evaluation.every,
+        writes=bool(prepared.workplace.evaluation.metrics),
+        max_examples=config.evaluation.max_examples,
+    )
+    speeds = probe.measure(federation)
+    if regime.trainees == "pool":
+        speeds = replace(speeds, trained=probe.measure(federation, pooled=True).trained)
+    clock = Clock(1)
+    down = method.travels(federation.layout, clock)
+    up = down & method.trained(federation.layout, clock)
+    numbers = sum(
+        float(count_columns(federation.layout, columns, federation.ranks).double().mean()) for columns in (down, up)
+    )
+    ever = len({int(k) for ids in schedule for k in ids})
+    trainees = {"nobody": 0, "pool": 1, "sampled": ever}[regime.trainees]
+    at_server = ever if method.has_row_of_each else method.count_rows(len(clients))  # rows that differ from the start
+    moments = sum(name != "steps" for name in optimizer_of(config).keys) if config.training.keep_optimizer else 0
+    kept = trainees * (moments + (0 if bool(down.all()) else 1))
+    if not bool(down.any()):
+        at_server = 0
+    changed = at_server if trainees else 0
+    tuned = len(clients) if regime.tune is not None else 0
+    rows = {"memory": 0 if method.has_row_of_each else at_server * row, "disk": 0}
+    of_clients = (at_server if method.has_row_of_each else 0) + kept + tuned
+    rows["disk" if len(clients) * row > table.RAM_BYTES else "memory"] += of_clients * row
+    whole = count_exported(federation.layout) * 4
+    links = len(clients) * whole > handover.LINK_BYTES  # then equal adapters share a file
+    distinct = ever + (ever < len(clients)) if method.has_row_of_each else tuned or method.count_rows(len(clients))
+    return _Cost(
+        work=work,
+        seconds=speeds.seconds(work),
+        travels=round(len(schedule[0]) * 4 * numbers),
+        rows=rows,
+        checkpoints=COPIES * (changed + kept) * row,
+        adapters=(distinct if links else len(clients)) * whole,
     )
 
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,22 @@ import torch
 from fedmira import bundled
 from fedmira import methods as method_files
 from fedmira.config.faults import check_config
-from fedmira.config.sections import Config, MethodEntry
+from fedmira.config.sections import Config
 from fedmira.config.yaml_text import read_config
 from fedmira.disk.files import read_json, write_json
 from fedmira.disk.folders import RunFolder, StudyFolder, find_study
-from fedmira.engine.federation import Observer
-from fedmira.engine.run import run_rounds
-from fedmira.engine.scoring import Scores, score_start
+from fedmira.engine.clients import Scores
+from fedmira.engine.run import Course, Observer, run_rounds
+from fedmira.engine.scoring import score_start
+from fedmira.engine.simulated import make_clients
 from fedmira.errors import ConfigError, FedMiraError, MethodError, Stopped, StoreError, WireError
 from fedmira.export.merged_model import Merged, merge_adapters
 from fedmira.export.peft_folder import copy_adapters
 from fedmira.graphs.graph import Graph
-from fedmira.methods.base import Cohort, Method
+from fedmira.methods.base import Cohort
 from fedmira.reports.render import write_report
 from fedmira.reports.stats import read_results
-from fedmira.study.assemble import Prepared, client_table, prepare, using_threads
+from fedmira.study.assemble import Built, Prepared, client_table, prepare, training_of, using_threads
 from fedmira.study.handover import write_adapters
 from fedmira.study.trackers import check_trackers, tracking
 
@@ -225,36 +226,39 @@ def _saved_facts(folder: StudyFolder) -> dict[str, Any] | None:
 
 def _check_clients(folder: StudyFolder, prepared: Prepared) -> None:
     """Refuse to go on with other data than the study began with, as far as its clients and counts tell."""
-    federation = prepared.federation
-    kinds = {one.layout: one for one in map(federation.under, prepared.methods.values())}
-    tables = {layout: client_table(one) for layout, one in kinds.items()}  # every example is hashed for each
+    kinds = prepared.kinds()
+    tables = {layout: client_table(prepared.workplace, one) for layout, one in kinds.items()}  # all data are hashed
     for run in folder.runs():
-        method = prepared.methods[run.facts["label"], run.facts["seed"]]
-        table = tables[federation.under(method).layout]
+        method = prepared.built[run.facts["label"]].methods[run.facts["seed"]]
+        table = tables[prepared.under(method).layout]
         began: dict[str, Any] = read_json(run.path / "clients.json")
         changed = [name for name in {**began, **table} if began.get(name) != table.get(name)]
         if changed:
             raise StoreError(
-                f"data.path '{federation.config.data.path}' is not the data this study began with: {len(changed)} "
+                f"data.path '{prepared.config.data.path}' is not the data this study began with: {len(changed)} "
                 f"clients differ, such as '{changed[0]}'; put the old data back, or begin a new study"
             )
 
 
 def _run_all(folder: StudyFolder, prepared: Prepared, observer: Observer, *, only: RunFolder | None = None) -> Study:
     """Run what is not complete yet (of one run, if `only` is given), seed by seed, then write the report."""
-    config = prepared.federation.config
+    config = prepared.config
     start: Scores | None = None
+
+    def written(done: int) -> None:
+        observer("scoring", {"done": done, "clients": len(prepared.federation)})
+
     with using_threads(prepared.threads):
         for seed in config.seeds:
-            for entry in prepared.entries:
-                run_folder = folder.run(entry.folder, seed)
+            for label, built in prepared.built.items():
+                run_folder = folder.run(label, seed)
                 other = only is not None and run_folder.path.resolve() != only.path.resolve()
                 if other or _is_complete(run_folder, config):
                     continue
                 if start is None:
                     observer("start", {"what": "scoring the untouched base"})
-                    start = score_start(prepared.federation, observer)
-                _run_one(run_folder, prepared, entry, seed, start, observer)
+                    start = score_start(prepared.workplace, prepared.federation, written)
+                _run_one(run_folder, prepared, built, seed, start, observer)
     observer("report", {})
     write_report(folder.path)
     return Study(folder.path)
@@ -267,30 +271,32 @@ def _is_complete(folder: RunFolder, config: Config) -> bool:
     return facts["state"] == "complete" and facts["rounds"] >= config.federation.rounds
 
 
-def _run_one(
-    folder: RunFolder, prepared: Prepared, entry: MethodEntry, seed: int, start: Scores, observer: Observer
-) -> None:
+def _run_one(folder: RunFolder, prepared: Prepared, built: Built, seed: int, start: Scores, observer: Observer) -> None:
     """Carry one run to its last round, then write its adapters."""
-    method = prepared.methods[entry.folder, seed]
-    federation = prepared.federation.under(method)
-    cohort = prepared.cohorts[seed]
-    config = federation.config.model_copy(
-        update={"seeds": [seed], "methods": [entry], "output_dir": str(folder.path / "again")}
+    method, cohort = built.methods[seed], prepared.cohorts[seed]
+    federation = replace(prepared.under(method), run=f"{built.label}/seed-{seed}")
+    config = prepared.config.model_copy(
+        update={"seeds": [seed], "methods": [built.recipe.entry], "output_dir": str(folder.path / "again")}
     )
-    facts = _facts(prepared, method, entry, seed)
+    facts = _facts(prepared, built, seed)
     with _marked(folder):
         if (folder.path / "run.json").is_file():
             _reopen(folder, config, facts)
         else:
-            folder.create(config, facts, client_table(federation))
-        _write_graph(folder, method.graph, cohort)
+            folder.create(config, facts, client_table(prepared.workplace, federation))
+        _write_graph(folder, method.facts.graph, cohort)
         observer("run", {"folder": folder.path, "facts": facts})
         with folder.logging():
-            for note in prepared.notes[entry.folder]:
+            for note in built.notes:
                 log.warning(note)
-            ended = run_rounds(federation, method, cohort.schedule, folder, seed=seed, start=start, observer=observer)
+            training = training_of(config, seed)
+            clients = make_clients(prepared.workplace, federation, method, training, scratch=folder.path)
+            course = Course(config.federation.rounds, config.evaluation.every, seed, training.learning_rate)
+            ended = run_rounds(
+                federation, method, clients, cohort.schedule, folder, course=course, start=start, observer=observer
+            )
             _write_graph(folder, ended.graph, cohort)
-            write_adapters(folder, prepared, ended.serve, observer)
+            write_adapters(folder, prepared, federation, method, ended.serve, observer)
         records = folder.records()
         refused = sum(len(record["refused"]) for record in records)
         folder.update(
@@ -360,32 +366,33 @@ def _told(error: BaseException) -> str:
     return "out of memory" if isinstance(error, MemoryError | torch.OutOfMemoryError) else type(error).__name__
 
 
-def _facts(prepared: Prepared, method: Method, entry: MethodEntry, seed: int) -> dict[str, Any]:
-    federation, cohort = prepared.federation.under(method), prepared.cohorts[seed]
-    config = federation.config
+def _facts(prepared: Prepared, built: Built, seed: int) -> dict[str, Any]:
+    method, entry = built.methods[seed], built.recipe.entry
+    federation, cohort, config = prepared.under(method), prepared.cohorts[seed], prepared.config
+    base, graph = prepared.workplace.base, method.facts.graph
     pulls = None
-    if method.pull is not None:
-        pulls = [100 * float(share) for ids in cohort.schedule for share in method.pull(torch.from_numpy(ids))]
+    if method.facts.pull is not None:
+        pulls = [100 * float(share) for ids in cohort.schedule for share in method.facts.pull(torch.from_numpy(ids))]
     return {
         "state": "running",
         "method": method.name,
         "label": entry.folder,
-        "settings": entry.settings,
+        "settings": entry.settings | ({"with": entry.wrappers} if entry.wrappers else {}),
         "seed": seed,
         "rounds": config.federation.rounds,
         "clients": len(federation),
         "sampled": len(cohort.schedule[0]),
-        "personal": method.personal or method.tune is not None,
+        "personal": method.personal,
         "base_model": config.model.base_model,
         "template": prepared.intake.template,
-        "base_fingerprint": federation.base.fingerprint,
-        "architecture": type(federation.base.model).__name__,
+        "base_fingerprint": base.fingerprint,
+        "architecture": type(base.model).__name__,
         "layout_fingerprint": federation.layout.fingerprint,
-        "graph_sha256": None if method.graph is None else method.graph.fingerprint,
+        "graph_sha256": None if graph is None else graph.fingerprint,
         "parameters": federation.layout.parameters,
-        "dtype": str(federation.base.dtype).removeprefix("torch."),
-        "device": str(federation.base.device),
-        "cohort": federation.cohort,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": str(base.device),
+        "cohort": prepared.workplace.cohort,
         "threads": prepared.threads,
         "pull_percent": None if not pulls else [min(pulls), sum(pulls) / len(pulls), max(pulls)],
         "versions": {

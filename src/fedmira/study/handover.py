@@ -16,7 +16,8 @@ from fedmira.adapters import Adapters
 from fedmira.adapters.ranks import is_mixed
 from fedmira.disk.files import write_atomic
 from fedmira.disk.folders import RunFolder
-from fedmira.engine.federation import Observer, first_state
+from fedmira.engine.federation import Federation
+from fedmira.engine.run import Observer
 from fedmira.export.card import Card, licence_of, model_card
 from fedmira.export.peft_folder import count_exported, depth_of, describe, export_adapter, short_targets
 from fedmira.methods.base import Method
@@ -28,7 +29,12 @@ Pair = tuple[float | None, float | None]
 
 
 def write_adapters(
-    folder: RunFolder, prepared: Prepared, serve: Callable[[Tensor], Adapters], observer: Observer
+    folder: RunFolder,
+    prepared: Prepared,
+    federation: Federation,
+    method: Method,
+    serve: Callable[[Tensor], Adapters],
+    observer: Observer,
 ) -> None:
     """Write one PEFT folder per client of a run that has been tested; its facts and scores are read from its folder.
 
@@ -36,18 +42,17 @@ def write_adapters(
     one read-only file where there are so many that copies would fill the disk.
     """
     facts = folder.facts
-    method = prepared.methods[facts["label"], facts["seed"]]
-    federation = prepared.federation.under(method)
+    base, clients = prepared.workplace.base, prepared.workplace.clients
     prompts = federation.layout.virtual_tokens > 0
-    own = method.personal or method.tune is not None
-    one = not own and len(first_state(federation, method, facts["seed"]).adapters) == 1  # else one of each group
-    targets = short_targets([name for name, _, _ in federation.base.shapes], prepared.linears)
+    own, trainees, tuned = method.personal, method.regime.trainees, method.regime.tune is not None
+    one = not own and method.count_rows(len(federation)) == 1  # else one of each group
+    targets = short_targets([name for name, _, _ in base.shapes], prepared.linears)
     scores = _scores(folder)
-    drawn = count_drawn(method, folder.records(), [client.id for client in federation.clients])
+    drawn = count_drawn(method, folder.records(), federation.names)
     links = len(federation) * count_exported(federation.layout) * 4 > LINK_BYTES
-    pool = (sum(len(one.train) for one in federation.clients), sum(one.trained_tokens for one in federation.clients))
+    pool = (sum(len(client.train) for client in clients), sum(client.trained_tokens for client in clients))
     common: dict[tuple[tuple[int, ...], str], Path] = {}  # ranks and sha256 of a row that others may have -> its folder
-    for position, client in enumerate(federation.clients):
+    for position, client in enumerate(clients):
         served = serve(torch.tensor([position]))
         place = folder.adapters / client.id
         card: Card = {
@@ -64,17 +69,17 @@ def write_adapters(
             "date": facts["started"][:10],
         }
         if not prompts:
-            card["targets"] = sorted({name.rsplit(".", 1)[-1] for name, _, _ in federation.base.shapes})
-            card["layers"] = len(federation.base.shapes)
-        if method.trains != "nobody":
-            trained = pool if method.trains == "pool" else (len(client.train), client.trained_tokens)
+            card["targets"] = sorted({name.rsplit(".", 1)[-1] for name, _, _ in base.shapes})
+            card["layers"] = len(base.shapes)
+        if trainees != "nobody":
+            trained = pool if trainees == "pool" else (len(client.train), client.trained_tokens)
             card["examples"], card["trained_tokens"] = trained
         card["personal"] = own
         card["grouped"] = not own and not one
-        card["cut"] = not own and method.trains == "sampled" and is_mixed(federation.ranks)
-        if drawn[client.id] or method.tune is None:  # a card takes a personal adapter never drawn for the common start
+        card["cut"] = not own and trainees == "sampled" and is_mixed(federation.ranks)
+        if drawn[client.id] or not tuned:  # a card takes a personal adapter never drawn for the common start
             card["drawn"] = drawn[client.id]
-        model = federation.config.model
+        model = prepared.config.model
         digest = hashlib.sha256(served.rows.numpy().tobytes()).hexdigest() if links else ""
         key = tuple(served.ranks.flatten().tolist()), digest
         like = common.get(key)
@@ -85,11 +90,11 @@ def write_adapters(
                 base_model=model.base_model,
                 revision=model.revision,
                 target_modules=targets,
-                fan_in_fan_out=federation.base.transposed,
-                depth=depth_of(federation.base.model.config) if prompts else None,
+                fan_in_fan_out=base.transposed,
+                depth=depth_of(base.model.config) if prompts else None,
                 card=card,
             )
-            if links and not (own and (drawn[client.id] or method.tune is not None)):
+            if links and not (own and (drawn[client.id] or tuned)):
                 common[key] = place
         else:
             linked: Card = {**card, **describe(served)}
@@ -99,7 +104,7 @@ def write_adapters(
 
 def count_drawn(method: Method, records: Sequence[Mapping[str, Any]], clients: Sequence[str]) -> Mapping[str, int]:
     """Return in how many rounds each client's data were trained on: a pool takes everybody's in every round."""
-    if method.trains == "pool":
+    if method.regime.trainees == "pool":
         return dict.fromkeys(clients, len(records))
     return Counter(
         name for record in records for name, steps in zip(record["clients"], record["steps"], strict=True) if steps

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedmira.disk.folders import TRACKIO_FOLDER, RunFolder
-from fedmira.engine.federation import Observer
+from fedmira.engine.run import Observer
 from fedmira.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -112,17 +112,15 @@ class Stack:
         scale = adapters.scale.to(device=device, dtype=dtype)[..., None, None]  # [S, 1, 1] or [S, modules, 1, 1]
 
         into = None if gradient is None else adapters.with_rows(gradient)
-        encoder = next((part for part in adapters.layout.parts if part.kind == "prompt" and part.served), None)
-        taught = encoder is not None and into is not None and encoder.trained
+        encoder = next((part for part in adapters.layout.parts if part.kind == "prompt"), None)
+        taught = encoder is not None and into is not None
         if encoder is not None:
             self.prompts = make_prompts(encoder, adapters, dtype=dtype, device=device, differentiable=taught)
         for part in adapters.layout.parts:
-            if not part.served:
-                continue
             for place, (first, second) in enumerate(part.pairs()):
                 own = scale if scale.ndim == 3 else scale[:, place]
                 pair = Pair(_factor(held, first, dtype), _factor(held, second, dtype), own)
-                if into is not None and part.trained:
+                if into is not None:
                     pair.grad_a, pair.grad_b = into.leaf(first), into.leaf(second)
                 self.pairs.setdefault(first.module, []).append(pair)
         del held  # on a device it is a copy of all rows

@@ -1,0 +1,122 @@
+"""Where clients are is a value: simulated in this process, somewhere else, or nobody at all.
+
+The server's half of a round (round.py, gate.py, ledger.py) knows clients by this Protocol alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedmira.disk.checkpoints import Tensors
+from fedmira.engine.gate import Header
+from fedmira.methods.base import Clock, Message
+
+
+class Send(Protocol):
+    """What the server would send any clients now, as it travels: ids [n] -> message. clock: of the round to come."""
+
+    @property
+    def clock(self) -> Clock: ...
+
+    def __call__(self, ids: Tensor) -> Message: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Whom the server asks in a round. ids [n]: to these it sends; of [S]: who of them answers for each sampled client.
+
+    -1 = nobody answers for that client.
+    """
+
+    ids: Tensor
+    of: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """What came back of a round: of the clients `ids` [n], in that order.
+
+    message: rows [n, Q] of the columns that travel, scalars, further rows. headers: what each upload says of itself.
+    losses [n]: mean over a client's local steps; steps [n]; validation [n]: its loss with the adapter it would use if
+    the server changed nothing, None = no such split or not shared. silent: client -> why it sends nothing.
+    """
+
+    ids: Tensor
+    message: Message
+    headers: tuple[Header, ...]
+    losses: Tensor
+    steps: Tensor
+    validation: Sequence[float | None]
+    tokens: int = 0
+    silent: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Every client at one moment. validation [K] in nats; test: metric -> [K]. None = the client has no such split."""
+
+    validation: Sequence[float | None]
+    test: Mapping[str, Sequence[float | None]]
+    texts: Mapping[tuple[int, int], str] = field(default_factory=dict)  # (client, place in its test split) -> answer
+
+
+class Kept(Protocol):
+    """What clients remember of a round, once it counts; in a simulation a checkpoint holds it."""
+
+    def files(self, *, full: bool) -> Mapping[str, Tensors]:
+        """Return the checkpoint's files: of all clients (full), or of those of the round."""
+        ...
+
+    @property
+    def bytes_of_all(self) -> int: ...
+
+    @property
+    def bytes_of_round(self) -> int: ...
+
+    def apply(self) -> None:
+        """Remember it from now on."""
+        ...
+
+
+class Clients(Protocol):
+    """The clients of a federation, by position 0 ... K - 1."""
+
+    def ask(self, sampled: Tensor) -> Asked:
+        """Say whom the server asks where the clients `sampled` [S] are drawn."""
+        ...
+
+    def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
+        """Let the clients `ids` [n] carry out their half of a round from what they are sent, as it travels."""
+        ...
+
+    def losses(self, ids: Tensor, send: Send) -> list[float | None]:
+        """Return each client's own validation loss with what the server would send now; None = no such split."""
+        ...
+
+    def test(self, ids: Sequence[int], send: Send, progress: Callable[[int], None]) -> Scores:
+        """Return every metric on the test split of the clients `ids`, in that order; no validation.
+
+        progress: called with the number of clients whose answers are written.
+        """
+        ...
+
+    def keep(self, ids: Tensor) -> Kept | None:
+        """Count the last round of the clients `ids`, whose uploads were admitted; None = nothing is kept here."""
+        ...
+
+    def restore(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take back what a checkpoint holds of clients; called for each checkpoint of a chain in turn."""
+        ...
+
+
+def nobody(sampled: Tensor) -> Asked:
+    """Ask nobody."""
+    return Asked(sampled[:0], torch.full_like(sampled, -1))
+
+
+def everybody(sampled: Tensor) -> Asked:
+    """Ask the sampled clients themselves."""
+    return Asked(sampled, torch.arange(len(sampled)))

@@ -1,0 +1,117 @@
+"""One round: send, train, admit, merge. It is carried out here and nowhere else, wherever the clients are.
+
+Nothing is applied here. This is the server's half: it knows rows, names and numbers, no base model and no data.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedmira.adapters.columns import count_columns, lay_over, pack
+from fedmira.engine.clients import Clients, Reply
+from fedmira.engine.gate import Expected, Upload, admit, check_change
+from fedmira.engine.ledger import Ledger
+from fedmira.methods.base import Change, Clock, Message, Method, State
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """What a round came to, before anything is applied.
+
+    ids [n] were asked; answered [m] of these were admitted, with the whole rows `uploads` [m, P]; refused: client ->
+    reason, one of the wire's words, or why it was silent. Seconds: of training, waiting included, and of the rest.
+    """
+
+    ids: Tensor
+    answered: Tensor
+    refused: Mapping[int, str]
+    uploads: Message
+    change: Change
+    reply: Reply
+    bytes_up: int
+    bytes_down: int
+    seconds_training: float
+    seconds_merge: float
+
+
+def play(method: Method, ledger: Ledger, clients: Clients, ids: Tensor, clock: Clock) -> Round:
+    """Carry out one round of the clients `ids` [n]; the ledger is only read."""
+    began = time.monotonic()
+    federation = ledger.federation
+    layout = federation.layout
+    down = method.travels(layout, clock)
+    up = down & method.trained(layout, clock)
+    given = method.message(ledger.state, ids, clock)
+    sent = given.map(lambda rows: pack(rows, down))
+    asked = time.monotonic()
+    reply = clients.train(ids, sent, clock)
+    trained = time.monotonic()
+    names = {federation.names[k]: k for k in ids.tolist()}
+    expected = Expected(federation, method.name, clock.round, names, int(up.sum()))
+    uploads = [Upload(header, reply.message.take(slice(n, n + 1))) for n, header in enumerate(reply.headers)]
+    places, refused = admit(uploads, expected)
+    answered = reply.ids[places]
+    returned = reply.message if len(places) == len(reply.ids) else reply.message.take(places)
+    where = {k: n for n, k in enumerate(ids.tolist())}
+    base = given.rows[[where[k] for k in answered.tolist()]] if not bool(up.all()) else given.rows
+    whole = returned.map(lambda rows: lay_over(base, up, rows))
+    weights = torch.tensor([uploads[n].header.weight for n in places.tolist()], dtype=torch.float64)
+    change = merge_admitted(method, ledger, answered, whole, weights, clock)
+    return Round(
+        ids=ids,
+        answered=answered,
+        refused={**reply.silent, **refused},
+        uploads=whole,
+        change=change,
+        reply=reply,
+        bytes_up=_payload(reply.message, count_columns(layout, up, federation.ranks[reply.ids])),
+        bytes_down=_payload(sent, count_columns(layout, down, federation.ranks[ids])),
+        seconds_training=trained - asked,
+        seconds_merge=time.monotonic() - trained + asked - began,
+    )
+
+
+def merge_admitted(
+    method: Method, ledger: Ledger, ids: Tensor, returned: Message, weights: Tensor, clock: Clock
+) -> Change:
+    """Return what the merge decides: nothing where nobody answered; finite; within each client's rank.
+
+    Raises WireError if it is not finite.
+    """
+    if not len(ids):
+        return Change(ids, returned.rows)
+    change = method.merge(ledger.state, ids, returned, weights, clock)
+    check_change(change, method.name)
+    return mask_change(method, ledger, change)
+
+
+def mask_change(method: Method, ledger: Ledger, change: Change) -> Change:
+    """Zero, in the change's own rows, what a merge put beyond a rank, and into the gaps that align parts."""
+    if method.has_row_of_each:
+        return replace(change, rows=ledger.federation.adapters(change.ids, change.rows).mask_().rows)
+    stored = ledger.state.adapters
+    return replace(change, rows=stored.take(change.ids, rows=change.rows).mask_().rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Sender:
+    """What the server would send any clients at `clock`, as it travels. state: instead of the ledger's newest."""
+
+    method: Method
+    ledger: Ledger
+    clock: Clock
+    state: State | None = None
+
+    def __call__(self, ids: Tensor) -> Message:
+        travels = self.method.travels(self.ledger.federation.layout, self.clock)
+        state = self.ledger.state if self.state is None else self.state
+        return self.method.message(state, ids, self.clock).map(lambda rows: pack(rows, travels))
+
+
+def _payload(message: Message, counts: Tensor) -> int:
+    """Bytes of messages: each client's numbers of the columns that travel, for every row, and 8 for each scalar."""
+    rows = (1 + len(message.more)) * int(counts.sum()) * message.rows.element_size()
+    return rows + 8 * len(message.scalars) * len(counts)

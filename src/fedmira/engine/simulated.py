@@ -1,0 +1,330 @@
+"""Simulated clients: many of them in one process, in passes of a cohort; a pool of their data; or nobody.
+
+Each is one value of the Protocol `Clients`. At a real site the same code has one client.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmira.adapters import Adapters, norms
+from fedmira.adapters.columns import lay_over, pack
+from fedmira.data.batches import local_batches
+from fedmira.data.partition import client_key
+from fedmira.disk.table import Table
+from fedmira.engine.clients import Asked, Reply, Scores, Send, everybody, nobody
+from fedmira.engine.federation import Federation
+from fedmira.engine.gate import MAX_NORM, Header
+from fedmira.engine.memory import ClientMemory, Staged
+from fedmira.engine.phase import PhaseResult, local_phase, plan_steps
+from fedmira.engine.scoring import score_test_split
+from fedmira.engine.tools import Toolbox, Training
+from fedmira.engine.workplace import POOL, Workplace
+from fedmira.evaluation.measure import measure_loss
+from fedmira.methods.base import Clock, Memory, Message, Method, use_what_was_sent
+
+Serve = Callable[[Tensor], Adapters]  # client positions [n] -> their adapters, in that order
+
+
+class Simulated:
+    """Clients that train together in this process, each from its own data and its own memory."""
+
+    def __init__(
+        self,
+        workplace: Workplace,
+        federation: Federation,
+        method: Method,
+        training: Training,
+        *,
+        scratch: Path | None = None,
+    ) -> None:
+        """scratch: a folder for what clients keep if it is too large for RAM."""
+        self.workplace, self.federation, self.method, self.training = workplace, federation, method, training
+        self.memory = ClientMemory(len(federation), scratch)
+        self.staged = Staged(self.memory, torch.empty(0, dtype=torch.int64), {})
+        self.tuned: Table | None = None  # rows that every client fine-tuned after the last round
+
+    def ask(self, sampled: Tensor) -> Asked:
+        return everybody(sampled)
+
+    def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
+        return self.carry_out(ids, given, clock)
+
+    def carry_out(
+        self, ids: Tensor, given: Message, clock: Clock, *, plans: Sequence[Sequence[np.ndarray]] | None = None
+    ) -> Reply:
+        """Train, as in `train`. plans: the training examples of each step of each client; None: as they are drawn."""
+        method, layout = self.method, self.federation.layout
+        whole, phase = self.local_phase(ids, given, clock, plans=plans)
+        travels = method.travels(layout, clock)
+        sent = travels & method.trained(layout, clock)
+        values: dict[str, Tensor] = {f"method/{name}": value for name, value in phase.memory.items()}
+        if self.training.keep_optimizer:
+            for of, moments in phase.moments.items():
+                values |= {f"moments/{of}/{name}": value for name, value in moments.items()}
+        silent: dict[int, str] = {}
+        if not bool(travels.all()):
+            self._own_rows()
+            values["row"] = phase.rows
+            silent = self._unfit(ids, phase.rows)
+        self.staged = self.memory.stage(ids, values)
+        heard = torch.tensor([n for n, k in enumerate(ids.tolist()) if k not in silent], dtype=torch.int64)
+        returned = phase.returned if not silent else phase.returned.take(heard)
+        clients = [self.workplace.clients[k] for k in ids[heard].tolist()]
+        federation = self.federation
+        return Reply(
+            ids=ids[heard],
+            message=returned.map(lambda rows: pack(rows, sent)),
+            headers=tuple(
+                Header(
+                    run_id=federation.run,
+                    round=clock.round,
+                    client=client.id,
+                    nonce=f"{clock.round}/{client.id}",
+                    base_hash=federation.base,
+                    layout_hash=federation.layout_hash,
+                    method=method.name,
+                    weight=float(len(client.train)),
+                )
+                for client in clients
+            ),
+            losses=phase.losses[heard],
+            steps=phase.steps[heard],
+            validation=self._losses_of(ids[heard], returned, phase, heard, whole, clock),
+            tokens=phase.tokens,
+            silent=silent,
+        )
+
+    def local_phase(
+        self,
+        ids: Tensor,
+        given: Message,
+        clock: Clock,
+        *,
+        training: Training | None = None,
+        plans: Sequence[Sequence[np.ndarray]] | None = None,
+    ) -> tuple[Message, PhaseResult]:
+        """Train from what was sent; return it as whole rows, and what came of it. Nothing is kept.
+
+        training, plans: other than those of a round.
+        """
+        whole = self._whole(ids, given, clock)
+        start = self.federation.adapters(ids, whole.rows)
+        memory = self.memory.recall("method", ids, first=self.method.client.start(start))
+        names = {name.split("/")[1] for name in self.memory.tables if name.startswith("moments/")}
+        phase = local_phase(
+            self.workplace.base,
+            self.method,
+            [self.workplace.clients[k] for k in ids.tolist()],
+            start,
+            whole,
+            memory,
+            {of: self.memory.recall(f"moments/{of}", ids) for of in sorted(names)},
+            training=self.training if training is None else training,
+            clock=clock,
+            cohort=self.workplace.cohort,
+            plans=plans,
+        )
+        return whole, phase
+
+    def losses(self, ids: Tensor, send: Send) -> list[float | None]:
+        return self.measure(ids, lambda some: self.adapters(some, send))
+
+    def measure(self, ids: Tensor, serve: Serve) -> list[float | None]:
+        """Return validation losses of the clients `ids` with adapters that `serve` gives by position."""
+        place = self.workplace
+        return measure_loss(place.base, serve, place.clients, ids.tolist(), split="validation", cohort=place.cohort)
+
+    def adapters(self, ids: Tensor, send: Send) -> Adapters:
+        """Return the adapters that the clients `ids` would use now, at their ranks."""
+        if self.tuned is not None:
+            return self.federation.adapters(ids, self.tuned[ids])
+        given = self._whole(ids, send(ids), send.clock)
+        start = self.federation.adapters(ids, given.rows)
+        if start.is_padded or start.layout.gaps or not given.rows.is_contiguous():
+            start = start.with_rows(given.rows.clone(memory_format=torch.contiguous_format)).mask_()
+        if self.method.client.use is use_what_was_sent:
+            return start
+        memory = self.memory.recall("method", ids, first=self.method.client.start(start))
+        return self._used(ids, start, memory, given, send.clock)
+
+    def test(self, ids: Sequence[int], send: Send, progress: Callable[[int], None]) -> Scores:
+        return score_test_split(self.workplace, lambda some: self.adapters(some, send), ids, progress)
+
+    def tune(self, ids: Tensor, send: Send, scratch: Path | None = None) -> tuple[int, dict[int, str]]:
+        """Let the clients `ids` fine-tune what they would be sent now; return tokens, and client -> why it was refused.
+
+        From then on each uses its own. A client whose row is refused keeps what it was sent.
+        """
+        if self.tuned is None:
+            rows, kinds = self.federation.start_rows(self.training.seed)
+            self.tuned = Table(rows, kinds, scratch)
+        assert self.method.regime.tune is not None
+        kind, length = self.method.regime.tune
+        steps, epochs = (length, None) if kind == "steps" else (None, length)
+        training = replace(self.training, local_steps=steps, local_epochs=epochs)
+        whole, phase = self.local_phase(ids, send(ids), send.clock, training=training)
+        unfit = self._unfit(ids, phase.returned.rows)
+        rows = self.federation.adapters(ids, whole.rows.clone()).mask_().rows
+        fit = torch.tensor([k not in unfit for k in ids.tolist()])
+        rows[fit] = phase.returned.rows[fit]
+        self.tuned.write(ids, rows)
+        return phase.tokens, unfit
+
+    def keep(self, ids: Tensor) -> Staged:
+        chosen = {k: n for n, k in enumerate(self.staged.ids.tolist())}
+        index = torch.tensor([chosen[k] for k in ids.tolist()], dtype=torch.int64)
+        staged, self.staged = self.staged, Staged(self.memory, ids[:0], {})
+        return Staged(self.memory, ids, {name: value[index] for name, value in staged.values.items()})
+
+    def restore(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if "row" in files.get("memory", {}):
+            self._own_rows()
+        self.memory.restore(files)
+
+    def _own_rows(self) -> Table:
+        """The rows of clients that keep columns to themselves; they begin as the common start."""
+        if "row" not in self.memory.tables:
+            rows, kinds = self.federation.start_rows(self.training.seed)
+            self.memory.add("row", Table(rows, kinds, self.memory.scratch))
+        return self.memory.tables["row"]
+
+    def _whole(self, ids: Tensor, given: Message, clock: Clock) -> Message:
+        """Lay what was sent over each client's own row."""
+        travels = self.method.travels(self.federation.layout, clock)
+        if bool(travels.all()):
+            return given
+        own = self._own_rows()[ids]
+        return given.map(lambda rows: lay_over(own, travels, rows))
+
+    def _used(self, ids: Tensor, start: Adapters, memory: Memory, given: Message, clock: Clock) -> Adapters:
+        clients = [self.workplace.clients[k] for k in ids.tolist()]
+        trained = self.method.trained(self.federation.layout, clock)
+        box = Toolbox(self.workplace.base, clients, self.training, clock, start.rows, trained)
+        return self.method.client.use(start, memory, given, box.tools(0, [0] * len(ids), None)).mask_()
+
+    def _losses_of(
+        self, ids: Tensor, returned: Message, phase: PhaseResult, places: Tensor, given: Message, clock: Clock
+    ) -> list[float | None]:
+        """Validation losses with the adapters that the clients would use if the server changed nothing."""
+        where = {k: n for n, k in enumerate(ids.tolist())}
+
+        def serve(some: Tensor) -> Adapters:
+            index = torch.tensor([where[k] for k in some.tolist()])
+            adapters = self.federation.adapters(some, returned.rows[index])
+            if self.method.client.use is use_what_was_sent:
+                return adapters
+            memory = {name: value[places[index]] for name, value in phase.memory.items()}
+            return self._used(some, adapters.with_rows(adapters.rows.clone()), memory, given.take(places[index]), clock)
+
+        return self.measure(ids, serve)
+
+    def _unfit(self, ids: Tensor, rows: Tensor) -> dict[int, str]:
+        """Say whose own row is not finite, or too long, to be kept."""
+        lengths = norms(rows).tolist()
+        reasons = ("norm" if math.isfinite(length) else "not_finite" for length in lengths)
+        return {
+            k: reason
+            for k, length, reason in zip(ids.tolist(), lengths, reasons, strict=True)
+            if not length <= MAX_NORM
+        }
+
+
+class Pool:
+    """All clients' training data in one place, trained on by one who answers for all; everybody uses its row."""
+
+    def __init__(
+        self,
+        workplace: Workplace,
+        federation: Federation,
+        method: Method,
+        training: Training,
+        *,
+        scratch: Path | None = None,
+    ) -> None:
+        alone = replace(federation, names=(POOL,), ranks=federation.largest_ranks)
+        self.workplace, self.federation = workplace, federation
+        self.trainer = Simulated(workplace.pool, alone, method, training, scratch=scratch)
+        self.scorer = Simulated(workplace, federation, method, training)
+        self.sampled = torch.empty(0, dtype=torch.int64)
+
+    def ask(self, sampled: Tensor) -> Asked:
+        self.sampled = sampled
+        return Asked(HOLDER, torch.zeros_like(sampled))
+
+    def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
+        steps = self.trainer.method.regime.pool_steps
+        plan = plan_pool(self.workplace, self.sampled, self.trainer.training, round_number=clock.round, steps=steps)
+        reply = self.trainer.carry_out(ids, given, clock, plans=[plan])
+        name = self.federation.names[int(HOLDER)]
+        return replace(reply, headers=tuple(replace(header, client=name) for header in reply.headers))
+
+    def losses(self, ids: Tensor, send: Send) -> list[float | None]:
+        return self.scorer.measure(ids, lambda some: self.adapters(some, send))
+
+    def adapters(self, ids: Tensor, send: Send) -> Adapters:
+        """Return the pool's row for each of the clients `ids`, at the largest ranks."""
+        return self.trainer.adapters(HOLDER, send).take(torch.zeros_like(ids))
+
+    def test(self, ids: Sequence[int], send: Send, progress: Callable[[int], None]) -> Scores:
+        return score_test_split(self.workplace, lambda some: self.adapters(some, send), ids, progress)
+
+    def keep(self, ids: Tensor) -> Staged:
+        return self.trainer.keep(ids)
+
+    def restore(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.trainer.restore(files)
+
+
+class Nobody(Simulated):
+    """Clients that are scored and never asked to train."""
+
+    def ask(self, sampled: Tensor) -> Asked:
+        return nobody(sampled)
+
+    def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
+        none = torch.empty(0)
+        return Reply(ids, given, (), none, none.long(), [])
+
+
+HOLDER = torch.zeros(1, dtype=torch.int64)  # client 0, in whose name the pool answers
+KINDS: Mapping[str, type[Simulated] | type[Pool]] = {"sampled": Simulated, "pool": Pool, "nobody": Nobody}
+
+
+def make_clients(
+    workplace: Workplace, federation: Federation, method: Method, training: Training, *, scratch: Path | None = None
+) -> Simulated | Pool:
+    """Return the clients that a method's rounds are carried out with, at its own learning rate if it has one."""
+    if method.regime.learning_rate is not None:
+        training = replace(training, learning_rate=method.regime.learning_rate)
+    return KINDS[method.regime.trainees](workplace, federation, method, training, scratch=scratch)
+
+
+def plan_pool(
+    workplace: Workplace, ids: Tensor, training: Training, *, round_number: int, steps: int | None = None
+) -> list[np.ndarray]:
+    """Return the pool's examples of each step in a round: as many steps, of as many examples, as those of `ids` take.
+
+    Permutations of all examples, one after another from the pool's own stream, cut into batches of these sizes. steps:
+    this number of full batches instead.
+    """
+    (pool,) = workplace.pool.clients
+    count = len(pool.train)
+    sizes = [min(training.batch_size, count)] * (steps or 0)
+    if steps is None:
+        sizes = [len(batch) for k in ids.tolist() for batch in plan_steps(workplace.clients[k], training, round_number)]
+    whole = local_batches(
+        count,
+        seed=training.seed,
+        round=round_number,
+        key=client_key(POOL),
+        batch_size=count,
+        steps=None,
+        epochs=-(-sum(sizes) // count),
+    )
+    return np.split(np.concatenate(whole)[: sum(sizes)], np.cumsum(sizes)[:-1])

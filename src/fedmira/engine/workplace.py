@@ -1,0 +1,38 @@
+"""Where clients work: the base model, their data, and how they are trained and scored. A study has one."""
+
+import functools
+from dataclasses import dataclass, replace
+
+from fedmira.data.batches import ClientData, Truncation
+from fedmira.model.base.load import Base
+
+POOL = "*"  # names all clients' data together; no client is called so
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured. metrics: of written answers, loss aside; None = all examples; examples: keep some texts."""
+
+    metrics: tuple[str, ...] = ()
+    max_new_tokens: int = 64
+    max_examples: int | None = None
+    examples: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Workplace:
+    """What simulated clients share. clients [K]: their data; cohort: clients trained in one pass."""
+
+    base: Base
+    clients: tuple[ClientData, ...]
+    cohort: int
+    evaluation: Evaluation = Evaluation()
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    @functools.cached_property
+    def pool(self) -> "Workplace":
+        """All clients' training data as one client's, for methods that train on the pool; nothing to score it on."""
+        everything = tuple(example for client in self.clients for example in client.train)
+        return replace(self, clients=(ClientData(POOL, POOL, None, {}, everything, (), (), Truncation()),), cohort=1)

@@ -1,0 +1,101 @@
+"""Settings of a task graph, as YAML has them, and the graph that they describe."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from fedmira.config.strict import Strict
+from fedmira.graphs.graph import Graph, make_graph
+from fedmira.graphs.learned import LEAST_SKETCH, LearnedGraph, knn_graph, shuffled
+
+KEYS = {
+    "random": {"seed", "shuffled"},
+    "uniform": {"shuffled"},
+    "groups": {"column", "shuffled"},
+    "file": {"path", "shuffled"},
+    "knn": {"features", "column", "measure", "degree", "shuffled"},
+    "learned": {"of", "measure", "scope", "every", "degree", "sketch", "shuffled"},
+}
+
+
+class GraphConfig(Strict):
+    """Where the similarities a_kl come from."""
+
+    kind: Literal["random", "uniform", "groups", "file", "knn", "learned"] = "random"  # random: the authors' recipe
+    column: str | None = None  # groups: clients with the same value are joined; knn: whose values are counted
+    path: str | None = None  # file: CSV with client,neighbour,weight
+    seed: int | None = Field(default=None, ge=0)  # random: None = the run's seed
+    features: Literal["embedding", "histogram"] = "embedding"  # knn: what the base makes of prompts, or counted values
+    of: Literal["adapters", "updates"] = "adapters"  # learned: all that was learned, or the last round's part of it
+    measure: Literal["cosine", "distance"] = "cosine"  # knn, learned
+    scope: Literal["whole", "layer"] = "whole"  # learned: one similarity of all layers together, or their mean
+    every: int = Field(default=1, ge=1)  # learned: rounds between two looks at the same client
+    degree: int = Field(default=10, ge=1)  # knn, learned: the most neighbours of a client
+    sketch: int = Field(default=LEAST_SKETCH, ge=LEAST_SKETCH)  # learned: numbers kept of each client
+    shuffled: bool = False  # the same graph with its clients permuted: a control
+
+    @model_validator(mode="after")
+    def _complete(self) -> "GraphConfig":
+        if self.kind == "groups" and not self.column:
+            raise ValueError("graph kind 'groups' needs 'column', the data column that names a client's group")
+        if self.kind == "file" and not self.path:
+            raise ValueError("graph kind 'file' needs 'path', a CSV with client,neighbour,weight")
+        if self.kind == "knn" and (self.features == "histogram") != (self.column is not None):
+            raise ValueError("graph kind 'knn' needs 'column' with 'features: histogram', and only there")
+        usual = {name: field.default for name, field in type(self).model_fields.items()}
+        given = {name for name in self.model_fields_set - {"kind"} if getattr(self, name) != usual[name]}
+        if strange := sorted(given - KEYS[self.kind]):
+            raise ValueError(
+                f"graph kind '{self.kind}' has no {', '.join(strange)}; it takes {sorted(KEYS[self.kind])}"
+            )
+        return self
+
+
+def given_graph(
+    wanted: GraphConfig,
+    *,
+    ids: Sequence[str],
+    columns: Sequence[Mapping[str, str]],
+    seed: int,
+    profile: Callable[[str | None], np.ndarray],
+) -> Graph:
+    """Make a graph that is known before training.
+
+    ids, columns, profile: of the clients, as a method's Cohort has them; seed: of the run. Raises MethodError if the
+    graph cannot be made from them.
+    """
+    if wanted.kind == "knn":
+        column = wanted.column if wanted.features == "histogram" else None
+        note = f"{wanted.degree} nearest by {f'the values of {column}' if column else 'embeddings of prompts'}"
+        graph = knn_graph(profile(column), measure=wanted.measure, degree=wanted.degree, note=note)
+    else:
+        graph = make_graph(
+            wanted.kind,
+            ids=ids,
+            columns=columns,
+            column=wanted.column,
+            path=wanted.path,
+            seed=seed if wanted.seed is None else wanted.seed,
+        )
+    return shuffled(graph, seed) if wanted.shuffled else graph
+
+
+def learn_graph(wanted: GraphConfig, *, products: bool, stored: bool, seed: int) -> LearnedGraph:
+    """Return what is to be learned, as a value; nothing is known yet.
+
+    products: compare updates s B A instead of their factors; stored: clients that are not in the round count too.
+    """
+    return LearnedGraph(
+        of=wanted.of,
+        measure=wanted.measure,
+        by_module=wanted.scope == "layer",
+        every=wanted.every,
+        degree=wanted.degree,
+        size=wanted.sketch,
+        products=products,
+        stored=stored,
+        shuffled=wanted.shuffled,
+        seed=seed,
+    )

@@ -1,0 +1,191 @@
+"""A study's data: read, dealt to clients, split, and encoded with the base's tokenizer. No weights are read."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedmira import bundled
+from fedmira.config.partitioners import NaturalIdPartitioner, Partitioner
+from fedmira.config.sections import Config
+from fedmira.data import partitioners
+from fedmira.data.batches import ClientData, Truncation, encode_client
+from fedmira.data.formats import Record, read_records
+from fedmira.data.partition import SPLITS, column_values, form_clients
+from fedmira.data.rows import Fault
+from fedmira.data.templates import Template, make_template
+from fedmira.engine.run import Observer
+from fedmira.errors import ConfigError
+from fedmira.model.base.load import count_positions, load_tokenizer
+
+SHORTEST = 4  # tokens of a text, as data.max_length has it
+
+
+@dataclass(frozen=True, eq=False)
+class Intake:
+    """A study's data as token ids, and what was done to it on the way."""
+
+    clients: list[ClientData]
+    truncation: Truncation
+    format: str
+    keys: Mapping[str, str]  # our name -> the data's key
+    template: str
+    examples: int  # read
+    others: int  # files in the folder that are of another kind, and not read
+    empty: int  # files or splits without an example, with on_bad_row: skip
+    skipped: Sequence[Fault]  # bad rows, with on_bad_row: skip
+    left_out: int  # examples that the partitioner gives to nobody
+    unknown: float  # share of the training tokens that the tokenizer does not know
+    glued: int  # prompts that end, and whose answers begin, without a space or line break
+    pooled: Sequence[str]  # splits that the data itself names, and that are mixed and drawn anew
+
+
+def take_in(config: Config, observer: Observer) -> tuple[Any, Intake]:
+    """Read the data and encode every client with the base's tokenizer; return tokenizer and intake.
+
+    Raises DataError, ConfigError or ModelError.
+    """
+    base_path, revision = bundled.resolve(config.model.base_model), config.model.revision
+    tokenizer = load_tokenizer(base_path, revision=revision)
+    max_question = _check_positions(config, count_positions(base_path, revision=revision))
+    intake = _read_clients(config, tokenizer, max_question, observer)
+    observer("data", {"intake": intake})
+    return tokenizer, intake
+
+
+def _read_clients(config: Config, tokenizer: Any, max_question: int | None, observer: Observer) -> Intake:
+    section = config.data
+    reading = read_records(
+        bundled.resolve(section.path),
+        format=section.format,
+        columns=section.columns,
+        on_bad_row=section.on_bad_row,
+        subset=section.subset,
+        revision=section.revision,
+    )
+    template = make_template(section.template, usual=reading.template, tokenizer=tokenizer)
+    if reading.format == "text":
+        _check_text(config, template)
+    chosen = section.clients.partitioner
+    parts = _partition(reading.records, chosen, section.seed)
+    formed = form_clients(
+        reading.records,
+        by=chosen.partition_by if isinstance(chosen, NaturalIdPartitioner) else section.clients.by,
+        per_group=section.clients.per_group,
+        parts=parts,
+        first=section.clients.first,
+        groups=section.clients.groups,
+        subsample=section.subsample,
+        validation=section.split.validation,
+        test=section.split.test,
+        split_column=section.split_column,
+        seed=section.seed,
+    )
+    clients = []
+    for done, client in enumerate(formed, 1):
+        clients.append(
+            encode_client(
+                client, tokenizer, template=template, max_length=section.max_length, max_question=max_question
+            )
+        )
+        observer("encoding", {"done": done, "clients": len(formed)})
+    return Intake(
+        clients=clients,
+        truncation=sum((client.truncation for client in clients), Truncation()),
+        format=reading.format,
+        keys=reading.keys,
+        template=template.name,
+        examples=len(reading.records),
+        others=reading.counts["others"],
+        empty=reading.counts["empty"],
+        skipped=reading.skipped,
+        unknown=_unknown_share(clients, getattr(tokenizer, "unk_token_id", None)),
+        glued=_count_glued(reading.records) if template.name == "none" and reading.format != "text" else 0,
+        pooled=_pooled_splits(reading.records) if section.split_column is None else (),
+        left_out=0 if parts is None else len(reading.records) - sum(len(part) for part in parts),
+    )
+
+
+def _unknown_share(clients: Sequence[ClientData], unknown: int | None) -> float:
+    """Return the share of tokens that stand for words the tokenizer does not know; GPT-2's is its end of text."""
+    if unknown is None:
+        return 0.0
+    found = sum(one.ids[:-1].count(unknown) for client in clients for one in client.train)
+    return found / max(1, sum(client.tokens for client in clients))
+
+
+def _count_glued(records: Sequence[Record]) -> int:
+    """Count prompts that run into their answers: `Capital of Peru?Lima`."""
+    pairs = ((record.input if record.input.strip() else record.instruction, record.answers[0]) for record in records)
+    return sum(bool(re.search(r"[\w.?!)]$", prompt)) and answer[:1].isalnum() for prompt, answer in pairs)
+
+
+def _pooled_splits(records: Sequence[Record]) -> list[str]:
+    """Return the splits that a column `split` names, if it names several: mixing them is worth a word."""
+    named = {record.columns.get("split", "") for record in records}
+    return sorted(named) if len(named) > 1 and named <= set(SPLITS) else []
+
+
+def _partition(records: Sequence[Record], chosen: Partitioner | None, default_seed: int) -> list[np.ndarray] | None:
+    """Deal records to clients as a partitioner of the config says: the indices of each client's records.
+
+    None where a column says whose each record is.
+    """
+    if chosen is None or isinstance(chosen, NaturalIdPartitioner):
+        return None
+    options = chosen.model_dump(exclude={"name", "seed", "partition_by"})
+    seed = default_seed if chosen.seed is None else chosen.seed
+    deal = getattr(partitioners, chosen.name)
+    if column := getattr(chosen, "partition_by", None):
+        labels = column_values(records, column, "clients.partitioner.partition_by")
+        return deal(labels, seed=seed, **options)
+    order = np.arange(len(records)) if not options.pop("shuffle") else partitioners.draw_order(len(records), seed=seed)
+    return [np.sort(order[part]) for part in deal(len(records), **options)]
+
+
+def _check_text(config: Config, template: Template) -> None:
+    """Plain text has no prompt to show and none to answer."""
+    faults = []
+    if template.name != "none":
+        faults.append(
+            f"data.template: found '{template.name}': the data is plain text, without prompts; set it to none"
+        )
+    if written := [metric for metric in config.evaluation.metrics if metric != "loss"]:
+        faults.append(f"evaluation.metrics: found {', '.join(written)}: plain text has no answers to write; keep loss")
+    if faults:
+        raise ConfigError(faults)
+
+
+def _check_positions(config: Config, positions: int | None) -> int | None:
+    """Refuse lengths that the base has no positions for; return the longest prompt that leaves room for an answer."""
+    if positions is None:
+        return None
+    faults = []
+    ahead = config.data.positions_ahead
+    name, room = config.model.base_model, 0
+    has = f"{positions} positions" + (f", of which {ahead} are kept for virtual tokens" if ahead else "")
+    positions -= ahead
+    if any(metric != "loss" for metric in config.evaluation.metrics):
+        room = config.evaluation.max_new_tokens
+    if positions < SHORTEST:
+        raise ConfigError(
+            [
+                f"data.positions_ahead: base '{name}' has {has}: that leaves {max(positions, 0)} for texts; take fewer "
+                "virtual tokens"
+            ]
+        )
+    if config.data.max_length > positions:
+        faults.append(
+            f"data.max_length: found {config.data.max_length}: base '{name}' has {has}; "
+            f"set data.max_length to at most {positions}"
+        )
+    if room >= positions:
+        faults.append(
+            f"evaluation.max_new_tokens: found {room}: base '{name}' has {has} for prompt and answer "
+            "together; set it well below that"
+        )
+    if faults:
+        raise ConfigError(faults)
+    return positions - room
