@@ -4,9 +4,11 @@ A product [S, S] @ [S, P] with S of 8 to 64 and P in millions is bound by memory
 are cut into strips that fit a core's cache, and as many threads as torch is set to take turns. Among hundreds of rows
 most weights are 0, and only the others are multiplied. Where numba is installed, large rows of few neighbours each are
 mixed by a compiled loop (mixing_compiled.py). Strips depend on shapes and weights alone, so the number of threads does
-not change the bits. The answer lies in memory of an earlier one that nobody holds any more, where there is such: the system
-would have to zero new pages first, which costs more than the mixing.
+not change the bits. The result reuses the memory of an earlier one that nothing refers to any more, if there is such:
+the system would have to zero new pages first, which costs more than the mixing.
 """
+
+from __future__ import annotations
 
 import functools
 import weakref
@@ -15,11 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sparse
-import torch
 from threadpoolctl import ThreadpoolController
-from torch import Tensor
 
+from fedmira.adapters.lazy import Tensor, sparse, torch
 from fedmira.adapters.mixing_compiled import ALIGN, TILE, addresses, find_loop
 from fedmira.errors import ShapeError
 

@@ -9,6 +9,8 @@ A graph is a sparse matrix A [K, K] of non-negative similarities with an empty d
 Source: MIRA (arXiv:2410.15524), equations 3, 4 and 8; normalisation is ours. Negative similarities are refused.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +18,8 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import scipy.sparse as sparse
-from scipy.sparse.linalg import eigsh
 
+from fedmira.adapters.lazy import sparse
 from fedmira.errors import MethodError
 
 Array = np.ndarray
@@ -343,6 +344,8 @@ def largest_eigenvalue(coupling: Coupling) -> float:
     """
     operator = np.diag(coupling.degree) - coupling.within
     if len(operator) > _DENSE and np.allclose(operator, operator.T):
+        from scipy.sparse.linalg import eigsh
+
         return float(eigsh(sparse.csr_array(operator), k=1, return_eigenvectors=False)[0])
     if np.array_equal(operator, operator.T):
         return float(np.linalg.eigvalsh(operator)[-1])

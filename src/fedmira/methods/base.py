@@ -4,16 +4,17 @@ Letters: K clients, S sampled clients, P adapter parameters per client. A method
 small `Settings` and `build(settings, cohort) -> Method`; nothing is inherited and nothing is registered.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import torch
 from pydantic import ConfigDict
-from torch import Tensor
 
 from fedmira.adapters import Adapters, Layout
+from fedmira.adapters.lazy import Tensor, torch
 from fedmira.config.strict import Strict
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import Graph

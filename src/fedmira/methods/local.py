@@ -5,8 +5,9 @@
 The yardstick that every federated method has to beat; MIRA with lambda = 0 (arXiv:2410.15524, after equation 3).
 """
 
-from torch import Tensor
+from __future__ import annotations
 
+from fedmira.adapters.lazy import Tensor
 from fedmira.methods.base import (
     Change,
     Clock,

@@ -30,17 +30,18 @@ of its parent FedU (CharlieDinh/FedU_FMTL) moves one client after another, by lr
 of eta lambda; against FedU's printed step nothing was checked.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from fedmira.adapters import Adapters
+from fedmira.adapters.lazy import Tensor, torch
 from fedmira.adapters.lowrank import mix_products
 from fedmira.adapters.mixing import mix_rows
 from fedmira.errors import MethodError
@@ -88,7 +89,7 @@ class GraphConfig(Settings):
     shuffled: bool = False  # the same graph with its clients permuted: a control
 
     @model_validator(mode="after")
-    def _complete(self) -> "GraphConfig":
+    def _complete(self) -> GraphConfig:
         if self.kind == "groups" and not self.column:
             raise ValueError("graph kind 'groups' needs 'column', the data column that names a client's group")
         if self.kind == "file" and not self.path:
@@ -125,7 +126,7 @@ class Config(Settings):
     graph: GraphConfig = GraphConfig()
 
     @model_validator(mode="after")
-    def _fits(self) -> "Config":
+    def _fits(self) -> Config:
         if self.clip is not None and self.solver == "exact":
             raise ValueError("clip bounds a neighbour's influence in one explicit step; it needs solver: explicit")
         if self.accept is not None and self.reply == "lost":

@@ -13,10 +13,11 @@ data in each round, so a client counts by its examples. The pool has a stream an
 Not from a paper.
 """
 
-import torch
-from pydantic import Field
-from torch import Tensor
+from __future__ import annotations
 
+from pydantic import Field
+
+from fedmira.adapters.lazy import Tensor, torch
 from fedmira.methods.base import (
     Change,
     Clock,

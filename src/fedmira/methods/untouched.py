@@ -6,10 +6,10 @@ The control that tells what training brings at all. A round of it costs a line o
 pass through the base is made, the scores are those of the start. Not from a paper.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
 from fedmira.adapters import Adapters
+from fedmira.adapters.lazy import Tensor, torch
 from fedmira.methods.base import (
     Change,
     Clock,
