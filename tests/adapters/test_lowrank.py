@@ -54,7 +54,7 @@ def test_one_client_gets_its_own_product_back() -> None:
 def test_the_scale_of_the_receiver_is_taken_out_of_its_b() -> None:
     lefts, rights = draw([4], 20, 30)
     found = decompose_sum(lefts, rights, torch.ones(1))
-    one, other = factors(found, 4, 1.0), factors(found, 4, 4.0)
+    one, other = (factors(found, 4, scale, dtype=torch.float32) for scale in (1.0, 4.0))
     torch.testing.assert_close(one[0], 4 * other[0])
     assert torch.equal(one[1], other[1])
 
@@ -130,7 +130,9 @@ def test_no_matrix_of_outputs_by_inputs_is_made(monkeypatch: pytest.MonkeyPatch)
 
 def test_no_gradient_is_kept() -> None:
     lefts, rights = draw([2], 20, 30)
-    left, right = factors(decompose_sum([lefts[0].requires_grad_()], rights, torch.ones(1)), 2, 1.0)
+    left, right = factors(
+        decompose_sum([lefts[0].requires_grad_()], rights, torch.ones(1)), 2, 1.0, dtype=torch.float32
+    )
     assert not left.requires_grad
     assert not right.requires_grad
     assert left.dtype == right.dtype == torch.float32
@@ -145,4 +147,4 @@ def test_factors_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ShapeError, match="at least one client"):
         decompose_sum([], [], torch.ones(0))
     with pytest.raises(ShapeError, match="rank 0 and scale 1: need rank >= 1"):
-        factors(decompose_sum(lefts, rights, torch.ones(2)), 0, 1.0)
+        factors(decompose_sum(lefts, rights, torch.ones(2)), 0, 1.0, dtype=torch.float32)

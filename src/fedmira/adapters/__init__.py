@@ -5,6 +5,8 @@ Mean, mix, norm, clip, hash, checkpoint and wire format are operations on rows; 
 parameters per client, r rank.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -12,9 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-import torch
-from torch import Tensor
-
+from fedmira.adapters.lazy import Tensor, torch
 from fedmira.errors import ShapeError
 
 ALIGN = 16  # floats: 64 bytes, so that parts and rows start on a cache line
@@ -229,15 +229,15 @@ class Adapters:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, ids: Tensor, *, rows: Tensor | None = None) -> "Adapters":
+    def take(self, ids: Tensor, *, rows: Tensor | None = None) -> Adapters:
         """Copy the rows of `ids` [n] in that order; `rows` [n, P], where given, stand in their place as they are."""
         return Adapters(self.layout, self.rows[ids] if rows is None else rows, self.ranks[ids], self.scale[ids])
 
-    def head(self, count: int) -> "Adapters":
+    def head(self, count: int) -> Adapters:
         """View the first `count` clients; writing to the view writes to these rows."""
         return Adapters(self.layout, self.rows[:count], self.ranks[:count], self.scale[:count])
 
-    def with_rows(self, rows: Tensor) -> "Adapters":
+    def with_rows(self, rows: Tensor) -> Adapters:
         return replace(self, rows=rows)
 
     def leaf(self, leaf: Leaf) -> Tensor:
@@ -259,7 +259,7 @@ class Adapters:
                 return self.scale_of(place)[:, None, None] * (self.leaf(second) @ self.leaf(first))
         raise ShapeError(f"module '{module}' has no adapter in this layout")
 
-    def mask_(self) -> "Adapters":
+    def mask_(self) -> Adapters:
         """Zero, in place, every padded pair beyond a client's own rank, and what only aligns parts."""
         if self.is_padded:
             self.rows.mul_(self.layout.rank_mask(self.ranks).to(self.rows.device))

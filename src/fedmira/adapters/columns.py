@@ -4,12 +4,12 @@ Columns are a bool tensor [P] over a layout. Letters: S clients, P numbers of a 
 Source: the masks of optax (transforms/_masking.py) over leaves; here over numbers of a flat row.
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from fedmira.adapters import ALIGN, Layout
+from fedmira.adapters.lazy import Tensor, torch
 
 
 def every_column(layout: Layout) -> Tensor:

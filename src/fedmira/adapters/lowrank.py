@@ -12,14 +12,15 @@ Letters: d outputs, v inputs, r rank, R sum of ranks.
 Source: FlexLoRA (arXiv:2402.11505), the server's redistribution by SVD, section 3; the route through QR is ours.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fedmira.adapters import Adapters
+from fedmira.adapters.lazy import Tensor, torch
 from fedmira.errors import ShapeError
 
 
@@ -59,9 +60,7 @@ def decompose_sum(lefts: Sequence[Tensor], rights: Sequence[Tensor], weights: Te
         return Decomposition(u * sign.mT, values, v * sign)
 
 
-def factors(
-    found: Decomposition, rank: int, scale: float, *, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
+def factors(found: Decomposition, rank: int, scale: float, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """B [..., d, r] and A [..., r, v] with scale x B A = the sum cut to its `rank` largest directions.
 
     B = U_r diag(S_r) / scale, A = V_r^T. Directions that the sum does not have, by rounding or because rank is over

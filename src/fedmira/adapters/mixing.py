@@ -8,6 +8,8 @@ not change the bits. The answer is written to memory of an earlier one that nobo
 the system would have to zero new pages first, which costs more than the mixing.
 """
 
+from __future__ import annotations
+
 import functools
 import weakref
 from collections.abc import Callable
@@ -15,12 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sparse
-import torch
 from threadpoolctl import ThreadpoolController
-from torch import Tensor
 
 from fedmira.adapters import RowTable
+from fedmira.adapters.lazy import Tensor, sparse, torch
 from fedmira.adapters.mixing_compiled import ALIGN, TILE, addresses, find_loop
 from fedmira.errors import ShapeError
 

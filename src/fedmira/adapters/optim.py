@@ -4,13 +4,13 @@ An Optimizer is a value: `start` makes the memory, `update` changes rows and mem
 tensors with a leading client axis, so that a prefix of clients can be stepped while finished ones stay untouched.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from fedmira.adapters import norms
+from fedmira.adapters.lazy import Tensor, torch
 
 OptimizerMemory = dict[str, Tensor]
 

@@ -14,14 +14,15 @@ A module is attention if `attn` or `attention` is part of its name, and feed-for
 Source: FlexLoRA (arXiv:2402.11505), table 1; the shares are those of its public code.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from fedmira.adapters.lazy import Tensor, torch
 from fedmira.config.sections import MAX_RANK, RANK_TYPES
 from fedmira.errors import ConfigError, nearest
 

@@ -9,6 +9,8 @@ A graph is a sparse matrix A [K, K] of non-negative similarities with an empty d
 Source: MIRA (arXiv:2410.15524), equations 3, 4 and 8; normalisation is ours. Negative similarities are refused.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +18,8 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import scipy.sparse as sparse
 
+from fedmira.adapters.lazy import sparse
 from fedmira.errors import MethodError
 
 Array = np.ndarray

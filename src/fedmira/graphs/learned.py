@@ -13,6 +13,8 @@ Differences are taken directly, in float64. The sketch is the count sketch of Ch
 in its use as a random projection (Weinberger et al. 2009, arXiv:0902.2206).
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -20,11 +22,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import scipy.sparse as sparse
-import torch
-from torch import Tensor
 
 from fedmira.adapters import Adapters, Layout, Stored
+from fedmira.adapters.lazy import Tensor, sparse, torch
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import Graph
 

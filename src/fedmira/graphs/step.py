@@ -1,15 +1,15 @@
 """The graph-Laplacian step of one round: which clients pull which, how far, and how far is stable."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from scipy import sparse
-from scipy.sparse.linalg import eigsh
 
 from fedmira.adapters import Adapters, Stored
+from fedmira.adapters.lazy import sparse, torch
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import Array, Graph
 
@@ -81,6 +81,8 @@ def largest_eigenvalue(coupling: Coupling) -> float:
     """
     operator = coupling.laplacian
     if len(operator) > _DENSE and np.allclose(operator, operator.T):
+        from scipy.sparse.linalg import eigsh
+
         return float(eigsh(sparse.csr_array(operator), k=1, return_eigenvectors=False)[0])
     if np.array_equal(operator, operator.T):
         return float(np.linalg.eigvalsh(operator)[-1])

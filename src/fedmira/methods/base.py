@@ -4,17 +4,18 @@ Letters: K clients, S sampled clients, n of these that answered, P numbers of a 
 one paper, a small `Settings` and `build(settings, cohort) -> Method`; nothing is inherited and nothing is registered.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
-import torch
 from pydantic import ConfigDict
-from torch import Tensor
 
 from fedmira.adapters import Adapters, Layout, Stored, lora_layout
 from fedmira.adapters.columns import every_column
+from fedmira.adapters.lazy import Tensor, torch
 from fedmira.config.strict import Strict
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import Graph
@@ -85,7 +86,7 @@ class Message:
     scalars: Mapping[str, Tensor] = field(default_factory=dict)
     more: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def take(self, index: Tensor | slice) -> "Message":
+    def take(self, index: Tensor | slice) -> Message:
         """Return the messages of some clients, by position."""
         return Message(
             self.rows[index],
@@ -93,7 +94,7 @@ class Message:
             {name: value[index] for name, value in self.more.items()},
         )
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Message":
+    def map(self, change: Callable[[Tensor], Tensor]) -> Message:
         """Return the same message with `change` applied to every tensor of rows."""
         return Message(change(self.rows), self.scalars, {name: change(value) for name, value in self.more.items()})
 

@@ -34,12 +34,14 @@ Fed-Sophia (Ahmed-Khaled-Saleh/Fed-Sophia-pytorch: what is averaged, by which we
 estimate follows the step that it was due in, here it comes before. Its equations were read on a secondary page.
 """
 
+from __future__ import annotations
+
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 
 from fedmira.adapters import Adapters
+from fedmira.adapters.lazy import torch
 from fedmira.methods.base import Client, Cohort, Facts, Memory, Message, Method, Settings, Tools, merge_mean
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -18,13 +18,13 @@ Checked against the public code (alibaba/FederatedScope, branch FlexLoRA, fed_ut
 adaptive_peft.py): weights by examples, alpha / r on each product, all singular values in B and divided by alpha / r.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from fedmira.adapters import Adapters, Leaf, Part
+from fedmira.adapters.lazy import Tensor, torch
 from fedmira.adapters.lowrank import decompose_sum, factors
 from fedmira.methods.base import (
     Change,

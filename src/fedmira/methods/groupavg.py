@@ -13,11 +13,11 @@ Sources: McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1, in each group; IFC
 Not checked against the text or code of IFCA, of which no rule is used here.
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from fedmira.adapters.lazy import Tensor, torch
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import group_graph, groups_by
 from fedmira.methods.base import Change, Clock, Cohort, Facts, Message, Method, Settings, State

@@ -30,15 +30,16 @@ of its parent FedU (CharlieDinh/FedU_FMTL) moves one client after another, by lr
 of eta lambda; against FedU's printed step nothing was checked.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from fedmira.adapters import Stored
+from fedmira.adapters.lazy import Tensor, torch
 from fedmira.adapters.lowrank import mix_products
 from fedmira.adapters.mixing import mix_rows
 from fedmira.graphs.graph import Graph
@@ -70,7 +71,7 @@ class Config(Settings):
     graph: GraphConfig = GraphConfig()
 
     @model_validator(mode="after")
-    def _fits(self) -> "Config":
+    def _fits(self) -> Config:
         if self.clip is not None and self.solver == "exact":
             raise ValueError("clip bounds a neighbour's influence in one explicit step; it needs solver: explicit")
         if self.accept is not None and self.reply == "lost":

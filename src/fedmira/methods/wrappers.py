@@ -11,18 +11,19 @@
 The first in the list is the innermost.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from fedmira.adapters import Adapters, Layout, Stored, norms
 from fedmira.adapters.columns import every_column, factor_columns
+from fedmira.adapters.lazy import Tensor, torch
 from fedmira.errors import MethodError
 from fedmira.methods.base import (
     Change,
