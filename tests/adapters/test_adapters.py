@@ -1,5 +1,7 @@
 """Rows and their layout: where every factor lies, what belongs to a rank, what is a view and what a copy."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -190,12 +192,29 @@ def test_the_product_of_a_module_has_its_own_scale() -> None:
     assert (adapters.ranks_of(0).tolist(), adapters.ranks_of(1).tolist()) == ([1], [3])
 
 
-def test_masking_zeroes_each_module_beyond_its_own_rank_and_full_ones_not_at_all() -> None:
+def test_masking_zeroes_each_module_beyond_its_own_rank_and_of_full_ones_only_what_aligns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     adapters = by_module((1, 2), (1, 3)).mask_()
     assert adapters.rows[0, 5:17].tolist() == [6, 7, 8, 9, 0, 0, 12, 13, 0, 15, 16, 0]
     assert adapters.rows[1, :17].tolist() == list(range(33, 50))
     full = by_module((1, 3), (1, 3))
-    assert full.mask_().rows[:, 17:].all()  # not even the padding was touched: no mask was made
+    before = full.rows.clone()
+    monkeypatch.delattr(Layout, "rank_mask")  # no mask of all columns is made
+    assert torch.equal(full.mask_().rows[:, :17], before[:, :17])
+    assert not full.rows[:, 17:].any()
+
+
+@pytest.mark.parametrize("layout", [TWO, prompt_layout(3, 2, 2)])
+def test_what_only_aligns_a_row_is_cleaned_whoever_else_is_in_the_stack(layout: Layout) -> None:
+    """A client's row must not depend on the ranks beside it: by themselves full ranks need no mask."""
+    assert layout.gaps == [slice(layout.parts[0].leaves[-1].stop, layout.size)]
+    stack = rows(1, 2, 2, layout=layout).mask_()
+    alone = rows(2, 2, 2, layout=layout).mask_()
+    assert torch.equal(stack.rows[1:], alone.rows[1:])
+    for gap in layout.gaps:
+        assert not stack.rows[:, gap].any()
+    assert Layout((replace(TWO.parts[0], stop=18),)).gaps == []
 
 
 def test_taken_and_first_clients_keep_their_ranks_by_module() -> None:

@@ -196,8 +196,8 @@ def test_the_compiled_loop_reads_stored_rows_where_they_lie(
 ) -> None:
     """Rows that were written, in memory or in a file, and rows that are still as they began."""
     monkeypatch.setattr(table, "RAM_BYTES", 0)
-    held = table.Rows(draw(2, 256, dtype=torch.float32), torch.tensor([0, 1, 0, 1, 1]), tmp_path if mapped else None)
-    held[torch.tensor([0, 3])] = draw(2, 256, dtype=torch.float32)
+    held = table.Table(draw(2, 256, dtype=torch.float32), torch.tensor([0, 1, 0, 1, 1]), tmp_path if mapped else None)
+    held.write(torch.tensor([0, 3]), draw(2, 256, dtype=torch.float32))
     assert held.mapped == mapped
     rows = draw(4, 256, dtype=torch.float32)
     neighbours = np.array([4, 3, 0, 2], dtype=np.int32)  # as sparse graphs have them
@@ -205,7 +205,7 @@ def test_the_compiled_loop_reads_stored_rows_where_they_lie(
     exact = torch.from_numpy(within) @ rows.double()
     for some in (neighbours, neighbours[:0]):
         wanted = exact + torch.from_numpy(outside[:, : len(some)]) @ held[torch.from_numpy(some)].double()
-        found = mix_rows(within, rows, outside=outside[:, : len(some)], stored=held, neighbours=some)  # type: ignore[arg-type]
+        found = mix_rows(within, rows, outside=outside[:, : len(some)], stored=held, neighbours=some)
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     assert compiled == [(0, 256)] * 2
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmira.adapters.optim import Optimizer, OptimizerMemory, adamw, clip_, sgd
+from fedmira.adapters.optim import Optimizer, OptimizerMemory, adamw, clip_, on_columns, sgd
 
 P = 5
 
@@ -101,6 +101,30 @@ def test_momentum_by_hand() -> None:
 
 def test_sgd_without_momentum_keeps_nothing() -> None:
     assert sgd().start(torch.zeros(2, 2)) == {}
+
+
+def test_some_columns_move_as_they_do_alone_and_the_others_not_at_all(
+    pair: tuple[Optimizer, Callable[[list[Tensor]], torch.optim.Optimizer]],
+) -> None:
+    """Neither decay nor momentum touches the others, whatever their gradient; a finished client stays too."""
+    ours, _ = pair
+    columns = torch.tensor([True, False, True, True, False])
+    partly = on_columns(ours, columns)
+    rows = draw(3, P)
+    alone, others = rows[:, columns].clone(), rows[:, ~columns].clone()
+    memory, memory_alone = partly.start(rows), ours.start(alone)
+    assert memory.keys() == memory_alone.keys() == set(partly.keys)
+    for step, working in enumerate((3, 2, 1)):
+        gradient = draw(working, P, seed=20 + step)
+        before = gradient.clone()
+        ours.update(alone[:working], gradient[:, columns].clone(), head(memory_alone, working), 0.1)
+        partly.update(rows[:working], gradient, head(memory, working), 0.1)
+        assert torch.equal(gradient, before)
+    assert torch.equal(rows[:, columns], alone)
+    assert torch.equal(rows[:, ~columns], others)
+    for name, value in memory.items():
+        assert torch.equal(value if value.ndim == 1 else value[:, columns], memory_alone[name])
+        assert value.ndim == 1 or not value[:, ~columns].any()
 
 
 def test_clipping_scales_each_client_by_its_own_norm() -> None:

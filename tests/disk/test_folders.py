@@ -112,8 +112,15 @@ def test_cutting_back_to_the_last_round_drops_the_final_test_only(run: RunFolder
     assert rows(run) == [*START, ("1", "validation"), ("2", "validation")]
 
 
-def test_cutting_back_to_the_start_drops_everything_because_all_is_written_again(run: RunFolder) -> None:
+def test_cutting_back_to_the_start_keeps_what_was_measured_there(run: RunFolder) -> None:
+    """Also the test: it is of the untouched base."""
     run.cut_back(0)
+    assert rounds(run) == []
+    assert rows(run) == START
+
+
+def test_cutting_back_to_before_the_start_drops_everything_because_all_is_written_again(run: RunFolder) -> None:
+    run.cut_back(-1)
     assert rounds(run) == []
     assert rows(run) == []
 

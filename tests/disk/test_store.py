@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from fedmira.disk import checkpoints, table
 from fedmira.disk.checkpoints import checkpoint_rounds, load_chain, prune, save_checkpoint
 from fedmira.disk.files import append_lines, read_json, write_atomic, write_json
-from fedmira.disk.table import Picked, Rows
+from fedmira.disk.table import Overlay, Picked, Table
 from fedmira.errors import ShapeError, StoreError
 
 FULL, DELTA = True, False
@@ -200,56 +200,120 @@ ALL = torch.arange(4)
 
 
 @pytest.fixture(params=["memory", "file"])
-def client_rows(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rows:
+def client_rows(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Table:
     monkeypatch.setattr(table, "RAM_BYTES", 0)
-    found = Rows(START, KINDS, tmp_path if request.param == "file" else None)
+    found = Table(START, KINDS, tmp_path if request.param == "file" else None)
     assert found.mapped == (request.param == "file")
     return found
 
 
-def test_a_row_that_was_never_written_reads_as_its_own_start(client_rows: Rows) -> None:
+def test_a_row_that_was_never_written_reads_as_its_own_start(client_rows: Table) -> None:
     assert torch.equal(client_rows[torch.tensor([3, 1, 1])], START[[0, 1, 1]])
-    client_rows[torch.tensor([1])] = torch.tensor([[7.0, 8.0, 9.0]])
+    client_rows.write(torch.tensor([1]), torch.tensor([[7.0, 8.0, 9.0]]))
     assert client_rows[ALL].tolist() == [[1, 2, 3], [7, 8, 9], [4, 5, 6], [1, 2, 3]]
 
 
-def test_rows_come_back_in_the_order_they_are_asked_for(client_rows: Rows) -> None:
+def test_rows_come_back_in_the_order_they_are_asked_for(client_rows: Table) -> None:
     values = torch.arange(12.0).view(4, 3)
-    client_rows[torch.tensor([2, 0, 3, 1])] = values
+    client_rows.write(torch.tensor([2, 0, 3, 1]), values)
     assert torch.equal(client_rows[torch.tensor([2, 0, 3, 1])], values)
     assert torch.equal(client_rows[torch.tensor([0, 0, 1], dtype=torch.int32)], values[[1, 1, 3]])
 
 
-def test_what_is_read_is_a_copy(client_rows: Rows) -> None:
+def test_what_is_read_is_a_copy(client_rows: Table) -> None:
     for k in (torch.tensor([0]), torch.tensor([1])):
-        client_rows[torch.tensor([1])] = torch.full((1, 3), 7.0)
+        client_rows.write(torch.tensor([1]), torch.full((1, 3), 7.0))
         before = client_rows[ALL]
         client_rows[k].zero_()
         client_rows.numpy()[k.numpy(), 0:2][:] = 0
         assert torch.equal(client_rows[ALL], before)
 
 
-def test_columns_are_those_of_the_rows(client_rows: Rows) -> None:
-    client_rows[torch.tensor([1])] = torch.tensor([[7.0, 8.0, 9.0]])
+def test_columns_are_those_of_the_rows(client_rows: Table) -> None:
+    client_rows.write(torch.tensor([1]), torch.tensor([[7.0, 8.0, 9.0]]))
     for ids in ([2, 1, 0], [1, 1], [3]):
         expected = client_rows[torch.tensor(ids)][:, 1:3].numpy()
         assert np.array_equal(client_rows.numpy()[np.array(ids), 1:3], expected)
 
 
 @pytest.mark.parametrize("ids", [0, [0, 1], slice(None), torch.tensor(0), torch.tensor([True] * 4)])
-def test_all_rows_are_never_read_at_once(ids: Any, client_rows: Rows) -> None:
+def test_all_rows_are_never_read_at_once(ids: Any, client_rows: Table) -> None:
     with pytest.raises(ShapeError, match=r"take rows\[ids\]"):
         client_rows[ids]
-    with pytest.raises(AttributeError, match=r"no 'mean'.*take rows\[ids\]"):
-        client_rows.mean(dim=0)
+    with pytest.raises(AttributeError, match=r"no 'sum'.*take rows\[ids\]"):
+        client_rows.sum(dim=0)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 24, 1 << 20])
+def test_the_mean_is_over_all_rows_whether_written_or_not(
+    block_bytes: int, client_rows: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(1 + 7 + 4 + 1) / 4, (2 + 8 + 5 + 2) / 4, (3 + 9 + 6 + 3) / 4, a block at a time."""
+    monkeypatch.setattr(table, "BLOCK_BYTES", block_bytes)
+    client_rows.write(torch.tensor([1]), torch.tensor([[7.0, 8.0, 9.0]]))
+    found = client_rows.mean()
+    assert found.tolist() == [[3.25, 4.25, 5.25]]
+    assert found.dtype == client_rows.dtype
+
+
+def test_a_mean_is_added_up_with_more_digits_than_rows_have() -> None:
+    """2^24 + 1 + 1 + ... in float32 stays where it is."""
+    found = Table(torch.tensor([[2.0**24], [1.0], [0.0]]), torch.tensor([0] + [1] * 1024 + [2] * 1023))
+    assert found.mean().item() == (2**24 + 1024) / 2048
+
+
+# ---------------------------------------------------------------- rows as they will be
+
+
+@pytest.fixture(params=["table", "tensor"])
+def changed(request: pytest.FixtureRequest, client_rows: Table) -> Overlay:
+    """Rows [1, 2, 3], [7, 8, 9], [4, 5, 6], [1, 2, 3], of which 3 and 1 are to be replaced."""
+    client_rows.write(torch.tensor([1]), torch.tensor([[7.0, 8.0, 9.0]]))
+    source = client_rows if request.param == "table" else client_rows[ALL]
+    return Overlay(source, torch.tensor([3, 1]), torch.tensor([[30.0, 31.0, 32.0], [10.0, 11.0, 12.0]]))
+
+
+REPLACED = [[1, 2, 3], [10, 11, 12], [4, 5, 6], [30, 31, 32]]
+
+
+def test_rows_to_be_replaced_read_as_they_will_be_and_the_others_as_they_are(changed: Overlay) -> None:
+    assert changed[ALL].tolist() == REPLACED
+    for ids in ([3], [0, 2], [1, 3, 1, 0], []):
+        assert changed[torch.tensor(ids, dtype=torch.int64)].tolist() == [REPLACED[k] for k in ids]
+    assert (len(changed), changed.shape, changed.dtype) == (4, torch.Size((4, 3)), torch.float32)
+
+
+def test_reading_ahead_changes_nothing(changed: Overlay) -> None:
+    before = changed.source[ALL].clone()
+    changed[ALL].zero_()
+    changed.mean().zero_()
+    changed.numpy()[ALL.numpy(), 0:2][:] = 0
+    assert torch.equal(changed.source[ALL], before)
+    assert changed.values.tolist() == [REPLACED[3], REPLACED[1]]
+    assert changed[ALL].tolist() == REPLACED
+
+
+def test_means_columns_and_blocks_are_of_the_rows_as_they_will_be(changed: Overlay) -> None:
+    assert changed.mean().tolist() == [[45 / 4, 49 / 4, 53 / 4]]
+    ids = np.array([2, 3, 1])
+    assert changed.numpy()[ids, 1:3].tolist() == [REPLACED[k][1:] for k in ids]
+    assert torch.cat(list(Picked(changed, torch.tensor([3, 0])).blocks())).tolist() == [REPLACED[3], REPLACED[0]]
+
+
+def test_a_table_written_over_reads_as_its_overlay_did(client_rows: Table) -> None:
+    ids, values = torch.tensor([2, 0]), torch.tensor([[5.0, 5.0, 5.0], [6.0, 6.0, 6.0]])
+    ahead = Overlay(client_rows, ids, values)[ALL]
+    assert not client_rows.written.any()
+    client_rows.write(ids, values)
+    assert torch.equal(client_rows[ALL], ahead)
 
 
 def test_a_file_of_rows_has_no_name_and_no_room_for_what_was_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "RAM_BYTES", 1 << 20)
-    found = Rows(torch.zeros(1, 1 << 18), torch.zeros(1000, dtype=torch.int64), tmp_path)  # 1 MB a row
-    found[torch.tensor([500])] = torch.ones(1, 1 << 18)
+    found = Table(torch.zeros(1, 1 << 18), torch.zeros(1000, dtype=torch.int64), tmp_path)  # 1 MB a row
+    found.write(torch.tensor([500]), torch.ones(1, 1 << 18))
     assert found.mapped
     assert found[torch.tensor([500, 2])].sum(dim=1).tolist() == [1 << 18, 0]
     assert list(tmp_path.iterdir()) == []
@@ -258,24 +322,24 @@ def test_a_file_of_rows_has_no_name_and_no_room_for_what_was_not_written(
 
 
 def test_few_rows_stay_in_memory(tmp_path: Path) -> None:
-    assert not Rows(START, KINDS, tmp_path).mapped
+    assert not Table(START, KINDS, tmp_path).mapped
 
 
 def test_a_disk_that_fills_under_a_file_of_rows_is_an_error_and_no_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "RAM_BYTES", 0)
-    found = Rows(START, KINDS, tmp_path)
+    found = Table(START, KINDS, tmp_path)
     write, calls = os.pwrite, iter(range(100))
 
     def little(handle: int, data: Any, offset: int) -> int:
         return write(handle, data[:5], offset) if next(calls) < 6 else fail(errno.ENOSPC)()
 
     monkeypatch.setattr(os, "pwrite", little)
-    found[torch.tensor([0])] = torch.full((1, 3), 7.0)  # 12 bytes in three parts
+    found.write(torch.tensor([0]), torch.full((1, 3), 7.0))  # 12 bytes in three parts
     assert found[torch.tensor([0])].tolist() == [[7, 7, 7]]
     with pytest.raises(OSError, match="No space left"):
-        found[torch.tensor([1, 2])] = torch.full((2, 3), 7.0)
+        found.write(torch.tensor([1, 2]), torch.full((2, 3), 7.0))
     assert torch.equal(found[torch.tensor([1, 2])], START[[1, 1]])  # what was not written whole does not count
 
 
@@ -284,10 +348,10 @@ def test_a_disk_that_fills_under_a_file_of_rows_is_an_error_and_no_signal(
 
 @pytest.mark.parametrize("block_bytes", [1, 12, 30, 1 << 20])
 def test_rows_are_written_a_block_at_a_time_and_come_back_in_order(
-    block_bytes: int, client_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    block_bytes: int, client_rows: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "BLOCK_BYTES", block_bytes)
-    client_rows[torch.tensor([1, 3])] = torch.tensor([[7.0, 8.0, 9.0], [1.0, 0.0, 1.0]])
+    client_rows.write(torch.tensor([1, 3]), torch.tensor([[7.0, 8.0, 9.0], [1.0, 0.0, 1.0]]))
     ids = torch.tensor([3, 0, 1])
     save_checkpoint(tmp_path / "saved", 1, {"state": {"ids": ids, "rows": Picked(client_rows, ids)}}, full=True)
     (found,) = load_chain(tmp_path / "saved")
@@ -313,6 +377,22 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert torch.equal(found.files["state"]["rows"], values.T)
     assert torch.equal(found.files["state"]["ids"], torch.arange(3))
     assert (found.round, found.full) == (7, True)
+
+
+def test_facts_of_a_round_come_back_as_they_were(tmp_path: Path) -> None:
+    facts = {"clients": ["é", "b"], "train_loss": [0.1, None], "notes": {"groups": 2}, "unmoved": False}
+    save_checkpoint(tmp_path, 1, {"state": {"rows": torch.zeros(2)}}, full=True, facts=facts)
+    save_checkpoint(tmp_path, 2, {"state": {"rows": torch.zeros(2)}}, full=False)
+    first, second = load_chain(tmp_path)
+    assert (first.facts, second.facts) == (facts, {})
+
+
+def test_a_checkpoint_of_the_schema_before_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "SCHEMA", checkpoints.SCHEMA - 1)
+        save(tmp_path, 1, full=True)
+    with pytest.raises(StoreError):
+        load_chain(tmp_path)
 
 
 def test_the_size_of_a_checkpoint_is_that_of_its_tensor_files(tmp_path: Path) -> None:
@@ -433,7 +513,7 @@ def test_a_checkpoint_copied_to_another_rounds_name_is_refused(chain: Path) -> N
 
 def test_a_newer_schema_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "SCHEMA", 2)
+        patch.setattr(checkpoints, "SCHEMA", checkpoints.SCHEMA + 1)
         save(tmp_path, 1, full=True)
     with pytest.raises(StoreError):
         load_chain(tmp_path)

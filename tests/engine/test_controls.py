@@ -1,47 +1,50 @@
 """The controls in the engine: who trains, on what, from where, and what a kill leaves of it."""
 
-import csv
-import functools
 import json
 import logging
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fedmira.config.faults import check_config
 from tests import small_study, tiny
+from tests.engine.house import (
+    RANKS,
+    SCHEDULE,
+    TRAIN,
+    House,
+    Observe,
+    Ran,
+    base,
+    house,
+    run,
+    spoil,
+    unobserved,
+    without_seconds,
+)
 from tests.small_study import CLIENTS, command, differences, outcome, run_folders
-from torch import Tensor
 
 import fedmira
 from fedmira.adapters import Adapters
+from fedmira.config.faults import check_config
 from fedmira.config.sections import Config
-from fedmira.data.batches import ClientData
 from fedmira.disk.folders import RunFolder
-from fedmira.engine import exchange, scoring
+from fedmira.engine import scoring, simulated, tools
+from fedmira.engine.clients import Scores
 from fedmira.engine.cost import Work
-from fedmira.engine.exchange import plan_pool
-from fedmira.engine.federation import Federation, make_training
 from fedmira.engine.phase import local_phase, plan_steps
-from fedmira.engine.run import Ended, run_rounds
-from fedmira.engine.scoring import score_start
+from fedmira.engine.simulated import plan_pool
 from fedmira.errors import MethodError
 from fedmira.evaluation.measure import measure_loss
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message, Method
-from fedmira.model.base.load import Base
 from fedmira.study import dry_run as preview
 from fedmira.study import handover
 
-RANKS = (2, 1, 2, 1)
-TRAIN = (5, 2, 3, 4)  # in batches of two: 3, 1, 2 and 2 steps
-SCHEDULE = ((0, 1), (1, 2), (0, 1))  # client 3 never
-SEED = 3
 STUDIED: list[dict[str, Any]] = [
     {"name": "untouched"},
     {"name": "pooled"},
@@ -50,85 +53,27 @@ STUDIED: list[dict[str, Any]] = [
 ]
 
 
-@functools.cache
-def base() -> Base:
-    return tiny.base("gpt2", targets=["c_attn"], dtype=torch.float32)
-
-
-def federation(
-    *,
-    clients: Sequence[ClientData] | None = None,
-    ranks: Sequence[int] = RANKS,
-    cohort: int = 8,
-    count: int = len(SCHEDULE),
-    **training: Any,
-) -> Federation:
-    settings = {
-        "seeds": [SEED],
-        "output_dir": "unused",
-        "model": {"base_model": "tiny", "dtype": "float32", "device": "cpu"},
-        "lora": {"r": 2, "lora_alpha": 3},
-        "data": {"path": "unused"},
-        "federation": {"rounds": count},
-        "training": {"local_epochs": 1, "batch_size": 2, "learning_rate": 0.02, **training},
-        "evaluation": {"metrics": ["loss"]},
-        "methods": [{"name": "local"}],
-    }
-    own = clients or [tiny.client(f"c{k}", train=size) for k, size in enumerate(TRAIN)]
-    layout, some = tiny.layout(base(), 2), torch.tensor(ranks[: len(own)])
-    return Federation(Config.model_validate(settings), base(), tuple(own), layout, some, cohort)
-
-
-@dataclass(frozen=True, eq=False)
-class Ran:
-    house: Federation
-    folder: RunFolder
-    ended: Ended
-
-    @property
-    def rows(self) -> Tensor:
-        return self.ended.serve(torch.arange(len(self.house))).rows
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        return self.folder.records()
-
-    @property
-    def results(self) -> list[dict[str, str]]:
-        with (self.folder.path / "results.csv").open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-
-
-Observe = Callable[[str, Mapping[str, Any]], None]
+def federation(**changes: Any) -> House:
+    return house(metrics=["loss"], **changes)
 
 
 def play(
     name: str,
     path: Path,
     *,
-    of: Federation | None = None,
+    of: House | None = None,
     schedule: Sequence[Sequence[int]] = SCHEDULE,
     families: str = "xyxy",
-    observer: Observe = lambda event, facts: None,
+    observer: Observe = unobserved,
     change: Callable[[Method], Method] = lambda method: method,
+    start: Scores | None = None,
     **settings: Any,
 ) -> Ran:
     """Run one method from what lies at `path`, or from the start."""
-    house = of or federation()
-    drawn = tuple(np.array(ids) for ids in schedule)
-    cohort = Cohort(
-        tuple(client.id for client in house.clients),
-        tuple(len(client.train) for client in house.clients),
-        tuple({"family": family} for family in families[: len(house)]),
-        drawn,
-        SEED,
-    )
-    folder = RunFolder(path)
-    if not path.exists():
-        folder.create(house.config, {"label": name, "seed": SEED}, {})
-    start = score_start(house, lambda event, facts: None)
+    of = of or federation()
+    cohort = of.cohort(schedule, [{"family": family} for family in families[: len(of)]])
     method = change(build(name, settings, cohort))
-    return Ran(house, folder, run_rounds(house, method, drawn, folder, seed=SEED, start=start, observer=observer))
+    return run(of, method, path, schedule=schedule, label=name, observer=observer, start=start)
 
 
 class Interrupted(Exception):
@@ -146,45 +91,25 @@ def stop_at(event: str, count: int = 1) -> Observe:
     return observer
 
 
-def spoil(round_number: int) -> Callable[[Method], Method]:
-    """In one round the first of the stack, which has the most steps, returns what is no number."""
-
-    def change(method: Method) -> Method:
-        def finish(adapters: Adapters, memory: Any, given: Message, tools: Any) -> Any:
-            message, memory = method.finish(adapters, memory, given, tools)
-            rows = message.rows.clone()
-            if tools.clock.round == round_number:
-                rows[0] = float("nan")
-            return Message(rows), memory
-
-        return replace(method, finish=finish)
-
-    return change
-
-
-def without_seconds(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in one.items() if not key.startswith("seconds")} for one in records]
-
-
 # ---------------------------------------------------------------- untouched
 
 
 def test_the_untouched_base_makes_no_pass_and_has_its_scores_of_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scored = score_start(federation(), lambda event, facts: None)
+    scored = federation().start()
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a pass through the base")
 
     for module, names in (
         (scoring, ("measure_loss", "measure_answers")),
-        (exchange, ("local_phase",)),
+        (simulated, ("measure_loss", "local_phase")),
+        (tools, ("measure_loss", "gradients", "losses")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, refuse)
-    monkeypatch.setitem(globals(), "score_start", lambda house, observer: scored)
-    found = play("untouched", tmp_path / "run")
+    found = play("untouched", tmp_path / "run", start=scored)
     values = {(row["client"], row["split"], row["round"]): row["value"] for row in found.results}
     assert len(values) == 4 * (4 + 2)  # validation after rounds 0 to 3, test at both ends
     assert all(value == values[client, split, "0"] for (client, split, _), value in values.items())
@@ -198,7 +123,7 @@ def test_a_round_of_the_untouched_base_is_a_record_of_nothing(tmp_path: Path) ->
         assert (record["answered"], record["steps"], record["train_loss"]) == ([], [0, 0], [None, None])
         assert (record["tokens"], record["bytes_up"], record["bytes_down"]) == (0, 0, 0)
         assert record["loss_before"] == record["loss_after"]
-    start = score_start(found.house, lambda event, facts: None)
+    start = found.house.start()
     assert found.records[1]["loss_after"] == [start.validation[k] for k in SCHEDULE[1]]
     served = found.ended.serve(torch.arange(4))
     assert all(not served.leaf(second).any() for _, second in found.house.layout.parts[0].pairs())
@@ -209,28 +134,28 @@ def test_a_round_of_the_untouched_base_is_a_record_of_nothing(tmp_path: Path) ->
 
 def test_the_pool_takes_as_many_steps_and_examples_as_its_clients_would_together(tmp_path: Path) -> None:
     """Texts of three tokens. Steps: 3 + 1, 1 + 2, 3 + 1; examples: 5 + 2, 2 + 3, 5 + 2."""
-    house = federation(clients=[tiny.client(f"c{k}", train=size, longest=3) for k, size in enumerate(TRAIN)])
-    found = play("pooled", tmp_path / "run", of=house)
+    of = federation(clients=[tiny.client(f"c{k}", train=size, longest=3) for k, size in enumerate(TRAIN)])
+    found = play("pooled", tmp_path / "run", of=of)
     assert [record["steps"] for record in found.records] == [[4, 4], [3, 3], [4, 4]]
     assert [record["tokens"] for record in found.records] == [21, 15, 21]
     assert {record["bytes_up"] + record["bytes_down"] for record in found.records} == {0}
-    told = play("pooled", tmp_path / "told", of=house, steps=5)
+    told = play("pooled", tmp_path / "told", of=of, steps=5)
     assert [(record["steps"], record["tokens"]) for record in told.records] == [([5, 5], 30)] * 3
 
 
 @pytest.mark.parametrize("length", [{"local_epochs": 2}, {"local_steps": 7, "local_epochs": None}])
 def test_batches_of_the_pool_are_cut_from_permutations_of_everything(length: dict[str, int | None]) -> None:
-    house = federation(**length)
-    training = make_training(house.config, SEED)
+    of = federation(**length)
+    training = of.training
     ids = torch.tensor([0, 2])
-    plan = plan_pool(house, ids, training, round_number=2)
-    clients = [house.clients[k] for k in ids.tolist()]
+    plan = plan_pool(of.workplace, ids, training, round_number=2)
+    clients = [of.clients[k] for k in ids.tolist()]
     assert [len(batch) for batch in plan] == [
         len(batch) for client in clients for batch in plan_steps(client, training, 2)
     ]
     drawn = np.concatenate(plan)
     assert sorted(drawn[: sum(TRAIN)].tolist()) == list(range(sum(TRAIN)))  # each once before any comes again
-    again, later = (np.concatenate(plan_pool(house, ids, training, round_number=number)) for number in (2, 3))
+    again, later = (np.concatenate(plan_pool(of.workplace, ids, training, round_number=number)) for number in (2, 3))
     assert np.array_equal(again, drawn)
     assert not np.array_equal(later, drawn)
 
@@ -271,28 +196,19 @@ def test_everyone_is_served_and_scored_with_what_the_pool_returned(tmp_path: Pat
 
 @pytest.mark.parametrize(("keep", "taken"), [(False, [4, 3, 4]), (True, [4, 7, 11])])
 def test_the_pool_has_moments_of_its_own_that_outlive_a_stop(tmp_path: Path, keep: bool, taken: list[int]) -> None:
-    seen: list[int] = []
-
-    def watch(method: Method) -> Method:
-        def finish(adapters: Adapters, memory: Any, given: Message, tools: Any) -> Any:
-            seen.extend(memory["steps"].tolist())
-            return method.finish(adapters, memory, given, tools)
-
-        return replace(method, finish=finish)
-
-    house = federation(keep_optimizer=keep)
-    whole = play("pooled", tmp_path / "whole", of=house, change=watch)
-    assert seen == taken
+    of = federation(keep_optimizer=keep)
+    whole = play("pooled", tmp_path / "whole", of=of)
+    assert [steps for phase in whole.phases for steps in phase.moments["main"]["steps"].tolist()] == taken
     with pytest.raises(Interrupted):
-        play("pooled", tmp_path / "run", of=house, observer=stop_at("round", 2))
-    assert torch.equal(play("pooled", tmp_path / "run", of=house).rows, whole.rows)
+        play("pooled", tmp_path / "run", of=of, observer=stop_at("round", 2))
+    assert torch.equal(play("pooled", tmp_path / "run", of=of).rows, whole.rows)
 
 
 def test_a_pool_that_returns_no_numbers_changes_nothing_in_that_round(tmp_path: Path) -> None:
     found = play("pooled", tmp_path / "run", change=spoil(1))
     assert found.records[0]["refused"] == {"c0": "not_finite", "c1": "not_finite"}
     assert (found.records[0]["answered"], found.records[0]["loss_before"]) == ([], [None, None])
-    start = score_start(found.house, lambda event, facts: None)
+    start = found.house.start()
     assert found.records[0]["loss_after"] == pytest.approx([start.validation[k] for k in SCHEDULE[0]])
     assert found.records[1]["answered"] == ["c1", "c2"]
 
@@ -321,20 +237,20 @@ def test_the_rounds_before_fine_tuning_are_those_of_fedavg(tuned: Ran, shared: R
 
 def test_every_client_ends_where_it_gets_alone_from_the_shared_row(tuned: Ran, shared: Ran) -> None:
     """Also client 3, which was never sampled; each at its own rank."""
-    house = tuned.house
-    training = replace(make_training(house.config, SEED), local_epochs=2)
+    of = tuned.house
+    training = replace(of.training, local_epochs=2)
     for k in range(4):
         one = torch.tensor([k])
         given = shared.ended.serve(one).rows
-        blank = Adapters(house.layout, given, house.ranks[one], 3 / house.ranks[one].float())
+        blank = Adapters(of.layout, given, of.ranks[one], 3 / of.ranks[one].float())
         local = build("local", {}, Cohort(("c0",), (1,), ({},), (), 0))
         last: Any = {"training": training, "clock": Clock(4), "cohort": 1}
-        alone = local_phase(base(), local, [house.clients[k]], blank, Message(given), {}, **last)
+        alone = local_phase(base(), local, [of.clients[k]], blank, Message(given), {}, **last)
         served = tuned.ended.serve(one)
         torch.testing.assert_close(served.rows, alone.returned.rows, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(served.rows, blank.with_rows(given.clone()).mask_().rows, atol=1e-3)
         assert (served.ranks.tolist(), served.scale.tolist()) == ([RANKS[k]], [3 / RANKS[k]])
-    assert not tuned.rows[~house.layout.rank_mask(house.ranks)].any()
+    assert not tuned.rows[~of.layout.rank_mask(of.ranks)].any()
 
 
 def test_final_scores_are_of_each_clients_own_adapter_and_called_personal(tuned: Ran, shared: Ran) -> None:
@@ -350,8 +266,8 @@ def test_final_scores_are_of_each_clients_own_adapter_and_called_personal(tuned:
 
 def test_steps_are_counted_where_they_are_asked_for(tmp_path: Path) -> None:
     """Texts of three tokens, two to a batch: 5 steps on 5, 2, 3 and 4 texts take 9, 10, 8 and 10 of them."""
-    house = federation(clients=[tiny.client(f"c{k}", train=size, longest=3) for k, size in enumerate(TRAIN)])
-    found = play("fedavg_ft", tmp_path / "run", of=house, steps=5)
+    of = federation(clients=[tiny.client(f"c{k}", train=size, longest=3) for k, size in enumerate(TRAIN)])
+    found = play("fedavg_ft", tmp_path / "run", of=of, steps=5)
     assert found.folder.facts["tokens_tuning"] == 3 * (9 + 10 + 8 + 10)
 
 
@@ -383,11 +299,11 @@ def test_groups_of_one_are_training_alone_whatever_the_ranks(tmp_path: Path) -> 
 
 
 def test_a_stop_amid_fine_tuning_leads_to_the_same_bits(tmp_path: Path) -> None:
-    house = federation(cohort=2, keep_optimizer=True)
-    whole = play("fedavg_ft", tmp_path / "whole", of=house)
+    of = federation(cohort=2, keep_optimizer=True)
+    whole = play("fedavg_ft", tmp_path / "whole", of=of)
     with pytest.raises(Interrupted):
-        play("fedavg_ft", tmp_path / "run", of=house, observer=stop_at("tuning"))
-    found = play("fedavg_ft", tmp_path / "run", of=house)
+        play("fedavg_ft", tmp_path / "run", of=of, observer=stop_at("tuning"))
+    found = play("fedavg_ft", tmp_path / "run", of=of)
     assert torch.equal(found.rows, whole.rows)
     assert found.results == whole.results
     assert without_seconds(found.records) == without_seconds(whole.records)
@@ -397,11 +313,11 @@ def test_a_client_that_fine_tunes_to_no_number_keeps_what_it_was_sent_at_its_own
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Client 0, of rank 1 here, has the most steps; the fine-tuning of three rounds is round 4."""
-    house = federation(ranks=(1, 2, 1, 2))
-    shared = play("fedavg", tmp_path / "shared", of=house).rows
+    of = federation(ranks=(1, 2, 1, 2))
+    shared = play("fedavg", tmp_path / "shared", of=of).rows
     with caplog.at_level(logging.WARNING):
-        found = play("fedavg_ft", tmp_path / "run", of=house, change=spoil(4))
-    assert torch.equal(shared, shared * house.layout.rank_mask(house.ranks))
+        found = play("fedavg_ft", tmp_path / "run", of=of, change=spoil(4))
+    assert torch.equal(shared, shared * of.layout.rank_mask(of.ranks))
     assert not torch.equal(shared[0], shared[1])
     assert [torch.equal(found.rows[k], shared[k]) for k in range(4)] == [True, False, False, False]
     assert "'c0' fine-tuned was refused (not_finite)" in caplog.text
@@ -412,8 +328,8 @@ def test_a_client_that_fine_tunes_to_no_number_keeps_what_it_was_sent_at_its_own
 
 @pytest.mark.filterwarnings("ignore:mira")
 def test_groups_of_two_with_everyone_present_are_mira_on_cliques_with_a_coupling_of_a_half(tmp_path: Path) -> None:
-    house = federation(ranks=(2, 2, 2, 2), optimizer="sgd")
-    always: Any = {"of": house, "schedule": [(0, 1, 2, 3)] * 3}
+    of = federation(ranks=(2, 2, 2, 2), optimizer="sgd")
+    always: Any = {"of": of, "schedule": [(0, 1, 2, 3)] * 3}
     graph = {"kind": "groups", "column": "family"}
     found = play("groupavg", tmp_path / "mean", column="family", weights="uniform", **always)
     mira = play("mira", tmp_path / "mira", normalise="none", graph=graph, **always, **{"lambda": 0.5})
@@ -528,10 +444,10 @@ def test_the_plan_counts_the_work_and_the_disk_of_the_controls(
     make: Callable[..., Config], undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = preview.plan_study(make("planned"))
-    for run in fedmira.Study(undisturbed).runs:
-        label = run.facts["label"]
-        assert {line["bytes_up"] + line["bytes_down"] for line in run.rounds} == {plan.bytes_per_round[label]}
-        trained = sum(line["tokens"] for line in run.rounds) + run.facts.get("tokens_tuning", 0)
+    for one in fedmira.Study(undisturbed).runs:
+        label = one.facts["label"]
+        assert {line["bytes_up"] + line["bytes_down"] for line in one.rounds} == {plan.bytes_per_round[label]}
+        trained = sum(line["tokens"] for line in one.rounds) + one.facts.get("tokens_tuning", 0)
         assert plan.work[label].trained == pytest.approx(trained)  # every text of this study has the same length
     assert plan.work["untouched"] == Work(0, 0, 0)
     assert plan.run_seconds["untouched"] == 0

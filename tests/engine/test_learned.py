@@ -9,38 +9,21 @@ import pytest
 import torch
 from safetensors import safe_open
 from tests import tiny
-from tests.engine.test_rounds import RANKS, SCHEDULE, SEED, base, federation
+from tests.engine.house import RANKS, House, base, house, run
 
 from fedmira.data.batches import ClientData
 from fedmira.disk.folders import RunFolder
-from fedmira.engine.federation import Federation
-from fedmira.engine.run import Ended, run_rounds
-from fedmira.engine.scoring import score_start
+from fedmira.engine.run import Ended
 from fedmira.errors import MethodError
 from fedmira.evaluation.embed import embed_prompts
 from fedmira.methods import build
-from fedmira.methods.base import Cohort
 from fedmira.study.assemble import count_values
 
 SETTINGS: dict[str, Any] = {"lambda": 0.3, "neighbours": "stored", "graph": {"kind": "learned", "degree": 2}}
 
 
-def cohort(of: Federation) -> Cohort:
-    ids = tuple(client.id for client in of.clients)
-    examples = tuple(len(client.train) for client in of.clients)
-    return Cohort(ids, examples, ({},) * len(of), tuple(np.array(ids) for ids in SCHEDULE), SEED)
-
-
-def go(of: Federation, path: Path, settings: dict[str, Any], *, rounds: int) -> Ended:
-    section = of.config.federation.model_copy(update={"rounds": rounds})
-    of = replace(of, config=of.config.model_copy(update={"federation": section}))
-    folder = RunFolder(path)
-    if not path.exists():
-        folder.create(of.config, {"label": "mira", "seed": SEED}, {})
-    known = cohort(of)
-    start = score_start(of, lambda event, facts: None)
-    method = build("mira", settings, known)
-    return run_rounds(of, method, known.schedule, folder, seed=SEED, start=start, observer=lambda event, facts: None)
+def go(of: House, path: Path, settings: dict[str, Any], *, rounds: int) -> Ended:
+    return run(of, build("mira", settings, of.cohort()), path, rounds=rounds).ended
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, {**SETTINGS, "space": "product"}, {**SETTINGS, "solver": "exact"}])
@@ -48,11 +31,11 @@ def go(of: Federation, path: Path, settings: dict[str, Any], *, rounds: int) -> 
 def test_a_run_that_was_stopped_learns_the_same_graph_and_rows(
     tmp_path: Path, settings: dict[str, Any], after: int
 ) -> None:
-    house = federation()
-    whole = go(house, tmp_path / "whole", settings, rounds=3)
-    go(house, tmp_path / "parts", settings, rounds=after)
-    parts = go(house, tmp_path / "parts", settings, rounds=3)
-    everyone = torch.arange(len(house))
+    some = house()
+    whole = go(some, tmp_path / "whole", settings, rounds=3)
+    go(some, tmp_path / "parts", settings, rounds=after)
+    parts = go(some, tmp_path / "parts", settings, rounds=3)
+    everyone = torch.arange(len(some))
     assert torch.equal(parts.serve(everyone).rows, whole.serve(everyone).rows)
     assert parts.graph is not None
     assert whole.graph is not None
@@ -60,8 +43,8 @@ def test_a_run_that_was_stopped_learns_the_same_graph_and_rows(
 
 
 def test_the_learned_graph_joins_those_that_took_part_and_nobody_else(tmp_path: Path) -> None:
-    house = federation()
-    found = go(house, tmp_path / "run", SETTINGS, rounds=3).graph
+    some = house()
+    found = go(some, tmp_path / "run", SETTINGS, rounds=3).graph
     assert found is not None
     dense = found.weights.toarray()
     assert dense[:3, :3].any()
@@ -75,8 +58,8 @@ def test_the_learned_graph_joins_those_that_took_part_and_nobody_else(tmp_path: 
 def test_a_round_writes_the_sketches_of_its_own_clients_only(tmp_path: Path) -> None:
     """A delta holds two clients' tables, whatever the number of clients."""
     own = [tiny.client(f"c{k}", train=2) for k in range(40)]
-    house = replace(federation(clients=own), ranks=torch.tensor(RANKS * 10))
-    go(house, tmp_path / "run", SETTINGS, rounds=3)
+    many = house(clients=own, ranks=RANKS * 10)
+    go(many, tmp_path / "run", SETTINGS, rounds=3)
     with safe_open(tmp_path / "run/checkpoints/round-000003/state.safetensors", "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
     assert shapes["table.sketch"][0] == shapes["table.seen"][0] == shapes["rows"][0]

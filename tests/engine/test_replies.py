@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.test_rounds import METHODS, SCHEDULE, play
+from tests.engine.house import SCHEDULE, Ran
+from tests.engine.test_rounds import METHODS, play, returned
 from torch import Tensor
 
 from fedmira.methods.base import Change, Clock, Message, Method, State
@@ -47,7 +48,7 @@ def test_a_reply_is_kept_where_the_loss_is_not_worse_and_the_upload_elsewhere(
         for place, k in enumerate(ids):
             before, after = record["loss_before"][place], record["loss_after"][place]
             assert after <= before
-            same = torch.equal(ran.ledgers[number][k], ran.returned[number][place])
+            same = torch.equal(ran.stored[number][k], ran.merged[number][place])
             assert same == (before == after)
             worse += same
         assert record["notes"]["refused_replies"] == worse
@@ -78,11 +79,11 @@ def test_a_lost_reply_is_scored_and_stored_but_never_trained_from(
     settings(monkeypatch, reply="lost")
     ran = play("mira", tmp_path / "run")
 
-    def uploads(rows: list[Tensor]) -> Tensor:
-        return torch.cat(rows)
+    def uploads(of: Ran) -> Tensor:
+        return torch.cat([returned(of, number) for number in range(len(SCHEDULE))])
 
-    torch.testing.assert_close(uploads(ran.returned), uploads(alone.returned), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(uploads(ran), uploads(alone), rtol=1e-6, atol=1e-7)
     assert not torch.allclose(ran.rows[:3], alone.rows[:3], rtol=1e-3)
     settings(monkeypatch, reply="used")
     used = play("mira", tmp_path / "used")
-    assert not torch.allclose(uploads(used.returned), uploads(alone.returned), rtol=1e-3)
+    assert not torch.allclose(uploads(used), uploads(alone), rtol=1e-3)

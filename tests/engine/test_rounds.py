@@ -1,34 +1,38 @@
-"""Whole rounds on a tiny GPT-2 with mixed ranks: what is merged is what is stored, measured, sent and served."""
+"""Whole rounds on a tiny GPT-2 with mixed ranks: what is merged is what is stored, measured, sent and used."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tests import tiny
+from tests.engine.house import (
+    RANKS,
+    SCHEDULE,
+    TRAIN,
+    House,
+    Observe,
+    Ran,
+    base,
+    house,
+    run,
+    spoil,
+    unobserved,
+    without_seconds,
+)
 from torch import Tensor
 
 from fedmira.adapters import Adapters
-from fedmira.config.sections import Config
-from fedmira.data.batches import ClientData
+from fedmira.adapters.columns import count_columns, factor_columns
 from fedmira.disk.folders import RunFolder
-from fedmira.engine.federation import Federation, common_start
-from fedmira.engine.ledger import Ledger, restore
-from fedmira.engine.run import run_rounds
-from fedmira.engine.scoring import score_start
+from fedmira.engine import run as rounds
 from fedmira.evaluation.measure import measure_loss
 from fedmira.methods import build
-from fedmira.methods.base import Change, Clock, Cohort, Message, Method, State
-from fedmira.model.base.load import Base
+from fedmira.methods.base import Change, Clock, Message, Method, State
+from fedmira.methods.wrappers import only
 
-RANKS = (2, 1, 2, 1)
-TRAIN = (5, 2, 3, 4)
-SCHEDULE = ((0, 1), (1, 2), (0, 1))  # client 3 never; 2 once; 0 pauses; 1 always
-SEED = 3
 METHODS: dict[str, dict[str, Any]] = {
     "local": {},
     "fedavg": {},
@@ -36,89 +40,21 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@functools.cache
-def base() -> Base:
-    return tiny.base("gpt2", targets=["c_attn"], dtype=torch.float32)
-
-
-def config(**training: Any) -> Config:
-    return Config.model_validate(
-        {
-            "seeds": [SEED],
-            "output_dir": "unused",
-            "model": {"base_model": "tiny", "dtype": "float32", "device": "cpu"},
-            "lora": {"r": 2, "lora_alpha": 3},
-            "data": {"path": "unused"},
-            "federation": {"rounds": len(SCHEDULE)},
-            "training": {"local_epochs": 1, "batch_size": 2, "learning_rate": 0.02, **training},
-            "methods": [{"name": "local"}],
-        }
-    )
-
-
-def federation(*, cohort: int = 8, clients: Sequence[ClientData] | None = None, **training: Any) -> Federation:
-    own = clients or [tiny.client(f"c{k}", train=count) for k, count in enumerate(TRAIN)]
-    return Federation(config(**training), base(), tuple(own), tiny.layout(base(), 2), torch.tensor(RANKS), cohort)
-
-
-@dataclass(frozen=True, eq=False)
-class Ran:
-    federation: Federation
-    folder: RunFolder
-    serve: Callable[[Tensor], Adapters]
-    ledgers: list[Tensor]  # all rows of the state after each round
-    sent: list[Tensor]  # rows that each round's clients were sent
-    returned: list[Tensor]  # rows that reached each round's merge
-
-    @property
-    def rows(self) -> Tensor:
-        return self.serve(torch.arange(len(self.federation))).rows
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        return self.folder.records()
-
-
 def play(
-    name: str, path: Path, *, of: Federation | None = None, change: Callable[[Method], Method] = lambda m: m
+    name: str,
+    path: Path,
+    *,
+    of: House | None = None,
+    change: Callable[[Method], Method] = lambda m: m,
+    observer: Observe = unobserved,
 ) -> Ran:
-    house = of or federation()
-    schedule = tuple(np.array(ids) for ids in SCHEDULE)
-    cohort = Cohort(
-        tuple(client.id for client in house.clients),
-        tuple(len(client.train) for client in house.clients),
-        ({},) * len(house),
-        schedule,
-        SEED,
-    )
-    method = change(build(name, METHODS[name], cohort))
-    sent: list[Tensor] = []
-    returned: list[Tensor] = []
+    of = of or house()
+    return run(of, change(build(name, METHODS[name], of.cohort())), path, label=name, observer=observer)
 
-    def send(state: State, ids: Tensor, clock: Clock) -> Message:
-        message = method.send(state, ids, clock)
-        sent.append(message.rows.clone())
-        return message
 
-    def merge(state: State, ids: Tensor, uploads: Message, weights: Tensor, clock: Clock) -> Change:
-        returned.append(uploads.rows.clone())
-        return method.merge(state, ids, uploads, weights, clock)
-
-    folder = RunFolder(path)
-    folder.create(house.config, {"label": name, "seed": SEED}, {})
-    watched = replace(method, send=send, merge=merge)
-    rows: list[Tensor] = []
-
-    def observer(event: str, facts: Mapping[str, object]) -> None:
-        if event == "round":  # what is durable now is what the round left behind
-            state = method.init(common_start(house, SEED, len(house) if method.personal else 1), Clock(0))
-            ledger = Ledger(state, torch.zeros(len(house), dtype=torch.float64))
-            restore(folder, ledger)
-            rows.append(ledger.state.adapters.rows[torch.arange(len(ledger.state.adapters))])
-
-    start = score_start(house, observer)
-    serve = run_rounds(house, watched, schedule, folder, seed=SEED, start=start, observer=observer).serve
-    return Ran(house, folder, serve, rows, sent, returned)
+def returned(ran: Ran, number: int) -> Tensor:
+    """What the clients of a round ended with: rows that reached the merge, or their own where nothing travels."""
+    return ran.phases[number].rows if ran.folder.facts["label"] == "local" else ran.merged[number]
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -137,18 +73,18 @@ def mira(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 
 def test_every_round_measures_each_client_with_its_own_adapter_before_and_after_the_merge(ran: Ran) -> None:
-    personal = len(ran.ledgers[0]) > 1
+    personal = len(ran.stored[0]) > 1
     for number, ids in enumerate(SCHEDULE):
         record = ran.records[number]
         for place, k in enumerate(ids):
-            stored = ran.ledgers[number][k if personal else 0]
-            for row, key in ((ran.returned[number][place], "loss_before"), (stored, "loss_after")):
+            stored = ran.stored[number][k if personal else 0]
+            for row, key in ((returned(ran, number)[place], "loss_before"), (stored, "loss_after")):
                 ranks, scale = torch.tensor(RANKS[k : k + 1]), torch.tensor([3 / RANKS[k]])
-                own = Adapters(ran.federation.layout, row[None].clone(), ranks, scale).mask_()
+                own = Adapters(ran.house.layout, row[None].clone(), ranks, scale).mask_()
                 expected = measure_loss(
                     base(),
                     lambda ids, own=own: own,
-                    ran.federation.clients[k : k + 1],
+                    ran.house.clients[k : k + 1],
                     [0],
                     split="validation",
                     cohort=1,
@@ -157,38 +93,38 @@ def test_every_round_measures_each_client_with_its_own_adapter_before_and_after_
 
 
 def test_a_client_that_comes_back_is_sent_the_row_that_the_last_merge_left_it(personal: Ran) -> None:
-    assert torch.equal(personal.sent[1][0], personal.ledgers[0][1])
-    assert torch.equal(personal.sent[2][0], personal.ledgers[1][0])
-    assert torch.equal(personal.sent[2][1], personal.ledgers[1][1])
+    assert torch.equal(personal.sent[1][0], personal.stored[0][1])
+    assert torch.equal(personal.sent[2][0], personal.stored[1][0])
+    assert torch.equal(personal.sent[2][1], personal.stored[1][1])
 
 
 def test_the_laplacian_step_reaches_a_client_that_comes_back(mira: Ran) -> None:
     for place, k in enumerate(SCHEDULE[0]):
-        assert not torch.equal(mira.ledgers[0][k], mira.returned[0][place])
-    assert torch.equal(mira.sent[1][0], mira.ledgers[0][1])
-    assert not torch.equal(mira.sent[1][0], mira.returned[0][1])
+        assert not torch.equal(mira.stored[0][k], returned(mira, 0)[place])
+    assert torch.equal(mira.sent[1][0], mira.stored[0][1])
+    assert not torch.equal(mira.sent[1][0], returned(mira, 0)[1])
 
 
 def test_a_first_time_client_starts_from_the_common_start_whoever_trained_before(personal: Ran) -> None:
-    start = common_start(personal.federation, SEED, 4).rows[torch.arange(4)]
+    start = personal.house.common_start
     assert torch.equal(personal.sent[0], start[[0, 1]])
     assert torch.equal(personal.sent[1][1], start[2])
 
 
 def test_silent_clients_keep_their_row(personal: Ran) -> None:
-    start = common_start(personal.federation, SEED, 4).rows[torch.arange(4)]
-    assert torch.equal(personal.ledgers[0][[2, 3]], start[[2, 3]])
-    assert torch.equal(personal.ledgers[1][[0, 3]], personal.ledgers[0][[0, 3]])
-    assert torch.equal(personal.rows[2], personal.ledgers[1][2])
+    start = personal.house.common_start
+    assert torch.equal(personal.stored[0][[2, 3]], start[[2, 3]])
+    assert torch.equal(personal.stored[1][[0, 3]], personal.stored[0][[0, 3]])
+    assert torch.equal(personal.rows[2], personal.stored[1][2])
     assert torch.equal(personal.rows[3], start[3])
 
 
 def test_neither_training_nor_merging_fills_what_is_beyond_a_clients_rank(ran: Ran) -> None:
-    own = ran.federation.layout.rank_mask(ran.federation.ranks)
+    own = ran.house.layout.rank_mask(ran.house.ranks)
     for number, ids in enumerate(SCHEDULE):
-        assert not ran.returned[number][~own[list(ids)]].any()
-    if len(ran.ledgers[0]) > 1:
-        assert all(not rows[~own].any() for rows in ran.ledgers)
+        assert not returned(ran, number)[~own[list(ids)]].any()
+    if len(ran.stored[0]) > 1:
+        assert all(not rows[~own].any() for rows in ran.stored)
         assert not ran.rows[~own].any()
 
 
@@ -199,53 +135,41 @@ def test_a_merge_that_fills_padded_ranks_is_masked_by_the_engine(tmp_path: Path)
 
         return replace(method, merge=merge)
 
-    found = play("local", tmp_path / "run", change=fill)
-    own = found.federation.layout.rank_mask(found.federation.ranks)
-    assert all(not rows[1][~own[1]].any() for rows in found.ledgers)
-    assert not torch.equal(found.ledgers[0][1], found.returned[0][1])
+    found = play("mira", tmp_path / "run", change=fill)
+    own = found.house.layout.rank_mask(found.house.ranks)
+    assert all(not rows[1][~own[1]].any() for rows in found.stored)
+    assert not torch.equal(found.stored[0][1], returned(found, 0)[1])
 
 
-def test_an_upload_that_is_not_finite_is_silence_and_the_others_go_on(tmp_path: Path) -> None:
-    def spoil(method: Method) -> Method:
-        def finish(adapters: Adapters, memory: Any, given: Message, tools: Any) -> Any:
-            rows = adapters.rows.clone()
-            if tools.clock.round == 1:
-                rows[0] = float("nan")  # the first in the stack has the most steps: client 0
-            return Message(rows), memory
-
-        return replace(method, finish=finish)
-
-    found = play("local", tmp_path / "run", change=spoil)
-    start = common_start(found.federation, SEED, 4).rows[torch.arange(4)]
+@pytest.mark.parametrize("name", ["local", "mira"])
+def test_an_upload_that_is_not_finite_is_silence_and_the_others_go_on(tmp_path: Path, name: str) -> None:
+    """Client 0 has the most steps. Where nothing travels, it is the client that finds its own row unfit."""
+    found = play(name, tmp_path / "run", change=spoil(1))
+    start = found.house.common_start
     assert found.records[0]["refused"] == {"c0": "not_finite"}
     assert found.records[0]["answered"] == ["c1"]
     assert found.records[0]["loss_before"][0] is None
-    assert torch.equal(found.ledgers[0][0], start[0])
-    assert not torch.equal(found.ledgers[0][1], start[1])
+    assert torch.equal(found.stored[0][0], start[0])
+    assert not torch.equal(found.stored[0][1], start[1])
+    assert torch.equal(found.sent[2][0], found.stored[1][0])  # and it goes on from there
 
 
-@pytest.mark.parametrize("name", ["local", "fedavg"])
+@pytest.mark.parametrize("name", ["local", "fedavg", "mira"])
 def test_a_first_round_in_which_every_upload_is_refused_changes_nothing(tmp_path: Path, name: str) -> None:
-    def spoil(method: Method) -> Method:
-        def finish(adapters: Adapters, memory: Any, given: Message, tools: Any) -> Any:
-            return Message(adapters.rows * (float("nan") if tools.clock.round == 1 else 1)), memory
-
-        return replace(method, finish=finish)
-
-    found = play(name, tmp_path / "run", change=spoil)
+    found = play(name, tmp_path / "run", change=spoil(1, everybody=True))
     assert found.records[0]["answered"] == []
     assert torch.equal(found.sent[1][0], found.sent[0][1])  # client 1 again, from where it was
     assert len(found.records) == 3
 
 
 def test_what_is_served_in_the_end_is_what_the_last_checkpoint_holds(ran: Ran) -> None:
-    last = ran.ledgers[-1]
-    own = ran.federation.layout.rank_mask(torch.tensor(RANKS))
+    last = ran.stored[-1]
+    own = ran.house.layout.rank_mask(torch.tensor(RANKS))
     assert torch.equal(ran.rows, (last if len(last) > 1 else last.expand(4, -1)) * own)
 
 
 def test_clients_in_smaller_passes_end_close_to_where_they_end_in_one(tmp_path: Path, mira: Ran) -> None:
-    found = play("mira", tmp_path / "run", of=federation(cohort=1))
+    found = play("mira", tmp_path / "run", of=house(cohort=1))
     torch.testing.assert_close(found.rows, mira.rows, rtol=1e-3, atol=1e-4)
 
 
@@ -256,21 +180,94 @@ def test_a_run_repeats_its_bits(tmp_path: Path, ran: Ran) -> None:
 
 def test_an_absent_client_with_other_data_changes_nothing_for_the_others(tmp_path: Path, mira: Ran) -> None:
     clients = [tiny.client(f"c{k}", train=count, seed=int(k == 3)) for k, count in enumerate(TRAIN)]
-    assert clients[3].train != mira.federation.clients[3].train
-    assert torch.equal(play("mira", tmp_path / "run", of=federation(clients=clients)).rows, mira.rows)
+    assert clients[3].train != mira.house.clients[3].train
+    assert torch.equal(play("mira", tmp_path / "run", of=house(clients=clients)).rows, mira.rows)
 
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_kept_moments_belong_to_their_client_and_go_on_when_it_comes_back(tmp_path: Path, keep: bool) -> None:
     """Client 1 takes 1 step in each of three rounds, client 0 takes 3 steps in two, client 2 takes 2 in one."""
-    seen: list[list[int]] = []
-
-    def watch(method: Method) -> Method:
-        def finish(adapters: Adapters, memory: Any, given: Message, tools: Any) -> Any:
-            seen.append(sorted(memory["steps"].tolist()))
-            return method.finish(adapters, memory, given, tools)
-
-        return replace(method, finish=finish)
-
-    play("local", tmp_path / "run", of=federation(keep_optimizer=keep), change=watch)
+    found = play("local", tmp_path / "run", of=house(keep_optimizer=keep))
+    seen = [sorted(phase.moments["main"]["steps"].tolist()) for phase in found.phases]
     assert seen == ([[1, 3], [2, 2], [3, 6]] if keep else [[1, 3], [1, 2], [1, 3]])
+
+
+# ---------------------------------------------------------------- columns that stay with their client
+
+
+@pytest.fixture(scope="module")
+def shared_first_factors(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """FedSA-LoRA: A travels and is averaged, B stays with its client."""
+    return play("fedavg", tmp_path_factory.mktemp("only") / "run", change=lambda method: only(method, travels="A"))
+
+
+def test_columns_that_do_not_travel_stay_with_their_client(shared_first_factors: Ran) -> None:
+    """B as the client left it when it last took part; of one that never did, as it began. A as it was averaged."""
+    ran = shared_first_factors
+    first = factor_columns(ran.house.layout, "A")
+    real = ran.house.layout.rank_mask(ran.house.ranks)
+    assert torch.equal(ran.sent[1][0][~first], ran.phases[0].rows[1][~first])
+    assert torch.equal(ran.sent[2][0][~first], ran.phases[0].rows[0][~first])
+    assert torch.equal(ran.sent[2][1][~first], ran.phases[1].rows[0][~first])
+    assert torch.equal(ran.sent[1][1][~first], ran.house.common_start[2][~first])
+    for number in (1, 2):
+        assert torch.equal(ran.sent[number][:, first], ran.stored[number - 1].expand(2, -1)[:, first])
+    last = {0: (2, 0), 1: (2, 1), 2: (1, 1)}
+    for k, (number, place) in last.items():
+        assert torch.equal(ran.rows[k][~first], ran.phases[number].rows[place][~first])
+    assert torch.equal(ran.rows[3][~first], ran.house.common_start[3][~first])
+    assert torch.equal(ran.rows[:, first], (ran.stored[-1] * real)[:, first])
+    assert bool((ran.rows[:3][:, ~first & real[1]] != 0).all())  # each has trained its own
+    assert not torch.equal(ran.rows[0][~first], ran.rows[2][~first])
+
+
+def test_only_what_travels_is_merged_and_counted(shared_first_factors: Ran) -> None:
+    """The server has no B of anybody: its own is the common start's."""
+    ran = shared_first_factors
+    first = factor_columns(ran.house.layout, "A")
+    for rows in (*ran.merged, *ran.stored):
+        assert torch.equal(rows[:, ~first], ran.house.common_start[:1, ~first].expand(len(rows), -1))
+    for record, ids in zip(ran.records, SCHEDULE, strict=True):
+        count = count_columns(ran.house.layout, first, ran.house.ranks[list(ids)])
+        assert record["bytes_up"] == record["bytes_down"] == 4 * int(count.sum())
+
+
+def test_what_stays_with_clients_outlives_a_stop(shared_first_factors: Ran, tmp_path: Path) -> None:
+    stopped: dict[str, Any] = {"of": house(), "change": lambda method: only(method, travels="A")}
+
+    def stop(event: str, facts: Any) -> None:
+        if event == "round" and facts["record"].round == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        play("fedavg", tmp_path / "run", observer=stop, **stopped)
+    assert torch.equal(play("fedavg", tmp_path / "run", **stopped).rows, shared_first_factors.rows)
+
+
+# ---------------------------------------------------------------- a stop between a round and its record
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_round_that_is_durable_and_was_not_measured_is_measured_after_the_stop(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is applied from its checkpoint, scored, and written as if nothing had happened; no round is played twice."""
+    whole = play(name, tmp_path / "whole")
+    measured = iter(range(10))
+
+    def killed(*arguments: Any, **options: Any) -> Any:
+        if next(measured) == 1:
+            raise InterruptedError
+        return measure(*arguments, **options)
+
+    measure = rounds._measure
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "_measure", killed)
+        with pytest.raises(InterruptedError):
+            play(name, tmp_path / "run")
+    assert [record["round"] for record in RunFolder(tmp_path / "run").records()] == [1]
+    found = play(name, tmp_path / "run")
+    assert len(found.phases) == 1  # of round 3 alone
+    assert torch.equal(found.rows, whole.rows)
+    assert found.results == whole.results
+    assert without_seconds(found.records) == without_seconds(whole.records)

@@ -10,19 +10,9 @@ from hypothesis import strategies as some
 
 from fedmira.errors import MethodError
 from fedmira.graphs import graph as graphs
-from fedmira.graphs.graph import (
-    Graph,
-    couple,
-    file_graph,
-    from_matrix,
-    group_graph,
-    laplacian,
-    largest_coupling,
-    largest_eigenvalue,
-    normalise,
-    random_graph,
-    uniform_graph,
-)
+from fedmira.graphs import step
+from fedmira.graphs.graph import Graph, file_graph, from_matrix, group_graph, random_graph, uniform_graph
+from fedmira.graphs.step import couple, laplacian, largest_coupling, largest_eigenvalue, normalise
 
 IDS = ("a", "b", "c")
 STAR = np.array([[0.0, 1.0, 3.0], [1.0, 0.0, 0.0], [3.0, 0.0, 0.0]])  # degrees 4, 1, 3
@@ -217,7 +207,7 @@ def test_large_rounds_give_the_same_eigenvalue_as_small_ones(monkeypatch: pytest
     graph = random_graph(60, seed=1)
     found = couple(graph, everyone(graph), kind="symmetric", stored=False)
     exact = largest_eigenvalue(found)
-    monkeypatch.setattr(graphs, "_DENSE", 10)
+    monkeypatch.setattr(step, "_DENSE", 10)
     assert largest_eigenvalue(found) == pytest.approx(exact, rel=1e-8)
 
 

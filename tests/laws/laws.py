@@ -1,51 +1,47 @@
-"""The laws of the design page: each takes a method and a world, and raises AssertionError where it is broken."""
+"""The laws of methods: each takes a method and a world, and raises AssertionError where it is broken."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
-from tests.laws.worlds import CLIENTS, EVERYONE, NEXT, World
+from tests.laws.worlds import ALL, CLIENTS, EVERYONE, NEXT, Scene, World
 from torch import Tensor
 
-from fedmira.engine.ledger import Ledger
-from fedmira.methods.base import Change, Clock, Memory, Message, Method, State
+from fedmira.adapters import Adapters
+from fedmira.methods.base import Change, Clock, Memory, Message, Method, Tools, use_what_was_sent
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 ROUND = Clock(3)
 IDS = torch.tensor(NEXT)
-ALL = torch.tensor(EVERYONE)
 
 
 def close(found: Tensor, expected: Tensor, what: str) -> None:
     torch.testing.assert_close(found, expected, **CLOSE, msg=lambda text: f"{what}: {text}")
 
 
-def pick(message: Message, places: Tensor) -> Message:
-    return Message(message.rows[places], {name: value[places] for name, value in message.scalars.items()})
-
-
-def part(memory: Memory, places: Tensor) -> Memory:
-    return {name: value[places] for name, value in memory.items()}
-
-
 def copy(message: Message) -> Message:
-    return Message(message.rows.clone(), {name: value.clone() for name, value in message.scalars.items()})
+    return replace(message.map(torch.clone), scalars={name: value.clone() for name, value in message.scalars.items()})
 
 
-def used(method: Method, state: State, ids: Tensor) -> Tensor:
-    """Which row of the state each client uses [n]: its own, the one that all share, or that of its group."""
-    rows = state.adapters.rows
-    if method.personal or len(rows) == 1:
-        return ids if method.personal else torch.zeros_like(ids)
-    marks = torch.arange(len(rows), dtype=rows.dtype)[:, None].repeat(1, rows.shape[1])
-    return method.serve(replace(state, adapters=state.adapters.with_rows(marks)), {}, ids).rows[:, 0].long()
+def whole(scene: Scene, ids: Tensor, given: Message | None = None) -> Message:
+    """Uploads of a phase as the server's merge gets them: columns that do not travel are those it sent."""
+    given = scene.send(ids) if given is None else given
+    method, layout = scene.method, scene.ledger.federation.layout
+    sends = method.travels(layout, ROUND) & method.trained(layout, ROUND)
+    returned = scene.phase(ids, given).returned
+    server = method.message(scene.ledger.state, ids, ROUND).rows
+    return returned.map(lambda rows: torch.where(sends, rows, server))
 
 
-def rows_after(method: Method, ledger: Ledger, change: Change) -> Tensor:
-    """What everyone would use once a change is in place [K, P]."""
-    ledger.apply(change)
-    return method.serve(ledger.state, ledger.memory, ALL).rows
+def merge(scene: Scene, ids: Tensor, returned: Message, weights: Tensor) -> Change:
+    return scene.method.merge(scene.ledger.state, ids, returned, weights, ROUND)
+
+
+def rows_after(scene: Scene, change: Change) -> Tensor:
+    """The row that the server has for everyone once a change is applied [K, P], before ranks cut it."""
+    scene.ledger.apply(change)
+    return scene.rows[scene.method.row_of(ALL)]
 
 
 def uploads(ids: Tensor, world: World, *, seed: int = 0) -> Tensor:
@@ -57,31 +53,36 @@ def uploads(ids: Tensor, world: World, *, seed: int = 0) -> Tensor:
 
 def law_a_batch_of_one_equals_a_batch_of_all(method: Method, world: World) -> None:
     """A client trained alone returns and keeps what it does among others."""
-    ledger = world.reach(method)
-    given, memory = method.send(ledger.state, IDS, ROUND), ledger.recall(IDS)
-    together, kept = world.train(method, IDS, given, memory)
+    scene = world.reach(method)
+    given = scene.send(IDS)
+    together = scene.phase(IDS, given)
     for place in range(len(IDS)):
         one = torch.tensor([place])
-        alone, own = world.train(method, IDS[one], pick(given, one), part(memory, one))
-        close(alone.rows, together.rows[one], f"client {int(IDS[place])}, row")
-        for name, value in alone.scalars.items():
-            close(value, together.scalars[name][one], f"client {int(IDS[place])}, {name}")
-        for name, value in own.items():
-            close(value, kept[name][one], f"client {int(IDS[place])}, {name}")
+        alone = scene.phase(IDS[one], given.take(one))
+        name = f"client {int(IDS[place])}"
+        close(alone.rows, together.rows[one], f"{name}, its own row")
+        close(alone.returned.rows, together.returned.rows[one], f"{name}, row")
+        pairs = [(alone.returned.scalars, together.returned.scalars), (alone.returned.more, together.returned.more)]
+        pairs += [(alone.memory, together.memory)]
+        pairs += [(alone.moments[of], together.moments[of]) for of in together.moments]
+        for mine, theirs in pairs:
+            assert mine.keys() == theirs.keys()
+            for key, value in mine.items():
+                close(value, theirs[key][one], f"{name}, {key}")
 
 
 def law_the_order_in_the_stack_does_not_matter(method: Method, world: World) -> None:
     """Sampled clients in another order: the same answer for each of them."""
     order = torch.tensor([2, 0, 3, 1])
-    ledger = world.reach(method)
-    given, memory = method.send(ledger.state, IDS, ROUND), ledger.recall(IDS)
-    close(method.send(ledger.state, IDS[order], ROUND).rows, given.rows[order], "send")
-    returned, _ = world.train(method, IDS, given, memory)
-    shuffled, _ = world.train(method, IDS[order], pick(given, order), part(memory, order))
+    scene = world.reach(method)
+    given = scene.send(IDS)
+    close(scene.send(IDS[order]).rows, given.rows[order], "send")
+    returned = whole(scene, IDS, given)
+    shuffled = whole(scene, IDS[order], given.take(order))
     close(shuffled.rows, returned.rows[order], "training")
     weights = world.weights(IDS)
-    change = method.merge(ledger.state, IDS, copy(returned), weights, ROUND)
-    other = method.merge(ledger.state, IDS[order], pick(returned, order), weights[order], ROUND)
+    change = merge(scene, IDS, copy(returned), weights)
+    other = merge(scene, IDS[order], returned.take(order), weights[order])
     assert sorted(other.ids.tolist()) == sorted(change.ids.tolist())
     back = torch.tensor([other.ids.tolist().index(k) for k in change.ids.tolist()], dtype=torch.int64)
     close(other.rows[back], change.rows, "merge")
@@ -93,52 +94,56 @@ def law_renaming_clients_renames_the_answer(
     """All clients at other positions, the graph with them: after three rounds each has what it had."""
     order = [4, 2, 5, 0, 3, 1]
     other = world.rename(order)
-    renamed = rebuild(other)
-    ledger, moved = world.reach(method), other.reach(renamed)
-    world.play(method, ledger, torch.from_numpy(world.cohort.schedule[2]))
-    other.play(renamed, moved, torch.from_numpy(other.cohort.schedule[2]))
-    rows, expected = moved.state.adapters.rows, ledger.state.adapters.rows
-    close(rows, expected[order] if method.personal else expected, "rows")
-    for name, value in moved.memory.items():
-        close(value[ALL], ledger.memory[name][torch.tensor(order)], name)
+    scene, moved = world.reach(method), other.reach(rebuild(other))
+    scene.play(torch.from_numpy(world.cohort.schedule[2]))
+    moved.play(torch.from_numpy(other.cohort.schedule[2]))
+    close(moved.used(), scene.used()[order], "rows in use")
+    close(moved.rows, scene.rows[order] if method.has_row_of_each else scene.rows, "rows")
+    for name, value in moved.remembered().items():
+        close(value, scene.remembered()[name][order], name)
 
 
 def law_inputs_of_a_phase_and_of_a_merge_are_unchanged(method: Method, world: World) -> None:
-    """send, the local phase, merge and serve only read what they are given."""
-    ledger = world.reach(method)
-    state, memory = ledger.state, ledger.recall(IDS)
-    given = copy(method.send(state, IDS, ROUND))
-    returned, _ = world.train(method, IDS, given, memory)
-    returned = copy(returned)
+    """send, the local phase, merge and use only read what they are given."""
+    scene = world.reach(method)
+    state = scene.ledger.state
+    given = copy(scene.send(IDS))
+    returned = copy(whole(scene, IDS, given))
     weights = world.weights(IDS)
-    inputs = {
-        "state": state.adapters.rows,
-        "given": given.rows,
-        "returned": returned.rows,
-        "weights": weights,
-        "ids": IDS,
-        **{f"shared {name}": value for name, value in state.shared.items()},
-        **{f"memory {name}": value for name, value in memory.items()},
-    }
-    before = {name: value.clone() for name, value in inputs.items()}
-    world.train(method, IDS, given, memory)
-    method.send(state, IDS, ROUND)
-    method.merge(state, IDS, returned, weights, ROUND)
-    served = method.serve(state, memory, IDS)
-    served.rows.add_(1)  # what is served is the caller's own
-    for name, value in inputs.items():
+
+    def inputs() -> dict[str, Tensor]:
+        return {
+            "state": scene.rows,
+            "given": given.rows,
+            "returned": returned.rows,
+            "weights": weights,
+            "ids": IDS,
+            **{f"shared {name}": value for name, value in state.shared.items()},
+            **{f"table {name}": value for name, value in state.tables.items()},
+            **{f"memory {name}": value for name, value in scene.remembered().items()},
+        }
+
+    before = {name: value.clone() for name, value in inputs().items()}
+    scene.phase(IDS, given)
+    method.message(state, IDS, ROUND)
+    merge(scene, IDS, returned, weights)
+    scene.used(IDS).add_(1)  # what a client uses is the caller's own
+    for name, value in inputs().items():
         assert torch.equal(value, before[name]), f"{name} was changed"
 
 
 def law_the_same_seed_gives_the_same_bits(method: Method, world: World) -> None:
     """Three rounds, twice."""
     first, second = world.reach(method), world.reach(method)
-    for ledger in (first, second):
-        world.play(method, ledger, IDS)
-    assert torch.equal(first.state.adapters.rows, second.state.adapters.rows)
-    assert first.memory.keys() == second.memory.keys()
-    assert all(torch.equal(value[ALL], second.memory[name][ALL]) for name, value in first.memory.items())
-    assert all(torch.equal(value, second.state.shared[name]) for name, value in first.state.shared.items())
+    for scene in (first, second):
+        scene.play(IDS)
+    assert torch.equal(first.rows, second.rows)
+    assert torch.equal(first.used(), second.used())
+    mine, theirs = first.remembered(), second.remembered()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    shared = second.ledger.state.shared
+    assert all(torch.equal(value, shared[name]) for name, value in first.ledger.state.shared.items())
 
 
 def law_an_absent_client_has_no_influence(method: Method, world: World, *, stored: bool = False) -> None:
@@ -148,164 +153,208 @@ def law_an_absent_client_has_no_influence(method: Method, world: World, *, store
     """
     absent = [k for k in EVERYONE if k not in NEXT]
     if stored:
-        assert method.graph is not None
-        absent = [k for k in absent if k not in method.graph.neighbours(np.array(NEXT))]
-    first, second = world.reach(method), world.reach(method)
-    if method.personal:
-        second.state.adapters.rows[absent] = 5.0
+        assert method.facts.graph is not None
+        absent = [k for k in absent if k not in method.facts.graph.neighbours(np.array(NEXT))]
+    first, second = world.reach(method), world.disturb(absent).reach(method)
+    second.ledger, second.clients.memory = world.reach(method).ledger, world.reach(method).clients.memory
     others = torch.tensor(absent, dtype=torch.int64)
-    for value in second.memory.values():
-        value[others] = torch.full_like(value[others], 3)
-    change = world.play(method, first, IDS)
-    other = world.disturb(absent).play(method, second, IDS)
+    if method.has_row_of_each:
+        second.ledger.table.write(others, torch.full((len(others), world.layout.size), 5.0, dtype=torch.float64))
+    for table in second.clients.memory.tables.values():
+        table.write(others, torch.full_like(table[others], 3))
+    change, other = first.play(IDS), second.play(IDS)
     assert torch.equal(change.ids, other.ids)
     assert torch.equal(change.rows, other.rows)
+    assert torch.equal(first.used(IDS), second.used(IDS))
 
 
 def law_a_client_of_weight_zero_has_no_influence(method: Method, world: World) -> None:
     """Where weights are used: an upload of weight zero is no upload. Elsewhere: weights change nothing."""
-    ledger = world.reach(method)
+    scene = world.reach(method)
     rows = uploads(IDS, world)
     weights = world.weights(IDS)
-    if not method.uses_weights:
-        change = method.merge(ledger.state, IDS, Message(rows.clone()), weights, ROUND)
-        other = method.merge(ledger.state, IDS, Message(rows.clone()), weights.flip(0) + 1, ROUND)
+    if not method.facts.weighs:
+        change = merge(scene, IDS, Message(rows.clone()), weights)
+        other = merge(scene, IDS, Message(rows.clone()), weights.flip(0) + 1)
         assert torch.equal(change.rows, other.rows), "weights are said not to be used"
         return
     weights[1] = 0.0
     rest = torch.tensor([0, 2, 3])
-    change = method.merge(ledger.state, IDS, Message(rows.clone()), weights, ROUND)
-    without = method.merge(ledger.state, IDS[rest], Message(rows[rest]), weights[rest], ROUND)
+    change = merge(scene, IDS, Message(rows.clone()), weights)
+    without = merge(scene, IDS[rest], Message(rows[rest]), weights[rest])
     keep = torch.tensor([k in without.ids.tolist() for k in change.ids.tolist()])
     close(change.rows[keep], without.rows, "weight 0 against absent")
     wild = rows.clone()
     wild[1] = 1e3
-    close(method.merge(ledger.state, IDS, Message(wild), weights, ROUND).rows[keep], change.rows[keep], "its upload")
-    doubled = method.merge(ledger.state, IDS, Message(rows.clone()), 2 * weights, ROUND)
+    close(merge(scene, IDS, Message(wild), weights).rows[keep], change.rows[keep], "its upload")
+    doubled = merge(scene, IDS, Message(rows.clone()), 2 * weights)
     close(doubled.rows, change.rows, "only the ratio of weights counts")
 
 
 def law_silent_clients_keep_their_row(method: Method, world: World) -> None:
-    """Where the method is personal: a merge replaces rows of those that answered, and only these."""
-    if not method.personal:
+    """Where each client has a row: a round changes those that answered, and only these."""
+    if not method.has_row_of_each:
         return
-    ledger = world.reach(method)
-    before = ledger.state.adapters.rows.clone()
-    change = world.play(method, ledger, IDS)
+    scene = world.reach(method)
+    before, used = scene.rows, scene.used()
+    change = scene.play(IDS)
     assert set(change.ids.tolist()) <= set(NEXT)
     silent = [k for k in EVERYONE if k not in NEXT]
-    assert torch.equal(ledger.state.adapters.rows[silent], before[silent])
-    assert not torch.equal(ledger.state.adapters.rows, before)
+    assert torch.equal(scene.rows[silent], before[silent])
+    assert torch.equal(scene.used()[silent], used[silent])
+    assert not torch.equal(scene.used(), used)
 
 
 def law_a_returning_client_starts_from_the_merged_row(method: Method, world: World) -> None:
     """What a merge decided is what the client receives and uses next; where a graph pulls, that is not its upload."""
-    ledger = world.reach(method)
-    given = method.send(ledger.state, IDS, ROUND)
-    returned, _ = world.train(method, IDS, given, ledger.recall(IDS))
-    change = method.merge(ledger.state, IDS, returned, world.weights(IDS), ROUND)
-    ledger.apply(change)
-    again = method.send(ledger.state, IDS, Clock(4)).rows
-    served = method.serve(ledger.state, ledger.memory, IDS).rows
-    if method.trains == "nobody":
-        assert not len(change.ids), "nobody trains, so nothing is merged"
-        decided = given.rows
-    else:
-        places = used(method, ledger.state, IDS).tolist()
-        decided = change.rows[[change.ids.tolist().index(place) for place in places]]
-    assert torch.equal(again, decided), "sent"
-    assert torch.equal(served, decided), "served"
-    if method.pull is not None:
-        for place, fraction in enumerate(method.pull(IDS).tolist()):
+    scene = world.reach(method)
+    returned = whole(scene, IDS)
+    before = scene.rows[method.row_of(IDS)]
+    change = merge(scene, IDS, returned, world.weights(IDS))
+    scene.ledger.apply(change)
+    again = method.message(scene.ledger.state, IDS, Clock(4)).rows
+    if method.client.use is use_what_was_sent:
+        close(scene.used(IDS), scene.seen(IDS, scene.send(IDS)), "used")
+    if not len(change.ids):
+        assert torch.equal(again, before), "nothing is merged, so nothing else is sent"
+        return
+    decided = change.rows[[change.ids.tolist().index(row) for row in method.row_of(IDS).tolist()]]
+    if method.send is None:
+        assert torch.equal(again, decided), "sent"
+    if method.facts.pull is not None:
+        for place, fraction in enumerate(method.facts.pull(IDS).tolist()):
             moved = not torch.equal(again[place], returned.rows[place])
             assert moved == (fraction > 0), f"client {NEXT[place]} is pulled by {fraction} and moved: {moved}"
 
 
 def law_a_first_time_client_starts_from_the_common_start(method: Method, world: World) -> None:
-    """Whoever trained before: a personal method sends a newcomer the start, a shared one the newest row it shares."""
-    ledger = world.reach(method)
+    """Whoever trained before: a newcomer begins at the start, or at the newest row that it shares."""
+    scene = world.reach(method)
     newcomer = torch.tensor([5])
-    given = method.send(ledger.state, newcomer, ROUND).rows
-    begun = world.start(method).state.adapters.rows
-    if method.personal:
+    given = method.message(scene.ledger.state, newcomer, ROUND).rows
+    begun = world.start(method).rows
+    if method.has_row_of_each:
         assert torch.equal(given[0], begun[5])
-    else:
-        place = int(used(method, ledger.state, newcomer))
-        assert torch.equal(given[0], ledger.state.adapters.rows[place])
-        assert torch.equal(given[0], begun[place]) == (method.trains == "nobody")
-    assert all(not bool(value[newcomer].any()) for value in ledger.memory.values())
+        assert torch.equal(scene.seen(newcomer, scene.send(newcomer)), world.start(method).used(newcomer))
+    elif method.send is None:
+        assert torch.equal(given[0], scene.rows[int(method.row_of(newcomer))])
+    start = world.start(method).clients.memory.recall("method", newcomer)
+    memory = scene.clients.memory.recall("method", newcomer)
+    assert all(not bool(memory[name].any()) for name in memory if name not in start)
 
 
 def law_numbers_beyond_a_clients_rank_stay_zero(method: Method, world: World) -> None:
     """Ranks 1 and 2 in one stack: neither training nor a merge fills what a client does not have."""
-    ledger = world.reach(method)
-    given = method.send(ledger.state, IDS, ROUND)
-    returned, _ = world.train(method, IDS, given, ledger.recall(IDS))
+    scene = world.reach(method)
+    phase = scene.phase(IDS, scene.send(IDS))
     own = world.layout.rank_mask(world.ranks)
-    assert bool((returned.rows[~own[IDS]] == 0).all()), "returned"
-    assert bool((returned.rows[own[IDS]] != 0).any())
-    world.play(method, ledger, IDS)
-    if method.personal:
-        assert bool((ledger.state.adapters.rows[~own] == 0).all()), "stored"
+    for rows in (phase.rows, phase.returned.rows, *phase.returned.more.values()):
+        assert bool((rows[~own[IDS]] == 0).all()), "returned"
+    assert bool((phase.returned.rows[own[IDS]] != 0).any())
+    scene.play(IDS)
+    assert bool((scene.used()[~own] == 0).all()), "used"
+    if method.has_row_of_each:
+        assert bool((scene.rows[~own] == 0).all()), "stored"
 
 
 def law_equal_clients_stay_equal(method: Method, world: World) -> None:
     """Everyone stores and returns the same row: everyone gets the same row; a graph step leaves it as it is."""
-    ledger = world.reach(method)
+    scene = world.reach(method)
     row = uploads(ALL[:1], world)
-    ledger.state.adapters.rows[:] = row
-    if method.compare == "products" and method.personal:  # equal rows of other ranks, and scales, are other updates
-        _equal_updates_stay_equal(method, world, ledger, row)
+    scene.ledger.table.write(torch.arange(len(scene.ledger.table)), row.repeat(len(scene.ledger.table), 1))
+    if method.facts.compare == "products" and method.has_row_of_each:  # equal rows of other ranks are other updates
+        _equal_updates_stay_equal(world, scene, row)
         return
     for ids in (IDS, ALL):
-        change = method.merge(ledger.state, ids, Message(row.repeat(len(ids), 1)), torch.ones(len(ids)).double(), ROUND)
+        change = merge(scene, ids, Message(row.repeat(len(ids), 1)), torch.ones(len(ids)).double())
         close(change.rows, change.rows[:1].expand_as(change.rows), "each other")
-        if method.graph is not None:
+        if method.facts.graph is not None:
             close(change.rows, row.expand_as(change.rows), "what they had")
 
 
-def _equal_updates_stay_equal(method: Method, world: World, ledger: Ledger, row: Tensor) -> None:
+def _equal_updates_stay_equal(world: World, scene: Scene, row: Tensor) -> None:
     """The same among clients of the same rank: whatever the factors are, their products stay."""
     alike = torch.nonzero(world.ranks == world.ranks.max()).flatten()
     given = row.repeat(len(alike), 1)
-    change = method.merge(ledger.state, alike, Message(given), torch.ones(len(alike)).double(), ROUND)
+    change = merge(scene, alike, Message(given), torch.ones(len(alike)).double())
     for leaf in world.layout.parts[0].leaves[::2]:
         mine, before = (world.adapters(alike, rows).product(leaf.module) for rows in (change.rows, given))
         torch.testing.assert_close(mine, before, rtol=1e-6, atol=1e-8)
 
 
+def law_columns_that_do_not_travel_influence_nobody_else(method: Method, world: World) -> None:
+    """Another private part of one client, which then takes no step: the server and everybody else have the same bits.
+
+    Steps are left out because a client's own loss may lead from what it keeps to what it sends.
+    """
+    travels = method.travels(world.layout, ROUND)
+    if bool(travels.all()):
+        return
+    scenes = world.reach(method), world.reach(method)
+    one = torch.tensor([NEXT[0]])
+    own = world.layout.rank_mask(world.ranks[one])
+    table = scenes[1].clients.memory.tables["row"]
+    table.write(one, table[one] + (0.5 * ~travels) * own)
+    before = [scene.used(one) for scene in scenes]
+    assert not torch.equal(*before), "what a client keeps is what it uses"
+    for scene in scenes:
+        scene.method = scene.clients.method = replace(method, client=replace(method.client, step=stand_still))
+    first, second = (scene.play(IDS) for scene in scenes)
+    assert torch.equal(first.ids, second.ids)
+    assert torch.equal(first.rows, second.rows)
+    others = torch.tensor([k for k in EVERYONE if k != NEXT[0]])
+    assert torch.equal(scenes[0].used(others), scenes[1].used(others))
+
+
+def stand_still(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
+    return adapters, memory
+
+
+def law_columns_that_are_not_trained_stay_as_they_were_sent(method: Method, world: World) -> None:
+    """Neither gradient nor decay nor momentum moves them, and they are not returned."""
+    scene = world.reach(method)
+    trained = method.trained(world.layout, ROUND)
+    given = scene.send(IDS)
+    before = scene.seen(IDS, given) * world.layout.rank_mask(world.ranks[IDS])
+    phase = scene.phase(IDS, given)
+    assert torch.equal(phase.rows[:, ~trained], before[:, ~trained])
+    moved = (phase.rows != before)[:, trained]
+    assert bool(moved.any()) == bool(trained.any())
+
+
 def law_the_graph_step_keeps_the_mean(method: Method, world: World) -> None:
     """With a symmetric operator and everyone present, the mean over clients stays."""
     rows = uploads(ALL, world)
-    ledger = world.reach(method)
-    change = method.merge(ledger.state, ALL, Message(rows.clone()), torch.ones(CLIENTS).double(), ROUND)
-    after = rows_after(method, ledger, change)
+    scene = world.reach(method)
+    change = merge(scene, ALL, Message(rows.clone()), torch.ones(CLIENTS).double())
+    after = rows_after(scene, change)
     close(after.mean(dim=0), rows.mean(dim=0), "mean")
     assert not torch.allclose(after, rows)
 
 
 def law_the_graph_step_never_widens_disagreement(method: Method, world: World, *, similarities: np.ndarray) -> None:
     """sum_kl a_kl ||w_k - w_l||^2 does not grow with everyone present."""
-    ledger = world.reach(method)
+    scene = world.reach(method)
     for seed in range(5):
         rows = uploads(ALL, world, seed=seed)
-        change = method.merge(ledger.state, ALL, Message(rows.clone()), torch.ones(CLIENTS).double(), ROUND)
-        before, after = (disagreement(some, similarities) for some in (rows, rows_after(method, ledger, change)))
+        change = merge(scene, ALL, Message(rows.clone()), torch.ones(CLIENTS).double())
+        before, after = (disagreement(some, similarities) for some in (rows, rows_after(scene, change)))
         assert after < before, f"{before:g} became {after:g}"
 
 
 def law_only_clients_that_are_joined_have_influence(method: Method, world: World) -> None:
     """Other uploads of those a client is not joined to: the same bits for that client."""
-    assert method.graph is not None
+    graph = method.facts.graph
+    assert graph is not None
     rows = uploads(IDS, world)
     for place, k in enumerate(NEXT):
-        joined = method.graph.neighbours(np.array([k]))
+        joined = graph.neighbours(np.array([k]))
         strangers = [other for other, near in enumerate(NEXT) if near != k and near not in joined]
         wild = rows.clone()
         wild[strangers] = 1e3
         mine, theirs = (
-            rows_after(method, ledger, method.merge(ledger.state, IDS, Message(some), world.weights(IDS), ROUND))[k]
-            for some, ledger in ((rows.clone(), world.reach(method)), (wild, world.reach(method)))
+            rows_after(scene, merge(scene, IDS, Message(some), world.weights(IDS)))[k]
+            for some, scene in ((rows.clone(), world.reach(method)), (wild, world.reach(method)))
         )
         assert torch.equal(mine, theirs), f"client {k} is moved by {[NEXT[other] for other in strangers]}"
         assert not torch.equal(mine, rows[place]) or not set(joined) & set(NEXT), f"client {k} is not moved by its own"
@@ -313,22 +362,23 @@ def law_only_clients_that_are_joined_have_influence(method: Method, world: World
 
 def law_where_nobody_trains_nothing_moves(method: Method, world: World) -> None:
     """Even if clients are asked to train: what they return is the start, and so is what they use after three rounds."""
-    ledger = world.reach(method)
-    given = method.send(ledger.state, IDS, ROUND)
-    returned, _ = world.train(method, IDS, given, ledger.recall(IDS))
+    scene = world.reach(method)
+    given = scene.send(IDS)
     own = world.layout.rank_mask(world.ranks)[IDS]
-    assert torch.equal(returned.rows, given.rows * own)
-    world.play(method, ledger, IDS)
-    assert torch.equal(ledger.state.adapters.rows, world.start(method).state.adapters.rows)
+    assert torch.equal(scene.phase(IDS, given).rows, scene.seen(IDS, given) * own)
+    scene.play(IDS)
+    assert torch.equal(scene.used(), world.start(method).used())
 
 
 def law_a_zero_penalty_is_the_simpler_neighbour(method: Method, world: World, *, simpler: Method) -> None:
     """Three rounds give the same bits as the method without the penalty."""
     one, other = world.reach(method), world.reach(simpler)
-    for some, ledger in ((method, one), (simpler, other)):
-        world.play(some, ledger, IDS)
-    assert torch.equal(one.state.adapters.rows, other.state.adapters.rows)
-    assert all(torch.equal(value[ALL], other.memory[name][ALL]) for name, value in one.memory.items())
+    for scene in (one, other):
+        scene.play(IDS)
+    assert torch.equal(one.used(), other.used())
+    for of in ("method", "moments/main"):
+        mine, theirs = (scene.clients.memory.recall(of, ALL) for scene in (one, other))
+        assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
 
 def disagreement(rows: Tensor, similarities: np.ndarray) -> float:
@@ -350,5 +400,7 @@ LAWS: dict[str, Callable[[Method, World], None]] = {
         law_a_first_time_client_starts_from_the_common_start,
         law_numbers_beyond_a_clients_rank_stay_zero,
         law_equal_clients_stay_equal,
+        law_columns_that_do_not_travel_influence_nobody_else,
+        law_columns_that_are_not_trained_stay_as_they_were_sent,
     )
 }

@@ -8,12 +8,24 @@ import numpy as np
 import pytest
 import torch
 from tests.laws import laws
+from tests.laws.examples import fed_sa, ffa
 from tests.laws.worlds import WORLDS, World
 from torch import Tensor
 
 from fedmira.adapters import Adapters
+from fedmira.disk.table import Table
 from fedmira.methods import build
-from fedmira.methods.base import Change, Clock, Memory, Message, Method, State, Tools, mean_row, own_rows, shares_of
+from fedmira.methods.base import (
+    Change,
+    Clock,
+    Memory,
+    Message,
+    Method,
+    State,
+    Tools,
+    mean_row,
+    shares_of,
+)
 
 COUPLING = 0.1
 MIRA = {"lambda": COUPLING, "normalise": "none", "graph": {"kind": "uniform"}}
@@ -23,8 +35,8 @@ Law = Callable[[Method, World], None]
 
 
 def weights_of(method: Method, ids: Tensor) -> Tensor:
-    assert method.graph is not None
-    return torch.from_numpy(method.graph.subgraph(ids.numpy()))
+    assert method.facts.graph is not None
+    return torch.from_numpy(method.facts.graph.subgraph(ids.numpy()))
 
 
 def flip_the_sign(method: Method) -> Method:
@@ -53,10 +65,10 @@ def swap_clients_on_return(method: Method) -> Method:
     """The stack is sorted for training and not sorted back."""
 
     def finish(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:
-        message, memory = method.finish(adapters, memory, given, tools)
+        message, memory = method.client.finish(adapters, memory, given, tools)
         return replace(message, rows=message.rows.flip(0)), memory
 
-    return replace(method, finish=finish)
+    return replace(method, client=replace(method.client, finish=finish))
 
 
 def drop_the_regularised_row(method: Method) -> Method:
@@ -72,12 +84,13 @@ def reply_with_the_upload(method: Method) -> Method:
     """The merged row is stored and served, but what is sent back is the un-regularised upload."""
 
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-        replies = state.shared.get("replies", state.adapters.rows).clone()
+        everyone = torch.arange(len(state.adapters))
+        replies = state.shared["replies"].clone() if state.shared else state.adapters.rows[everyone]
         replies[ids] = returned.rows
         return replace(method.merge(state, ids, returned, weights, clock), shared={"replies": replies})
 
     def send(state: State, ids: Tensor, clock: Clock) -> Message:
-        return Message(state.shared["replies"][ids]) if state.shared else own_rows(state, ids, clock)
+        return Message(state.shared["replies"][ids] if state.shared else state.adapters.rows[ids])
 
     return replace(method, merge=merge, send=send)
 
@@ -90,9 +103,9 @@ def take_one_mean_over_all_clients(method: Method) -> Method:
             losses, gradient = tools.grad(current)
             return losses, gradient.div_(len(current))
 
-        return method.step(adapters, memory, given, replace(tools, grad=grad))
+        return method.client.step(adapters, memory, given, replace(tools, grad=grad))
 
-    return replace(method, step=step)
+    return replace(method, client=replace(method.client, step=step))
 
 
 def ignore_weights(method: Method) -> Method:
@@ -109,8 +122,10 @@ def change_the_shared_row_in_place(method: Method) -> Method:
     """The server's row is overwritten before the engine has made the change durable."""
 
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-        state.adapters.rows.copy_(mean_row(returned.rows, shares_of(weights, "examples")))
-        return Change(torch.zeros(1, dtype=torch.int64), state.adapters.rows.clone())
+        row, table = torch.zeros(1, dtype=torch.int64), state.adapters.rows
+        assert isinstance(table, Table)
+        table.write(row, mean_row(returned.rows, shares_of(weights, "examples")))
+        return Change(row, table[row])
 
     return replace(method, merge=merge)
 
@@ -134,7 +149,7 @@ def draw_by_place_in_the_stack(method: Method) -> Method:
         noise = np.random.default_rng(tools.clock.round).normal(size=adapters.rows.shape)
         return adapters.with_rows(adapters.rows + torch.from_numpy(noise)).mask_(), memory
 
-    return replace(method, begin=begin)
+    return replace(method, client=replace(method.client, begin=begin))
 
 
 def remember_in_the_method(method: Method) -> Method:
@@ -155,7 +170,7 @@ def fill_padded_ranks(method: Method) -> Method:
     def finish(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:
         return Message(adapters.rows + 1), memory
 
-    return replace(method, finish=finish)
+    return replace(method, client=replace(method.client, finish=finish))
 
 
 def peek_at_the_absent(method: Method) -> Method:
@@ -163,7 +178,7 @@ def peek_at_the_absent(method: Method) -> Method:
 
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
         change = method.merge(state, ids, returned, weights, clock)
-        return replace(change, rows=change.rows + 0.01 * state.adapters.rows.mean(dim=0))
+        return replace(change, rows=change.rows + 0.01 * state.adapters.rows.mean())
 
     return replace(method, merge=merge)
 
@@ -172,7 +187,7 @@ def start_newcomers_from_the_mean(method: Method) -> Method:
     """A client that was never there is sent the mean of the others instead of the common start."""
 
     def send(state: State, ids: Tensor, clock: Clock) -> Message:
-        return Message(state.adapters.rows.mean(dim=0).expand(len(ids), -1).clone())
+        return Message(state.adapters.rows.mean().expand(len(ids), -1).clone())
 
     return replace(method, send=send)
 
@@ -181,12 +196,34 @@ def pull_towards_zero(method: Method) -> Method:
     """The degree is taken from the whole graph, the neighbours from the round: rows of L no longer sum to zero."""
 
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-        assert method.graph is not None
-        degree = torch.from_numpy(method.graph.weights.sum(axis=1))[ids]
+        assert method.facts.graph is not None
+        degree = torch.from_numpy(method.facts.graph.weights.sum(axis=1))[ids]
         mixed = weights_of(method, ids) @ returned.rows
         return Change(ids, returned.rows - COUPLING * (degree[:, None] * returned.rows - mixed))
 
     return replace(method, merge=merge)
+
+
+def send_a_trace_of_what_is_kept(method: Method) -> Method:
+    """A declared scalar tells the server of columns that never travel."""
+
+    def finish(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:
+        return Message(adapters.rows, {"trace": adapters.rows.sum(dim=1)}), memory
+
+    def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
+        change = method.merge(state, ids, returned, weights, clock)
+        return replace(change, rows=change.rows + 1e-3 * returned.scalars["trace"].mean())
+
+    return replace(method, merge=merge, client=replace(method.client, finish=finish))
+
+
+def move_what_is_frozen(method: Method) -> Method:
+    """A step of its own that forgets that some columns are not trained; the engine puts them back."""
+
+    def step(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
+        return adapters.with_rows(adapters.rows + 0.01).mask_(), memory
+
+    return replace(method, client=replace(method.client, step=step))
 
 
 BUGS: list[tuple[str, Breaks, Law]] = [
@@ -203,12 +240,28 @@ BUGS: list[tuple[str, Breaks, Law]] = [
     ("fedavg", change_the_shared_row_in_place, laws.law_inputs_of_a_phase_and_of_a_merge_are_unchanged),
     ("mira", move_the_silent, laws.law_silent_clients_keep_their_row),
     ("local", draw_by_place_in_the_stack, laws.law_a_batch_of_one_equals_a_batch_of_all),
-    ("local", remember_in_the_method, laws.law_the_same_seed_gives_the_same_bits),
+    ("fedavg", remember_in_the_method, laws.law_the_same_seed_gives_the_same_bits),
     ("fedavg", fill_padded_ranks, laws.law_numbers_beyond_a_clients_rank_stay_zero),
     ("mira", peek_at_the_absent, laws.law_an_absent_client_has_no_influence),
     ("mira", start_newcomers_from_the_mean, laws.law_a_first_time_client_starts_from_the_common_start),
     ("mira", pull_towards_zero, laws.law_equal_clients_stay_equal),
 ]
+
+
+@pytest.mark.parametrize("kind", WORLDS)
+def test_a_trace_of_private_columns_breaks_its_law(kind: str) -> None:
+    world, law = WORLDS[kind](), laws.law_columns_that_do_not_travel_influence_nobody_else
+    law(fed_sa(), world)
+    with pytest.raises(AssertionError):
+        law(send_a_trace_of_what_is_kept(fed_sa()), world)
+
+
+def test_a_step_that_moves_what_is_not_trained_breaks_its_law_and_the_engine_undoes_it() -> None:
+    law = laws.law_columns_that_are_not_trained_stay_as_they_were_sent
+    law(ffa(), WORLDS["quadratic"]())
+    with pytest.raises(AssertionError):  # the quadratic world has a local phase that trusts its methods
+        law(move_what_is_frozen(ffa()), WORLDS["quadratic"]())
+    law(move_what_is_frozen(ffa()), WORLDS["transformer"]())
 
 
 @pytest.mark.parametrize("kind", WORLDS)

@@ -1,6 +1,7 @@
 """Every method of the tree, found by itself, and the settings with which it is put before the laws."""
 
 import itertools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,11 @@ class Variant:
         return " ".join(words)
 
     @property
+    def moves_by_itself(self) -> bool:
+        """Does the server go on where it went before, even if everyone returns what it has?"""
+        return any(one["name"] == "server_optimizer" for one in self.settings.get("with", ()))
+
+    @property
     def stored(self) -> bool:
         return self.settings.get("neighbours") == "stored"
 
@@ -48,16 +54,19 @@ class Variant:
             settings["graph"] = dict(GRAPHS[self.graph])
         if self.graph in FILES:
             settings["graph"]["path"] = str(write(folder / "graph.csv", FILES[self.graph]))
-        return build(self.name, settings, world.cohort)
+        with warnings.catch_warnings():  # a lost reply warns
+            warnings.simplefilter("ignore")
+            return build(self.name, settings, world.cohort)
 
     def rebuild(self, world: World, folder: Path, graph: Graph | None) -> Method:
         """Build for renamed clients: similarities go by name, so that the graph is renamed with them."""
         if graph is None or "graph" not in load(self.name).Config.model_fields:  # a method's own, made of the columns
-            return build(self.name, self.settings, world.cohort)
+            return self.build(world, folder)
         dense = graph.weights.toarray()
         pairs = {(k, other): float(dense[k, other]) for k in EVERYONE for other in EVERYONE if k != other}
         path = write(folder / "renamed.csv", pairs)
-        return build(self.name, {**self.settings, "graph": {"kind": "file", "path": str(path)}}, world.cohort)
+        settings = {**self.settings, "graph": {"kind": "file", "path": str(path)}}
+        return Variant(self.name, settings).build(world, folder)
 
 
 def write(path: Path, pairs: Mapping[tuple[int, int], float]) -> Path:
@@ -91,11 +100,45 @@ TABLE: Mapping[str, list[Variant]] = {
         for weights in ("examples", "uniform")
     ],
 }
+STORED = {"lambda": 0.3, "normalise": "row", "neighbours": "stored"}
+WRAPPED = [
+    Variant(name, {**settings, "with": wrappers}, graph)
+    for name, settings, graph, wrappers in (
+        ("fedavg", {}, None, [{"name": "proximal", "mu": 0.5}]),
+        ("fedavg", {}, None, [{"name": "only", "trained": "B", "travels": "B"}]),
+        ("fedavg", {}, None, [{"name": "only", "trained": "alternating"}]),
+        ("fedavg", {}, None, [{"name": "only", "travels": "A"}]),
+        ("fedavg", {}, None, [{"name": "server_optimizer", "variant": "adam", "learning_rate": 0.1}]),
+        ("fedavg", {}, None, [{"name": "server_optimizer", "variant": "yogi", "learning_rate": 0.1}]),
+        ("groupavg", {"column": "family"}, None, [{"name": "server_optimizer", "variant": "momentum"}]),
+        ("fedavg", {}, None, [{"name": "tuned_after", "steps": 2}]),
+        ("fedavg", {}, None, [{"name": "clip", "norm": 0.3}]),
+        ("fedavg", {}, None, [{"name": "noise", "sigma": 0.1}]),
+        (
+            "fedavg",
+            {},
+            None,
+            [{"name": "only", "travels": "A"}, {"name": "clip", "norm": 0.3}, {"name": "noised", "sigma": 1}],
+        ),
+        ("mira", STORED, "groups", [{"name": "accepting"}]),
+        ("mira", STORED, "groups", [{"name": "lost_reply"}]),
+        (
+            "mira",
+            STORED,
+            "groups",
+            [{"name": "only", "travels": "A"}],
+        ),
+        ("local", {}, None, [{"name": "proximal", "mu": 0.5}]),
+        ("flexlora", {}, None, [{"name": "clipped", "norm": 0.3}]),
+    )
+]
 # A method that nobody listed is put before the laws with its own default settings.
 VARIANTS = [variant for name in names() for variant in TABLE.get(name, [Variant(name, {})])]
 # On the transformer every local step costs milliseconds: each graph and each setting once is enough there.
 FEW = [variant for variant in VARIANTS if variant.name != "mira"] + [MIRA[place] for place in (1, 6, 17, 22, 24)]
 FEW += BEYOND
+VARIANTS += WRAPPED
+FEW += WRAPPED
 
 
 def similarities(variant: Variant, graph: Graph) -> np.ndarray:

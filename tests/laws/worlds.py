@@ -1,24 +1,31 @@
 """Two small federations in which every method must obey the laws: a quadratic one and a tiny transformer, in float64.
 
 Six clients of two families, ranks 1 and 2 in one stack, uneven numbers of examples. Client 5 is never sampled in the
-first two rounds, so that a law sees trained, returning and first-time clients at once.
+first two rounds, so that a law sees trained, returning and first-time clients at once. Rounds are the engine's own:
+the same `play`, table of rows, memory of clients and gate as in a study.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from tests import tiny
 from torch import Tensor
 
-from fedmira.adapters import Adapters, Layout, lora_layout, scales, start_adapters
-from fedmira.adapters.optim import sgd
-from fedmira.data.batches import ClientData
+from fedmira.adapters import Adapters, Layout, lora_layout
+from fedmira.adapters.optim import on_columns, sgd
+from fedmira.data.batches import ClientData, Truncation
 from fedmira.data.partition import client_key
+from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger
-from fedmira.engine.phase import Training, local_phase
+from fedmira.engine.phase import PhaseResult
+from fedmira.engine.round import Sender, play
+from fedmira.engine.simulated import Simulated
+from fedmira.engine.tools import Moments, Training
+from fedmira.engine.workplace import Workplace
 from fedmira.methods.base import Change, Clock, Cohort, Memory, Message, Method, Tools
 
 CLIENTS = 6
@@ -30,35 +37,82 @@ BEFORE = ((0, 2, 3), (1, 3, 4))  # rounds 1 and 2
 NEXT = (0, 1, 3, 5)  # round 3: 0 and 1 come back, 3 never paused, 5 is new
 EVERYONE = tuple(range(CLIENTS))
 RATE = 0.2
+STEPS = 3  # of the quadratic world
 
-# (method, clients, what they were sent, what they kept, clock) -> what they return, what they keep
-Kept = tuple[Message, Memory]
-Phase = Callable[[Method, Tensor, Message, Memory, Clock], Kept]
+ALL = torch.tensor(EVERYONE)
+
+
+@dataclass(eq=False)
+class Scene:
+    """A federation under a method, after some rounds: the server's ledger, and the clients."""
+
+    method: Method
+    ledger: Ledger
+    clients: Simulated
+
+    @property
+    def clock(self) -> Clock:
+        return Clock(self.ledger.round + 1, learning_rate=RATE)
+
+    def send(self, ids: Tensor) -> Message:
+        """What the server would send now, as it travels."""
+        return Sender(self.method, self.ledger, self.clock)(ids)
+
+    def phase(self, ids: Tensor, given: Message) -> PhaseResult:
+        """What a local phase gives; nothing is kept."""
+        return self.clients.local_phase(ids, given, self.clock)[1]
+
+    def seen(self, ids: Tensor, given: Message) -> Tensor:
+        """What was sent, laid over each client's own row, within its rank [n, P]."""
+        rows = self.clients.local_phase(ids, given, self.clock)[0].rows
+        return self.ledger.federation.adapters(ids, rows.clone()).mask_().rows
+
+    def play(self, ids: Tensor) -> Change:
+        """Carry out a whole round as the engine does; return what was applied."""
+        played = play(self.method, self.ledger, self.clients, ids, self.clock)
+        self.clients.keep(played.answered).apply()
+        self.ledger.apply(played.change)
+        self.ledger.round += 1
+        return played.change
+
+    def used(self, ids: Tensor = ALL) -> Tensor:
+        """The rows that clients would use now [n, P]."""
+        return self.clients.adapters(ids, Sender(self.method, self.ledger, self.clock)).rows
+
+    @property
+    def rows(self) -> Tensor:
+        """All rows of the server."""
+        return self.ledger.table[torch.arange(len(self.ledger.table))]
+
+    def remembered(self, ids: Tensor = ALL) -> dict[str, Tensor]:
+        """All that clients keep."""
+        return {name: table[ids] for name, table in self.clients.memory.tables.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """A federation without its method. phases: order of the clients, those with other data -> their local phase.
+    """A federation without its method.
 
-    again: the same world with another layout of rows; width: of its embeddings.
+    people: method, federation, names of clients, those with other data -> the clients. width: of the base's embeddings.
     """
 
     cohort: Cohort
-    layout: Layout
-    ranks: Tensor
-    phases: Callable[[Sequence[str], frozenset[str]], Phase]
-    again: Callable[[Layout], "World"]
+    federation: Federation
+    people: Callable[[Method, Federation, Sequence[str], frozenset[str]], Simulated]
     width: int
     disturbed: frozenset[str] = frozenset()
 
+    @property
+    def layout(self) -> Layout:
+        return self.federation.layout
+
+    @property
+    def ranks(self) -> Tensor:
+        return self.federation.ranks
+
     def under(self, method: Method) -> "World":
         """This world with the rows that a method carries."""
-        return self if method.layout is None else self.again(method.layout(self.layout, self.width))
-
-    def train(
-        self, method: Method, ids: Tensor, given: Message, memory: Memory, *, number: int = 3
-    ) -> tuple[Message, Memory]:
-        return self.phases(self.cohort.ids, self.disturbed)(method, ids, given, memory, Clock(number))
+        return replace(self, federation=self.federation.under(method, self.width))
 
     def disturb(self, clients: Sequence[int]) -> "World":
         """The same world, but these clients hold other data."""
@@ -67,128 +121,151 @@ class World:
     def rename(self, order: Sequence[int]) -> "World":
         """The same clients at other positions: position p holds what was client order[p]."""
         where = {old: new for new, old in enumerate(order)}
+        names = tuple(self.cohort.ids[k] for k in order)
         cohort = Cohort(
-            tuple(self.cohort.ids[k] for k in order),
+            names,
             tuple(self.cohort.examples[k] for k in order),
             tuple(self.cohort.columns[k] for k in order),
             tuple(np.sort([where[int(k)] for k in ids]) for ids in self.cohort.schedule),
             self.cohort.seed,
         )
-        return replace(self, cohort=cohort, ranks=self.ranks[list(order)])
+        federation = replace(self.federation, names=names, ranks=self.federation.ranks[list(order)])
+        return replace(self, cohort=cohort, federation=federation)
 
     def adapters(self, ids: Tensor, rows: Tensor) -> Adapters:
-        return Adapters(self.layout, rows, self.ranks[ids], scales(self.ranks[ids], ALPHA).double())
+        return self.federation.adapters(ids, rows)
 
     def weights(self, ids: Tensor) -> Tensor:
         return torch.tensor(self.cohort.examples, dtype=torch.float64)[ids]
 
-    def start(self, method: Method) -> Ledger:
+    def start(self, method: Method) -> Scene:
         """The common start, before any round."""
-        ranks = self.ranks if method.personal else self.ranks.amax().expand(1)
-        drawn = start_adapters(self.layout, ranks, ALPHA, torch.Generator().manual_seed(0))
-        begun = Adapters(self.layout, drawn.rows.double(), drawn.ranks, drawn.scale.double())
-        return Ledger(method.init(begun, Clock(0)), torch.zeros(CLIENTS, dtype=torch.float64))
+        state = self.federation.first_state(0, method)
+        ledger = Ledger(self.federation, state, torch.zeros(CLIENTS, dtype=torch.float64))
+        return Scene(method, ledger, self.people(method, self.federation, self.cohort.ids, self.disturbed))
 
-    def play(self, method: Method, ledger: Ledger, ids: Tensor) -> Change:
-        """One whole round, as the engine does it; returns what was applied."""
-        ledger.round += 1
-        clock = Clock(ledger.round)
-        given = method.send(ledger.state, ids, clock)
-        memory = ledger.recall(ids, first=method.private(self.adapters(ids, given.rows)))
-        returned, kept = self.train(method, ids, given, memory, number=ledger.round)
-        change = method.merge(ledger.state, ids, returned, self.weights(ids), clock)
-        if method.personal:
-            change = replace(change, rows=self.adapters(change.ids, change.rows).mask_().rows)
-        ledger.remember(ids, kept, CLIENTS)
-        ledger.apply(change)
-        return change
-
-    def reach(self, method: Method) -> Ledger:
-        """The state after two trained rounds with half of the clients each."""
-        ledger = self.start(method)
+    def reach(self, method: Method) -> Scene:
+        """The scene after two trained rounds with half of the clients each."""
+        scene = self.start(method)
         for ids in self.cohort.schedule[: len(BEFORE)]:
-            self.play(method, ledger, torch.from_numpy(ids))
-        return ledger
+            scene.play(torch.from_numpy(ids))
+        return scene
 
 
 def world(
     layout: Layout,
-    phases: Callable[[Sequence[str], frozenset[str]], Phase],
+    people: Callable[[Method, Federation, Sequence[str], frozenset[str]], Simulated],
     *,
-    again: Callable[[Layout], World],
     width: int,
 ) -> World:
+    names = tuple(f"c{k}" for k in EVERYONE)
     cohort = Cohort(
-        tuple(f"c{k}" for k in EVERYONE),
+        names,
         EXAMPLES,
         tuple({"family": family} for family in FAMILIES),
         tuple(np.array(ids) for ids in (*BEFORE, NEXT, EVERYONE)),
         seed=4,
     )
-    return World(cohort, layout, ranks_in(layout), phases, again, width)
+    federation = Federation(names, layout, torch.tensor(RANKS), ALPHA, dtype=torch.float64)
+    return World(cohort, federation, people, width)
 
 
-def ranks_in(layout: Layout) -> Tensor:
-    """Ranks of the clients, 0 where a row has no low-rank factors."""
-    return torch.tensor(RANKS) if layout.parts[0].kind == "lora" else torch.zeros(CLIENTS, dtype=torch.int64)
-
-
-def quadratic(layout: Layout | None = None) -> World:
+class Quadratic(Simulated):
     """loss_k = 1/2 ||w - target_k||^2, gradient w - target_k; three steps of SGD with momentum.
 
     Each of a client's B examples is a label y ~ N(w, 1) with loss 1/2 ||w - y||^2: with labels drawn from the model the
     gradient of their mean is noise / sqrt(B), and B times its square is on average the curvature, 1.
     """
-    layout = layout or lora_layout([("first", 3, 2), ("second", 2, 2)], 2)
-    optimizer = sgd(momentum=0.5)
 
-    def phases(ids: Sequence[str], disturbed: frozenset[str]) -> Phase:
-        streams = [np.random.default_rng([client_key(name), int(name in disturbed)]) for name in ids]
-        drawn = torch.from_numpy(np.stack([stream.normal(size=layout.size) for stream in streams]))
-        targets = drawn * layout.rank_mask(torch.tensor([2]))  # a row's alignment padding belongs to nobody
-        ranks = ranks_in(layout)[[int(name[1:]) for name in ids]]
+    disturbed: frozenset[str] = frozenset()
 
-        def train(
-            method: Method, chosen: Tensor, given: Message, memory: Memory, clock: Clock
-        ) -> tuple[Message, Memory]:
-            own = ranks[chosen]
-            adapters = Adapters(layout, given.rows.clone(), own, scales(own, ALPHA).double()).mask_()
-            held = {name: value.clone() for name, value in memory.items()}
-            for name, value in optimizer.start(adapters.rows).items():
-                held.setdefault(name, value)
+    def targets(self, ids: Tensor) -> Tensor:
+        """What each client is drawn to [n, P]; a row's alignment padding belongs to nobody."""
+        return self._normal(ids, "target") * self.federation.layout.rank_mask(torch.tensor([2]))
 
-            def grad(current: Adapters) -> tuple[Tensor, Tensor]:
-                gap = current.rows - targets[chosen]
-                return gap.square().sum(dim=1) / 2, gap
+    def _normal(self, ids: Tensor, *key: str | int) -> Tensor:
+        names = [self.federation.names[k] for k in ids.tolist()]
+        salt = [client_key(word) if isinstance(word, str) else word for word in key]
+        streams = [np.random.default_rng([client_key(name), int(name in self.disturbed), *salt]) for name in names]
+        return torch.from_numpy(np.stack([stream.normal(size=self.federation.layout.size) for stream in streams]))
 
-            def update(current: Adapters, push: Tensor, kept: Memory) -> tuple[Adapters, Memory]:
-                moments = {name: kept[name] for name in optimizer.keys}
-                optimizer.update(current.rows, push, moments, RATE)
-                return current.mask_(), kept
+    def work(
+        self,
+        ids: Tensor,
+        start: Adapters,
+        given: Message,
+        memory: Memory,
+        moments: Moments,
+        *,
+        training: Training,
+        clock: Clock,
+        plans: object = None,
+    ) -> PhaseResult:
+        layout, half = self.federation.layout, self.method.client
+        adapters = start.with_rows(given.rows.clone()).mask_()
+        given = given.map(lambda rows: start.with_rows(rows.clone()).mask_().rows)
+        trained = self.method.trained(layout, clock)
+        optimizer = on_columns(training.optimizer, trained)
+        moments = {of: {name: value.clone() for name, value in some.items()} for of, some in moments.items()}
+        moments.setdefault("main", optimizer.start(adapters.rows))
+        targets, losses = self.targets(ids), torch.zeros(len(ids), dtype=torch.float64)
 
-            def rng(purpose: str) -> Sequence[np.random.Generator]:
-                return [
-                    np.random.default_rng([clock.round, client_key(ids[k]), client_key(purpose)])
-                    for k in chosen.tolist()
-                ]
+        def loss(adapters: Adapters, *, on: Literal["validation", "batch"] = "validation") -> Tensor:
+            return (adapters.rows - targets).square().sum(dim=1) / 2
 
-            def curvature(current: Adapters) -> tuple[Tensor, Tensor]:
-                examples = torch.tensor([EXAMPLES[int(ids[k][1:])] for k in chosen.tolist()])
-                noise = torch.from_numpy(np.stack([stream.normal(size=layout.size) for stream in rng("curvature")]))
-                return examples, noise * layout.rank_mask(torch.tensor([2])) / examples.double().sqrt()[:, None]
+        def grad(adapters: Adapters) -> tuple[Tensor, Tensor]:
+            losses.add_(loss(adapters))
+            return loss(adapters), (adapters.rows - targets) * trained
 
-            def tools(step: int) -> Tools:
-                steps = torch.full((len(chosen),), 3)
-                return Tools(replace(clock, step=step, steps=steps, learning_rate=RATE), grad, update, rng, curvature)
+        def update(adapters: Adapters, gradient: Tensor, *, of: str = "main") -> Adapters:
+            own = moments.setdefault(of, optimizer.start(adapters.rows))
+            optimizer.update(adapters.rows, gradient, own, RATE)
+            return adapters.mask_()
 
-            adapters, held = method.begin(adapters, held, given, tools(0))
-            for step in range(3):
-                adapters, held = method.step(adapters, held, given, tools(step))
-            return method.finish(adapters, held, given, tools(3))
+        def rng(name: str) -> Sequence[np.random.Generator]:
+            names = [self.federation.names[k] for k in ids.tolist()]
+            return [np.random.default_rng([clock.round, client_key(one), client_key(name)]) for one in names]
 
-        return train
+        def curvature(adapters: Adapters) -> tuple[Tensor, Tensor]:
+            examples = torch.tensor([len(self.workplace.clients[k].train) for k in ids.tolist()])
+            drawn = torch.from_numpy(np.stack([stream.normal(size=layout.size) for stream in rng("curvature")]))
+            noise = drawn * layout.rank_mask(torch.tensor([2])) * trained
+            return examples, noise / examples.double().sqrt()[:, None]
 
-    return world(layout, phases, again=quadratic, width=3)
+        def tools(step: int) -> Tools:
+            at = replace(clock, step=step, steps=torch.full((len(ids),), STEPS), learning_rate=RATE)
+            return Tools(at, grad, update, rng, curvature, loss)
+
+        memory = {name: value.clone() for name, value in memory.items()}
+        adapters, memory = half.begin(adapters, memory, given, tools(0))
+        for step in range(STEPS):
+            adapters, memory = half.step(adapters, memory, given, tools(step))
+        message, memory = half.finish(adapters, memory, given, tools(STEPS))
+        steps = torch.full((len(ids),), STEPS)
+        return PhaseResult(adapters.rows, message, memory, moments, losses / STEPS, steps, 0)
+
+    def measure(self, ids: Tensor, serve: Callable[[Tensor], Adapters]) -> list[float | None]:
+        return [float(value) for value in (serve(ids).rows - self.targets(ids)).square().sum(dim=1) / 2]
+
+
+def _training() -> Training:
+    return Training(sgd(momentum=0.5), RATE, 2, 2, None, 1.0, True, 0.0, seed=4)
+
+
+def quadratic() -> World:
+    """Quadratic losses."""
+    nothing: Any = None
+
+    def people(method: Method, federation: Federation, names: Sequence[str], disturbed: frozenset[str]) -> Simulated:
+        clients = tuple(
+            ClientData(name, name, None, {}, (nothing,) * EXAMPLES[int(name[1:])], (), (), Truncation())
+            for name in names
+        )
+        found = Quadratic(Workplace(nothing, clients, 3), federation, method, replace(_training(), seed=0))
+        found.disturbed = disturbed
+        return found
+
+    return world(lora_layout([("first", 3, 2), ("second", 2, 2)], 2), people, width=3)
 
 
 @functools.cache
@@ -196,39 +273,15 @@ def _gpt2() -> tiny.Base:
     return tiny.base("gpt2", targets=["c_attn"])
 
 
-def transformer(layout: Layout | None = None) -> World:
-    """A tiny GPT-2 through the engine's own local phase; two steps of SGD with momentum, clipped, two per pass."""
+def transformer() -> World:
+    """A tiny GPT-2 through the engine's own local phase; two steps of SGD with momentum, clipped, three in a pass."""
     base = _gpt2()
-    layout = layout or tiny.layout(base, 2)
-    training = Training(sgd(momentum=0.5), RATE, 2, 2, None, 1.0, True, 0.0, seed=4)
 
-    def phases(ids: Sequence[str], disturbed: frozenset[str]) -> Phase:
-        def data(name: str) -> ClientData:
-            return tiny.client(name, train=EXAMPLES[int(name[1:])], seed=int(name in disturbed))
+    def people(method: Method, federation: Federation, names: Sequence[str], disturbed: frozenset[str]) -> Simulated:
+        clients = tuple(tiny.client(name, train=EXAMPLES[int(name[1:])], seed=int(name in disturbed)) for name in names)
+        return Simulated(Workplace(base, clients, 3), federation, method, replace(_training(), seed=0))
 
-        clients = [data(name) for name in ids]
-        ranks = ranks_in(layout)[[int(name[1:]) for name in ids]]
-
-        def train(
-            method: Method, chosen: Tensor, given: Message, memory: Memory, clock: Clock
-        ) -> tuple[Message, Memory]:
-            blank = Adapters(layout, given.rows, ranks[chosen], scales(ranks[chosen], ALPHA).double())
-            result = local_phase(
-                base,
-                method,
-                [clients[k] for k in chosen.tolist()],
-                blank,
-                given,
-                memory,
-                training=training,
-                clock=clock,
-                cohort=3,
-            )
-            return result.returned, result.memory
-
-        return train
-
-    return world(layout, phases, again=transformer, width=base.width)
+    return world(tiny.layout(base, 2), people, width=base.width)
 
 
-WORLDS = {"quadratic": quadratic, "transformer": transformer}
+WORLDS: dict[str, Callable[[], World]] = {"quadratic": quadratic, "transformer": transformer}

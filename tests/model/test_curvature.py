@@ -14,8 +14,9 @@ from torch import Tensor
 from fedmira.adapters import Adapters
 from fedmira.adapters.optim import sgd
 from fedmira.data.batches import NO_LOSS, Batch, Encoded, collate
-from fedmira.engine import phase
-from fedmira.engine.phase import PhaseResult, Training, local_phase
+from fedmira.engine import tools as tools_of_clients
+from fedmira.engine.phase import PhaseResult, local_phase
+from fedmira.engine.tools import Training
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Memory, Message, Tools, descend
 from fedmira.model.base.load import Base
@@ -234,7 +235,7 @@ Step = Callable[[Adapters, Memory, Message, Tools], tuple[Adapters, Memory]]
 def run(step: Step, *, training: Training = TWO_STEPS, train: tuple[int, ...] = (4, 7), number: int = 1) -> PhaseResult:
     stack = tiny.adapters(tiny.layout(BASE, 2), (2, 1)[: len(train)])
     clients = [tiny.client(f"c{k}", train=count, longest=30, seed=3) for k, count in enumerate(train)]
-    method, given = replace(LOCAL, step=step), Message(stack.rows)
+    method, given = replace(LOCAL, client=replace(LOCAL.client, step=step)), Message(stack.rows)
     return local_phase(BASE, method, clients, stack, given, {}, training=training, clock=Clock(number), cohort=8)
 
 
@@ -247,7 +248,7 @@ def test_asking_for_curvature_leaves_the_gradient_and_the_loss_of_the_step_as_th
         assert torch.equal(gradient, before)
         assert drawn.shape == gradient.shape
         assert not torch.allclose(drawn, gradient)
-        return tools.update(adapters, gradient, memory)
+        return tools.update(adapters, gradient), memory
 
     found, expected = run(ask), run(descend)
     assert torch.equal(found.returned.rows, expected.returned.rows)
@@ -284,7 +285,7 @@ def test_dropout_has_the_masks_of_the_steps_gradient(monkeypatch: pytest.MonkeyP
         tools.curvature(adapters)
         return adapters, memory
 
-    monkeypatch.setattr(phase, "gradients", watched)
+    monkeypatch.setattr(tools_of_clients, "gradients", watched)
     run(ask)
     first, of_first, second, of_second = masks
     assert first is not None
@@ -300,7 +301,6 @@ def test_there_is_no_curvature_where_there_is_no_batch() -> None:
 
     stack = tiny.adapters(tiny.layout(BASE, 2), (2,))
     clients, given = [tiny.client("c0", train=2)], Message(stack.rows)
-    with pytest.raises(AssertionError, match="begin and finish have no batch"):
-        local_phase(
-            BASE, replace(LOCAL, finish=ask), clients, stack, given, {}, training=TWO_STEPS, clock=Clock(1), cohort=1
-        )
+    method = replace(LOCAL, client=replace(LOCAL.client, finish=ask))
+    with pytest.raises(AssertionError, match="begin, finish and use have no batch"):
+        local_phase(BASE, method, clients, stack, given, {}, training=TWO_STEPS, clock=Clock(1), cohort=1)

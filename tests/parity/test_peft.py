@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedmira.adapters.optim import adamw, sgd
 from fedmira.data.batches import NO_LOSS, Batch, collate
-from fedmira.engine.phase import Training, local_phase, plan_steps
+from fedmira.engine.phase import local_phase, plan_steps
+from fedmira.engine.tools import Training
 from fedmira.export.peft_folder import export_adapter, read_adapter, short_targets
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message

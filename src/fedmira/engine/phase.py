@@ -161,7 +161,7 @@ def _train_together(
         _write_back(view.rows, after.rows)
         if frozen is not None:
             view.rows[:, ~trained] = frozen[:count]
-        memory = _remember(memory, kept, count=everyone, method=method.name)
+        memory = _remember(memory, kept, working=count, count=everyone, method=method.name)
     tools = box.tools(int(steps.max()), (1 + steps).tolist(), None, steps=steps)
     message, memory = half.finish(adapters, memory, given, tools)
     return PhaseResult(
@@ -194,8 +194,8 @@ def _write_back(place: Tensor, value: Tensor) -> None:
         place.copy_(value)
 
 
-def _remember(memory: Memory, after: Memory, *, count: int, method: str) -> Memory:
-    """Return the memory of `count` clients where a step of the first ones returned `after`.
+def _remember(memory: Memory, after: Memory, *, working: int, count: int, method: str) -> Memory:
+    """Return the memory of `count` clients where a step of the first `working` returned `after`.
 
     A name that the step adds is zero for clients that have finished; a name that it drops stays as it was. Raises
     MethodError if a name changes its shape or type.
@@ -203,7 +203,7 @@ def _remember(memory: Memory, after: Memory, *, count: int, method: str) -> Memo
     for name, value in after.items():
         if name not in memory:
             memory = {**memory, name: torch.zeros(count, *value.shape[1:], dtype=value.dtype, device=value.device)}
-        place = memory[name][: len(value)]
+        place = memory[name][:working]
         if place.shape != value.shape or place.dtype != value.dtype:
             raise MethodError(
                 f"method '{method}': memory '{name}' was {place.dtype} {tuple(place.shape)}, and a step returned "

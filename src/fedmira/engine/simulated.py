@@ -23,7 +23,7 @@ from fedmira.engine.gate import MAX_NORM, Header
 from fedmira.engine.memory import ClientMemory, Staged
 from fedmira.engine.phase import PhaseResult, local_phase, plan_steps
 from fedmira.engine.scoring import score_test_split
-from fedmira.engine.tools import Toolbox, Training
+from fedmira.engine.tools import Moments, Toolbox, Training
 from fedmira.engine.workplace import POOL, Workplace
 from fedmira.evaluation.measure import measure_loss
 from fedmira.methods.base import Clock, Memory, Message, Method, use_what_was_sent
@@ -117,20 +117,36 @@ class Simulated:
         start = self.federation.adapters(ids, whole.rows)
         memory = self.memory.recall("method", ids, first=self.method.client.start(start))
         names = {name.split("/")[1] for name in self.memory.tables if name.startswith("moments/")}
-        phase = local_phase(
+        moments = {of: self.memory.recall(f"moments/{of}", ids) for of in sorted(names)}
+        training = self.training if training is None else training
+        return whole, self.work(ids, start, whole, memory, moments, training=training, clock=clock, plans=plans)
+
+    def work(
+        self,
+        ids: Tensor,
+        start: Adapters,
+        given: Message,
+        memory: Memory,
+        moments: Moments,
+        *,
+        training: Training,
+        clock: Clock,
+        plans: Sequence[Sequence[np.ndarray]] | None,
+    ) -> PhaseResult:
+        """Train on the clients' data; arguments as of phase.local_phase, which does it."""
+        return local_phase(
             self.workplace.base,
             self.method,
             [self.workplace.clients[k] for k in ids.tolist()],
             start,
-            whole,
+            given,
             memory,
-            {of: self.memory.recall(f"moments/{of}", ids) for of in sorted(names)},
-            training=self.training if training is None else training,
+            moments,
+            training=training,
             clock=clock,
             cohort=self.workplace.cohort,
             plans=plans,
         )
-        return whole, phase
 
     def losses(self, ids: Tensor, send: Send) -> list[float | None]:
         return self.measure(ids, lambda some: self.adapters(some, send))
