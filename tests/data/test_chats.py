@@ -147,12 +147,15 @@ BAD_CHATS = {
         "turn 2 of 2: 'tool_calls' is not read: only text is",
     ),
     "a function call": (chat(USER, {**REPLY, "function_call": {"name": SECRET}}), "'function_call' is not read"),
-    "tools": (chat(USER, REPLY, tools=[{"name": SECRET}]), "'tools' is not read: a conversation may not offer tools"),
+    "tools": (
+        chat(USER, REPLY, tools=[{"name": SECRET}]),
+        "'tools' is not read: conversations with tools are not supported",
+    ),
     "functions": (chat(USER, REPLY, functions=SECRET), "'functions' is not read"),
-    "an unknown role": (chat({"role": "narrator", "content": "x"}, REPLY), "'role': 'narrator' is no role known here"),
-    "a role that may be text": (chat({"role": SECRET, "content": "x"}, REPLY), "'role': it is no role known here"),
+    "an unknown role": (chat({"role": "narrator", "content": "x"}, REPLY), "'role': 'narrator' is not a known role"),
+    "a role that may be text": (chat({"role": SECRET, "content": "x"}, REPLY), "'role': it is not a known role"),
     "no assistant": (chat(USER, USER), "no assistant turn to learn from"),
-    "nothing before the assistant": (chat(REPLY), "nothing stands before the assistant's only turn"),
+    "nothing before the assistant": (chat(REPLY), "no turn precedes the assistant's only turn"),
     "an empty answer": (chat(USER, {"role": "assistant", "content": ""}), "turn 2 of 2: 'content' of the assistant is"),
     "an earlier empty answer": (
         chat(USER, {"role": "assistant", "content": " \n"}, USER, REPLY),
@@ -184,7 +187,7 @@ def test_a_bad_conversation_is_found_skipped_and_never_shown(tmp_path: Path, kin
 def test_an_unknown_role_comes_with_the_known_ones(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"conversations": [{"from": "narrator", "value": "x"}]})
     message = fault(path)
-    assert "'from': 'narrator' is no role known here; known: system, developer, user, human" in message
+    assert "'from': 'narrator' is not a known role; known: system, developer, user, human" in message
 
 
 def test_a_conversation_may_be_a_parquet_row(tmp_path: Path) -> None:

@@ -228,13 +228,13 @@ def test_a_question_and_an_answer_and_nothing_else_are_a_prompt_and_a_completion
 def test_a_question_with_more_beside_it_is_read_only_when_it_is_named(tmp_path: Path) -> None:
     row = {"question": "Who?", "answer": "me", "context": SECRET}
     path = write(tmp_path / "a.jsonl", row)
-    assert "nothing that may belong to the question stands beside them" in fault(path)
-    assert "'context' stands beside 'question' and 'answer' and would not be read" in fault(
+    assert "only if no other column may be part of the question" in fault(path)
+    assert "'context' is beside 'question' and 'answer' and would not be read" in fault(
         path, format="prompt_completion"
     )
     assert records(path, columns={"prompt": "question", "completion": "answer"})[0].instruction == "Who?"
     write(path, {"question": "1?", "answer": "1"}, row)
-    assert "a.jsonl:2: 'context' stands beside 'question' and 'answer'" in fault(path)
+    assert "a.jsonl:2: 'context' is beside 'question' and 'answer'" in fault(path)
     assert SECRET not in fault(path)
 
 
@@ -319,7 +319,7 @@ def test_the_sources_never_show_an_id_that_may_be_text(tmp_path: Path) -> None:
 
 def test_unknown_keys_are_listed_with_what_each_format_reads(tmp_path: Path) -> None:
     message = fault(write(tmp_path / "a.jsonl", {"question": SECRET, "reply": "x", f"{SECRET}?": 1}))
-    assert "a.jsonl:1: no known format has the keys found here (question, reply)" in message
+    assert "a.jsonl:1: no known format has these keys (question, reply)" in message
     assert "alpaca: instruction, input, output" in message
     assert SECRET not in message
 
@@ -331,11 +331,11 @@ def test_an_unknown_format_suggests_the_nearest(tmp_path: Path) -> None:
 
 def test_an_unknown_column_name_suggests_the_nearest(tmp_path: Path) -> None:
     message = fault(tmp_path, columns={"promt": "question"})
-    assert "'promt' is no name of ours (did you mean 'prompt'?)" in message
+    assert "'promt' is not one of our names (did you mean 'prompt'?)" in message
 
 
 def test_a_column_of_another_format_is_refused(tmp_path: Path) -> None:
-    assert "'prompt' is no name of ours" in fault(tmp_path, format="dolly", columns={"prompt": "question"})
+    assert "'prompt' is not one of our names" in fault(tmp_path, format="dolly", columns={"prompt": "question"})
 
 
 def test_a_renamed_task_that_is_not_there_suggests_the_nearest(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_csv_file_of_the_hub_is_read(hub: Path) -> None:
 def test_rows_of_mixed_kinds_are_skipped_like_any_others(hub: Path) -> None:
     reading = read_records("org/mixed", on_bad_row="skip")
     assert [str(skipped) for skipped in reading.skipped] == [
-        "org/mixed/train, row 2: 'messages', turn 2 of 2: 'tool_calls' is not read: only text is; take the row out"
+        "org/mixed/train, row 2: 'messages', turn 2 of 2: 'tool_calls' is not read: only text is; remove the row"
     ]
 
 
@@ -171,10 +171,10 @@ REFUSALS = {
         {"path": "org/two", "subset": "sokratic"},
         "it has no subset 'sokratic' (did you mean 'socratic'?); data.subset may be main, socratic",
     ),
-    "no such set": ({"path": "org/gone"}, "the hub has no such data set, or shows it only to others"),
-    "terms": ({"path": "org/gated"}, "the hub gives it only to those who accepted its terms"),
+    "no such set": ({"path": "org/gone"}, "the hub has no such data set, or you may not see it"),
+    "terms": ({"path": "org/gated"}, "the hub requires that you accept its terms"),
     "no such revision": ({"path": "org/one", "revision": "v9"}, "the hub has no such revision of it"),
-    "no data": ({"path": "org/nothing"}, "the hub has it, but no data file in it"),
+    "no data": ({"path": "org/nothing"}, "the hub has it, but it has no data file"),
     "a script": ({"path": "org/script"}, "`datasets` could not read it (RuntimeError)"),
     "no text": ({"path": "org/images"}, "it holds no tables of text"),
     "broken rows": ({"path": "org/broken"}, "`datasets` could not read it (DatasetGenerationError)"),
@@ -187,7 +187,7 @@ def test_what_the_hub_does_not_give_is_one_line_and_leaves_nothing(
 ) -> None:
     options, expected = REFUSALS[kind]
     message = fault(**options)  # type: ignore[arg-type]
-    assert message.startswith(f"data.path '{options['path']}': no file or folder here, and as a data set of the hub: ")
+    assert message.startswith(f"data.path '{options['path']}': no such file or folder, and as a data set on the hub: ")
     assert expected in message
     assert "\n" not in message
     assert SECRET not in message

@@ -284,12 +284,12 @@ def test_a_group_that_is_not_constant_names_the_client() -> None:
 
 def test_a_group_that_only_some_records_have_names_the_client() -> None:
     records = [record(0, task="a", kind="x"), record(1, task="a")]
-    assert "client 'a': found a value of some records only in 'kind'" in fault(records, groups="kind")
+    assert "client 'a': found a value in some records only in 'kind'" in fault(records, groups="kind")
 
 
 def test_a_client_without_a_training_example_is_named() -> None:
     records = [*task("a", 1, part="train"), *task("b", 2, part="test")]
-    assert "client 'b': none of its 2 records is one to train on" in fault(records, split_column="part")
+    assert "client 'b': none of its 2 records is for training" in fault(records, split_column="part")
 
 
 def test_more_clients_than_examples_name_the_first_empty_one() -> None:

@@ -385,7 +385,7 @@ def test_a_number_of_shards_for_each_part_gives_no_example_twice(
             pathological,
             ABC,
             {**TWO, "num_classes_per_partition": 3},
-            "2 partitions are to have class 2 of 3 (in the order of their texts)",
+            "2 partitions need class 2 of 3 (in lexical order)",
         ),
         (
             pathological,
@@ -402,14 +402,14 @@ def test_a_number_of_shards_for_each_part_gives_no_example_twice(
             shard,
             ABC,
             {**TWO, "num_shards_per_partition": 2, "shard_size": 2, "keep_incomplete_shard": True},
-            "6 examples make 3 shards of 2, but num_partitions = 2 asks for 4",
+            "6 examples make 3 shards of 2, but num_partitions = 2 needs 4",
         ),
         (shard, ABC, {"num_partitions": 3, "shard_size": 4}, "6 examples make 1 shards of 4, but num_partitions = 3"),
         (
             shard,
             ABC,
             {"num_partitions": 3, "shard_size": 4, "keep_incomplete_shard": True},
-            "6 examples make 2 shards of 4, but num_partitions = 3 asks for 3",
+            "6 examples make 2 shards of 4, but num_partitions = 3 needs 3",
         ),
     ],
 )

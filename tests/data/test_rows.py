@@ -89,7 +89,7 @@ def test_a_bad_line_is_skipped_and_counted_wherever_it_stands(tmp_path: Path, ki
     assert SECRET not in str(reading.skipped)
 
 
-BROKEN_LISTS = {  # after these nobody can say where the next row of a list begins
+BROKEN_LISTS = {  # after these the start of the next row of a list is unknown
     *(
         "not JSON at all",
         "cut short",
@@ -109,7 +109,7 @@ def test_a_bad_row_of_a_list_is_skipped_unless_the_list_itself_is_broken(tmp_pat
     if kind in BROKEN_LISTS:
         message = fault(path, on_bad_row="skip")
         assert "a.json:2: " in message
-        assert "nobody can say how many are lost" in message
+        assert "the number of lost rows is not known" in message
         assert SECRET not in message
     else:
         reading = skipping(path)
@@ -139,7 +139,7 @@ def test_faults_without_end_are_counted_and_five_are_shown(tmp_path: Path) -> No
 def test_skipping_every_row_is_an_error_that_gives_the_first_reason(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"question": 1}, {"reply": 2})
     message = fault(path, on_bad_row="skip")
-    assert "2 faults:\n  - a.jsonl:1: no known format has the keys found here (question)" in message
+    assert "2 faults:\n  - a.jsonl:1: no known format has these keys (question)" in message
 
 
 def test_skipping_rows_of_a_known_format_that_are_all_bad_is_an_error_too(tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_a_line_that_long_is_never_held_in_memory() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [str(item) for item in found] == [
-        "f:1: the line is longer than 1 MiB; is it one example? split it, or take it out"
+        "f:1: the line is longer than 1 MiB; is it one example? split it, or remove it"
     ]
     assert peak < 60 << 20
 

@@ -42,7 +42,7 @@ def test_a_folder_of_folders_says_that_they_are_not_read(tmp_path: Path) -> None
 def test_a_file_and_its_compressed_copy_are_not_read_as_two(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", PAIR)
     write(tmp_path / "a.jsonl.gz", PAIR)
-    assert "more than one file is called 'a'" in fault(tmp_path)
+    assert "more than one file is named 'a'" in fault(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_examples_in_files_of_two_kinds_are_not_lost_in_silence(tmp_path: Path) 
     write(tmp_path / "tasks.jsonl", PAIR)
     (tmp_path / "more.csv").write_text("prompt,completion\np,c\n")
     message = fault(tmp_path)
-    assert "'more.csv' holds examples too, but is of another kind of file than 'tasks.jsonl'" in message
+    assert "'more.csv' holds examples too, but is another kind of file than 'tasks.jsonl'" in message
 
 
 @pytest.mark.parametrize("path", ["./org/name", "../org/name", "/org/name", "~/org/name", "~org/name"])
@@ -86,7 +86,7 @@ def test_a_path_that_begins_like_one_is_never_looked_for_on_the_hub(here: Path, 
 
 
 def test_a_home_folder_is_not_guessed(here: Path) -> None:
-    assert "'~' is not the home folder here, write it out" in fault("~/data")
+    assert "'~' is not expanded, write the path in full" in fault("~/data")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_misspelt_folder_below_one_that_is_there_is_a_misspelling(here: Path) 
 def test_a_name_without_an_owner_is_none_of_the_hub(here: Path) -> None:
     (here / "patients").mkdir()
     assert "no such file or folder (did you mean 'patients'?)" in fault("patiens")
-    assert "no such file or folder; a data set of the hub is called owner/name; current folder" in fault("gsm8k")
+    assert "no such file or folder; a data set on the hub is named owner/name; current folder" in fault("gsm8k")
 
 
 @pytest.mark.parametrize("path", ["org/name", "Org-1/na.me_2"])
@@ -121,7 +121,7 @@ def test_a_name_on_the_hub_names_the_variable_that_switches_it_off(
     monkeypatch.setenv(switch, "true")
     message = fault(path)
     assert message == (
-        f"data.path '{path}': no file or folder here, and as a data set of the hub: the hub is switched off by "
+        f"data.path '{path}': no such file or folder, and as a data set on the hub: the hub is switched off by "
         f"{switch}; unset it, or name a local file or folder"
     )
 
@@ -129,7 +129,7 @@ def test_a_name_on_the_hub_names_the_variable_that_switches_it_off(
 @pytest.mark.parametrize("key", ["subset", "revision"])
 def test_only_the_hub_has_subsets_and_revisions(tmp_path: Path, key: str) -> None:
     path = write(tmp_path / "a.jsonl", PAIR)
-    assert f"data.{key} 'main': only a data set of the hub has one" in fault(path, **{key: "main"})
+    assert f"data.{key} 'main': only a data set on the hub has one" in fault(path, **{key: "main"})
 
 
 UNREADABLE = Path("/proc/self/mem")  # opens, and fails at the first byte, for root too

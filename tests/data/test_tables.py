@@ -92,7 +92,7 @@ def test_a_value_that_python_cannot_hold_is_one_bad_row(tmp_path: Path) -> None:
     far = pyarrow.array([0, 2**60, 0], pyarrow.timestamp("ms"))
     path = parquet(tmp_path / "a.parquet", pyarrow.table({"text": ["a", SECRET, "c"], "when": far}))
     message = fault(path)
-    assert "1 fault:\n  - a.parquet, row 2: a value that Python cannot hold" in message
+    assert "1 fault:\n  - a.parquet, row 2: a value that Python cannot represent" in message
     assert SECRET not in message
 
 
@@ -122,7 +122,7 @@ def test_a_damaged_parquet_file_is_a_fault_that_cannot_be_skipped(tmp_path: Path
         }[damage]
     )
     message = fault(path, on_bad_row=mode)
-    assert "a.parquet: damaged, or no Parquet file" in message
+    assert "a.parquet: damaged, or not a Parquet file" in message
     assert SECRET not in message
 
 
@@ -191,8 +191,8 @@ def test_a_bad_row_of_a_saved_data_set_is_found_and_skipped(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        ("cut", "set: damaged, or not complete"),
-        ("no arrow file", "set: damaged, or not complete"),
+        ("cut", "set: damaged, or incomplete"),
+        ("no arrow file", "set: damaged, or incomplete"),
         ("no JSON", "set: 'state.json' is missing or damaged"),
         ("no names", "set: 'state.json' is missing or damaged"),
         ("outside", "set: 'state.json' names a file outside its folder"),
