@@ -95,7 +95,7 @@ def test_a_card_says_what_the_runs_own_files_say(here: Path) -> None:
         counts = table[client]
         tokens = counts["trained_tokens"]
         assert found["trained on"] == f"{counts['examples']['train']} examples, {tokens} tokens with a loss"
-        made = f"By FedMira {own['versions']['fedmira']}, in a run begun on {own['started'][:10]}."
+        made = f"By FedMira {own['versions']['fedmira']}, in a run started on {own['started'][:10]}."
         assert f"{made} `fedmira run config.yaml`" in card(here, client)
 
 
@@ -142,7 +142,7 @@ def test_a_client_that_was_never_drawn_is_told_that_its_adapter_changes_nothing(
 
 
 def test_an_adapter_that_all_share_says_so(here: Path) -> None:
-    assert facts(card(here, "ada", method="fedavg"))["adapter"] == "one that all clients of the run share"
+    assert facts(card(here, "ada", method="fedavg"))["adapter"] == "shared by all clients of the run"
 
 
 def test_an_adapter_that_all_share_as_far_as_their_ranks_go_says_so(here: Path) -> None:
@@ -157,7 +157,7 @@ def test_an_adapter_that_all_share_as_far_as_their_ranks_go_says_so(here: Path) 
     fedmira.run(check_config(raw, "test"))
     for client, rank in (("ada", 1), ("eve", 3)):
         said = facts((here / "ranks/flexlora/seed-3/adapters" / client / "README.md").read_text(encoding="utf-8"))
-        assert said["adapter"] == "one that all clients of the run share, cut to this client's rank"
+        assert said["adapter"] == "shared by all clients of the run, cut to this client's rank"
         assert said["LoRA"].startswith(f"rank {rank},")
 
 
@@ -273,8 +273,8 @@ def test_the_card_of_a_prompt_says_what_it_is_and_that_its_encoder_is_elsewhere(
     assert front(text)["tags"] == ["p-tuning", "federated-learning", "fedmira"]
     assert "# P-tuned prompt of client ada, made with FedMira" in text.splitlines()
     assert facts(text)["virtual tokens"] == "20, made by an MLP of width 128"
-    assert "training goes on there, with `fedmira resume`, and not from this folder" in text
-    assert "  # 20 logits stand before a text's own" in text.split(USE)[1]
+    assert "training continues there, with `fedmira resume`, and not from this folder" in text
+    assert "  # 20 logits precede those of the text" in text.split(USE)[1]
     assert "lora" not in text.lower()
     lora = model_card("some/base", {"client": "ada", "rank": 2, "alpha": 4.0})
     assert not any(word in lora for word in ("virtual", "MLP", "resume", "prompt", "# 20"))

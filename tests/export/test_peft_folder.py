@@ -442,8 +442,8 @@ def test_what_vllm_cannot_serve_is_told_with_the_way_out(tmp_path: Path) -> None
     folders = adapters(tmp_path, "ada", rank=600)
     assert "GPT2LMHeadModel" in NO_LORA
     for line, words in (
-        (serve_line("gpt2", folders, architecture="GPT2LMHeadModel"), "serves no LoRA on GPT2LMHeadModel"),
-        (serve_line("base", folders), "takes ranks up to 512, and this is 600"),
+        (serve_line("gpt2", folders, architecture="GPT2LMHeadModel"), "does not serve LoRA on GPT2LMHeadModel"),
+        (serve_line("base", folders), "allows ranks up to 512, and this is 600"),
     ):
         assert line.startswith("# ")
         assert words in line

@@ -1,6 +1,6 @@
-"""Rows of all clients, in RAM while all of them together would be small, else in a memory-mapped file.
+"""Rows of all clients, in RAM if all of them together are small, else in a memory-mapped file.
 
-Rows take room once they differ from the common start, so that ten thousand clients need as much memory as a hundred.
+Only rows that differ from the common start take memory, so that ten thousand clients need no more than a hundred.
 """
 
 import math
@@ -18,22 +18,22 @@ from torch import Tensor
 
 from fedmira.errors import ShapeError
 
-RAM_BYTES = 1 << 30  # rows of all clients that are more than this together are memory-mapped
-BLOCK_BYTES = 4 << 20  # of rows, on their way into a file
+RAM_BYTES = 1 << 30  # above this size the rows of all clients are memory-mapped
+BLOCK_BYTES = 4 << 20  # of rows, written to a file at once
 
 
 class Rows:
-    """One row per client, [K, ...], of which only those that were written take room; read by client, as a tensor is.
+    """One row per client, [K, ...], indexed by client like a tensor; only written rows take memory.
 
     rows[ids] copies the rows of `ids` [n] in that order, rows[ids] = values replaces them; a row that was never written
-    reads as its start. Nothing reads all rows at once: every other operation of a tensor is refused.
+    reads as its start. All rows are never read at once: every other tensor operation is refused.
     """
 
     def __init__(self, start: Tensor, kinds: Tensor, folder: Path | None = None) -> None:
-        """Begin with row k = start[kinds[k]]. start [R, ...]; kinds [K] int64.
+        """Start with row k = start[kinds[k]]. start [R, ...]; kinds [K] int64.
 
-        folder: where a file for the rows may be made if they could come to more than RAM_BYTES; None keeps them in RAM.
-        The file has no name: it is gone when the process is, however that ends. Raises OSError if it cannot be made.
+        folder: where a file for the rows is created if all rows exceed RAM_BYTES; None = always in RAM. The file has no
+        name: it disappears with the process, even after a crash. Raises OSError if it cannot be created.
         """
         self.start, self.kinds = start, kinds
         self.shape = torch.Size((len(kinds), *start.shape[1:]))
@@ -43,16 +43,16 @@ class Rows:
         size = len(kinds) * self.row_bytes
         self._file = None
         if folder is None or size <= RAM_BYTES:
-            self._table = torch.empty(self.shape, dtype=self.dtype)  # pages that nobody writes take no memory
+            self._table = torch.empty(self.shape, dtype=self.dtype)  # unwritten pages take no memory
         else:
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - as long-lived as the rows
-            self._file.truncate(size)  # a hole: rows that nobody writes take no disk
-            whole = mmap.mmap(self._file.fileno(), size)
-            self._table = torch.frombuffer(whole, dtype=self.dtype).view(self.shape)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as the rows exist
+            self._file.truncate(size)  # sparse: unwritten rows take no disk space
+            mapping = mmap.mmap(self._file.fileno(), size)
+            self._table = torch.frombuffer(mapping, dtype=self.dtype).view(self.shape)
 
     @property
     def mapped(self) -> bool:
-        """Do the rows lie in a file?"""
+        """Whether the rows are in a file."""
         return self._file is not None
 
     def __len__(self) -> int:
@@ -71,13 +71,13 @@ class Rows:
         _check_ids(ids)
         if self._file is None:
             self._table[ids] = values
-        else:  # not through the map: there a full disk is a signal that kills, here it is an OSError
+        else:  # not through the map: there a full disk kills the process (SIGBUS), here it is an OSError
             for k, row in zip(ids.tolist(), values.to(self.dtype), strict=True):
                 _write_at(self._file.fileno(), bytes_of(row), k * self.row_bytes)
         self.written[ids] = True
 
     def numpy(self) -> "Columns":
-        """Read the rows as numpy does, by client and columns: numpy()[ids, start:stop]."""
+        """Return a numpy view by client and columns: numpy()[ids, start:stop]."""
         return Columns(self.start.numpy(), self.kinds.numpy(), self.written.numpy(), self._table.numpy())
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -88,15 +88,15 @@ ASK = "there may be too many to be read at once; take rows[ids], ids [n] a tenso
 
 
 def _check_ids(ids: object) -> None:
-    """Raise ShapeError unless clients are asked for one by one."""
+    """Raise ShapeError unless `ids` is an integer tensor [n]."""
     if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
-        found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ShapeError(f"rows of all clients, asked for by {found}: {ASK}")
+        index = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ShapeError(f"rows of all clients, indexed by {index}: {ASK}")
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """Rows [K, P], read by several threads at once; arrays that the rows own."""
+    """Rows [K, P] for several threads at once; the arrays belong to `Rows`."""
 
     start: np.ndarray
     kinds: np.ndarray
@@ -104,7 +104,7 @@ class Columns:
     table: np.ndarray
 
     def __getitem__(self, at: tuple[np.ndarray, slice]) -> np.ndarray:
-        """Copy the columns `at[1]` of the rows `at[0]` [n], in that order."""
+        """Copy the columns `at[1]` of the rows `at[0]` [n], in this order."""
         ids, columns = at
         known = self.written[ids]
         if known.all():
@@ -127,7 +127,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 @dataclass(frozen=True, eq=False)
 class Picked:
-    """Rows `ids` [n] of a source [K, ...], to be copied a block at a time on their way into a file."""
+    """Rows `ids` [n] of a source [K, ...], to be written to a file a block at a time."""
 
     source: Tensor | Rows
     ids: Tensor
