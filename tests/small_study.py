@@ -18,7 +18,7 @@ import torch
 import yaml
 from tests import tiny
 
-from fedmira.cli.main import main as cli
+from fedmira.cli.main import main as cli_main
 from fedmira.disk.folders import RunFolder
 
 CLIENTS = ("ada", "bo", "cy", "007", "no", "eve")  # of which YAML 1.1 would make a number and a truth value
@@ -158,7 +158,7 @@ def start(*arguments: object, folder: Path | None = None, die_at: int | None = N
         if die_at is not None:
             _die_at(die_at)
         sys.argv = ["fedmira", *map(str, arguments)]
-        cli.main()
+        cli_main()
     except SystemExit as end:
         code = int(end.code or 0)
     finally:
