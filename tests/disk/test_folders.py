@@ -167,7 +167,7 @@ def test_a_study_is_made_in_a_new_or_an_empty_folder(tmp_path: Path) -> None:
 def test_a_folder_that_holds_a_study_is_refused_with_the_three_ways_on(tmp_path: Path) -> None:
     StudyFolder(tmp_path).create(config())
     with pytest.raises(
-        StoreError, match=r"already holds a study; go on with 'fedmira resume .*output_dir=.*--overwrite"
+        StoreError, match=r"already holds a study; continue with 'fedmira resume .*output_dir=.*--overwrite"
     ):
         StudyFolder(tmp_path).create(config())
 
@@ -179,7 +179,7 @@ def test_a_folder_with_anything_else_in_it_is_never_overwritten(overwrite: bool,
     path = tmp_path / foreign
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
-    with pytest.raises(StoreError, match="holds files that are no study's"):
+    with pytest.raises(StoreError, match="holds files that are not a study's"):
         StudyFolder(tmp_path).check_free(overwrite=overwrite)
     with pytest.raises(StoreError):
         StudyFolder(tmp_path).clear()
@@ -197,7 +197,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(StoreError, match="is a file"):
         StudyFolder(tmp_path / "out").create(config())
-    with pytest.raises(StoreError, match="cannot be made"):
+    with pytest.raises(StoreError, match="cannot be created"):
         StudyFolder(tmp_path / "out" / "study").create(config())
 
 
@@ -228,5 +228,5 @@ def test_a_study_is_found_by_itself_or_by_one_of_its_runs(run: RunFolder, monkey
 
 
 def test_a_path_that_is_neither_study_nor_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"neither run\.json nor config\.yaml"):
+    with pytest.raises(StoreError, match=r"it has no run\.json and no config\.yaml"):
         find_study(tmp_path)

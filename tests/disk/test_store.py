@@ -365,7 +365,7 @@ def test_going_back_is_said_aloud(chain: Path, caplog: pytest.LogCaptureFixture)
     load_chain(chain)
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert any("round-000005' is damaged (state.safetensors does not match its sha256)" in line for line in said)
-    assert any("going back to round 4" in line for line in said)
+    assert any("resuming from round 4" in line for line in said)
 
 
 def test_if_every_full_checkpoint_is_damaged_there_is_no_way_back(chain: Path) -> None:

@@ -189,8 +189,8 @@ class StudyFolder:
         foreign = [path.name for path in self._entries() if not _belongs(path)]
         if foreign:
             raise StoreError(
-                f"output_dir '{self.path}' already holds files that are not a study's, such as '{foreign[0]}'; they are "
-                "never overwritten: choose another output_dir=..."
+                f"output_dir '{self.path}' already holds files that are not a study's, such as '{foreign[0]}'; they "
+                "are never overwritten: choose another output_dir=..."
             )
         begun = [
             path for path in self._entries() if not path.name.endswith(".tmp")
