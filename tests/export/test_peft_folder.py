@@ -299,7 +299,7 @@ def test_an_alpha_that_float32_rounds_is_one_alpha_and_one_that_differs_is_writt
     assert (found["lora_alpha"], found["alpha_pattern"]) == (5, {"c_attn": 2, "attn.c_proj": 2})
 
 
-# ---------------------------------------------------------------- vLLM's rules (fedmira/vllm.py lists them)
+# ---------------------------------------------------------------- vLLM's rules (fedmira/export/vllm.py)
 
 
 def has_both_files(folder: Path) -> bool:

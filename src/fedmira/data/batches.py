@@ -269,25 +269,25 @@ def _fit(
     cut_answer = answer[: max_length - 1]
     if not cut_answer:
         return None, Truncation(examples=1, dropped=1)
-    shown, gone = _cut(prompt.ids, prompt.prefix, max_length - len(cut_answer))
+    cut_prompt, removed = _cut(prompt.ids, prompt.prefix, max_length - len(cut_answer))
     first = max(prompt.prefix, 1)  # index of the first id after a cut; id 0 has no label
-    moved = [(max(start - gone, first if gone else 1), stop - gone) for start, stop in prompt.trained]
+    moved = [(max(start - removed, first if removed else 1), stop - removed) for start, stop in prompt.trained]
     own_question, questions_cut = None, 0
     if max_question is not None:
         whole = prompt.ids if prompt.question is None else prompt.question
         question, lost = _cut(whole, prompt.prefix, max_question)
         questions_cut = int(lost > 0)
-        own_question = tuple(question) if prompt.question is not None or len(question) != len(shown) else None
+        own_question = tuple(question) if prompt.question is not None or len(question) != len(cut_prompt) else None
     example = Encoded(
-        ids=(*shown, *cut_answer),
-        prompt_length=len(shown),
+        ids=(*cut_prompt, *cut_answer),
+        prompt_length=len(cut_prompt),
         answers=texts,
         own_question=own_question,
         earlier=tuple((start, stop) for start, stop in moved if start < stop),
     )
     return example, Truncation(
         examples=1,
-        prompts_cut=int(gone > 0),
+        prompts_cut=int(removed > 0),
         answers_cut=int(len(cut_answer) < len(answer)),
         questions_cut=questions_cut,
     )

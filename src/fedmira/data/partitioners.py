@@ -144,8 +144,8 @@ def pathological(
     """Give each partition exactly num_classes_per_partition classes, each class cut evenly over those that have it.
 
     class_assignment_mode, with C classes: "random" draws a partition's classes without replacement; "deterministic"
-    gives partition k the classes k, k + 1, ... modulo C; "first-deterministic" gives it class k modulo C and draws the
-    rest. Examples of a class that no partition has are left out.
+    gives partition k the classes k, k + 1, ... modulo C; "first-deterministic" gives it class k modulo C and draws
+    the others. Examples of a class that no partition has are left out.
     shuffle: put each part in random order, else class after class.
     Raises DataError if the numbers are out of range, or more partitions have a class than it has examples.
     Source: Li et al. 2022 (arXiv:2102.02079), there "first-deterministic".

@@ -151,7 +151,7 @@ def _read_text(text: str, start: Place) -> Iterator[Item]:
     if listed and text.startswith("]", position):
         listed, position = False, _skip(text, position + 1)
     if listed or position < len(text):
-        what = "the list is not closed here" if listed else "more text follows; one object per line is called .jsonl"
+        what = "the list is not closed here" if listed else "more text follows; use .jsonl for one object per line"
         where = f"{start.file}:{line + text.count(chr(10), counted, position)}"
         yield Fault(where, f"not JSON: {what}", stops=True)
 
