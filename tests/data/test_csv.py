@@ -130,7 +130,7 @@ def test_a_forgotten_header_is_never_shown(tmp_path: Path) -> None:
     assert "cold" not in message
 
 
-def test_columns_that_say_nothing_are_shown_so_that_the_missing_one_is_found(tmp_path: Path) -> None:
+def test_known_column_names_are_shown_so_that_the_missing_one_is_found(tmp_path: Path) -> None:
     message = fault(table(tmp_path / "a.csv", "prompt,reply,label\na,b,c\n"))
     assert "no known format has these keys (prompt, label, 1 other)" in message
 
@@ -153,7 +153,7 @@ def test_json_in_a_cell_is_not_read_as_a_conversation(tmp_path: Path) -> None:
     assert SECRET not in message
 
 
-def test_a_text_longer_than_the_csv_modules_own_limit_is_read_and_the_limit_is_put_back(tmp_path: Path) -> None:
+def test_a_text_longer_than_the_csv_modules_limit_is_read_and_the_limit_is_restored(tmp_path: Path) -> None:
     before = csv.field_size_limit()
     long = "x" * (before + 1)
     assert records(table(tmp_path / "a.csv", f"text\n{long}\n"))[0].answers == (long,)
@@ -162,7 +162,7 @@ def test_a_text_longer_than_the_csv_modules_own_limit_is_read_and_the_limit_is_p
 
 
 @pytest.mark.parametrize("row", [b"x" * 101, b'"' + b"x\n" * 51 + b'"'])
-def test_a_row_over_the_limit_ends_the_file_for_its_quotes_are_not_known(row: bytes) -> None:
+def test_a_row_over_the_limit_ends_the_file_because_its_quotes_are_unknown(row: bytes) -> None:
     found = list(read_csv(io.BytesIO(b"text\na\n" + row + b"\nb\n"), START, delimiter=",", limit=100))
     assert len(found) == 2
     assert isinstance(found[1], Fault)

@@ -182,7 +182,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("kind", REFUSALS)
-def test_what_the_hub_does_not_give_is_one_line_and_leaves_nothing(
+def test_a_refusal_of_the_hub_is_one_line_and_leaves_nothing(
     hub: Path, capfd: pytest.CaptureFixture[str], kind: str
 ) -> None:
     options, expected = REFUSALS[kind]
@@ -204,7 +204,7 @@ def test_a_hub_that_does_not_answer_is_one_line_at_once(hub: Path, monkeypatch: 
     assert "\n" not in message
 
 
-def test_a_program_that_dies_is_one_line(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_of_the_program_is_one_line(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONHOME", str(hub))  # where there is no Python
     assert fault("org/one").endswith("`datasets` could not read it (its process ended with 1)")
     assert left_over(hub) == []
@@ -217,5 +217,5 @@ def test_a_full_disk_is_named() -> None:
     assert explain(wrapped) == {"reason": "disk"}
 
 
-def test_what_nobody_foresaw_is_named_by_its_class_only() -> None:
+def test_an_unexpected_error_is_named_by_its_class_only() -> None:
     assert explain(RuntimeError(SECRET)) == {"reason": "other", "kind": "RuntimeError"}

@@ -64,14 +64,14 @@ def test_the_files_of_one_kind_in_a_folder_are_read_together(
     assert [record.columns["file"] for record in records(tmp_path)] == files
 
 
-def test_a_table_about_the_files_in_a_folder_is_left_out_and_counted(tmp_path: Path) -> None:
+def test_a_table_about_the_files_of_a_folder_is_left_out_and_counted(tmp_path: Path) -> None:
     write(tmp_path / "tasks.jsonl", PAIR)
     (tmp_path / "index.tsv").write_text("task\tcategory\nt\tc\n")
     reading = read_records(tmp_path)
     assert (len(reading.records), reading.counts["tables"], reading.counts["others"]) == (1, 1, 1)
 
 
-def test_examples_in_files_of_two_kinds_are_not_lost_in_silence(tmp_path: Path) -> None:
+def test_examples_in_files_of_two_kinds_are_not_dropped_silently(tmp_path: Path) -> None:
     write(tmp_path / "tasks.jsonl", PAIR)
     (tmp_path / "more.csv").write_text("prompt,completion\np,c\n")
     message = fault(tmp_path)
@@ -98,14 +98,14 @@ def test_a_name_that_the_hub_cannot_have_is_never_looked_for_there(here: Path, p
     assert "as a data set of the hub" not in message
 
 
-def test_a_misspelt_folder_below_one_that_is_there_is_a_misspelling(here: Path) -> None:
+def test_a_misspelt_folder_below_an_existing_one_is_a_misspelling(here: Path) -> None:
     write(here / "data.jsonl", PAIR)
     (here / "data" / "train").mkdir(parents=True)
     assert "no such file or folder (did you mean 'train'?)" in fault("data/trian")
     assert "no such file or folder; current folder" in fault("data/other")
 
 
-def test_a_name_without_an_owner_is_none_of_the_hub(here: Path) -> None:
+def test_a_name_without_an_owner_is_not_on_the_hub(here: Path) -> None:
     (here / "patients").mkdir()
     assert "no such file or folder (did you mean 'patients'?)" in fault("patiens")
     assert "no such file or folder; a data set on the hub is named owner/name; current folder" in fault("gsm8k")

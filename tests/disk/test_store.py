@@ -92,7 +92,7 @@ def assert_old_or_new(folder: Path, old: bytes | None, new: bytes) -> None:
     assert found in ([{"a.json": new}] + ([{}] if old is None else [{"a.json": old}]))
 
 
-def test_a_file_is_written_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_a_file_is_written_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a.json", b"new")
     assert_old_or_new(tmp_path, None, b"new")
     assert (tmp_path / "a.json").read_bytes() == b"new"
@@ -207,13 +207,13 @@ def client_rows(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyt
     return found
 
 
-def test_a_row_that_was_never_written_reads_as_its_own_start(client_rows: Rows) -> None:
+def test_a_row_that_was_never_written_reads_as_its_start(client_rows: Rows) -> None:
     assert torch.equal(client_rows[torch.tensor([3, 1, 1])], START[[0, 1, 1]])
     client_rows[torch.tensor([1])] = torch.tensor([[7.0, 8.0, 9.0]])
     assert client_rows[ALL].tolist() == [[1, 2, 3], [7, 8, 9], [4, 5, 6], [1, 2, 3]]
 
 
-def test_rows_come_back_in_the_order_they_are_asked_for(client_rows: Rows) -> None:
+def test_rows_are_read_in_the_requested_order(client_rows: Rows) -> None:
     values = torch.arange(12.0).view(4, 3)
     client_rows[torch.tensor([2, 0, 3, 1])] = values
     assert torch.equal(client_rows[torch.tensor([2, 0, 3, 1])], values)
@@ -261,7 +261,7 @@ def test_few_rows_stay_in_memory(tmp_path: Path) -> None:
     assert not Rows(START, KINDS, tmp_path).mapped
 
 
-def test_a_disk_that_fills_under_a_file_of_rows_is_an_error_and_no_signal(
+def test_a_disk_that_fills_under_a_file_of_rows_is_an_error_and_not_a_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "RAM_BYTES", 0)
@@ -320,7 +320,7 @@ def test_the_size_of_a_checkpoint_is_that_of_its_tensor_files(tmp_path: Path) ->
     assert size == (tmp_path / "round-000001" / "state.safetensors").stat().st_size
 
 
-def test_no_checkpoints_are_no_chain(tmp_path: Path) -> None:
+def test_without_checkpoints_there_is_no_chain(tmp_path: Path) -> None:
     assert load_chain(tmp_path) == []
     assert load_chain(tmp_path / "none") == []
 
@@ -335,7 +335,7 @@ def test_a_folder_without_a_manifest_does_not_count(chain: Path, caplog: pytest.
     assert caplog.records == []
 
 
-def test_a_folder_that_is_no_checkpoint_of_ours_does_not_count(chain: Path) -> None:
+def test_a_folder_that_is_not_a_checkpoint_does_not_count(chain: Path) -> None:
     shutil.copytree(chain / "round-000005", chain / "round-000005.bak")
     assert rounds(chain) == [3, 4, 5]
 
@@ -352,7 +352,7 @@ def test_an_unfinished_checkpoint_is_replaced_by_a_new_one(chain: Path) -> None:
     ("damaged", "expected"),
     [([5], [3, 4]), ([4], [3]), ([4, 5], [3]), ([3], [1, 2]), ([3, 5], [1, 2]), ([2, 3], [1]), ([1], [3, 4, 5])],
 )
-def test_a_damaged_checkpoint_leads_back_to_the_round_before_it(
+def test_a_damaged_checkpoint_resumes_from_the_round_before_it(
     damaged: list[int], expected: list[int], chain: Path
 ) -> None:
     for number in damaged:
@@ -360,7 +360,7 @@ def test_a_damaged_checkpoint_leads_back_to_the_round_before_it(
     assert rounds(chain) == expected
 
 
-def test_going_back_is_said_aloud(chain: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_going_back_is_logged(chain: Path, caplog: pytest.LogCaptureFixture) -> None:
     flip(chain / "round-000005" / "state.safetensors", 700)
     load_chain(chain)
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -368,7 +368,7 @@ def test_going_back_is_said_aloud(chain: Path, caplog: pytest.LogCaptureFixture)
     assert any("resuming from round 4" in line for line in said)
 
 
-def test_if_every_full_checkpoint_is_damaged_there_is_no_way_back(chain: Path) -> None:
+def test_if_every_full_checkpoint_is_damaged_loading_is_refused(chain: Path) -> None:
     for number in (1, 3):
         flip(chain / f"round-{number:06d}" / "state.safetensors", 700)
     with pytest.raises(StoreError, match=r"no intact checkpoint in .*: 5 found"):
@@ -412,7 +412,7 @@ def test_every_byte_of_a_manifest_counts(one_chain: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{}", b'{"sha256": 1}', b"\xff\xfe", b"9"])
-def test_a_manifest_that_is_no_manifest_is_damage_and_not_a_crash(content: bytes, chain: Path) -> None:
+def test_a_manifest_that_is_not_a_manifest_is_damage_and_not_a_crash(content: bytes, chain: Path) -> None:
     (chain / "round-000005" / "manifest.json").write_bytes(content)
     assert rounds(chain) == [3, 4]
 

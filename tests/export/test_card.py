@@ -133,7 +133,7 @@ def test_the_loss_of_a_card_is_that_of_the_adapter_loaded_as_the_card_says(
         assert line.endswith(f"| {float(torch.stack(losses).mean()):.4f} |")
 
 
-def test_a_client_that_was_never_drawn_is_told_that_its_adapter_changes_nothing(here: Path) -> None:
+def test_the_card_of_a_client_that_was_never_drawn_says_that_its_adapter_changes_nothing(here: Path) -> None:
     said = "its adapter is the common start and changes nothing"
     unchanged = [client for client in CLIENTS if said in card(here, client)]
     assert unchanged == [client for client in CLIENTS if facts(card(here, client))["rounds"].endswith(" in 0")]
@@ -141,11 +141,11 @@ def test_a_client_that_was_never_drawn_is_told_that_its_adapter_changes_nothing(
     assert not any(said in card(here, client, method="fedavg") for client in CLIENTS)
 
 
-def test_an_adapter_that_all_share_says_so(here: Path) -> None:
+def test_the_card_of_a_shared_adapter_says_so(here: Path) -> None:
     assert facts(card(here, "ada", method="fedavg"))["adapter"] == "shared by all clients of the run"
 
 
-def test_an_adapter_that_all_share_as_far_as_their_ranks_go_says_so(here: Path) -> None:
+def test_the_card_of_a_shared_adapter_cut_to_a_rank_says_so(here: Path) -> None:
     raw = small_study.settings(
         here / "base",
         here / "rows.jsonl",
@@ -187,7 +187,7 @@ def test_licences_are_found_under_both_spellings_and_unknown_is_none() -> None:
     assert all(re.fullmatch(r"[a-z0-9.-]+", name) for name in LICENCES)
 
 
-def test_no_word_of_a_path_to_anything_stands_in_a_card(here: Path) -> None:
+def test_a_card_contains_no_folder_of_any_path(here: Path) -> None:
     for study in ("near", "far"):
         for path in (here / study).rglob("adapters/*/README.md"):
             text = path.read_text(encoding="utf-8")
@@ -228,7 +228,7 @@ def test_a_revision_of_the_base_stands_in_the_program_that_loads_it() -> None:
     assert "from_pretrained('some/one', revision='v2')" in model_card("some/one", {}, revision="v2")
 
 
-def test_scores_that_are_no_numbers_are_told_as_none() -> None:
+def test_scores_that_are_not_finite_are_shown_as_none() -> None:
     given: Card = {"scores": {"loss": (None, float("nan")), "rouge_l": (float("inf"), 0.5)}}
     text = model_card("x", given)
     assert "| loss (nats per token) | n/a | n/a |" in text

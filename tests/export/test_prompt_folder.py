@@ -82,7 +82,7 @@ def test_the_folder_is_what_peft_saves_of_the_same_encoder(family: str, tmp_path
     assert configs[0] == configs[1]
 
 
-def test_a_base_without_attention_has_one_head_because_peft_wants_a_number(tmp_path: Path) -> None:
+def test_a_base_without_attention_has_one_head_because_peft_needs_a_number(tmp_path: Path) -> None:
     assert depth_of(tiny.config("gpt2", n_layer=3)) == Depth(3, 2)
     assert depth_of(tiny.config("mamba")) == Depth(2, 1)
     base = tiny.base("mamba", dtype=torch.float32)
@@ -160,7 +160,7 @@ def test_a_prompt_is_not_merged_and_no_weights_are_loaded(
 
 
 @pytest.mark.parametrize("architecture", [None, "LlamaForCausalLM", "GPT2LMHeadModel"])
-def test_vllm_is_told_to_serve_no_prompt_and_whole_models_are_not_offered(
+def test_no_vllm_command_is_printed_for_a_prompt_and_whole_models_are_not_offered(
     architecture: str | None, folder: Path
 ) -> None:
     line = serve_line("base", [folder], architecture=architecture)
@@ -224,7 +224,7 @@ def test_the_folder_of_a_run_has_the_test_loss_of_its_results_in_peft(
         assert scores[client, "4"] != pytest.approx(scores[client, "0"], abs=1e-3)
 
 
-def test_the_settings_of_a_runs_prompt_say_all_that_peft_asks_of_its_base(run: study.Run) -> None:
+def test_the_settings_of_a_runs_prompt_contain_all_that_peft_needs_of_its_base(run: study.Run) -> None:
     found = json.loads((run.adapters("ada") / "adapter_config.json").read_text())
     assert {key: found[key] for key in ("num_layers", "num_attention_heads", "token_dim", "num_virtual_tokens")} == {
         "num_layers": 2,
