@@ -302,12 +302,9 @@ def _split(
             )
         chosen = {split: [index for index, value in enumerate(values) if value == split] for split in SPLITS}
         return {split: tuple(records[index] for index in _thin(chosen[split], subsample, thinning)) for split in SPLITS}
-    chosen_indices = _thin(range(len(records)), subsample, thinning)
-    order = [
-        chosen_indices[position]
-        for position in np.random.default_rng([seed, key, _SPLIT]).permutation(len(chosen_indices))
-    ]
-    count = len(chosen_indices)
+    thinned = _thin(range(len(records)), subsample, thinning)
+    order = [thinned[index] for index in np.random.default_rng([seed, key, _SPLIT]).permutation(len(thinned))]
+    count = len(thinned)
     # the test part is drawn first: changing the validation fraction does not change the test examples
     tested = min(round(test * count), max(count - 1, 0))
     validated = min(round(validation * count), max(count - 1 - tested, 0))

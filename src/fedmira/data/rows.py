@@ -119,9 +119,7 @@ def read_document(stream: BinaryIO, start: Place, *, limit: int = DOCUMENT_GIB <
 
 def too_large(start: Place, limit: int = DOCUMENT_GIB << 30) -> Fault:
     size = f"{limit >> 30} GiB" if limit >= 1 << 30 else f"{limit} bytes"
-    what = (
-        f"a JSON document of more than {size} is not read, because it would be in memory whole; write one row per line"
-    )
+    what = f"a JSON document of more than {size} is not read, because it must fit in memory; write one row per line"
     return Fault(start.file, f"{what} (.jsonl)", stops=True)
 
 

@@ -192,9 +192,7 @@ class StudyFolder:
                 f"output_dir '{self.path}' already holds files that are not a study's, such as '{foreign[0]}'; they "
                 "are never overwritten: choose another output_dir=..."
             )
-        begun = [
-            path for path in self._entries() if not path.name.endswith(".tmp")
-        ]  # a crash can leave only such a file
+        begun = [path for path in self._entries() if not path.name.endswith(".tmp")]  # a crash may leave only a .tmp
         if begun and not overwrite:
             raise StoreError(
                 f"output_dir '{self.path}' already holds a study; continue with 'fedmira resume {self.path}', "
@@ -228,9 +226,7 @@ class StudyFolder:
                     f"'{self.path}' is in use by another fedmira process; wait for it or stop it"
                 ) from None
             except OSError as error:
-                log.warning(
-                    "'%s' cannot be locked (%s): do not start a second process on it", self.path, error.strerror
-                )
+                log.warning("'%s' cannot be locked (%s): start only one process on it", self.path, error.strerror)
             yield
         finally:
             os.close(handle)

@@ -176,9 +176,7 @@ def _test(card: Card) -> list[str]:
     scores = card.get("scores") or {}
     if not scores:
         return []
-    rows = [
-        f"| {_UNITS.get(name, name)} | {_number(base)} | {_number(ours)} |" for name, (base, ours) in scores.items()
-    ]
+    rows = [f"| {_UNITS.get(name, name)} | {_number(base)} | {_number(new)} |" for name, (base, new) in scores.items()]
     head = ["| metric | untouched base | this adapter |", "|---|---|---|"]
     notes = []
     if card.get("personal") and not card.get("drawn", 1):
