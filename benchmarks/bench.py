@@ -1,14 +1,14 @@
-"""Run the benchmarks row by row, keep what they found, and write docs/results/speed.md and its figures from that.
+"""Run the benchmarks row by row, store their results, and write docs/results/speed.md and its figures from them.
 
-    python benchmarks/bench.py core [--only NAME ...]    the rows of the CPU that are quick: `make bench`
+    python benchmarks/bench.py core [--only NAME ...]    the quick rows on the CPU: `make bench`
     python benchmarks/bench.py full [--only NAME ...]    the other rows: `make bench-full`
-    python benchmarks/bench.py page                      only the page, from what is stored
+    python benchmarks/bench.py page                      only the page, from stored results
 
---only takes rows by name instead, of either kind.
+--only selects rows of either kind by name.
 
-Rows run one after another, each in a process of its own whose output is shown. What a row found is stored in
-benchmarks/results/NAME.json if it succeeded; a row that fails leaves the older file, the others go on, and the exit
-status is 1. Stored files are kept in git: the page can be written again without measuring.
+Rows run one after another, each in a separate process whose output is shown. The result of a row is stored in
+benchmarks/results/NAME.json if it succeeded; a row that fails leaves the older file, the others continue, and the exit
+status is 1. Stored files are in git: the page can be written again without measuring.
 """
 
 import argparse
@@ -32,7 +32,7 @@ ROOT = HERE.parent
 
 @dataclass(frozen=True)
 class Row:
-    """One script with its options. gpu: only where CUDA is at hand."""
+    """One script with its options. gpu: only with CUDA."""
 
     name: str
     script: str
@@ -45,7 +45,7 @@ class Row:
 
 
 ROWS = (
-    # Each unit of training is a row of its own: the peak of memory is that of a process.
+    # Each unit of training is a separate row: peak memory is measured per process.
     *(Row(name, "speed/training.py", ("--units", unit, "--pairs", "5")) for unit, name in UNITS.items()),
     Row("cohorts", "speed/cohorts.py"),
     Row("generation", "speed/generation.py"),
@@ -67,9 +67,9 @@ def store(result: dict[str, Any], path: Path) -> None:
 
 
 def run_row(row: Row, results: Path) -> str:
-    """Run a row and store what it found; return what went wrong, "" if nothing did."""
-    with tempfile.TemporaryDirectory(prefix="fedmira-bench-row-") as place:
-        path = Path(place) / "row.json"
+    """Run a row and store its result; return the error, "" if there is none."""
+    with tempfile.TemporaryDirectory(prefix="fedmira-bench-row-") as folder:
+        path = Path(folder) / "row.json"
         command = [sys.executable, str(HERE / row.script), *row.options, "--json", str(path)]
         began = time.monotonic()
         ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
@@ -97,31 +97,31 @@ def cuda_at_hand() -> bool:
 def run_rows(rows: Sequence[Row], results: Path, *, cuda: Callable[[], bool] = cuda_at_hand) -> list[str]:
     """Run rows one after another; return the names of those that failed."""
     failed, began = [], time.monotonic()
-    for place, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows, start=1):
         if row.gpu and not cuda():
-            print(f"== {row.name}: no CUDA device here; where one is, measure it by: {row.command}", flush=True)
+            print(f"== {row.name}: no CUDA device; on a machine with one run: {row.command}", flush=True)
             continue
-        print(f"== {row.name} ({place} of {len(rows)}): {row.command}", flush=True)
+        print(f"== {row.name} ({number} of {len(rows)}): {row.command}", flush=True)
         start = time.monotonic()
         fault = run_row(row, results)
         spent = time.monotonic() - start
         if fault:
             failed.append(row.name)
-        kept = " An older result stays." if fault and (results / f"{row.name}.json").is_file() else ""
-        print(f"== {row.name}: {f'FAILED, {fault}.{kept}' if fault else 'done'} ({spent:.0f} s)", flush=True)
+        older = " An older result stays." if fault and (results / f"{row.name}.json").is_file() else ""
+        print(f"== {row.name}: {f'FAILED, {fault}.{older}' if fault else 'done'} ({spent:.0f} s)", flush=True)
     total = (time.monotonic() - began) / 60
     print(f"== {len(rows)} rows in {total:.1f} minutes; failed: {', '.join(failed) or 'none'}", flush=True)
     return failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what was asked for, write the page, and return the exit status."""
+    """Run the selected rows, write the page, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the stored JSON")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder that gets the page and its figures")
     what = parser.add_subparsers(dest="what", required=True)
     every = [row.name for row in ROWS]
-    for name, names, about in (("core", CORE, "the quick rows of the CPU"), ("full", FULL, "the other rows")):
+    for name, names, about in (("core", CORE, "the quick rows on the CPU"), ("full", FULL, "the other rows")):
         part = what.add_parser(name, help=f"{about}: {', '.join(names)}")
         part.add_argument("--only", nargs="+", choices=every, default=names, metavar="NAME", dest="names")
     what.add_parser("page", help="only write the page").set_defaults(names=())

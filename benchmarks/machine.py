@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and how fast that machine is at the two things that bound the work: products and copies."""
+"""The machine of a benchmark, and its speed at matrix products, which bound the work."""
 
 import datetime
 import importlib.metadata
@@ -60,6 +60,6 @@ def matmul_rate(dtype: torch.dtype, *, seconds: float = 1.0, device: str = "cpu"
 
 
 def wait(device: str) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has finished its work."""
     if device != "cpu":
         torch.cuda.synchronize(device)

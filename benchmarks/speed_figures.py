@@ -1,7 +1,7 @@
 """The two figures of docs/results/speed.md, as SVG: tokens/s by clients per pass, rounds and memory by clients.
 
-Each has a white ground of its own, so that it can be read on a dark page; each line is named where it ends, and differs
-from the others in more than its colour.
+Each has a white background, so that it is readable on a dark page; each line is named at its end, and differs from the
+others in more than its colour.
 """
 
 import math
@@ -29,7 +29,7 @@ class Line:
 
 
 def log_axis(low: float, high: float, start: float, end: float, ticks: Iterable[float]) -> Axis:
-    """Lay out an axis of logarithms to base 2; a value v stands at `axis.at(log2(v))`."""
+    """Lay out an axis of logarithms to base 2; a value v is at `axis.at(log2(v))`."""
     if low == high:
         low, high = low / 2, high * 2
     axis = Axis(math.log2(low), math.log2(high), start, end, [])
@@ -46,18 +46,18 @@ def round_numbers(low: float, high: float) -> list[float]:
     return [number for number in every if first <= number <= last]
 
 
-def apart(wanted: Sequence[float], low: float, high: float, gap: float = LINE_HEIGHT) -> list[float]:
-    """Move places apart to at least `gap`, in their order and within [low, high] where there is room."""
-    order = sorted(range(len(wanted)), key=lambda k: wanted[k])
-    places = [0.0] * len(wanted)
+def apart(positions: Sequence[float], low: float, high: float, gap: float = LINE_HEIGHT) -> list[float]:
+    """Move positions apart to at least `gap`, in their order and within [low, high] if there is room."""
+    order = sorted(range(len(positions)), key=lambda k: positions[k])
+    moved = [0.0] * len(positions)
     last = low - gap
     for k in order:
-        last = places[k] = max(wanted[k], last + gap)
+        last = moved[k] = max(positions[k], last + gap)
     limit = high
     for k in reversed(order):
-        places[k] = min(places[k], limit)
-        limit = places[k] - gap
-    return places
+        moved[k] = min(moved[k], limit)
+        limit = moved[k] - gap
+    return moved
 
 
 def text(x: float, y: float, words: str, more: str = "") -> str:
@@ -73,12 +73,12 @@ def stroke(points: Iterable[tuple[float, float]], line: Line, width: float = 2) 
 def frame(box: Box, x: Axis, y: Axis, titles: tuple[str, str, str]) -> list[str]:
     """Draw grid, marks and titles: of the chart, of x, of y."""
     out = [text(box.left, box.top - 16, titles[0], 'font-weight="bold"')]
-    for place, label in y.marks:
-        out.append(f'<path d="M{box.left},{place}H{box.x_end}" stroke="{FAINT}"/>')
-        out.append(text(box.left - 8, place + 4.5, label, 'text-anchor="end"'))
-    for place, label in x.marks:
-        out.append(f'<path d="M{place},{box.y_end}v5" stroke="{INK}"/>')
-        out.append(text(place, box.y_end + 20, label, 'text-anchor="middle"'))
+    for position, label in y.marks:
+        out.append(f'<path d="M{box.left},{position}H{box.x_end}" stroke="{FAINT}"/>')
+        out.append(text(box.left - 8, position + 4.5, label, 'text-anchor="end"'))
+    for position, label in x.marks:
+        out.append(f'<path d="M{position},{box.y_end}v5" stroke="{INK}"/>')
+        out.append(text(position, box.y_end + 20, label, 'text-anchor="middle"'))
     middle = (box.top + box.y_end) / 2
     out.append(f'<path d="M{box.left},{box.y_end}H{box.x_end}" stroke="{INK}"/>')
     out.append(text((box.left + box.x_end) / 2, box.y_end + 42, titles[1], 'text-anchor="middle"'))
@@ -103,30 +103,30 @@ def draw(line: Line, x: Axis, y: Axis, *, log: bool) -> list[str]:
 
 
 def name_lines(lines: Sequence[Line], ends: Sequence[float], box: Box) -> list[str]:
-    """Write each line's name at its end, with a piece of the line; a thin line leads there."""
+    """Write each line's name at its end, with a sample of the line; a thin line connects them."""
     out = []
-    for line, end, place in zip(lines, ends, apart(ends, box.top + 4, box.y_end - 4), strict=True):
+    for line, end, height in zip(lines, ends, apart(ends, box.top + 4, box.y_end - 4), strict=True):
         left = box.x_end + 22
-        out.append(f'<path d="M{box.x_end + 2},{end:.1f}L{left - 2},{place:.1f}" stroke="#999999"/>')
-        out.append(stroke([(left, place), (left + 26, place)], line))
+        out.append(f'<path d="M{box.x_end + 2},{end:.1f}L{left - 2},{height:.1f}" stroke="#999999"/>')
+        out.append(stroke([(left, height), (left + 26, height)], line))
         if line.mark:
-            out.append(f'<path d="{line.mark}" transform="translate({left + 13},{place:.1f})" fill="{line.colour}"/>')
-        out.append(text(left + 33, place + 4.5, line.name))
+            out.append(f'<path d="{line.mark}" transform="translate({left + 13},{height:.1f})" fill="{line.colour}"/>')
+        out.append(text(left + 33, height + 4.5, line.name))
     return out
 
 
 def svg(width: int, height: int, title: str, parts: Iterable[str]) -> str:
-    """Put parts on a white ground."""
+    """Put parts on a white background."""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     ground = f'<rect width="{width}" height="{height}" fill="#FFFFFF"/>'
     return "\n".join([f'{head} role="img" {FONT}>', f"<title>{escape(title)}</title>", ground, *parts, "</svg>\n"])
 
 
 def cohort_lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """For each kind of text FedMira's line, and the plain loops as level lines through all cohort sizes."""
+    """Return FedMira's line for each kind of text, and the plain loops as horizontal lines over all cohort sizes."""
     lines = []
-    for place, row in enumerate(rows):
-        colour, mark = COLOURS[place % len(COLOURS)], MARK_OF_TEXT[place % len(MARK_OF_TEXT)]
+    for index, row in enumerate(rows):
+        colour, mark = COLOURS[index % len(COLOURS)], MARK_OF_TEXT[index % len(MARK_OF_TEXT)]
         curve = sorted((int(count), value) for count, value in row["tokens_per_second"].items())
         points = tuple((count, value, value, value) for count, value in curve)
         lines.append(Line(f"FedMira bf16, {row['text']}", points, colour, mark=mark))

@@ -1,6 +1,6 @@
 """docs/results/speed.md from the stored JSON of the benchmarks and the prose of notes.md; nothing is measured here.
 
-What is not stored is called "not measured yet". bench.py calls `write_page`.
+Missing results are shown as "not measured yet". bench.py calls `write_page`.
 """
 
 import statistics
@@ -32,8 +32,8 @@ INTRODUCTION = """# Speed and memory
 
 Made by `python benchmarks/bench.py page` from what the benchmarks stored in `benchmarks/results/`. `make bench`
 measures the quick rows on the CPU again, `make bench-full` the others. The yardstick is a plain PEFT loop: one
-resident model, one client after another, its adapter swapped in, torch's AdamW. What a row compares was measured
-interleaved in one process. A ratio is the median over the pairs, then (least to most)."""
+resident model, one client after another, its adapter swapped in, torch's AdamW. The sides of a comparison were
+measured interleaved in one process. A ratio is the median over the pairs, then (least to most)."""
 
 
 # ---------------------------------------------------------------- words and tables
@@ -44,42 +44,42 @@ def listed(words: Sequence[str]) -> str:
 
 
 def machine_facts(result: Result) -> dict[str, str]:
-    """What a result was measured on, fact by fact."""
-    one = result["machine"]
+    """Return the machine and versions of a result."""
+    machine = result["machine"]
     return {
-        "machine": f"{one['cpu']}, {one['cores']} cores, {one['memory_gb']} GB"
-        + (f", {' and '.join(one['bf16'])}" if one["bf16"] else ", no bf16 instructions"),
-        "GPU": one["gpu"] or "none",
-        "threads": str(result.get("threads", one["threads"])),
-        "Python": one["python"],
-        **one["versions"],
-        "commit": str(one["commit"]).replace("-dirty", " with changes on top"),
-        "date": one["date"],
+        "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB"
+        + (f", {' and '.join(machine['bf16'])}" if machine["bf16"] else ", no bf16 instructions"),
+        "GPU": machine["gpu"] or "none",
+        "threads": str(result.get("threads", machine["threads"])),
+        "Python": machine["python"],
+        **machine["versions"],
+        "commit": str(machine["commit"]).replace("-dirty", " with changes on top"),
+        "date": machine["date"],
     }
 
 
-def head(found: Results) -> str:
-    """The machine of the first result; sections say where theirs differs."""
-    if not found:
+def head(results: Results) -> str:
+    """Return the machine of the first result; sections name differences."""
+    if not results:
         return "Nothing is measured yet."
-    facts = machine_facts(next(iter(found.values())))
-    return table(list(facts), [list(facts.values())]) + "\n\nA section says so where it was measured otherwise."
+    facts = machine_facts(next(iter(results.values())))
+    return table(list(facts), [list(facts.values())]) + "\n\nSections list their differences from this table."
 
 
-def differences(name: str, found: Results) -> str:
-    """What of a result's machine, versions and commit is not as in the head; "" if nothing."""
-    usual, own = machine_facts(next(iter(found.values()))), machine_facts(found[name])
-    other = [f"{key} {value}" for key, value in own.items() if value != usual.get(key)]
-    return f"Measured otherwise, {name}: {', '.join(other)}." if other else ""
+def differences(name: str, results: Results) -> str:
+    """Return how a result's machine, versions and commit differ from the head; "" if they do not."""
+    usual, facts = machine_facts(next(iter(results.values()))), machine_facts(results[name])
+    other = [f"{key} {value}" for key, value in facts.items() if value != usual.get(key)]
+    return f"Differences, {name}: {', '.join(other)}." if other else ""
 
 
 # ---------------------------------------------------------------- sections
 
 
-def training(found: Results, docs: Path) -> str:
+def training(results: Results, docs: Path) -> str:
     """One line per unit."""
     rows = []
-    for row in (unit_row(found, unit) for unit in UNITS):
+    for row in (unit_row(results, unit) for unit in UNITS):
         if row is None:
             continue
         speeds = row["tokens_per_second"]
@@ -99,9 +99,9 @@ def training(found: Results, docs: Path) -> str:
     titles = ["unit", *names, "fedmira bf16 to plain fp32", "to plain bf16", "useful GFLOP/s", "bf16 matmul GFLOP/s"]
     return (
         "8 clients x 5 steps x batch 4, up to 256 tokens, rank 8, loss on the response; real (unpadded) tokens per "
-        "second. plain bf16 is the loop under autocast. FedMira trains the 8 clients in one cohort; one client a pair "
-        "stands for the sequential loop. The ratio to plain bf16 is that of the medians. (A) and (B) are (a) and "
-        "(b) with random ids: their examples have no beginnings in common.\n\n"
+        "second. plain bf16 is the loop under autocast. FedMira trains the 8 clients in one cohort; one client per "
+        "pair represents the sequential loop. The ratio to plain bf16 is that of the medians. (A) and (B) are (a) and "
+        "(b) with random ids: their examples have no common prefixes.\n\n"
         + table([*titles, "share", "peak RSS, MiB"], rows)
         + "\n\nUseful FLOP/s count what the mathematics needs: 4 per frozen weight of the blocks and real token, the "
         "vocabulary at labelled positions only. The matmul rate was measured in the same run. Peak RSS is that of the "
@@ -109,9 +109,9 @@ def training(found: Results, docs: Path) -> str:
     )
 
 
-def cohorts(found: Results, docs: Path) -> str:
+def cohorts(results: Results, docs: Path) -> str:
     """Figure 1 and its numbers."""
-    rows = found["cohorts"]["rows"]
+    rows = results["cohorts"]["rows"]
     save(docs / "images" / "speed-cohorts.svg", cohort_figure(rows))
     counts = sorted({int(count) for row in rows for count in row["tokens_per_second"]})
     lines = []
@@ -128,37 +128,38 @@ def cohorts(found: Results, docs: Path) -> str:
     )
 
 
-def generation(found: Results, docs: Path) -> str:
-    """Answers and losses, and how far they are the same."""
-    one = found["generation"]
+def generation(results: Results, docs: Path) -> str:
+    """Answers and losses, and how much they agree."""
+    result = results["generation"]
     lines = []
     titles = {"answers": "greedy answers", "long": "the same, every answer as long as it may be", "losses": "losses"}
     for kind, title in titles.items():
-        speeds, ratio = one[kind]["tokens_per_second"], one[kind]["ratio"]
+        speeds, ratio = result[kind]["tokens_per_second"], result[kind]["ratio"]
         ratios = [
-            f"fedmira {mine} to plain {other}" for mine, other in (("bf16", "fp32"), ("bf16", "bf16"), ("fp32", "fp32"))
+            f"fedmira {ours} to plain {other}" for ours, other in (("bf16", "fp32"), ("bf16", "bf16"), ("fp32", "fp32"))
         ]
         lines.append([title, *(f"{speeds[name]:,.0f}" for name in LOOPS), *(spread(ratio[name]) for name in ratios)])
     heads = [f"{name}, tokens/s" for name in LOOPS]
     pairs = ["fedmira bf16 to plain fp32", "bf16 to bf16", "fp32 to fp32"]
     return (
-        f"Unit (c), 8 clients with adapters of their own, {one['prompts']} prompts of {one['prompt_tokens']:,} tokens "
-        f"in all, at most {one['max_new_tokens']} new tokens. The yardstick calls `generate` client by client, 4 "
-        "prompts at a time; here plain bf16 has its weights in bf16. Counted are the tokens of the answers over the "
-        f"whole time, prompts included: {one['answer_tokens']['plain fp32']:,}, so that prompts take most of it; in "
+        f"Unit (c), 8 clients with separate adapters, {result['prompts']} prompts of {result['prompt_tokens']:,} "
+        f"tokens in all, at most {result['max_new_tokens']} new tokens. The yardstick calls `generate` per client, "
+        "4 prompts at a time; here plain bf16 has its weights in bf16. Rates are the tokens of the answers over the "
+        f"whole time, prompts included: {result['answer_tokens']['plain fp32']:,}, so that prompts take most of it; in "
         "the second row no token ends an answer. For losses, the tokens of the examples.\n\n"
         + table(["work", *heads, *pairs], lines)
-        + f"\n\nSame text as plain fp32: FedMira in fp32 {one['same_text_fp32']:.1%}, in bf16 "
-        f"{one['same_text_bf16']:.1%} (plain bf16: {one['same_text_plain_bf16']:.1%}); the adapters change "
-        f"{one['changed_by_adapters']:.0%} of the answers. Losses in fp32 are off by {one['loss_error_fp32']:.1e} at "
-        f"most. Peak RSS of the whole process, with two bases of each side: {one['peak_rss_mb']:,.0f} MiB."
+        + f"\n\nSame text as plain fp32: FedMira in fp32 {result['same_text_fp32']:.1%}, in bf16 "
+        f"{result['same_text_bf16']:.1%} (plain bf16: {result['same_text_plain_bf16']:.1%}); the adapters change "
+        f"{result['changed_by_adapters']:.0%} of the answers. Losses in fp32 differ by at most "
+        f"{result['loss_error_fp32']:.1e}. Peak RSS of the whole process, with two bases of each side: "
+        f"{result['peak_rss_mb']:,.0f} MiB."
     )
 
 
-def merge(found: Results, docs: Path) -> str:
+def merge(results: Results, docs: Path) -> str:
     """Merge against copy and loop."""
     lines = []
-    for row in found["merge"]["rows"]:
+    for row in results["merge"]["rows"]:
         taken = row["seconds"]
         by = [f"{row[key]:.2f}" if key in row else "" for key in ("loop_s", "joined_loop_s")]
         times = [f"{row[key] / taken['merge']:,.0f}" if key in row else "" for key in ("loop_s", "joined_loop_s")]
@@ -185,12 +186,12 @@ def merge(found: Results, docs: Path) -> str:
     )
 
 
-def flexlora(found: Results, docs: Path) -> str:
-    """The method's merge, and the low-rank kernel in it."""
-    one = found["flexlora"]
-    rows = [("kernel, one module", one)]
-    if "merge" in one:
-        rows.insert(0, (f"merge, {one['merge']['modules']} modules", one["merge"]))
+def flexlora(results: Results, docs: Path) -> str:
+    """The method's merge, and its low-rank kernel."""
+    result = results["flexlora"]
+    rows = [("kernel, one module", result)]
+    if "merge" in result:
+        rows.insert(0, (f"merge, {result['merge']['modules']} modules", result["merge"]))
     lines = [
         [
             what,
@@ -212,64 +213,64 @@ def flexlora(found: Results, docs: Path) -> str:
         "dense to ours",
         "products differ by, of the largest",
     ]
-    missing = "" if "merge" in one else "\n\nNot measured yet: the method's merge."
+    missing = "" if "merge" in result else "\n\nNot measured yet: the method's merge."
     return (
         "One round: the sum of low-rank products through QR, against the SVD of the dense d x d sum. The merge is the "
         "method's own on the clients' rows, the kernel alone without it.\n\n"
         + table(titles, lines)
         + missing
-        + f"\n\nAt d = {4 * one['width']:,} one call of the kernel lifts the largest resident size by "
-        f"{one['peak_rise_mb']:.0f} MiB; one d x d in float32 is {one['dense_matrix_mb']:.0f} MiB."
+        + f"\n\nAt d = {4 * result['width']:,} one call of the kernel lifts the largest resident size by "
+        f"{result['peak_rise_mb']:.0f} MiB; one d x d in float32 is {result['dense_matrix_mb']:.0f} MiB."
     )
 
 
-def clients(found: Results, docs: Path) -> str:
+def clients(results: Results, docs: Path) -> str:
     """Figure 2, studies by number of clients, and a state whose rows are all written."""
     parts = []
-    rows = study_rows(found)
-    own = [row for row in rows if row["name"] == "mira"]
-    if own:
-        save(docs / "images" / "speed-clients.svg", client_figure(own))
+    rows = study_rows(results)
+    mira_rows = [row for row in rows if row["name"] == "mira"]
+    if mira_rows:
+        save(docs / "images" / "speed-clients.svg", client_figure(mira_rows))
         parts.append(
-            "Each row is a study in a process of its own; every client has an adapter of GPT-2's size (c_attn, rank 8: "
+            "Each row is a study in a separate process; every client has an adapter of GPT-2's size (c_attn, rank 8: "
             "294,912 parameters, 1.18 MB). Memory is above that of a process that only loads the base.\n\n"
             "![Time and memory of a round against the number of clients](../images/speed-clients.svg)"
         )
     if rows:
         parts.append(table(*time_lines(rows)))
         parts.append(table(*memory_lines(rows)))
-    if ended := resume_row(found):
+    if ended := resume_row(results):
         parts.append(
             f"At K = {ended['clients']:,}: killed (SIGKILL) after round {ended['killed_after']} and resumed in "
-            f"{ended['resume_s']:.0f} s; {len(ended['different'])} files differ from the run that nobody stopped."
+            f"{ended['resume_s']:.0f} s; {len(ended['different'])} files differ from the run that was not stopped."
         )
-    if "rows" in found:
-        one = found["rows"]
+    if "rows" in results:
+        state = results["rows"]
         lines = [
             [name, f"{part['seconds']:.1f}", f"{part['RssAnon'] / MB:,.0f}", f"{part['RssFile'] / MB:,.0f}"]
-            for name, part in row_parts(one).items()
+            for name, part in row_parts(state).items()
         ]
         parts.append(
-            f"A run's state without model or training, until each of {one['clients']:,} clients has a row of its own "
-            f"({one['rows_bytes'] / GB:.1f} GB); memory above the process's own before each part:\n\n"
+            f"A run's state without model or training, until each of {state['clients']:,} clients has a separate row "
+            f"({state['rows_bytes'] / GB:.1f} GB); memory above the process's own before each part:\n\n"
             + table(["part", "seconds", "RssAnon, MB", "RssFile, MB"], lines)
         )
     return "\n\n".join(parts)
 
 
-def natural_instructions(found: Results, docs: Path) -> str:
-    """One real study: what it took and what came out."""
-    one = found["natural-instructions"]
-    names = list(one["scores"])
-    metrics = sorted({metric for values in one["scores"].values() for metric in values})
-    lines = [[name, *(f"{one['scores'][name].get(metric, 0.0):.4f}" for metric in metrics)] for name in names]
+def natural_instructions(results: Results, docs: Path) -> str:
+    """One real study: its cost and its scores."""
+    result = results["natural-instructions"]
+    names = list(result["scores"])
+    metrics = sorted({metric for values in result["scores"].values() for metric in values})
+    lines = [[name, *(f"{result['scores'][name].get(metric, 0.0):.4f}" for metric in metrics)] for name in names]
     return (
-        f"{one['clients']} tasks, a client each, nano with rank 8 on every linear layer, {one['rounds']} rounds of "
-        f"{one['sampled']:.0f} clients and 5 steps of 4 examples: "
-        f"{one['seconds'] / 60:.1f} minutes in all, scoring and writing of answers included ({one['prepare_s']:.0f} s "
-        f"to load and encode; a round {one['round_s']:.1f} s, {one['training_s']:.1f} of it training, "
-        f"{one['merge_s']:.2f} MIRA's merge). Peak of memory: RssAnon {one['anon_peak'] / MB:,.0f} MB, RssFile "
-        f"{one['file_peak'] / MB:,.0f} MB; the study takes {one['study_bytes'] / MB:,.0f} MB on disk.\n\n"
+        f"{result['clients']} tasks, a client each, nano with rank 8 on every linear layer, {result['rounds']} rounds "
+        f"of {result['sampled']:.0f} clients and 5 steps of 4 examples: "
+        f"{result['seconds'] / 60:.1f} minutes in all, scoring and generation included ({result['prepare_s']:.0f} s "
+        f"to load and encode; a round {result['round_s']:.1f} s, {result['training_s']:.1f} of it training, "
+        f"{result['merge_s']:.2f} MIRA's merge). Peak of memory: RssAnon {result['anon_peak'] / MB:,.0f} MB, RssFile "
+        f"{result['file_peak'] / MB:,.0f} MB; the study takes {result['study_bytes'] / MB:,.0f} MB on disk.\n\n"
         "Mean over clients on the test split (two or three examples of each; the base has seen other instances of "
         "these tasks, so this says little about the methods):\n\n" + table(["adapters", *metrics], lines)
     )
@@ -321,11 +322,11 @@ def memory_lines(rows: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     return [*titles, "checkpoint, MB", "rows changed, MB", "study on disk, GB"], lines
 
 
-def gpu(found: Results, docs: Path) -> str:
+def gpu(results: Results, docs: Path) -> str:
     """The table of a GPU."""
-    one = found["gpu"]
+    result = results["gpu"]
     lines = []
-    for row in one["rows"]:
+    for row in result["rows"]:
         speeds, peaks = row["tokens_per_second"], row["peak_device_gb"]
         lines.append(
             [
@@ -346,7 +347,7 @@ def gpu(found: Results, docs: Path) -> str:
         "useful TFLOP/s",
         "bf16 matmul TFLOP/s",
     ]
-    device = one["machine"]["gpu"] or "no GPU: a trial on the CPU"
+    device = result["machine"]["gpu"] or "no GPU: a trial on the CPU"
     return f"{device}; random weights, 8 clients, batch 8, rank 16, up to 1,024 tokens, both in bf16.\n\n" + table(
         [*titles, "share", "plain bf16, peak GiB", "fedmira bf16, peak GiB"], lines
     )
@@ -354,7 +355,7 @@ def gpu(found: Results, docs: Path) -> str:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: the results it needs, the command that measures them, and who writes it."""
+    """A part of the page: the results it needs, the command that measures them, and the function that writes it."""
 
     title: str
     names: tuple[str, ...]
@@ -381,14 +382,14 @@ SECTIONS = (
 # ---------------------------------------------------------------- the page
 
 
-def section_text(section: Section, found: Results, docs: Path) -> str:
+def section_text(section: Section, results: Results, docs: Path) -> str:
     """A section: its command, what differs from the head, its figures, and what is not measured yet."""
-    there = [name for name in section.names if name in found]
-    missing = [name for name in section.names if name not in found]
+    there = [name for name in section.names if name in results]
+    missing = [name for name in section.names if name not in results]
     parts = [f"## {section.title}", f"    {section.command}"]
-    parts += [words for name in there if (words := differences(name, found))]
+    parts += [words for name in there if (words := differences(name, results))]
     if there:
-        parts.append(section.write(found, docs))
+        parts.append(section.write(results, docs))
     if missing:
         parts.append(f"Not measured yet: {listed(missing)}." if there else "Not measured yet.")
     return "\n\n".join(parts)
@@ -401,9 +402,9 @@ def save(path: Path, words: str) -> None:
 
 def write_page(results: Path, docs: Path) -> list[Path]:
     """Write the page and its figures below `docs` from the results; return the page and the figures it shows."""
-    found = read_results(results)
-    sections = [section_text(section, found, docs) for section in SECTIONS]
-    parts = [INTRODUCTION, head(found), f"## Asked and measured\n\n{aims_table(found)}", *sections]
+    by_name = read_results(results)
+    sections = [section_text(section, by_name, docs) for section in SECTIONS]
+    parts = [INTRODUCTION, head(by_name), f"## Targets and measurements\n\n{aims_table(by_name)}", *sections]
     page = docs / "results" / "speed.md"
     save(page, "\n\n".join([*parts, NOTES.read_text(encoding="utf-8").strip()]) + "\n")
     shown = [docs / "images" / f"speed-{name}.svg" for name in ("cohorts", "clients")]

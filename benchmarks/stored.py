@@ -1,4 +1,4 @@
-"""What the benchmarks stored: reading it, finding a row in it, and writing figures down the same way everywhere."""
+"""The stored results of the benchmarks: reading them, finding a row, and formatting figures uniformly."""
 
 import json
 import statistics
@@ -8,7 +8,7 @@ from typing import Any
 
 UNITS = {
     "a": "training-a",
-    "A": "training-a-random",  # not by case alone: some disks ignore it
+    "A": "training-a-random",  # not by case alone: some file systems ignore it
     "b": "training-b",
     "B": "training-b-random",
     "c": "training-c",
@@ -21,40 +21,40 @@ Results = Mapping[str, Result]
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """Stored results by name, in the order in which they are measured. Raises SystemExit for a file that is no JSON."""
-    found = {}
+    """Return stored results by name, in measuring order. Raises SystemExit for a file that is not JSON."""
+    results = {}
     for name in (*CORE, *FULL):
         path = folder / f"{name}.json"
         if not path.is_file():
             continue
         try:
-            found[name] = json.loads(path.read_text(encoding="utf-8"))
+            results[name] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise SystemExit(f"{path}: no JSON ({error}); measure it again or remove the file") from None
-    return found
+            raise SystemExit(f"{path}: not JSON ({error}); measure it again or remove the file") from None
+    return results
 
 
-def unit_row(found: Results, unit: str) -> Result | None:
-    """The row of a unit of training."""
-    rows: Sequence[Result] = found.get(UNITS[unit], {}).get("rows", [])
+def unit_row(results: Results, unit: str) -> Result | None:
+    """Return the row of a unit of training."""
+    rows: Sequence[Result] = results.get(UNITS[unit], {}).get("rows", [])
     return next((row for row in rows if row["unit"] == unit), None)
 
 
-def study_rows(found: Results) -> list[Result]:
-    return [row for row in found.get("clients", {}).get("rows", []) if row["name"] != "resume"]
+def study_rows(results: Results) -> list[Result]:
+    return [row for row in results.get("clients", {}).get("rows", []) if row["name"] != "resume"]
 
 
-def resume_row(found: Results) -> Result | None:
-    return next((row for row in found.get("clients", {}).get("rows", []) if row["name"] == "resume"), None)
+def resume_row(results: Results) -> Result | None:
+    return next((row for row in results.get("clients", {}).get("rows", []) if row["name"] == "resume"), None)
 
 
 def row_parts(result: Result) -> dict[str, Result]:
-    """What scale/rows.py measured one after another."""
+    """Return the parts measured by scale/rows.py, in order."""
     return {name: part for name, part in result.items() if isinstance(part, dict) and "RssAnon" in part}
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median and both ends."""
+    """Return the median, the smallest and the largest value as text."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 

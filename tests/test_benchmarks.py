@@ -130,7 +130,7 @@ def test_without_cuda_the_row_of_the_gpu_names_its_command(
 ) -> None:
     (row,) = (row for row in bench.ROWS if row.gpu)
     assert bench.run_rows([row], tmp_path, cuda=lambda: False) == []
-    assert "no CUDA device here; where one is, measure it by: python benchmarks/speed/gpu.py" in capsys.readouterr().out
+    assert "no CUDA device; on a machine with one run: python benchmarks/speed/gpu.py" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -258,8 +258,8 @@ def tables(text: str) -> list[list[dict[str, str]]]:
 
 
 def aims(page: str) -> dict[str, tuple[str, str]]:
-    """What was measured, and whether that reaches what was asked, by target."""
-    (lines,) = tables(section(page, "Asked and measured"))
+    """What was measured, and whether that reaches the target, by name."""
+    (lines,) = tables(section(page, "Targets and measurements"))
     return {line["what"]: (line["measured"], line["reached"]) for line in lines}
 
 
@@ -367,9 +367,9 @@ def test_the_other_tables_have_their_numbers(page: str) -> None:
 
 
 def test_a_section_that_was_measured_otherwise_says_so(page: str) -> None:
-    assert "Measured otherwise, merge: commit def5678 with changes on top, date 2026-11-22." in page
-    assert "Measured otherwise, gpu: GPU Large GPU." in page
-    assert page.count("Measured otherwise") == 2
+    assert "Differences, merge: commit def5678 with changes on top, date 2026-11-22." in page
+    assert "Differences, gpu: GPU Large GPU." in page
+    assert page.count("Differences, ") == 2
 
 
 def test_each_section_begins_with_a_command_that_measures_it(bench: ModuleType, page: str) -> None:
@@ -391,7 +391,7 @@ def test_the_page_builds_where_nothing_is_measured(bench: ModuleType, tmp_path: 
 
 def test_a_stored_file_that_is_no_json_is_named(bench: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "merge.json").write_text("{", encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"merge\.json: no JSON .*; measure it again or remove the file"):
+    with pytest.raises(SystemExit, match=r"merge\.json: not JSON .*; measure it again or remove the file"):
         bench.main(["--results", str(tmp_path), "--docs", str(tmp_path / "docs"), "page"])
 
 

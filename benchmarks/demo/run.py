@@ -23,7 +23,7 @@ FAMILY = "graph: {kind: groups, column: family}"
 
 
 def study(name: str, seeds: list[int], methods: list[str], metrics: str) -> fedmira.Study:
-    """Run the demo's config with other methods and seeds, or go on with it where it stopped."""
+    """Run the demo's config with other methods and seeds, or resume it."""
     place = RUNS / name
     if (place / "config.yaml").is_file():
         return fedmira.resume(place)

@@ -42,7 +42,7 @@ METRICS = {"demo": ("loss", "word_accuracy"), "ni": ("loss", "rouge_l")}
 GROUP = {"demo": "family", "ni": "category"}  # the column that names a client's group
 PROMPT_RATE = {"demo": 1e-2, "ni": 3.3e-3}  # the study's x 10/3: MIRA's authors give P-tuning 1e-3 where LoRA has 3e-4
 TITLES = {"loss": "loss", "word_accuracy": "word accuracy", "rouge_l": "ROUGE-L"}
-CLEAR = 0.05  # Holm-adjusted p below which a method counts as told apart from local
+CLEAR = 0.05  # Holm-adjusted p below which a method counts as different from local
 
 Row = Mapping[str, Any]
 Result = Mapping[str, Any]
@@ -315,7 +315,7 @@ def between(ends: Sequence[int]) -> str:
 
 
 def lessons(result: Result) -> list[str]:
-    """Sentences that the numbers bear, whatever they are."""
+    """Sentences that follow from any numbers."""
     rows = {row["label"]: row for row in result["rows"]}
     trained = [row for row in result["rows"] if row["method"] not in ("untouched", "pooled")]
     lines = [

@@ -6,7 +6,7 @@
 One study with the same settings for `local`, `mira`, `mira` with `reply: lost`, and `fedavg`: real tasks of Natural
 Instructions, one a client, with the base nano; half of the clients in a round, so that a client comes back about four
 times. Losses and ROUGE-L on the clients' test splits. Writes docs/results/lost_reply.md and
-benchmarks/results/lost-reply.json; a study that is there already is gone on with, or only read.
+benchmarks/results/lost-reply.json; an existing study is resumed, or only read.
 
 Source: the public code of MIRA (arXiv:2410.15524) at commit 2bf90c7: what the server decides in round t is saved in the
 folder of round t + 1, and a client that returns reads that of t, its own upload.
@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from fedmira.config.faults import check_config
 
 import fedmira
+from fedmira.config.faults import check_config
 from fedmira.reports.stats import MethodSummary, summarise, summarise_base
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -63,7 +63,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> fedmira.Study:
-    """Run the study, or go on with it where it stopped. Raises SystemExit if it was made with other settings."""
+    """Run the study, or resume it. Raises SystemExit if it has other settings."""
     config = check_config(settings(options))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="mira: reply: lost")  # that is what is looked at

@@ -7,7 +7,7 @@ meta device of torch. Which layers carry adapters, how a row is laid out and wha
 code: find_targets, install, lora_layout, the layout of fedptuning, the messages of mira, fedit and fedptuning.
 
 The paper prints neither dtype nor direction. Each of its figures is looked for in float32 and float16, one way and both
-ways, with the adapters of the public configs and with others; whatever gives it is listed.
+ways, with the adapters of the public configs and with others; all that match are listed.
 
 Source: MIRA (arXiv:2410.15524), Table II and section IV: bytes U + D of a client and round, memory C_w + C_dW + C_O.
 """
@@ -148,7 +148,7 @@ def fits(layout: Layout, printed: float) -> list[tuple[str, str]]:
 
 
 def padding(layout: Layout) -> int:
-    """Count the numbers of a row that are no parameters: rows end on a cache line."""
+    """Count the padding of a row, which ends on a cache line."""
     return layout.size - layout.parameters
 
 
@@ -168,7 +168,7 @@ def hold(layout: Layout, rows: torch.Tensor) -> Adapters:
 
 
 def no_training(*_: object) -> NoReturn:
-    raise AssertionError("the size of a message was to be read, and a method asked to train")
+    raise AssertionError("only the size of a message is needed, but a method trained")
 
 
 def trained(layout: Layout) -> int:
@@ -225,7 +225,7 @@ def memory_row(printed: Printed) -> list[str]:
 
 
 def conventions() -> str:
-    """Say whether one dtype and direction gives every printed figure, with whatever adapter."""
+    """Say whether one dtype and direction gives every printed figure, with any adapter."""
     each = [
         {way for _, layout in tried(printed.base, printed.method) for way in fits(layout, printed.mb)}
         for printed in PAPER
@@ -237,7 +237,7 @@ def conventions() -> str:
 
 
 def rank_16() -> str:
-    """Say for which base the rank that the paper calls its best gives the printed figure, with whatever modules."""
+    """Say for which base the rank that the paper calls its best gives the printed figure, with any modules."""
     found = {
         printed.base: any(
             fits(lora_layout(adapted(printed.base, targets), 16), printed.mb) for targets in TARGETS[printed.base]

@@ -2,7 +2,7 @@
 
     python benchmarks/scale/clients.py [--clients 10 100 1000 10000] [--rounds 6] [--sampled 8] [--full] [--json FILE]
 
-Every row is a real study in a process of its own, by the Python API: tiny texts that this script makes, a GPT-2 with
+Every row is a real study in a separate process, by the Python API: tiny texts that this script makes, a GPT-2 with
 random weights whose adapter has GPT-2 small's size (c_attn, r 8, 12 layers: 294,912 parameters, 1.18 MB a row) and
 whose vocabulary and MLPs are small, so that a round takes seconds; method mira, families of 10 clients. The process is
 watched from outside (/proc/PID/status every 20 ms); memory is given above that of a process which only loads the base.
@@ -78,7 +78,7 @@ def make_config(folder: Path, base: Path, data: Path, *, clients: int, method: M
         "federation": {"rounds": options.rounds, "participation": options.sampled / clients, "cohort": options.sampled},
         "training": {"local_steps": 4, "batch_size": 2, "learning_rate": 0.001},
         "methods": [method],
-        # one shared row: a validation scores every client, and is no part of what a round costs
+        # one shared row: a validation scores every client, and is not a cost of a round
         "evaluation": {"metrics": ["loss"], "every": options.rounds if method["name"] == "fedavg" else 1},
     }
     folder.mkdir(parents=True)
@@ -136,7 +136,7 @@ def child(config: str) -> None:
 
 
 def status(pid: int | str) -> dict[str, int]:
-    """RssAnon and RssFile of a process now, in bytes; none if it is gone."""
+    """RssAnon and RssFile of a process now, in bytes; none if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -259,7 +259,7 @@ def files(study: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def kill_and_resume(config: Path, whole: Path, *, after: int) -> dict[str, Any]:
-    """SIGKILL in the round after `after`, resume, and compare with the run that nobody stopped."""
+    """SIGKILL in the round after `after`, resume, and compare with a run that was not stopped."""
     study = config.parent / "study"
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen([sys.executable, "-m", "fedmira", "run", str(config), "-q"], env=quiet) as process:
@@ -317,7 +317,7 @@ def main() -> None:
             rows.append(row)
             print(
                 f"killed after round {row['killed_after']}, resumed in {row['resume_s']:.0f} s: differs from the run "
-                f"that nobody stopped in {len(row['different'])} files",
+                f"that was not stopped in {len(row['different'])} files",
                 flush=True,
             )
             shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Memory and time where every one of 10,000 clients has a GPT-2 adapter of its own: 11.8 GB of rows, all written.
+"""Memory and time if each of 10,000 clients has a separate GPT-2 adapter: 11.8 GB of rows, all written.
 
     python benchmarks/scale/rows.py [--clients 10000] [--json FILE]
 
@@ -18,10 +18,10 @@ from typing import Any, cast
 
 import torch
 from clients import status
-from fedmira.disk.table import Rows
 
 from fedmira.adapters import Adapters, lora_layout
 from fedmira.disk.folders import RunFolder
+from fedmira.disk.table import Rows
 from fedmira.engine.ledger import Ledger, commit, restore
 from fedmira.methods.base import Change, State
 

@@ -11,7 +11,7 @@ kernel  one module without the method: ours in float64, then factors of the clie
 Pairs are interleaved in one run; one repeat of ours is a burst of 20. The products of both sides must agree to 1e-4 of
 the largest number: between two singular values that nearly agree, the cut in float32 is not quite that in float64.
 Peak memory is the rise of the largest resident size over one call of the kernel at 4 times the width, in
-a process of its own, beside the size of one square matrix of that width in float32.
+a separate process, beside the size of one square matrix of that width in float32.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python benchmarks/speed/generation.py [--pairs 5] [--new 32] [--json FILE]
 
-Unit (c): 8 tasks of Natural Instructions, 20 prompts each, every client with an adapter of its own (random, strong
+Unit (c): 8 tasks of Natural Instructions, 20 prompts each, every client with a separate adapter (random, strong
 enough to change answers). The yardstick is a resident PeftModel: per client its adapter is set, then `generate` answers
 4 prompts at a time, padded on the left; once with float32 weights, once with bfloat16 weights. FedMira answers the same
 prompts by `answers`, as evaluation does. Counted are the tokens of every answer up to and with its end of text, over
@@ -67,10 +67,10 @@ class Plain:
             set_peft_model_state_dict(self.model, state)
             own: list[list[int]] = []
             for start in range(0, len(client.train), BATCH):
-                asked = [one.question for one in client.train[start : start + BATCH]]
-                longest = max(map(len, asked))
-                ids = torch.tensor([[self.pad] * (longest - len(one)) + list(one) for one in asked])
-                mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in asked])
+                questions = [example.question for example in client.train[start : start + BATCH]]
+                longest = max(map(len, questions))
+                ids = torch.tensor([[self.pad] * (longest - len(ids)) + list(ids) for ids in questions])
+                mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in questions])
                 with torch.no_grad():
                     out = self.model.generate(
                         input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=self.pad

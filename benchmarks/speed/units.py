@@ -54,7 +54,7 @@ def _other_vocabulary(clients: list[ClientData], vocabulary: int, *, alike: bool
     """Give the texts other ids; 0 stays the end of text.
 
     alike: one id for another, so that what examples have in common (the task's instruction) they keep in common;
-    else every id is drawn anew and the examples have nothing in common but their lengths.
+    otherwise every id is drawn and the examples have only their lengths in common.
     """
     stream = np.random.default_rng(0)
     table = np.concatenate([[0], 1 + stream.permutation(vocabulary - 1)])
@@ -67,7 +67,7 @@ def _other_vocabulary(clients: list[ClientData], vocabulary: int, *, alike: bool
 
 
 def random_base(config: GPT2Config | LlamaConfig, folder: Path) -> Path:
-    """Save a base with random weights and a tokenizer that nothing is asked of but an end of text."""
+    """Save a base with random weights and a tokenizer that only needs an end of text."""
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -77,7 +77,7 @@ def random_base(config: GPT2Config | LlamaConfig, folder: Path) -> Path:
 
 
 def units(wanted: str = "abcAB") -> list[Unit]:
-    """Make the units named by their letters; bases with random weights lie in a temporary folder."""
+    """Make the units named by their letters; bases with random weights are in a temporary folder."""
     place = Path(tempfile.gettempdir()) / "fedmira-bench"
     texts = _texts()
     made = []

@@ -76,7 +76,7 @@ def test_a_written_line_is_a_row(tmp_path: Path, rows: list[Row]) -> None:
     assert [json.loads(line) for line in lines] == rows
 
 
-def test_one_more_family_changes_nobody_elses_sentences() -> None:
+def test_another_family_does_not_change_the_sentences_of_others() -> None:
     assert make_tasks(5, families=3) == [row for row in make_tasks(5) if row["family"] != "west"]
 
 
@@ -101,7 +101,7 @@ def test_every_client_trains_on_thirty_words(families: list[Family]) -> None:
 
 
 @pytest.mark.parametrize(("split", "times"), [("validation", 2), ("test", 3)])
-def test_every_word_is_asked_equally_often_of_every_client(rows: list[Row], split: str, times: int) -> None:
+def test_every_word_occurs_equally_often_for_every_client(rows: list[Row], split: str, times: int) -> None:
     asked = Counter((row["client"], word) for row in rows if row["split"] == split for word in words_of(row))
     assert asked == {(client, word): times for client in {row["client"] for row in rows} for word in source_words()}
 
@@ -127,7 +127,7 @@ def test_private_words_contradict_the_family_and_no_other_word_does(families: li
             assert len(differing) == 6
 
 
-def test_no_word_is_private_to_two_clients_of_a_family(families: list[Family]) -> None:
+def test_a_word_is_private_to_one_client_of_a_family_at_most(families: list[Family]) -> None:
     for family in families:
         assert all(not set(a.private) & set(b.private) for a, b in combinations(family.speakers, 2))
 
@@ -170,7 +170,7 @@ def test_the_pretraining_languages_agree_with_the_demos_by_chance_only(seed: int
 
 
 @pytest.mark.parametrize("sizes", [{"private_words": 13}, {"clients": 2}, {"families": 9}, {"test": 15}, {"train": 0}])
-def test_sizes_that_cannot_be_are_refused_with_what_is_allowed(sizes: dict[str, int]) -> None:
+def test_sizes_out_of_range_are_refused_with_the_allowed_ones(sizes: dict[str, int]) -> None:
     (name, value), *_ = sizes.items()
     with pytest.raises(DataError, match=f"{name}={value}"):
         make_tasks(0, **sizes)

@@ -68,7 +68,7 @@ def test_decoding_gives_the_answer_back(tokenizer, asked):
     assert tokenizer.decode(tokenizer(answer)["input_ids"]) == answer
 
 
-def test_the_tokenizer_adds_no_token_of_its_own(tokenizer, asked):
+def test_the_tokenizer_adds_no_token(tokenizer, asked):
     assert len(tokenizer(asked[0]["prompt"])["input_ids"]) == 5
 
 
@@ -80,14 +80,14 @@ def test_the_model_and_tokenizer_agree_on_special_tokens(model, tokenizer):
     assert (model.config.pad_token_id, model.config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
 
 
-def test_the_base_translates_a_language_it_was_taught(model, tokenizer):
+def test_the_base_translates_a_language_of_its_pretraining(model, tokenizer):
     words, language = source_words(), pretraining_languages(64)[7]
     prompts = [prompt_of(words[i : i + 3]).replace("translate", "<lang07>") for i in range(0, 48, 3)]
     wanted = [" ".join(language[word] for word in words[i : i + 3]) for i in range(0, 48, 3)]
     assert word_accuracy(greedy_answers(model, tokenizer, prompts), wanted) > 0.95
 
 
-def test_the_base_answers_the_demo_as_a_blind_guess_would(model, tokenizer, asked):
+def test_the_base_answers_the_demo_like_a_random_guess(model, tokenizer, asked):
     answers = greedy_answers(model, tokenizer, [row["prompt"] for row in asked])
     # One guess per source word and client: 768 of probability 1/96, so four standard errors are .0147.
     assert word_accuracy(answers, [row["completion"] for row in asked]) < 1 / TARGET_COUNT + 0.0147
@@ -98,7 +98,7 @@ def test_pretraining_twice_gives_the_same_bits():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_pretraining_lowers_the_loss_and_says_the_final_one():
+def test_pretraining_lowers_the_loss_and_reports_the_final_one():
     told: list[str] = []
     pretrain(40, report=told.append)
     assert told[-1].startswith("final pretraining loss: ")

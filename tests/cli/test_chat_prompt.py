@@ -152,7 +152,7 @@ def test_a_prompt_of_another_width_is_refused(here: Path, tmp_path: Path) -> Non
     folder = prompted.export_one(tmp_path / "narrow", base, prompted.encoders(base, 1))
     ended = command("chat", "--adapter", folder, "--model", here / "base", "-p", QUESTION, "--max-new-tokens", NEW)
     assert (ended.code, ended.out) == (2, "")
-    assert "'prompt_embeddings' is (3, 8), and (3, 16) is needed; was it made for another base?" in ended.err
+    assert "'prompt_embeddings' is (3, 8), but must be (3, 16); was it made for another base?" in ended.err
     assert not has_traceback(ended.err)
 
 

@@ -54,7 +54,7 @@ BAD_LINES = {
         "'x' contains a NUL",
     ),
     "a key twice": (b'{"prompt": "Zq7secretZq7", "prompt": "b", "completion": "c"}', "a key is given twice"),
-    "NaN": (b'{"prompt": "Zq7secretZq7", "completion": "b", "x": NaN}', "NaN is no JSON number"),
+    "NaN": (b'{"prompt": "Zq7secretZq7", "completion": "b", "x": NaN}', "NaN is not a JSON number"),
     "a bomb of brackets": (b"[" * 100_000, "JSON nested too deeply"),
     "a number of 5000 digits": (b'{"prompt": ' + b"9" * 5000 + b"}", "a number with too many digits"),
 }

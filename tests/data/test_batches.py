@@ -97,7 +97,7 @@ def test_the_prompt_keeps_the_tokenizers_first_token_and_not_its_last(
     assert only(encode("a b", "c", using=tokenizer(**options))) == (expected, (*letters("c"), EOS))
 
 
-def test_an_end_of_text_that_stands_in_the_prompt_itself_is_kept() -> None:
+def test_an_end_of_text_in_the_prompt_itself_is_kept() -> None:
     assert only(encode("a </s>", "c"))[0] == (*letters("a"), EOS)
     assert only(encode("a </s>", "c", using=tokenizer(eos=True)))[0] == (*letters("a"), EOS)
 
@@ -348,7 +348,7 @@ def test_seed_round_and_client_each_change_the_order(changed: dict[str, int]) ->
     ("count", "options"),
     [(0, {"steps": 1}), (3, {}), (3, {"steps": 1, "epochs": 1}), (3, {"steps": 0}), (3, {"steps": 1, "batch_size": 0})],
 )
-def test_steps_that_cannot_be_are_refused(count: int, options: dict[str, int]) -> None:
+def test_invalid_step_counts_are_refused(count: int, options: dict[str, int]) -> None:
     with pytest.raises(DataError, match="local batches"):
         steps(count, **options)
 

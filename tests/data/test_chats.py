@@ -57,7 +57,7 @@ def test_sharegpt_is_read_with_its_own_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "turn", [("role", "content", "user", "assistant"), ("from", "value", "human", "gpt"), ("from", "content", "u", "a")]
 )
-def test_either_spelling_of_a_turn_stands_in_either_format(
+def test_both_formats_accept_either_spelling_of_a_turn(
     tmp_path: Path, key: str, turn: tuple[str, str, str, str]
 ) -> None:
     role, content, _, _ = turn
@@ -76,12 +76,12 @@ def test_either_spelling_of_a_turn_stands_in_either_format(
         *(("function_response", "tool"), ("Human", "user"), (" GPT ", "assistant")),
     ],
 )
-def test_roles_have_many_words(tmp_path: Path, word: str, role: str) -> None:
+def test_roles_have_several_names(tmp_path: Path, word: str, role: str) -> None:
     [record] = records(write(tmp_path / "a.jsonl", chat({"role": word, "content": "x"}, REPLY)))
     assert record.turns == (Turn(role, "x"),)
 
 
-def test_nulls_that_a_table_fills_in_are_not_there(tmp_path: Path) -> None:
+def test_nulls_written_by_a_table_count_as_missing(tmp_path: Path) -> None:
     nothing = {"from": None, "value": None, "name": None, "tool_calls": None, "function_call": None}
     row = chat({**nothing, **USER}, {**nothing, **REPLY, "tool_calls": []}, system=None, tools="[]", functions=[])
     [record] = records(write(tmp_path / "a.jsonl", row))
@@ -96,12 +96,12 @@ def test_a_prompt_and_a_completion_may_be_lists_of_turns(tmp_path: Path) -> None
     assert record.answers == ("red",)
 
 
-def test_the_answer_to_a_list_of_turns_must_stand_in_the_completion(tmp_path: Path) -> None:
+def test_the_answer_to_a_list_of_turns_must_be_in_the_completion(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"prompt": [USER, REPLY], "completion": [USER]})
     assert "a.jsonl:1: no assistant turn to learn from in 'completion'" in fault(path)
 
 
-def test_lists_of_turns_are_no_prompts(tmp_path: Path) -> None:
+def test_lists_of_turns_are_not_prompts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"prompt": [USER], "completion": [REPLY]})
     message = fault(path, format="prompt_completion")
     assert "'prompt' is a list, not text; lists of turns are read by data.format messages" in message
@@ -119,7 +119,7 @@ def test_one_system_text_given_twice_is_one_turn(tmp_path: Path) -> None:
     assert [turn.role for turn in record.turns] == ["system", "user"]
 
 
-def test_the_system_column_can_have_another_name_and_is_no_column_then_either(tmp_path: Path) -> None:
+def test_a_renamed_system_column_is_not_a_column_either(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", chat(USER, REPLY, rules="Be brief."), chat(USER, REPLY))
     first, second = records(path, columns={"system": "rules"})
     assert (first.turns[0], first.columns) == (Turn("system", "Be brief."), {})
@@ -147,12 +147,15 @@ BAD_CHATS = {
         "turn 2 of 2: 'tool_calls' is not read: only text is",
     ),
     "a function call": (chat(USER, {**REPLY, "function_call": {"name": SECRET}}), "'function_call' is not read"),
-    "tools": (chat(USER, REPLY, tools=[{"name": SECRET}]), "'tools' is not read: a conversation may not offer tools"),
+    "tools": (
+        chat(USER, REPLY, tools=[{"name": SECRET}]),
+        "'tools' is not read: conversations with tools are not supported",
+    ),
     "functions": (chat(USER, REPLY, functions=SECRET), "'functions' is not read"),
-    "an unknown role": (chat({"role": "narrator", "content": "x"}, REPLY), "'role': 'narrator' is no role known here"),
-    "a role that may be text": (chat({"role": SECRET, "content": "x"}, REPLY), "'role': it is no role known here"),
+    "an unknown role": (chat({"role": "narrator", "content": "x"}, REPLY), "'role': 'narrator' is not a known role"),
+    "a role that may be text": (chat({"role": SECRET, "content": "x"}, REPLY), "'role': it is not a known role"),
     "no assistant": (chat(USER, USER), "no assistant turn to learn from"),
-    "nothing before the assistant": (chat(REPLY), "nothing stands before the assistant's only turn"),
+    "nothing before the assistant": (chat(REPLY), "no turn precedes the assistant's only turn"),
     "an empty answer": (chat(USER, {"role": "assistant", "content": ""}), "turn 2 of 2: 'content' of the assistant is"),
     "an earlier empty answer": (
         chat(USER, {"role": "assistant", "content": " \n"}, USER, REPLY),
@@ -184,7 +187,7 @@ def test_a_bad_conversation_is_found_skipped_and_never_shown(tmp_path: Path, kin
 def test_an_unknown_role_comes_with_the_known_ones(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"conversations": [{"from": "narrator", "value": "x"}]})
     message = fault(path)
-    assert "'from': 'narrator' is no role known here; known: system, developer, user, human" in message
+    assert "'from': 'narrator' is not a known role; known: system, developer, user, human" in message
 
 
 def test_a_conversation_may_be_a_parquet_row(tmp_path: Path) -> None:

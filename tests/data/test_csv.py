@@ -72,7 +72,7 @@ BAD_CSV_ROWS = {  # the second row of three -> what is said, and whether the thi
     "a carriage return alone": ("Zq7secretZq7\rx,b", "a carriage return without a line feed", True),
     "a NUL": ("Zq7secretZq7\0,b", "of the file is NUL", True),
     "a NUL inside a quoted text of two lines": ('"Zq7secretZq7\n\0",b', "of the file is NUL", True),
-    "a quote that never closes": ('"Zq7secretZq7,b', "a quote that opens in this row is never closed", False),
+    "a quote that never closes": ('"Zq7secretZq7,b', "a quote opened in this row is never closed", False),
     "a broken quote, and one that opens": ('"Zq7secretZq7"x,"b\n', "a quote inside a quoted text", False),
     "a broken quote on a second line": ('"a\n"Zq7secretZq7,b', "a quote inside a quoted text", False),
 }
@@ -98,7 +98,7 @@ def test_a_bad_row_of_a_csv_file_is_skipped_only_where_the_next_is_sure_to_be_fo
         assert [skipped.where for skipped in reading.skipped] == ["a.csv:3"]
         assert (len(reading.records), reading.read) == (2, 3)
     else:
-        assert "nobody can say how many are lost" in fault(path, on_bad_row="skip")
+        assert "the number of lost rows is not known" in fault(path, on_bad_row="skip")
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,10 @@ def test_a_bad_row_of_a_csv_file_is_skipped_only_where_the_next_is_sure_to_be_fo
         ("prompt,completion,prompt", "columns 1 and 3 have the same name"),
         ("prompt,,completion", "column 2 of 3 has no name"),
         ("prompt,completion,", "column 3 of 3 has no name"),
-        ("prompt;completion", "one column with ';' in it, but columns are parted by ',' here"),
+        ("prompt;completion", "one column with ';' in it, but columns are separated by ',' here"),
         ("prompt\tcompletion", "one column with a tab in it"),
         ("prompt,\0", "of the file is NUL"),
-        ('"prompt', "a quote that opens in this row is never closed"),
+        ('"prompt', "a quote opened in this row is never closed"),
         ("prompt,completion\rp,c\rp,c", "a carriage return without a line feed"),
     ],
 )
@@ -125,14 +125,14 @@ def test_a_header_that_cannot_be_read_is_a_fault_of_the_file(
 
 def test_a_forgotten_header_is_never_shown(tmp_path: Path) -> None:
     message = fault(table(tmp_path / "a.csv", f"{SECRET},the patient has a cold\n{SECRET} too,x\n"))
-    assert "no known format has the keys found here (2 others); is the first line a header?" in message
+    assert "no known format has these keys (2 others); is the first line a header?" in message
     assert SECRET not in message
     assert "cold" not in message
 
 
-def test_columns_that_say_nothing_are_shown_so_that_the_missing_one_is_found(tmp_path: Path) -> None:
+def test_known_column_names_are_shown_so_that_the_missing_one_is_found(tmp_path: Path) -> None:
     message = fault(table(tmp_path / "a.csv", "prompt,reply,label\na,b,c\n"))
-    assert "the keys found here (prompt, label, 1 other)" in message
+    assert "no known format has these keys (prompt, label, 1 other)" in message
 
 
 def test_a_forgotten_header_is_not_shown_as_a_near_name_either(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_json_in_a_cell_is_not_read_as_a_conversation(tmp_path: Path) -> None:
     assert SECRET not in message
 
 
-def test_a_text_longer_than_the_csv_modules_own_limit_is_read_and_the_limit_is_put_back(tmp_path: Path) -> None:
+def test_a_text_longer_than_the_csv_modules_limit_is_read_and_the_limit_is_restored(tmp_path: Path) -> None:
     before = csv.field_size_limit()
     long = "x" * (before + 1)
     assert records(table(tmp_path / "a.csv", f"text\n{long}\n"))[0].answers == (long,)
@@ -162,7 +162,7 @@ def test_a_text_longer_than_the_csv_modules_own_limit_is_read_and_the_limit_is_p
 
 
 @pytest.mark.parametrize("row", [b"x" * 101, b'"' + b"x\n" * 51 + b'"'])
-def test_a_row_over_the_limit_ends_the_file_for_its_quotes_are_not_known(row: bytes) -> None:
+def test_a_row_over_the_limit_ends_the_file_because_its_quotes_are_unknown(row: bytes) -> None:
     found = list(read_csv(io.BytesIO(b"text\na\n" + row + b"\nb\n"), START, delimiter=",", limit=100))
     assert len(found) == 2
     assert isinstance(found[1], Fault)

@@ -133,7 +133,7 @@ def test_scalars_become_text_and_nothing_else_becomes_a_column(tmp_path: Path) -
     assert record.columns == {**PAIR, "n": "7", "half": "0.5", "good": "true"}
 
 
-def test_columns_name_what_is_called_otherwise(tmp_path: Path) -> None:
+def test_columns_map_other_names(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"question": "1 + 1?", "reply": "2", "subject": "sums"})
     name, [record] = read(path, columns={"prompt": "question", "completion": "reply", "task": "subject"})
     assert (name, record.instruction, record.answers) == ("prompt_completion", "1 + 1?", ("2",))
@@ -158,7 +158,7 @@ def test_instructions_without_any_input_are_read(tmp_path: Path) -> None:
     assert (name, record.input) == ("alpaca", "")
 
 
-def test_an_input_under_another_formats_name_is_not_lost_in_silence(tmp_path: Path) -> None:
+def test_an_input_under_another_formats_name_is_not_dropped_silently(tmp_path: Path) -> None:
     row = {"instruction": "Add.", "context": "1 2", "output": "3"}
     assert "no known format" in fault(write(tmp_path / "a.jsonl", row))
     assert read(tmp_path / "a.jsonl", columns={"input": "context"})[1][0].input == "1 2"
@@ -228,24 +228,24 @@ def test_a_question_and_an_answer_and_nothing_else_are_a_prompt_and_a_completion
 def test_a_question_with_more_beside_it_is_read_only_when_it_is_named(tmp_path: Path) -> None:
     row = {"question": "Who?", "answer": "me", "context": SECRET}
     path = write(tmp_path / "a.jsonl", row)
-    assert "nothing that may belong to the question stands beside them" in fault(path)
-    assert "'context' stands beside 'question' and 'answer' and would not be read" in fault(
+    assert "only if no other column may be part of the question" in fault(path)
+    assert "'context' is beside 'question' and 'answer' and would not be read" in fault(
         path, format="prompt_completion"
     )
     assert records(path, columns={"prompt": "question", "completion": "answer"})[0].instruction == "Who?"
     write(path, {"question": "1?", "answer": "1"}, row)
-    assert "a.jsonl:2: 'context' stands beside 'question' and 'answer'" in fault(path)
+    assert "a.jsonl:2: 'context' is beside 'question' and 'answer'" in fault(path)
     assert SECRET not in fault(path)
 
 
 @pytest.mark.parametrize(("key", "value"), [("history", [["a", "b"]]), ("system", "Be brief."), ("history", "x")])
-def test_a_history_or_system_of_an_instruction_is_not_lost_in_silence(tmp_path: Path, key: str, value: object) -> None:
+def test_a_history_or_system_of_an_instruction_is_not_dropped_silently(tmp_path: Path, key: str, value: object) -> None:
     message = fault(write(tmp_path / "a.jsonl", {**ALPACA, key: value}))
     assert f"a.jsonl:1: '{key}' is not read: write the row as a conversation" in message
 
 
 @pytest.mark.parametrize(("key", "value"), [("history", []), ("history", None), ("system", "")])
-def test_an_empty_history_or_system_says_nothing(tmp_path: Path, key: str, value: object) -> None:
+def test_an_empty_history_or_system_is_ignored(tmp_path: Path, key: str, value: object) -> None:
     assert read(write(tmp_path / "a.jsonl", {**ALPACA, key: value}))[0] == "alpaca"
 
 
@@ -298,7 +298,7 @@ def test_an_instance_without_output_is_a_fault_that_names_it(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("output", [[], "", [""], None, 3])
-def test_an_instance_with_an_output_that_is_no_answer_is_a_fault(tmp_path: Path, output: object) -> None:
+def test_an_instance_whose_output_is_not_an_answer_is_a_fault(tmp_path: Path, output: object) -> None:
     task = {**OUR_TASK, "instances": [{"id": "a", "input": "x", "output": output}]}
     assert "t.jsonl:1, instance 1 of 1: 'output' is" in fault(write(tmp_path / "t.jsonl", task))
 
@@ -319,7 +319,7 @@ def test_the_sources_never_show_an_id_that_may_be_text(tmp_path: Path) -> None:
 
 def test_unknown_keys_are_listed_with_what_each_format_reads(tmp_path: Path) -> None:
     message = fault(write(tmp_path / "a.jsonl", {"question": SECRET, "reply": "x", f"{SECRET}?": 1}))
-    assert "a.jsonl:1: no known format has the keys found here (question, reply)" in message
+    assert "a.jsonl:1: no known format has these keys (question, reply)" in message
     assert "alpaca: instruction, input, output" in message
     assert SECRET not in message
 
@@ -331,21 +331,21 @@ def test_an_unknown_format_suggests_the_nearest(tmp_path: Path) -> None:
 
 def test_an_unknown_column_name_suggests_the_nearest(tmp_path: Path) -> None:
     message = fault(tmp_path, columns={"promt": "question"})
-    assert "'promt' is no name of ours (did you mean 'prompt'?)" in message
+    assert "'promt' is not one of our names (did you mean 'prompt'?)" in message
 
 
 def test_a_column_of_another_format_is_refused(tmp_path: Path) -> None:
-    assert "'prompt' is no name of ours" in fault(tmp_path, format="dolly", columns={"prompt": "question"})
+    assert "'prompt' is not one of our names" in fault(tmp_path, format="dolly", columns={"prompt": "question"})
 
 
-def test_a_renamed_task_that_is_not_there_suggests_the_nearest(tmp_path: Path) -> None:
+def test_a_renamed_task_that_does_not_exist_suggests_the_nearest(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {**PAIR, "subject": "x"})
     assert "no 'subjct' (did you mean 'subject'?), which data.columns.task names" in fault(
         path, columns={"task": "subjct"}
     )
 
 
-def test_a_renamed_system_that_is_not_there_suggests_the_nearest(tmp_path: Path) -> None:
+def test_a_renamed_system_that_does_not_exist_suggests_the_nearest(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"messages": [], "sys_prompt": "x"})
     assert "no 'sysprompt' (did you mean 'sys_prompt'?), which data.columns.system names" in fault(
         path, columns={"system": "sysprompt"}, format="messages"

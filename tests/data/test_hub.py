@@ -155,7 +155,7 @@ def test_a_csv_file_of_the_hub_is_read(hub: Path) -> None:
 def test_rows_of_mixed_kinds_are_skipped_like_any_others(hub: Path) -> None:
     reading = read_records("org/mixed", on_bad_row="skip")
     assert [str(skipped) for skipped in reading.skipped] == [
-        "org/mixed/train, row 2: 'messages', turn 2 of 2: 'tool_calls' is not read: only text is; take the row out"
+        "org/mixed/train, row 2: 'messages', turn 2 of 2: 'tool_calls' is not read: only text is; remove the row"
     ]
 
 
@@ -171,10 +171,10 @@ REFUSALS = {
         {"path": "org/two", "subset": "sokratic"},
         "it has no subset 'sokratic' (did you mean 'socratic'?); data.subset may be main, socratic",
     ),
-    "no such set": ({"path": "org/gone"}, "the hub has no such data set, or shows it only to others"),
-    "terms": ({"path": "org/gated"}, "the hub gives it only to those who accepted its terms"),
+    "no such set": ({"path": "org/gone"}, "the hub has no such data set, or you may not see it"),
+    "terms": ({"path": "org/gated"}, "the hub requires that you accept its terms"),
     "no such revision": ({"path": "org/one", "revision": "v9"}, "the hub has no such revision of it"),
-    "no data": ({"path": "org/nothing"}, "the hub has it, but no data file in it"),
+    "no data": ({"path": "org/nothing"}, "the hub has it, but it has no data file"),
     "a script": ({"path": "org/script"}, "`datasets` could not read it (RuntimeError)"),
     "no text": ({"path": "org/images"}, "it holds no tables of text"),
     "broken rows": ({"path": "org/broken"}, "`datasets` could not read it (DatasetGenerationError)"),
@@ -182,12 +182,12 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("kind", REFUSALS)
-def test_what_the_hub_does_not_give_is_one_line_and_leaves_nothing(
+def test_a_refusal_of_the_hub_is_one_line_and_leaves_nothing(
     hub: Path, capfd: pytest.CaptureFixture[str], kind: str
 ) -> None:
     options, expected = REFUSALS[kind]
     message = fault(**options)  # type: ignore[arg-type]
-    assert message.startswith(f"data.path '{options['path']}': no file or folder here, and as a data set of the hub: ")
+    assert message.startswith(f"data.path '{options['path']}': no such file or folder, and as a data set on the hub: ")
     assert expected in message
     assert "\n" not in message
     assert SECRET not in message
@@ -204,7 +204,7 @@ def test_a_hub_that_does_not_answer_is_one_line_at_once(hub: Path, monkeypatch: 
     assert "\n" not in message
 
 
-def test_a_program_that_dies_is_one_line(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_of_the_program_is_one_line(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONHOME", str(hub))  # where there is no Python
     assert fault("org/one").endswith("`datasets` could not read it (its process ended with 1)")
     assert left_over(hub) == []
@@ -217,5 +217,5 @@ def test_a_full_disk_is_named() -> None:
     assert explain(wrapped) == {"reason": "disk"}
 
 
-def test_what_nobody_foresaw_is_named_by_its_class_only() -> None:
+def test_an_unexpected_error_is_named_by_its_class_only() -> None:
     assert explain(RuntimeError(SECRET)) == {"reason": "other", "kind": "RuntimeError"}

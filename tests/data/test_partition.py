@@ -46,7 +46,7 @@ def test_the_key_of_a_client_is_the_first_64_bits_of_its_hash() -> None:
     assert client_key("task1") == int(hashlib.sha256(b"task1").hexdigest()[:16], 16)
 
 
-def test_clients_stand_in_the_order_in_which_their_values_first_appear() -> None:
+def test_clients_are_in_order_of_first_appearance_of_their_values() -> None:
     records = [record(0, task="b"), record(1, task="a"), record(2, task="b")]
     assert [client.name for client in form_clients(records, by="task")] == ["b", "a"]
 
@@ -61,7 +61,7 @@ def test_first_counts_values_before_they_are_dealt() -> None:
     assert [c.name for c in form_clients(records, by="task", first=1, per_group=2)] == ["a-0", "a-1"]
 
 
-def test_dealing_gives_every_example_to_one_client_in_numbers_as_equal_as_possible() -> None:
+def test_dealing_gives_every_example_to_one_client_as_evenly_as_possible() -> None:
     records = task("a", 10)
     clients = form_clients(records, by="task", per_group=3)
     assert [client.name for client in clients] == ["a-0", "a-1", "a-2"]
@@ -84,7 +84,7 @@ def test_the_group_is_the_value_itself_or_that_of_another_column() -> None:
     assert [c.group for c in form_clients(records, by="task", groups="family")] == ["x", "x"]
 
 
-def test_a_client_whose_data_names_no_group_has_none() -> None:
+def test_a_client_without_a_group_in_the_data_has_none() -> None:
     clients = form_clients([*task("a", 2), *task("b", 1, family="x")], by="task", groups="family")
     assert [client.group for client in clients] == [None, "x"]
 
@@ -203,7 +203,7 @@ def test_other_clients_change_nothing_for_a_client(options: dict[str, float]) ->
 
 
 @pytest.mark.parametrize("name", ["task1", "007", "no", "A_b-c", "a" * 64, "0"])
-def test_a_name_that_may_be_an_id_is_kept(name: str) -> None:
+def test_a_name_that_is_a_valid_id_is_kept(name: str) -> None:
     assert client_ids([name]) == {name: name}
 
 
@@ -232,7 +232,7 @@ def test_another_name_becomes_a_slug_with_eight_digits_of_its_hash() -> None:
         "a b",
     ],
 )
-def test_a_name_that_is_no_safe_folder_gets_an_id_that_is(name: str) -> None:
+def test_a_name_that_is_not_a_safe_folder_name_gets_a_safe_id(name: str) -> None:
     id = client_ids([name])[name]
     assert ID.fullmatch(id)
     assert id != name
@@ -246,7 +246,7 @@ def test_names_that_differ_only_in_case_all_get_their_hash() -> None:
     assert ids["aB"] == "aB-" + hashlib.sha256(b"aB").hexdigest()[:8]
 
 
-def test_a_name_that_looks_like_anothers_id_is_told_apart() -> None:
+def test_a_name_that_looks_like_the_id_of_another_gets_a_different_id() -> None:
     taken = client_ids(["a b"])["a b"]
     ids = client_ids(["a b", taken])
     assert len({id.lower() for id in ids.values()}) == 2
@@ -254,7 +254,7 @@ def test_a_name_that_looks_like_anothers_id_is_told_apart() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(st.text(max_size=6), st.text("aAbB-_.é ", max_size=3), st.text(max_size=90)), unique=True))
-def test_ids_are_safe_unique_whatever_the_case_and_free_of_order(names: list[str]) -> None:
+def test_ids_are_safe_unique_without_case_and_independent_of_order(names: list[str]) -> None:
     ids = client_ids(names)
     assert all(ID.fullmatch(id) for id in ids.values())
     assert len({id.lower() for id in ids.values()}) == len(names)
@@ -284,12 +284,12 @@ def test_a_group_that_is_not_constant_names_the_client() -> None:
 
 def test_a_group_that_only_some_records_have_names_the_client() -> None:
     records = [record(0, task="a", kind="x"), record(1, task="a")]
-    assert "client 'a': found a value of some records only in 'kind'" in fault(records, groups="kind")
+    assert "client 'a': found a value in some records only in 'kind'" in fault(records, groups="kind")
 
 
 def test_a_client_without_a_training_example_is_named() -> None:
     records = [*task("a", 1, part="train"), *task("b", 2, part="test")]
-    assert "client 'b': none of its 2 records is one to train on" in fault(records, split_column="part")
+    assert "client 'b': none of its 2 records is for training" in fault(records, split_column="part")
 
 
 def test_more_clients_than_examples_name_the_first_empty_one() -> None:
@@ -305,7 +305,7 @@ def test_an_unknown_split_names_the_records_but_not_the_value() -> None:
     assert "secret" not in message
 
 
-def test_no_records_at_all_are_refused() -> None:
+def test_an_empty_list_of_records_is_refused() -> None:
     assert "no records" in fault([])
 
 
@@ -323,5 +323,5 @@ def test_no_records_at_all_are_refused() -> None:
         ({"seed": -1}, "seed = -1"),
     ],
 )
-def test_numbers_that_no_partition_can_have_are_refused(options: dict[str, float], named: str) -> None:
+def test_numbers_out_of_range_are_refused(options: dict[str, float], named: str) -> None:
     assert named in fault(task("a", 2), **options)

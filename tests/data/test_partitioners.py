@@ -77,7 +77,7 @@ def test_the_order_is_that_of_a_shuffled_flwr_dataset(seed: str) -> None:
     assert draw_order(50, seed=int(seed)).tolist() == GOLDEN["order"][seed]
 
 
-def test_the_order_is_drawn_with_flwrs_seed_unless_told_otherwise() -> None:
+def test_the_order_is_drawn_with_flwrs_seed_by_default() -> None:
     assert draw_order(50).tolist() == GOLDEN["order"]["42"]
 
 
@@ -88,17 +88,17 @@ def test_iid_parts_are_consecutive_and_the_first_ones_larger() -> None:
     assert lists(iid(8, num_partitions=3)) == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
-def test_parts_of_given_sizes_leave_the_rest_out() -> None:
+def test_parts_of_given_sizes_leave_out_all_other_examples() -> None:
     assert lists(size(6, partition_sizes=[1, 3])) == [[0], [1, 2, 3]]
 
 
-def test_sizes_grow_with_the_place_and_the_last_part_takes_the_rest() -> None:
+def test_sizes_grow_with_the_index_and_the_last_part_takes_the_remainder() -> None:
     assert [len(part) for part in linear(14, num_partitions=3)] == [2, 4, 8]  # 14 / 6 = 2.33 a unit
     assert [len(part) for part in square(30, num_partitions=3)] == [2, 8, 20]  # 30 / 14 = 2.14 a unit
     assert [len(part) for part in exponential(30, num_partitions=3)] == [2, 7, 21]  # 30 / 30.19 = 0.99 a unit
 
 
-def test_classes_stand_in_the_order_of_their_texts() -> None:
+def test_classes_are_in_lexical_order() -> None:
     labels = ["b", "2", "a", "10", "Z"]
     parts = pathological(
         labels, num_partitions=5, num_classes_per_partition=1, class_assignment_mode="deterministic", shuffle=False
@@ -106,7 +106,7 @@ def test_classes_stand_in_the_order_of_their_texts() -> None:
     assert [labels[index] for [index] in lists(parts)] == ["10", "2", "Z", "a", "b"]
 
 
-def test_labels_that_numpy_takes_for_equal_are_two_classes() -> None:
+def test_labels_that_numpy_treats_as_equal_are_two_classes() -> None:
     parts = pathological(
         ["a", "a\0"], num_partitions=2, num_classes_per_partition=1, class_assignment_mode="deterministic"
     )
@@ -163,7 +163,7 @@ def test_an_incomplete_shard_is_left_out_unless_kept() -> None:
     assert dealt(shard(ABC, num_partitions=1, shard_size=4, keep_incomplete_shard=True)) == [0, 1, 2, 3, 4, 5]
 
 
-def test_shards_beyond_the_number_asked_for_are_left_out() -> None:
+def test_shards_beyond_the_needed_number_are_left_out() -> None:
     parts = shard(ABC, num_partitions=2, num_shards_per_partition=1, shard_size=2)
     assert [len(part) for part in parts] == [2, 2]
 
@@ -279,7 +279,7 @@ def test_no_dirichlet_part_is_below_the_smallest_size(least: int, seed: int) -> 
     st.booleans(),
     some_seed,
 )
-def test_pathological_parts_have_their_number_of_classes_and_miss_only_classes_nobody_has(
+def test_pathological_parts_have_their_number_of_classes_and_miss_only_classes_of_no_part(
     data: st.DataObject, labels: list[str], mode: Any, shuffle: bool, seed: int
 ) -> None:
     num_partitions = data.draw(st.integers(1, min(Counter(labels).values())))  # then no class can run out
@@ -385,7 +385,7 @@ def test_a_number_of_shards_for_each_part_gives_no_example_twice(
             pathological,
             ABC,
             {**TWO, "num_classes_per_partition": 3},
-            "2 partitions are to have class 2 of 3 (in the order of their texts)",
+            "2 partitions need class 2 of 3 (in lexical order)",
         ),
         (
             pathological,
@@ -402,18 +402,18 @@ def test_a_number_of_shards_for_each_part_gives_no_example_twice(
             shard,
             ABC,
             {**TWO, "num_shards_per_partition": 2, "shard_size": 2, "keep_incomplete_shard": True},
-            "6 examples make 3 shards of 2, but num_partitions = 2 asks for 4",
+            "6 examples make 3 shards of 2, but num_partitions = 2 needs 4",
         ),
         (shard, ABC, {"num_partitions": 3, "shard_size": 4}, "6 examples make 1 shards of 4, but num_partitions = 3"),
         (
             shard,
             ABC,
             {"num_partitions": 3, "shard_size": 4, "keep_incomplete_shard": True},
-            "6 examples make 2 shards of 4, but num_partitions = 3 asks for 3",
+            "6 examples make 2 shards of 4, but num_partitions = 3 needs 3",
         ),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(
+def test_numbers_out_of_range_are_refused(
     partitioner: Callable[..., object], given_data: int | list[str], parameters: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError) as caught:

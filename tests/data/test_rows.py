@@ -39,7 +39,7 @@ def test_blank_lines_keep_the_count_of_lines(tmp_path: Path) -> None:
     assert [record.source for record in records(path)] == ["a.jsonl:2", "a.jsonl:4"]
 
 
-def test_rows_of_a_list_know_the_line_they_begin_on(tmp_path: Path) -> None:
+def test_rows_of_a_list_have_the_line_of_their_start(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[\n {"prompt": "a",\n  "completion": "b"},\n {"prompt": "c", "completion": "d"}\n]\n')
     assert [record.source for record in records(path)] == ["a.json:2", "a.json:4"]
@@ -89,7 +89,7 @@ def test_a_bad_line_is_skipped_and_counted_wherever_it_stands(tmp_path: Path, ki
     assert SECRET not in str(reading.skipped)
 
 
-BROKEN_LISTS = {  # after these nobody can say where the next row of a list begins
+BROKEN_LISTS = {  # after these the start of the next row of a list is unknown
     *(
         "not JSON at all",
         "cut short",
@@ -109,7 +109,7 @@ def test_a_bad_row_of_a_list_is_skipped_unless_the_list_itself_is_broken(tmp_pat
     if kind in BROKEN_LISTS:
         message = fault(path, on_bad_row="skip")
         assert "a.json:2: " in message
-        assert "nobody can say how many are lost" in message
+        assert "the number of lost rows is not known" in message
         assert SECRET not in message
     else:
         reading = skipping(path)
@@ -139,7 +139,7 @@ def test_faults_without_end_are_counted_and_five_are_shown(tmp_path: Path) -> No
 def test_skipping_every_row_is_an_error_that_gives_the_first_reason(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"question": 1}, {"reply": 2})
     message = fault(path, on_bad_row="skip")
-    assert "2 faults:\n  - a.jsonl:1: no known format has the keys found here (question)" in message
+    assert "2 faults:\n  - a.jsonl:1: no known format has these keys (question)" in message
 
 
 def test_skipping_rows_of_a_known_format_that_are_all_bad_is_an_error_too(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_rows_are_skipped_until_one_settles_the_format(tmp_path: Path) -> None:
     assert [skipped.where for skipped in reading.skipped] == ["a.jsonl:1", "a.jsonl:3"]
 
 
-def test_nothing_is_skipped_where_nothing_is_bad(tmp_path: Path) -> None:
+def test_nothing_is_skipped_if_nothing_is_bad(tmp_path: Path) -> None:
     reading = skipping(write(tmp_path / "a.jsonl", PAIR, PAIR))
     assert reading.skipped == ()
     assert reading.counts == {"tables": 1, "empty": 0, "others": 0, "kept": 2, "skipped": 0}
@@ -205,7 +205,7 @@ def test_an_empty_list_is_a_fault_and_so_is_an_empty_file_in_a_folder(tmp_path: 
     ],
 )
 @pytest.mark.parametrize("mode", ["error", "skip"])
-def test_a_list_that_is_no_json_is_a_fault_that_cannot_be_skipped(
+def test_a_list_that_is_not_json_is_a_fault_that_cannot_be_skipped(
     tmp_path: Path, text: str, expected: str, mode: str
 ) -> None:
     (tmp_path / "a.json").write_text(text)
@@ -252,7 +252,7 @@ def encoded(text: str, kind: str, encoding: str) -> bytes:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("encoding", [*RIGHT, *(name for name, _ in OTHERS)])
-def test_ascii_text_is_read_whatever_its_encoding_is_called(tmp_path: Path, encoding: str, kind: str) -> None:
+def test_ascii_text_is_read_under_any_encoding(tmp_path: Path, encoding: str, kind: str) -> None:
     path = tmp_path / f"a.{kind}"
     content = encoded("plain", kind, encoding)
     path.write_bytes(content.removeprefix(b"\x1b$)C"))  # ISO-2022-KR begins even ASCII with an escape sequence
@@ -315,7 +315,7 @@ def test_the_offset_of_a_bad_byte_counts_from_the_start_of_the_file(tmp_path: Pa
         st.lists(st.sampled_from(b'[]{}",:\n\r\t \0\x1b\xff\xc3\xa9ab1\\'), max_size=40).map(bytes),
     )
 )
-def test_whatever_the_bytes_are_reading_them_gives_rows_and_faults_only(data: bytes) -> None:
+def test_reading_any_bytes_gives_rows_and_faults_only(data: bytes) -> None:
     for found in (
         read_lines(io.BytesIO(data), START, limit=20),
         read_document(io.BytesIO(data), START, limit=30),
@@ -340,7 +340,7 @@ def test_a_line_over_64_mib_is_one_bad_row(tmp_path: Path, name: str) -> None:
     assert len(reading.skipped) == 1
 
 
-def test_a_line_that_long_is_never_held_in_memory() -> None:
+def test_a_very_long_line_is_never_wholly_in_memory() -> None:
     bomb = io.BytesIO(gzip.compress(bytes(200 << 20), 1, mtime=0))
     tracemalloc.start()
     with gzip.open(bomb) as stream:
@@ -348,7 +348,7 @@ def test_a_line_that_long_is_never_held_in_memory() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [str(item) for item in found] == [
-        "f:1: the line is longer than 1 MiB; is it one example? split it, or take it out"
+        "f:1: the line is longer than 1 MiB; is it one example? split it, or remove it"
     ]
     assert peak < 60 << 20
 

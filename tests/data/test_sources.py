@@ -42,7 +42,7 @@ def test_a_folder_of_folders_says_that_they_are_not_read(tmp_path: Path) -> None
 def test_a_file_and_its_compressed_copy_are_not_read_as_two(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", PAIR)
     write(tmp_path / "a.jsonl.gz", PAIR)
-    assert "more than one file is called 'a'" in fault(tmp_path)
+    assert "more than one file is named 'a'" in fault(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -64,18 +64,18 @@ def test_the_files_of_one_kind_in_a_folder_are_read_together(
     assert [record.columns["file"] for record in records(tmp_path)] == files
 
 
-def test_a_table_about_the_files_in_a_folder_is_left_out_and_counted(tmp_path: Path) -> None:
+def test_a_table_about_the_files_of_a_folder_is_left_out_and_counted(tmp_path: Path) -> None:
     write(tmp_path / "tasks.jsonl", PAIR)
     (tmp_path / "index.tsv").write_text("task\tcategory\nt\tc\n")
     reading = read_records(tmp_path)
     assert (len(reading.records), reading.counts["tables"], reading.counts["others"]) == (1, 1, 1)
 
 
-def test_examples_in_files_of_two_kinds_are_not_lost_in_silence(tmp_path: Path) -> None:
+def test_examples_in_files_of_two_kinds_are_not_dropped_silently(tmp_path: Path) -> None:
     write(tmp_path / "tasks.jsonl", PAIR)
     (tmp_path / "more.csv").write_text("prompt,completion\np,c\n")
     message = fault(tmp_path)
-    assert "'more.csv' holds examples too, but is of another kind of file than 'tasks.jsonl'" in message
+    assert "'more.csv' holds examples too, but is another kind of file than 'tasks.jsonl'" in message
 
 
 @pytest.mark.parametrize("path", ["./org/name", "../org/name", "/org/name", "~/org/name", "~org/name"])
@@ -86,7 +86,7 @@ def test_a_path_that_begins_like_one_is_never_looked_for_on_the_hub(here: Path, 
 
 
 def test_a_home_folder_is_not_guessed(here: Path) -> None:
-    assert "'~' is not the home folder here, write it out" in fault("~/data")
+    assert "'~' is not expanded, write the path in full" in fault("~/data")
 
 
 @pytest.mark.parametrize(
@@ -98,17 +98,17 @@ def test_a_name_that_the_hub_cannot_have_is_never_looked_for_there(here: Path, p
     assert "as a data set of the hub" not in message
 
 
-def test_a_misspelt_folder_below_one_that_is_there_is_a_misspelling(here: Path) -> None:
+def test_a_misspelt_folder_below_an_existing_one_is_a_misspelling(here: Path) -> None:
     write(here / "data.jsonl", PAIR)
     (here / "data" / "train").mkdir(parents=True)
     assert "no such file or folder (did you mean 'train'?)" in fault("data/trian")
     assert "no such file or folder; current folder" in fault("data/other")
 
 
-def test_a_name_without_an_owner_is_none_of_the_hub(here: Path) -> None:
+def test_a_name_without_an_owner_is_not_on_the_hub(here: Path) -> None:
     (here / "patients").mkdir()
     assert "no such file or folder (did you mean 'patients'?)" in fault("patiens")
-    assert "no such file or folder; a data set of the hub is called owner/name; current folder" in fault("gsm8k")
+    assert "no such file or folder; a data set on the hub is named owner/name; current folder" in fault("gsm8k")
 
 
 @pytest.mark.parametrize("path", ["org/name", "Org-1/na.me_2"])
@@ -121,7 +121,7 @@ def test_a_name_on_the_hub_names_the_variable_that_switches_it_off(
     monkeypatch.setenv(switch, "true")
     message = fault(path)
     assert message == (
-        f"data.path '{path}': no file or folder here, and as a data set of the hub: the hub is switched off by "
+        f"data.path '{path}': no such file or folder, and as a data set on the hub: the hub is switched off by "
         f"{switch}; unset it, or name a local file or folder"
     )
 
@@ -129,7 +129,7 @@ def test_a_name_on_the_hub_names_the_variable_that_switches_it_off(
 @pytest.mark.parametrize("key", ["subset", "revision"])
 def test_only_the_hub_has_subsets_and_revisions(tmp_path: Path, key: str) -> None:
     path = write(tmp_path / "a.jsonl", PAIR)
-    assert f"data.{key} 'main': only a data set of the hub has one" in fault(path, **{key: "main"})
+    assert f"data.{key} 'main': only a data set on the hub has one" in fault(path, **{key: "main"})
 
 
 UNREADABLE = Path("/proc/self/mem")  # opens, and fails at the first byte, for root too

@@ -75,7 +75,7 @@ def test_a_bad_row_of_a_parquet_file_is_found_and_skipped(tmp_path: Path) -> Non
     assert (len(reading.records), [skipped.where for skipped in reading.skipped]) == (2, ["a.parquet, row 2"])
 
 
-def test_bytes_are_no_text(tmp_path: Path) -> None:
+def test_bytes_are_not_text(tmp_path: Path) -> None:
     assert "'completion' is bytes, not text" in fault(
         parquet(tmp_path / "a.parquet", [{"prompt": "p", "completion": SECRET.encode()}])
     )
@@ -88,11 +88,11 @@ def test_a_parquet_text_that_is_not_utf_8_is_one_bad_row(tmp_path: Path) -> None
     assert [record.answers for record in skipping(path).records] == [("a",), ("c",)]
 
 
-def test_a_value_that_python_cannot_hold_is_one_bad_row(tmp_path: Path) -> None:
+def test_a_value_that_python_cannot_represent_is_one_bad_row(tmp_path: Path) -> None:
     far = pyarrow.array([0, 2**60, 0], pyarrow.timestamp("ms"))
     path = parquet(tmp_path / "a.parquet", pyarrow.table({"text": ["a", SECRET, "c"], "when": far}))
     message = fault(path)
-    assert "1 fault:\n  - a.parquet, row 2: a value that Python cannot hold" in message
+    assert "1 fault:\n  - a.parquet, row 2: a value that Python cannot represent" in message
     assert SECRET not in message
 
 
@@ -122,7 +122,7 @@ def test_a_damaged_parquet_file_is_a_fault_that_cannot_be_skipped(tmp_path: Path
         }[damage]
     )
     message = fault(path, on_bad_row=mode)
-    assert "a.parquet: damaged, or no Parquet file" in message
+    assert "a.parquet: damaged, or not a Parquet file" in message
     assert SECRET not in message
 
 
@@ -173,7 +173,7 @@ def test_columns_of_mixed_kinds_are_read_as_what_they_were(tmp_path: Path) -> No
     assert record.answers == ("hi",)
 
 
-def test_a_mixed_column_that_holds_no_json_is_one_bad_row(tmp_path: Path) -> None:
+def test_a_mixed_column_without_json_is_one_bad_row(tmp_path: Path) -> None:
     texts = pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(['"a"', SECRET, None]))
     path = parquet(tmp_path / "a.parquet", pyarrow.table({"text": ["a", "b", "c"], "mixed": texts}))
     message = fault(path)
@@ -191,8 +191,8 @@ def test_a_bad_row_of_a_saved_data_set_is_found_and_skipped(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        ("cut", "set: damaged, or not complete"),
-        ("no arrow file", "set: damaged, or not complete"),
+        ("cut", "set: damaged, or incomplete"),
+        ("no arrow file", "set: damaged, or incomplete"),
         ("no JSON", "set: 'state.json' is missing or damaged"),
         ("no names", "set: 'state.json' is missing or damaged"),
         ("outside", "set: 'state.json' names a file outside its folder"),
@@ -219,7 +219,7 @@ def test_a_damaged_saved_data_set_is_a_fault_that_cannot_be_skipped(
 
 
 @pytest.mark.parametrize("kind", ["Parquet", "saved"])
-def test_no_flipped_byte_ends_in_anything_but_rows_and_faults(tmp_path: Path, kind: str) -> None:
+def test_any_flipped_byte_gives_rows_and_faults_only(tmp_path: Path, kind: str) -> None:
     rows = [{"messages": [{"role": "user", "content": f"{number}"}], "text": "x" * number} for number in range(40)]
     path = parquet(tmp_path / "a.parquet", rows) if kind == "Parquet" else save(tmp_path / "set", rows)
     [file] = [path] if kind == "Parquet" else path.glob("*.arrow")
@@ -242,7 +242,7 @@ def test_a_damaged_list_of_splits_is_an_error(tmp_path: Path) -> None:
     assert "'dataset_dict.json' is missing or damaged" in fault(tmp_path)
 
 
-def test_a_split_that_is_not_there_is_a_fault_of_its_own(tmp_path: Path) -> None:
+def test_a_missing_split_is_a_separate_fault(tmp_path: Path) -> None:
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
     assert f"{tmp_path.name}/train: 'state.json' is missing or damaged" in fault(tmp_path)
 

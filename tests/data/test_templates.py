@@ -182,7 +182,7 @@ def test_ids_and_mask_are_those_of_transformers_where_the_template_has_generatio
     assert list(one.question) == asked == list(one.ids[: one.prompt_length])
 
 
-def test_what_stands_between_the_question_and_the_answer_is_trained_on(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_text_between_the_question_and_the_answer_is_trained_on(tokenizer: PreTrainedTokenizerFast) -> None:
     one = encode(talk(), chat(tokenizer, THINKS), tokenizer)
     assert labelled(one, tokenizer)[-1] == "<think>\n\n</think>\n\nAs before.<|end|></s>"
     assert tokenizer.decode(one.question).endswith("And now?<|end|>\n<|start|>assistant\n")
@@ -262,7 +262,7 @@ def test_turns_that_are_only_shown_are_not_trained_on(tokenizer: PreTrainedToken
     assert labelled(one, tokenizer) == ["As before.<|end|></s>"]
 
 
-def test_a_template_that_asks_otherwise_than_it_shows_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_generation_prompt_that_is_not_a_prefix_of_the_example_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     odd = CHATML.replace("{{ '<|start|>assistant\n' }}", "{{ '<|start|>model\n' }}")
     client = Client("c", "c", None, {}, (talk(), talk()), (talk(),), ())
     for source, count in ((odd, 3), (CHATML, 0), (THINKS, 0)):

@@ -82,7 +82,7 @@ def test_a_new_run_has_the_files_that_say_what_it_is(tmp_path: Path) -> None:
     }
 
 
-def test_a_run_made_again_after_a_crash_has_its_header_once(tmp_path: Path) -> None:
+def test_a_run_created_again_after_a_crash_has_its_header_once(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.create(config(), FACTS, {})
     (folder.path / "run.json").unlink()
@@ -152,7 +152,7 @@ def test_a_run_of_another_schema_is_refused(run: RunFolder) -> None:
         _ = run.facts
 
 
-def test_log_records_go_to_the_runs_log_while_it_is_under_way_and_not_after(run: RunFolder) -> None:
+def test_log_records_go_to_the_runs_log_during_the_run_and_not_after_it(run: RunFolder) -> None:
     log = logging.getLogger("fedmira.test")
     with run.logging():
         log.warning("inside")
@@ -164,29 +164,29 @@ def test_log_records_go_to_the_runs_log_while_it_is_under_way_and_not_after(run:
 # ---------------------------------------------------------------- studies
 
 
-def test_a_study_is_made_in_a_new_or_an_empty_folder(tmp_path: Path) -> None:
+def test_a_study_is_created_in_a_new_or_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for place in (tmp_path / "empty", tmp_path / "a" / "new"):
         StudyFolder(place).create(config())
         assert StudyFolder(place).config() == config()
 
 
-def test_a_folder_that_holds_a_study_is_refused_with_the_three_ways_on(tmp_path: Path) -> None:
+def test_a_folder_with_a_study_is_refused_with_the_three_options(tmp_path: Path) -> None:
     StudyFolder(tmp_path).create(config())
     with pytest.raises(
-        StoreError, match=r"already holds a study; go on with 'fedmira resume .*output_dir=.*--overwrite"
+        StoreError, match=r"already holds a study; continue with 'fedmira resume .*output_dir=.*--overwrite"
     ):
         StudyFolder(tmp_path).create(config())
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("foreign", ["thesis.tex", "photos/1.jpg", "local/notes.txt", "local/seed-3"])
-def test_a_folder_with_anything_else_in_it_is_never_overwritten(overwrite: bool, foreign: str, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_never_overwritten(overwrite: bool, foreign: str, tmp_path: Path) -> None:
     StudyFolder(tmp_path).create(config())
     path = tmp_path / foreign
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
-    with pytest.raises(StoreError, match="holds files that are no study's"):
+    with pytest.raises(StoreError, match="holds files that are not a study's"):
         StudyFolder(tmp_path).check_free(overwrite=overwrite)
     with pytest.raises(StoreError):
         StudyFolder(tmp_path).clear()
@@ -200,15 +200,15 @@ def test_a_study_is_cleared_whole(run: RunFolder) -> None:
     assert list(study.path.iterdir()) == []
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_a_file_instead_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(StoreError, match="is a file"):
         StudyFolder(tmp_path / "out").create(config())
-    with pytest.raises(StoreError, match="cannot be made"):
+    with pytest.raises(StoreError, match="cannot be created"):
         StudyFolder(tmp_path / "out" / "study").create(config())
 
 
-def test_what_a_crash_before_the_first_rename_left_is_no_study(tmp_path: Path) -> None:
+def test_the_remains_of_a_crash_before_the_first_rename_are_not_a_study(tmp_path: Path) -> None:
     (tmp_path / ".config.yaml.tmp").write_text("half")
     StudyFolder(tmp_path).create(config())
     assert StudyFolder(tmp_path).config() == config()
@@ -235,5 +235,5 @@ def test_a_study_is_found_by_itself_or_by_one_of_its_runs(run: RunFolder, monkey
 
 
 def test_a_path_that_is_neither_study_nor_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"neither run\.json nor config\.yaml"):
+    with pytest.raises(StoreError, match=r"it has no run\.json and no config\.yaml"):
         find_study(tmp_path)

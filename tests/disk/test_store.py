@@ -92,7 +92,7 @@ def assert_old_or_new(folder: Path, old: bytes | None, new: bytes) -> None:
     assert found in ([{"a.json": new}] + ([{}] if old is None else [{"a.json": old}]))
 
 
-def test_a_file_is_written_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_a_file_is_written_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a.json", b"new")
     assert_old_or_new(tmp_path, None, b"new")
     assert (tmp_path / "a.json").read_bytes() == b"new"
@@ -325,7 +325,7 @@ def test_few_rows_stay_in_memory(tmp_path: Path) -> None:
     assert not Table(START, KINDS, tmp_path).mapped
 
 
-def test_a_disk_that_fills_under_a_file_of_rows_is_an_error_and_no_signal(
+def test_a_disk_that_fills_under_a_file_of_rows_is_an_error_and_not_a_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "RAM_BYTES", 0)
@@ -400,7 +400,7 @@ def test_the_size_of_a_checkpoint_is_that_of_its_tensor_files(tmp_path: Path) ->
     assert size == (tmp_path / "round-000001" / "state.safetensors").stat().st_size
 
 
-def test_no_checkpoints_are_no_chain(tmp_path: Path) -> None:
+def test_without_checkpoints_there_is_no_chain(tmp_path: Path) -> None:
     assert load_chain(tmp_path) == []
     assert load_chain(tmp_path / "none") == []
 
@@ -415,7 +415,7 @@ def test_a_folder_without_a_manifest_does_not_count(chain: Path, caplog: pytest.
     assert caplog.records == []
 
 
-def test_a_folder_that_is_no_checkpoint_of_ours_does_not_count(chain: Path) -> None:
+def test_a_folder_that_is_not_a_checkpoint_does_not_count(chain: Path) -> None:
     shutil.copytree(chain / "round-000005", chain / "round-000005.bak")
     assert rounds(chain) == [3, 4, 5]
 
@@ -432,7 +432,7 @@ def test_an_unfinished_checkpoint_is_replaced_by_a_new_one(chain: Path) -> None:
     ("damaged", "expected"),
     [([5], [3, 4]), ([4], [3]), ([4, 5], [3]), ([3], [1, 2]), ([3, 5], [1, 2]), ([2, 3], [1]), ([1], [3, 4, 5])],
 )
-def test_a_damaged_checkpoint_leads_back_to_the_round_before_it(
+def test_a_damaged_checkpoint_resumes_from_the_round_before_it(
     damaged: list[int], expected: list[int], chain: Path
 ) -> None:
     for number in damaged:
@@ -440,15 +440,15 @@ def test_a_damaged_checkpoint_leads_back_to_the_round_before_it(
     assert rounds(chain) == expected
 
 
-def test_going_back_is_said_aloud(chain: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_going_back_is_logged(chain: Path, caplog: pytest.LogCaptureFixture) -> None:
     flip(chain / "round-000005" / "state.safetensors", 700)
     load_chain(chain)
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert any("round-000005' is damaged (state.safetensors does not match its sha256)" in line for line in said)
-    assert any("going back to round 4" in line for line in said)
+    assert any("resuming from round 4" in line for line in said)
 
 
-def test_if_every_full_checkpoint_is_damaged_there_is_no_way_back(chain: Path) -> None:
+def test_if_every_full_checkpoint_is_damaged_loading_is_refused(chain: Path) -> None:
     for number in (1, 3):
         flip(chain / f"round-{number:06d}" / "state.safetensors", 700)
     with pytest.raises(StoreError, match=r"no intact checkpoint in .*: 5 found"):
@@ -492,7 +492,7 @@ def test_every_byte_of_a_manifest_counts(one_chain: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{}", b'{"sha256": 1}', b"\xff\xfe", b"9"])
-def test_a_manifest_that_is_no_manifest_is_damage_and_not_a_crash(content: bytes, chain: Path) -> None:
+def test_a_manifest_that_is_not_a_manifest_is_damage_and_not_a_crash(content: bytes, chain: Path) -> None:
     (chain / "round-000005" / "manifest.json").write_bytes(content)
     assert rounds(chain) == [3, 4]
 

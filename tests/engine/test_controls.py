@@ -436,8 +436,8 @@ def test_cards_say_whose_the_adapter_is_and_who_trained(undisturbed: Path) -> No
     counts = sum(client["examples"]["train"] for client in clients.values())
     assert f"trained on: {counts} examples" in card("pooled")
     for method in ("untouched", "pooled"):
-        assert "- adapter: one that all clients of the run share\n" in card(method)
-    assert "- adapter: one that all clients of its group share\n" in card("groupavg")
+        assert "- adapter: shared by all clients of the run\n" in card(method)
+    assert "- adapter: shared by all clients of its group\n" in card("groupavg")
 
 
 def test_the_plan_counts_the_work_and_the_disk_of_the_controls(

@@ -49,7 +49,7 @@ def by_hand(base: Base, stack: Adapters, clients: Sequence[ClientData], k: int) 
 
 @pytest.mark.parametrize("cohort", [1, 2, 4])
 @pytest.mark.parametrize("pass_tokens", [1, 40, 8192])
-def test_a_loss_is_per_token_of_ones_own_with_ones_own_adapter_whatever_shares_the_pass(
+def test_a_loss_is_per_own_token_with_the_own_adapter_in_any_pass(
     base: Base,
     stack: Adapters,
     clients: list[ClientData],
@@ -65,7 +65,7 @@ def test_a_loss_is_per_token_of_ones_own_with_ones_own_adapter_whatever_shares_t
     assert len({round(value, 6) for value in expected}) == 3
 
 
-def test_a_client_asked_for_alone_has_the_loss_it_has_among_others(
+def test_a_client_scored_alone_has_the_loss_it_has_among_others(
     base: Base, stack: Adapters, clients: list[ClientData]
 ) -> None:
     together = measure_loss(base, stack.take, clients, range(4), split="validation", cohort=4)
@@ -165,6 +165,6 @@ def test_a_large_split_is_measured_in_passes_of_bounded_size(
     assert max(sizes) <= 64
 
 
-def test_nobody_with_examples_is_nobody_measured(base: Base, stack: Adapters, clients: list[ClientData]) -> None:
+def test_without_examples_no_client_is_measured(base: Base, stack: Adapters, clients: list[ClientData]) -> None:
     assert measure_loss(base, stack.take, clients, [1], split="validation", cohort=2) == [None]
     assert collate([[]], pad_id=0).lengths.tolist() == [[0]]

@@ -20,7 +20,7 @@ def test_rouge_l_keeps_the_order_of_words():
     assert score_answer("b a", ["a b"])["rouge_l"] == pytest.approx(1 / 2)
 
 
-def test_rouge_l_lets_words_lie_between():
+def test_rouge_l_allows_words_between_matches():
     # LCS("police killed the gunman", "police kill the gunman") = police .. the gunman = 3; P = R = 3/4 (Lin 2004, S2)
     assert score_answer("police kill the gunman", ["police killed the gunman"])["rouge_l"] == pytest.approx(3 / 4)
 
@@ -52,15 +52,15 @@ def test_exact_match_folds_case_beyond_latin_lower():
     assert score_answer("STRASSE", ["straße"])["exact_match"] == 1.0
 
 
-def test_exact_match_minds_punctuation():
+def test_exact_match_compares_punctuation():
     assert score_answer("Yes.", ["yes"])["exact_match"] == 0.0
 
 
-def test_exact_match_is_met_by_any_reference():
+def test_exact_match_accepts_any_reference():
     assert score_answer("no", ["nope", "No"])["exact_match"] == 1.0
 
 
-def test_word_accuracy_counts_words_in_place():
+def test_word_accuracy_counts_words_at_their_position():
     # places 1, 2 and 4 of "a b c d" agree with "a b x d": 3/4
     assert score_answer("a b x d", ["a b c d"])["word_accuracy"] == pytest.approx(3 / 4)
 
@@ -70,7 +70,7 @@ def test_word_accuracy_divides_by_the_answer_not_by_the_prediction():
     assert score_answer("a b c d", ["a"])["word_accuracy"] == 1.0
 
 
-def test_a_word_left_out_moves_the_rest_out_of_place():
+def test_a_missing_word_shifts_the_later_words():
     # "b c" against "a b c": b is at place 1, c at place 2: none agrees
     assert score_answer("b c", ["a b c"])["word_accuracy"] == 0.0
 
@@ -84,7 +84,7 @@ def test_an_empty_prediction_scores_nothing():
     assert score_answer("", ["yes"]) == {"rouge_l": 0.0, "exact_match": 0.0, "word_accuracy": 0.0}
 
 
-def test_an_empty_answer_is_met_by_an_empty_prediction():
+def test_an_empty_answer_matches_an_empty_prediction():
     scores = score_answer(" ", [""])
     assert (scores["exact_match"], scores["word_accuracy"]) == (1.0, 1.0)
 

@@ -95,7 +95,7 @@ def test_a_card_says_what_the_runs_own_files_say(here: Path) -> None:
         counts = table[client]
         tokens = counts["trained_tokens"]
         assert found["trained on"] == f"{counts['examples']['train']} examples, {tokens} tokens with a loss"
-        made = f"By FedMira {own['versions']['fedmira']}, in a run begun on {own['started'][:10]}."
+        made = f"By FedMira {own['versions']['fedmira']}, in a run started on {own['started'][:10]}."
         assert f"{made} `fedmira run config.yaml`" in card(here, client)
 
 
@@ -133,7 +133,7 @@ def test_the_loss_of_a_card_is_that_of_the_adapter_loaded_as_the_card_says(
         assert line.endswith(f"| {float(torch.stack(losses).mean()):.4f} |")
 
 
-def test_a_client_that_was_never_drawn_is_told_that_its_adapter_changes_nothing(here: Path) -> None:
+def test_the_card_of_a_client_that_was_never_drawn_says_that_its_adapter_changes_nothing(here: Path) -> None:
     said = "its adapter is the common start and changes nothing"
     unchanged = [client for client in CLIENTS if said in card(here, client)]
     assert unchanged == [client for client in CLIENTS if facts(card(here, client))["rounds"].endswith(" in 0")]
@@ -141,11 +141,11 @@ def test_a_client_that_was_never_drawn_is_told_that_its_adapter_changes_nothing(
     assert not any(said in card(here, client, method="fedavg") for client in CLIENTS)
 
 
-def test_an_adapter_that_all_share_says_so(here: Path) -> None:
-    assert facts(card(here, "ada", method="fedavg"))["adapter"] == "one that all clients of the run share"
+def test_the_card_of_a_shared_adapter_says_so(here: Path) -> None:
+    assert facts(card(here, "ada", method="fedavg"))["adapter"] == "shared by all clients of the run"
 
 
-def test_an_adapter_that_all_share_as_far_as_their_ranks_go_says_so(here: Path) -> None:
+def test_the_card_of_a_shared_adapter_cut_to_a_rank_says_so(here: Path) -> None:
     raw = small_study.settings(
         here / "base",
         here / "rows.jsonl",
@@ -157,7 +157,7 @@ def test_an_adapter_that_all_share_as_far_as_their_ranks_go_says_so(here: Path) 
     fedmira.run(check_config(raw, "test"))
     for client, rank in (("ada", 1), ("eve", 3)):
         said = facts((here / "ranks/flexlora/seed-3/adapters" / client / "README.md").read_text(encoding="utf-8"))
-        assert said["adapter"] == "one that all clients of the run share, cut to this client's rank"
+        assert said["adapter"] == "shared by all clients of the run, cut to this client's rank"
         assert said["LoRA"].startswith(f"rank {rank},")
 
 
@@ -187,7 +187,7 @@ def test_licences_are_found_under_both_spellings_and_unknown_is_none() -> None:
     assert all(re.fullmatch(r"[a-z0-9.-]+", name) for name in LICENCES)
 
 
-def test_no_word_of_a_path_to_anything_stands_in_a_card(here: Path) -> None:
+def test_a_card_contains_no_folder_of_any_path(here: Path) -> None:
     for study in ("near", "far"):
         for path in (here / study).rglob("adapters/*/README.md"):
             text = path.read_text(encoding="utf-8")
@@ -228,7 +228,7 @@ def test_a_revision_of_the_base_stands_in_the_program_that_loads_it() -> None:
     assert "from_pretrained('some/one', revision='v2')" in model_card("some/one", {}, revision="v2")
 
 
-def test_scores_that_are_no_numbers_are_told_as_none() -> None:
+def test_scores_that_are_not_finite_are_shown_as_none() -> None:
     given: Card = {"scores": {"loss": (None, float("nan")), "rouge_l": (float("inf"), 0.5)}}
     text = model_card("x", given)
     assert "| loss (nats per token) | n/a | n/a |" in text
@@ -273,8 +273,8 @@ def test_the_card_of_a_prompt_says_what_it_is_and_that_its_encoder_is_elsewhere(
     assert front(text)["tags"] == ["p-tuning", "federated-learning", "fedmira"]
     assert "# P-tuned prompt of client ada, made with FedMira" in text.splitlines()
     assert facts(text)["virtual tokens"] == "20, made by an MLP of width 128"
-    assert "training goes on there, with `fedmira resume`, and not from this folder" in text
-    assert "  # 20 logits stand before a text's own" in text.split(USE)[1]
+    assert "training continues there, with `fedmira resume`, and not from this folder" in text
+    assert "  # 20 logits precede those of the text" in text.split(USE)[1]
     assert "lora" not in text.lower()
     lora = model_card("some/base", {"client": "ada", "rank": 2, "alpha": 4.0})
     assert not any(word in lora for word in ("virtual", "MLP", "resume", "prompt", "# 20"))

@@ -95,7 +95,7 @@ def make_adapter(base: Path | str, folder: Path, *, size: float = 0.2, revision:
 # ---------------------------------------------------------------- what is written
 
 
-def test_a_merged_model_has_the_logits_of_base_and_adapter_apart(here: Path, run: Run, tmp_path: Path) -> None:
+def test_a_merged_model_has_the_logits_of_base_and_adapter(here: Path, run: Run, tmp_path: Path) -> None:
     (made,) = study.merge(run, client="007", out=tmp_path)
     assert made.path == tmp_path / "007"
     expected = apart(here / "base", run.adapters("007"))
@@ -130,7 +130,7 @@ def test_a_merged_folder_is_a_model_with_its_tokenizer_and_a_card(here: Path, ru
         assert str(here.parent).encode() not in path.read_bytes()
 
 
-def test_the_type_is_the_runs_or_the_one_that_is_asked_for(here: Path, run: Run, tmp_path: Path) -> None:
+def test_the_type_is_that_of_the_run_or_the_requested_one(here: Path, run: Run, tmp_path: Path) -> None:
     (plain,) = study.merge(run, client="007", out=tmp_path / "plain")
     (narrow,) = study.merge(run, client="007", out=tmp_path / "narrow", dtype="bfloat16")
     kinds = [{value.dtype for value in load_file(one.path / "model.safetensors").values()} for one in (plain, narrow)]
@@ -141,7 +141,7 @@ def test_the_type_is_the_runs_or_the_one_that_is_asked_for(here: Path, run: Run,
     assert 1e-4 < found < 0.2
 
 
-def test_an_adapter_that_rounding_swallows_is_told(here: Path, tmp_path: Path) -> None:
+def test_an_adapter_lost_in_rounding_is_reported(here: Path, tmp_path: Path) -> None:
     facts = make_adapter(here / "base", tmp_path / "faint", size=0.02)
     (narrow,) = merge_adapters([tmp_path / "faint"], [tmp_path / "b"], facts=facts, dtype="bfloat16")
     (wide,) = merge_adapters([tmp_path / "faint"], [tmp_path / "f"], facts=facts)
@@ -197,8 +197,8 @@ def test_a_target_that_is_taken_is_refused(run: Run, tmp_path: Path, loads: list
     assert [path.name for path in tmp_path.iterdir()] == ["eve"]
 
 
-def test_an_unknown_type_is_refused_with_those_there_are(run: Run, tmp_path: Path, loads: list[str]) -> None:
-    with pytest.raises(ConfigError, match="--dtype: found 'int8'; allowed here: float32, bfloat16, float64"):
+def test_an_unknown_type_is_refused_with_the_known_ones(run: Run, tmp_path: Path, loads: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--dtype: found 'int8'; allowed: float32, bfloat16, float64"):
         study.merge(run, out=tmp_path, dtype="int8")
     assert loads == []
 
@@ -215,7 +215,7 @@ def test_a_disk_with_too_little_room_is_refused(
     assert study.merge(run, client="ada", out=tmp_path)  # one has room
 
 
-def test_another_base_in_the_old_ones_place_is_refused(here: Path, run: Run, tmp_path: Path, loads: list[str]) -> None:
+def test_another_base_instead_of_the_old_one_is_refused(here: Path, run: Run, tmp_path: Path, loads: list[str]) -> None:
     other = small_study.save_base(tmp_path / "other", seed=9)
     facts = {**run.facts, "base_model": str(other)}
     with pytest.raises(ModelError, match="is not the base this run was trained on"):
@@ -247,19 +247,17 @@ def test_a_base_in_parts_is_counted_by_its_index(here: Path, tmp_path: Path) -> 
 # ---------------------------------------------------------------- what is not kept
 
 
-def test_a_merge_that_does_not_come_out_equal_is_not_kept(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_with_different_logits_is_removed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, **_: self.unload())  # the base without the adapter
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(
-            ModelError, match=r"logits differ by .* base and adapter apart; 1e-04 is allowed\. It is not kept"
+            ModelError, match=r"logits differ by .* base and adapter; 1e-04 is allowed\. It was removed"
         ):
             study.merge(run, client="007", out=tmp_path, dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_adapter_with_numbers_that_are_none_is_not_merged(here: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_is_not_finite_is_not_merged(here: Path, tmp_path: Path) -> None:
     facts = make_adapter(here / "base", tmp_path / "ada")
     path = tmp_path / "ada" / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -308,11 +306,11 @@ def test_merge_in_json_gives_models_and_differences(run: Run, tmp_path: Path) ->
     ("options", "words"),
     [
         (["--dtype", "float32"], "give --merge too"),
-        (["--merge", "--dtype", "float8"], "allowed here: float32, bfloat16, float64"),
+        (["--merge", "--dtype", "float8"], "allowed: float32, bfloat16, float64"),
         (["--merge", "--client", "nobody"], "there are: 007, ada"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: list[str], words: str, run: Run, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(options: list[str], words: str, run: Run, tmp_path: Path) -> None:
     ended = command("export", run.path, *options, folder=tmp_path)
     assert (ended.code, ended.out) == (2, "")
     assert words in ended.err

@@ -69,7 +69,7 @@ def settings(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_target_modules_stand_in_order(run: Run) -> None:
+def test_target_modules_are_sorted(run: Run) -> None:
     """A set has another order in every process, and files of equal runs are to be equal."""
     for client in ("ada", "bo", "eve"):
         assert settings(run.adapters(client))["target_modules"] == ["q_proj", "v_proj"]
@@ -98,7 +98,7 @@ def test_export_overwrites_nothing_and_copies_all_or_none(run: Run, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["cy"]
 
 
-def test_a_link_that_leads_nowhere_is_in_the_way_too(run: Run, tmp_path: Path) -> None:
+def test_a_dangling_link_counts_as_taken_too(run: Run, tmp_path: Path) -> None:
     (tmp_path / "cy").symlink_to(tmp_path / "nowhere")
     with pytest.raises(StoreError, match="exists already"):
         fedmira.export(run, client="cy", out=tmp_path)
@@ -143,21 +143,21 @@ def test_a_full_disk_leaves_no_copy_behind(run: Run, tmp_path: Path, monkeypatch
     assert len(fedmira.export(run, out=tmp_path / "out")) == len(CLIENTS)
 
 
-def test_what_a_crash_left_of_a_copy_is_replaced(run: Run, tmp_path: Path) -> None:
+def test_a_partial_copy_left_by_a_crash_is_replaced(run: Run, tmp_path: Path) -> None:
     (tmp_path / ".ada.tmp").mkdir()
     (tmp_path / ".ada.tmp" / "half").write_text("x")
     fedmira.export(run, client="ada", out=tmp_path)
     assert {path.name for path in tmp_path.rglob("*")} == {"ada", *FILES}
 
 
-def test_a_file_in_the_place_of_the_folder_is_told(run: Run, tmp_path: Path) -> None:
+def test_a_file_instead_of_the_folder_is_reported(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(StoreError, match=r"cannot write '.*ada': .*; choose another --out"):
         fedmira.export(run, client="ada", out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("client", ["", ".", "..", "nobody"])
-def test_a_client_that_is_not_there_is_refused_with_those_that_are(client: str, run: Run, tmp_path: Path) -> None:
+def test_an_unknown_client_is_refused_with_the_known_ones(client: str, run: Run, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there are: 007, ada"):
         fedmira.export(run, client=client, out=tmp_path / "out")
 
@@ -278,7 +278,7 @@ def test_an_adapter_with_a_rank_for_each_module_is_in_peft_what_it_is_in_the_sta
         assert torch.equal(read_adapter(folder, stack.layout), own.rows)
 
 
-def test_a_rank_that_is_not_the_largest_is_written_by_the_shortest_ending_that_is_its_own(tmp_path: Path) -> None:
+def test_a_rank_that_is_not_the_largest_is_written_under_its_shortest_unique_ending(tmp_path: Path) -> None:
     base = tiny.base("gpt2", targets="all-linear", dtype=torch.float32)  # attn.c_proj and mlp.c_proj end alike
     found = settings(export_one(tmp_path / "a", base, uneven(base, (2, 5))))
     assert (found["r"], found["lora_alpha"]) == (5, 6)
@@ -299,7 +299,7 @@ def test_an_alpha_that_float32_rounds_is_one_alpha_and_one_that_differs_is_writt
     assert (found["lora_alpha"], found["alpha_pattern"]) == (5, {"c_attn": 2, "attn.c_proj": 2})
 
 
-# ---------------------------------------------------------------- vLLM's rules (fedmira/vllm.py lists them)
+# ---------------------------------------------------------------- vLLM's rules (fedmira/export/vllm.py)
 
 
 def has_both_files(folder: Path) -> bool:
@@ -413,7 +413,7 @@ def test_the_line_has_the_largest_of_several_ranks(tmp_path: Path) -> None:
     assert "--max-lora-rank 32 " in serve_line("base", folders)
 
 
-def test_an_adapter_whose_layers_differ_in_rank_is_not_handed_to_vllm(tmp_path: Path) -> None:
+def test_an_adapter_whose_layers_differ_in_rank_is_not_offered_to_vllm(tmp_path: Path) -> None:
     (folder,) = adapters(tmp_path, "ada")
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({"r": 8, "rank_pattern": {"mlp": 4}}))
@@ -429,21 +429,21 @@ def test_a_path_with_a_comma_or_a_space_reaches_vllm_whole(tmp_path: Path) -> No
     assert json.loads(words[-1]) == {"name": "ada", "path": str(comma)}  # name=path with a comma is read as JSON
 
 
-def test_an_adapter_is_never_called_like_the_base_it_is_served_beside(tmp_path: Path) -> None:
+def test_an_adapter_never_has_the_name_of_the_base_it_is_served_with(tmp_path: Path) -> None:
     assert serve_line("ada", adapters(tmp_path, "ada")).endswith(f"ada-lora={tmp_path / 'ada'}")
 
 
-def test_the_bundled_base_is_served_from_where_it_lies(tmp_path: Path) -> None:
+def test_the_bundled_base_is_served_from_its_folder(tmp_path: Path) -> None:
     base = shlex.split(serve_line("bundled:model", adapters(tmp_path, "ada")))[2]
     assert (Path(base) / "model.safetensors").is_file()
 
 
-def test_what_vllm_cannot_serve_is_told_with_the_way_out(tmp_path: Path) -> None:
+def test_what_vllm_cannot_serve_is_reported_with_an_alternative(tmp_path: Path) -> None:
     folders = adapters(tmp_path, "ada", rank=600)
     assert "GPT2LMHeadModel" in NO_LORA
     for line, words in (
-        (serve_line("gpt2", folders, architecture="GPT2LMHeadModel"), "serves no LoRA on GPT2LMHeadModel"),
-        (serve_line("base", folders), "takes ranks up to 512, and this is 600"),
+        (serve_line("gpt2", folders, architecture="GPT2LMHeadModel"), "does not serve LoRA on GPT2LMHeadModel"),
+        (serve_line("base", folders), "allows ranks up to 512, and this is 600"),
     ):
         assert line.startswith("# ")
         assert words in line
@@ -472,7 +472,7 @@ def test_export_prints_paths_on_one_stream_and_how_to_serve_them_on_the_other(he
     assert every["vllm"].endswith(f"# ... and 2 more in {tmp_path / 'all'}")
 
 
-def test_without_out_the_copies_lie_in_a_folder_adapters(here: Path, tmp_path: Path) -> None:
+def test_without_out_the_copies_are_in_a_folder_adapters(here: Path, tmp_path: Path) -> None:
     ended = command("export", here / "near" / "local" / "seed-3", "--client", "bo", folder=tmp_path)
     assert (ended.code, ended.out) == (0, "adapters/bo\n")
 

@@ -82,7 +82,7 @@ def test_the_folder_is_what_peft_saves_of_the_same_encoder(family: str, tmp_path
     assert configs[0] == configs[1]
 
 
-def test_a_base_without_attention_has_one_head_because_peft_wants_a_number(tmp_path: Path) -> None:
+def test_a_base_without_attention_has_one_head_because_peft_needs_a_number(tmp_path: Path) -> None:
     assert depth_of(tiny.config("gpt2", n_layer=3)) == Depth(3, 2)
     assert depth_of(tiny.config("mamba")) == Depth(2, 1)
     base = tiny.base("mamba", dtype=torch.float32)
@@ -112,7 +112,7 @@ def test_a_prompt_is_read_back_as_the_embeddings_that_its_encoder_made(folder: P
 
 @pytest.mark.parametrize(("width", "tokens"), [(8, 3), (16, 2), (16, 4), (3, 16)])
 def test_a_prompt_of_another_size_does_not_fit(width: int, tokens: int, folder: Path) -> None:
-    words = rf"'prompt_embeddings' is \(3, 16\), and \({tokens}, {width}\) is needed; was it made for another base\?"
+    words = rf"'prompt_embeddings' is \(3, 16\), but must be \({tokens}, {width}\); was it made for another base\?"
     with pytest.raises(StoreError, match=words):
         read_adapter(folder, soft_layout(width, tokens))
 
@@ -121,10 +121,10 @@ def test_neither_kind_is_read_as_the_other(folder: Path, tmp_path: Path) -> None
     base = tiny.base("llama", dtype=torch.float32)
     with pytest.raises(StoreError, match=r"no tensor 'base_model\.model\..*lora_A\.weight'"):
         read_adapter(folder, tiny.layout(base, 2))
-    with pytest.raises(StoreError, match="what a prompt encoder made, and not the encoder"):
+    with pytest.raises(StoreError, match="the output of a prompt encoder, not the encoder"):
         read_adapter(folder, prompted.encoders(base, 1).layout)
     save_file({"x": torch.zeros(3, 16)}, folder / "adapter_model.safetensors")
-    with pytest.raises(StoreError, match=r"no tensor 'prompt_embeddings'; is it a prompt's\?"):
+    with pytest.raises(StoreError, match=r"no tensor 'prompt_embeddings'; is it a prompt\?"):
         read_adapter(folder, soft_layout(16, 3))
 
 
@@ -160,11 +160,11 @@ def test_a_prompt_is_not_merged_and_no_weights_are_loaded(
 
 
 @pytest.mark.parametrize("architecture", [None, "LlamaForCausalLM", "GPT2LMHeadModel"])
-def test_vllm_is_told_to_serve_no_prompt_and_whole_models_are_not_offered(
+def test_no_vllm_command_is_printed_for_a_prompt_and_whole_models_are_not_offered(
     architecture: str | None, folder: Path
 ) -> None:
     line = serve_line("base", [folder], architecture=architecture)
-    assert line.startswith("# vLLM 0.33 serves no virtual tokens")
+    assert line.startswith("# vLLM 0.33 does not serve virtual tokens")
     assert "--merge" not in line
     assert "\n" not in line
 
@@ -224,7 +224,7 @@ def test_the_folder_of_a_run_has_the_test_loss_of_its_results_in_peft(
         assert scores[client, "4"] != pytest.approx(scores[client, "0"], abs=1e-3)
 
 
-def test_the_settings_of_a_runs_prompt_say_all_that_peft_asks_of_its_base(run: study.Run) -> None:
+def test_the_settings_of_a_runs_prompt_contain_all_that_peft_needs_of_its_base(run: study.Run) -> None:
     found = json.loads((run.adapters("ada") / "adapter_config.json").read_text())
     assert {key: found[key] for key in ("num_layers", "num_attention_heads", "token_dim", "num_virtual_tokens")} == {
         "num_layers": 2,
@@ -239,7 +239,7 @@ def test_the_card_of_a_prompt_says_what_the_run_says(run: study.Run) -> None:
     text = (run.adapters("ada") / "README.md").read_text(encoding="utf-8")
     lines = text.splitlines()
     assert "- virtual tokens: 3, made by an MLP of width 6" in lines
-    assert "- adapter: one that all clients of the run share" in lines
+    assert "- adapter: shared by all clients of the run" in lines
     assert any(line.startswith("- method: fedptuning with") for line in lines)
     assert not any(line.startswith("- LoRA") for line in lines)
 
@@ -264,7 +264,7 @@ def test_exporting_a_prompt_prints_paths_and_why_vllm_cannot_serve_it(
 ) -> None:
     ended = command("export", run.path, "--client", "ada", "--out", tmp_path / "out", folder=here)
     assert (ended.code, ended.out) == (0, f"{tmp_path / 'out' / 'ada'}\n"), ended.err
-    assert ended.err.startswith("# vLLM 0.33 serves no virtual tokens")
+    assert ended.err.startswith("# vLLM 0.33 does not serve virtual tokens")
     every = command("export", run.path, "--json", "--out", tmp_path / "all", folder=here)
     assert json.loads(every.out)["vllm"].startswith("# vLLM")
     for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):

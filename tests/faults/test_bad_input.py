@@ -196,7 +196,7 @@ def test_marks_line_ends_and_compression_change_nothing_of_what_is_read(
 def test_a_client_without_an_example_to_train_on_is_named(config: Config, tmp_path: Path) -> None:
     rows = [row(name, split="test" if name == "site-3" else "train") for name in map("site-{}".format, range(5))]
     bad = config(save(tmp_path / "rows.jsonl", rows), data={"split_column": "split"})
-    assert_refused(command("run", bad), tmp_path, "client 'site-3': none of its 1 records is one to train on")
+    assert_refused(command("run", bad), tmp_path, "client 'site-3': none of its 1 records is for training")
 
 
 def test_a_partitioner_that_leaves_a_client_empty_names_it(config: Config, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_partitioner_that_leaves_a_client_empty_names_it(config: Config, tmp_p
     dealt = {"name": "dirichlet", "num_partitions": 5, "partition_by": "label", "alpha": 0.05}
     clients = {"partitioner": {**dealt, "min_partition_size": 0}}
     ended = command("run", config(data, data={"clients": clients, "split": {"validation": 0, "test": 0}}))
-    assert_refused(ended, tmp_path, "client 'client-", "': the partitioner leaves it no record of 12")
+    assert_refused(ended, tmp_path, "client 'client-", "': the partitioner gives it none of 12 records")
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
-from fedmira.config.faults import check_config
-from fedmira.config.partitioners import PARTITIONERS
 from pydantic import BaseModel
 from tests.small_study import command, has_traceback
 
 import fedmira
+from fedmira.config.faults import check_config
+from fedmira.config.partitioners import PARTITIONERS
 from fedmira.config.sections import Config, MethodEntry
 from fedmira.errors import ConfigError
 from fedmira.methods import entry_faults

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters, lora_layout
+from fedmira.engine.federation import Federation
 from fedmira.errors import ConfigError, MethodError
 from fedmira.methods import build
 from fedmira.methods.base import Change, Clock, Cohort, Message, Method, State
@@ -86,15 +87,20 @@ def test_a_group_with_nobody_in_the_round_keeps_its_row() -> None:
 def test_rows_of_groups_are_in_the_order_of_their_names_and_not_of_the_clients() -> None:
     """Clients 0 and 2 are z, client 1 is a: row 0 is a's."""
     method = groupavg(cohort("zaz"))
-    assert first(method.send(holding(-1, -2), torch.arange(3), FIRST).rows) == [-2, -1, -2]
-    assert first(method.serve(holding(-1, -2), {}, torch.tensor([1, 0])).rows) == [-1, -2]
+    assert first(method.message(holding(-1, -2), torch.arange(3), FIRST).rows) == [-2, -1, -2]
+    assert first(method.message(holding(-1, -2), torch.tensor([1, 0]), FIRST).rows) == [-1, -2]
+    assert method.count_rows(3) == 2
 
 
 def test_every_group_begins_with_the_common_start() -> None:
-    state = groupavg(cohort("abcb")).init(holding(7).adapters, Clock(0))
-    assert first(state.adapters.rows) == [7, 7, 7]
-    state.adapters.rows[0] = 0  # a row of its own
-    assert first(state.adapters.rows) == [0, 7, 7]
+    method, of = groupavg(cohort("abcb")), Federation(tuple("abcd"), LAYOUT, torch.ones(4, dtype=torch.int64), 1.0)
+    stored = of.first_state(0, method).adapters
+    everyone = torch.arange(3)
+    row = of.start_rows(0)[0]
+    assert torch.equal(stored.rows[everyone], row.expand(3, -1))
+    table: Any = stored.rows
+    table.write(everyone[:1], 0 * row)  # a row of its own
+    assert torch.equal(stored.rows[everyone], torch.cat([0 * row, row, row]))
 
 
 @pytest.mark.filterwarnings("ignore:mira")
@@ -109,7 +115,7 @@ def test_with_everyone_present_it_is_mira_on_cliques_with_a_coupling_of_one_over
     method = groupavg(of, weights="uniform")
     change = merge(method, uploads, ids=everyone, weights=ones, stored=holding(*range(len(set(families)))))
     averaged = State(holding(*first(change.rows)).adapters)
-    assert first(method.serve(averaged, {}, torch.tensor(everyone)).rows) == pytest.approx(first(pulled.rows))
+    assert first(method.message(averaged, torch.tensor(everyone), FIRST).rows) == pytest.approx(first(pulled.rows))
 
 
 def test_groups_of_one_keep_what_they_upload() -> None:
@@ -118,10 +124,10 @@ def test_groups_of_one_keep_what_they_upload() -> None:
 
 
 def test_its_graph_joins_the_clients_of_a_group() -> None:
-    graph = groupavg(cohort("xyx")).graph
+    graph = groupavg(cohort("xyx")).facts.graph
     assert graph is not None
     assert graph.weights.toarray().tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
-    assert build("groupavg", {}, cohort()).graph is None
+    assert build("groupavg", {}, cohort()).facts.graph is None
 
 
 def test_weights_of_a_round_that_sum_to_zero_are_refused() -> None:
@@ -143,7 +149,7 @@ def test_rounds_before_fine_tuning_average_as_fedavg_does(weights: str, mean: fl
     change = merge(method, (0, 4), ids=(0, 1), weights=(1, 3), stored=holding(7))
     assert change.ids.tolist() == [0]
     assert first(change.rows) == [mean]
-    assert method.uses_weights == (weights == "examples")
+    assert method.facts.weighs == (weights == "examples")
 
 
 def test_a_mean_of_no_weight_is_refused() -> None:
@@ -156,7 +162,7 @@ def test_a_mean_of_no_weight_is_refused() -> None:
     [({}, ("epochs", 1)), ({"epochs": 3}, ("epochs", 3)), ({"steps": 20}, ("steps", 20))],
 )
 def test_everyone_fine_tunes_for_steps_or_passes_or_one_pass(settings: dict[str, int], tune: tuple[str, int]) -> None:
-    assert build("fedavg_ft", settings, cohort()).tune == tune
+    assert build("fedavg_ft", settings, cohort()).regime.tune == tune
 
 
 @pytest.mark.parametrize(
@@ -175,24 +181,27 @@ def test_the_untouched_base_takes_nothing_over_whatever_comes_back() -> None:
     method = build("untouched", {}, cohort())
     change = merge(method, (3, 4), ids=(0, 1), weights=(1, 1), stored=holding(7))
     assert (change.ids.tolist(), change.rows.shape) == ([], (0, LAYOUT.size))
-    assert first(method.serve(holding(7), {}, torch.tensor([4, 0])).rows) == [7, 7]
+    assert first(method.message(holding(7), torch.tensor([4, 0]), FIRST).rows) == [7, 7]
+    assert method.regime.trainees == "nobody"
 
 
-def test_what_the_pool_returns_is_the_one_row_of_all() -> None:
+def test_the_pool_keeps_what_it_trains_and_the_server_has_nothing_of_it() -> None:
     method = build("pooled", {}, cohort())
     change = merge(method, (3,), ids=(0,), weights=(60,), stored=holding(7))
-    assert change.ids.tolist() == [0]
-    assert first(change.rows) == [3]
-    assert first(method.send(holding(7), torch.tensor([2, 5]), FIRST).rows) == [7, 7]
+    assert (change.ids.tolist(), change.rows.shape) == ([], (0, LAYOUT.size))
+    assert first(method.message(holding(7), torch.tensor([2, 5]), FIRST).rows) == [7, 7]
+    assert method.regime.trainees == "pool"
+    assert method.count_rows(6) == 1
 
 
 def test_the_pool_takes_its_clients_steps_unless_told_how_many() -> None:
-    assert build("pooled", {}, cohort()).pool_steps is None
-    assert build("pooled", {"steps": 12}, cohort()).pool_steps == 12
+    assert build("pooled", {}, cohort()).regime.pool_steps is None
+    assert build("pooled", {"steps": 12}, cohort()).regime.pool_steps == 12
     with pytest.raises(ConfigError, match="steps"):
         build("pooled", {"steps": 0}, cohort())
 
 
 def test_only_what_is_federated_sends_adapters() -> None:
-    travels = {name: build(name, {}, cohort()).exchanges for name in ("untouched", "pooled", "fedavg_ft", "groupavg")}
-    assert travels == {"untouched": False, "pooled": False, "fedavg_ft": True, "groupavg": True}
+    names = ("untouched", "pooled", "local", "fedavg_ft", "groupavg")
+    silent = {name: build(name, {}, cohort()).sends_nothing for name in names}
+    assert silent == {"untouched": True, "pooled": True, "local": True, "fedavg_ft": False, "groupavg": False}

@@ -7,7 +7,7 @@ import torch
 from fedmira.adapters import Adapters, lora_layout
 from fedmira.errors import ConfigError, MethodError
 from fedmira.methods import build
-from fedmira.methods.base import Clock, Cohort, Message, Method, State
+from fedmira.methods.base import Clock, Cohort, Message, Method, State, use_what_was_sent
 
 LAYOUT = lora_layout([("m", 1, 1)], 1)
 FIRST = Clock(1)
@@ -58,15 +58,16 @@ def test_weights_that_sum_to_zero_are_refused() -> None:
         merge(fedavg(), rows(0, 4), 0, 0)
 
 
-def test_everyone_is_sent_and_served_the_one_row() -> None:
-    ids = torch.tensor([2, 0])
-    assert fedavg().send(state(), ids, FIRST).rows[:, 0].tolist() == [7, 7]
-    assert fedavg().serve(state(), {}, ids).rows[:, 0].tolist() == [7, 7]
+def test_everyone_is_sent_the_one_row_and_uses_what_it_is_sent() -> None:
+    method = fedavg()
+    assert method.message(state(), torch.tensor([2, 0]), FIRST).rows[:, 0].tolist() == [7, 7]
+    assert method.client.use is use_what_was_sent
+    assert method.count_rows(3) == 1
 
 
 def test_the_mean_is_said_to_use_weights_only_where_it_does() -> None:
-    assert fedavg().uses_weights
-    assert not fedavg(weights="uniform").uses_weights
+    assert fedavg().facts.weighs
+    assert not fedavg(weights="uniform").facts.weighs
     assert not fedavg().personal
 
 

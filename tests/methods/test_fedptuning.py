@@ -10,8 +10,8 @@ from torch import Tensor
 from fedmira.adapters import Adapters, Layout, lora_layout, prompt_layout, start_adapters
 from fedmira.config.sections import MethodEntry
 from fedmira.errors import ConfigError, ShapeError
-from fedmira.methods import build, settings_of
-from fedmira.methods.base import Clock, Cohort, Message, Method, State
+from fedmira.methods import build, recipe_of
+from fedmira.methods.base import Clock, Cohort, Message, Method, State, use_what_was_sent
 
 LORA = lora_layout([("m", 4, 4)], 2)
 FIRST = Clock(1)
@@ -66,9 +66,9 @@ def test_the_server_keeps_the_mean_of_the_encoders(weights: str, wanted: float) 
     change = method.merge(state, ids, Message(rows(1, 7)), torch.tensor([3.0, 1.0]), FIRST)
     assert change.ids.tolist() == [0]
     assert torch.equal(change.rows, rows(wanted))
-    state.adapters.rows[change.ids] = change.rows
-    assert torch.equal(method.send(state, ids, FIRST).rows, rows(wanted, wanted))
-    assert torch.equal(method.serve(state, {}, ids).rows, rows(wanted, wanted))
+    state = State(Adapters(layout, change.rows, torch.zeros(1, dtype=torch.int64), torch.ones(1)))
+    assert torch.equal(method.message(state, ids, FIRST).rows, rows(wanted, wanted))
+    assert method.client.use is use_what_was_sent
 
 
 def test_the_encoder_begins_as_pefts_does() -> None:
@@ -96,5 +96,5 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 
 def test_its_tokens_are_told_before_any_data_are_read() -> None:
-    assert settings_of(MethodEntry(name="fedptuning", virtual_tokens=7)).tokens_ahead == 7
-    assert settings_of(MethodEntry(name="local")).tokens_ahead == 0
+    assert recipe_of(MethodEntry(name="fedptuning", virtual_tokens=7)).settings.tokens_ahead == 7
+    assert recipe_of(MethodEntry(name="local")).settings.tokens_ahead == 0

@@ -16,7 +16,8 @@ from torch import Tensor
 from fedmira.adapters import Adapters, lora_layout
 from fedmira.adapters.optim import adamw, sgd
 from fedmira.disk.checkpoints import load_chain
-from fedmira.engine.phase import PhaseResult, Training, local_phase
+from fedmira.engine.phase import PhaseResult, local_phase
+from fedmira.engine.tools import Training
 from fedmira.errors import ConfigError, MethodError
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Memory, Message, Method, State, Tools
@@ -51,7 +52,7 @@ class Client:
     def __post_init__(self) -> None:
         count = len(self.start)
         self.adapters = Adapters(LAYOUT, self.start.clone(), torch.ones(count, dtype=torch.int64), torch.ones(count))
-        self.memory = self.method.private(self.adapters)
+        self.memory = self.method.client.start(self.adapters)
 
     def step(self, gradient: Tensor, drawn: Tensor, tokens: Sequence[int]) -> Tensor:
         """Take one step; return the two parameters of each client."""
@@ -63,15 +64,15 @@ class Client:
         def grad(current: Adapters) -> tuple[Tensor, Tensor]:
             return torch.zeros(len(current)), gradient.clone()
 
-        tools = Tools(Clock(1, learning_rate=self.rate), grad, never, lambda name: [], curvature)
-        self.adapters, self.memory = self.method.step(self.adapters, self.memory, Message(self.start), tools)
+        tools = Tools(Clock(1, learning_rate=self.rate), grad, never, lambda name: [], curvature, never)
+        self.adapters, self.memory = self.method.client.step(self.adapters, self.memory, Message(self.start), tools)
         self.taken += 1
         return self.adapters.rows[:, :2]
 
     def end_round(self) -> None:
         """Finish a round and begin another, with the memory that is kept."""
-        tools = Tools(Clock(1), never, never, lambda name: [], never)
-        _, self.memory = self.method.finish(self.adapters, self.memory, Message(self.start), tools)
+        tools = Tools(Clock(1), never, never, lambda name: [], never, never)
+        _, self.memory = self.method.client.finish(self.adapters, self.memory, Message(self.start), tools)
 
 
 def never(*arguments: object) -> Any:
@@ -127,8 +128,8 @@ def test_nothing_beyond_a_clients_rank_is_filled_whatever_a_gradient_says() -> N
     def ones(current: Adapters) -> tuple[Tensor, Tensor]:
         return torch.ones(2), torch.ones_like(current.rows)
 
-    tools = Tools(Clock(1, learning_rate=1.0), ones, never, lambda name: [], ones)
-    found, _ = method.step(adapters, method.private(adapters), Message(adapters.rows), tools)
+    tools = Tools(Clock(1, learning_rate=1.0), ones, never, lambda name: [], ones, never)
+    found, _ = method.client.step(adapters, method.client.start(adapters), Message(adapters.rows), tools)
     assert bool((found.rows[1][~own[1]] == 0).all())
     assert bool((found.rows[own] < 1).all())
 
@@ -216,12 +217,12 @@ def merge(method: Method, uploads: Tensor, *weights: float) -> list[float]:
 
 def test_every_client_counts_the_same_in_the_papers_mean() -> None:
     assert merge(sophia(), rows((0, 8), (4, 0)), 1, 3) == [2, 4]
-    assert not sophia().uses_weights
+    assert not sophia().facts.weighs
 
 
 def test_clients_count_by_their_examples_where_that_is_asked_for() -> None:
     assert merge(sophia(weights="examples"), rows((0, 8), (4, 0)), 1, 3) == [3, 2]
-    assert sophia(weights="examples").uses_weights
+    assert sophia(weights="examples").facts.weighs
 
 
 def test_weights_that_sum_to_zero_are_refused() -> None:
@@ -266,7 +267,7 @@ def phase(
         [tiny.client(f"c{k}", train=TRAIN[k]) for k in who],
         start,
         Message(start.rows),
-        method.private(start) if memory is None else memory,
+        method.client.start(start) if memory is None else memory,
         training=training,
         clock=Clock(1),
         cohort=8,
@@ -323,8 +324,9 @@ def counts(study: Path) -> dict[int, int]:
     found: dict[int, int] = {}
     for checkpoint in load_chain(study / "fedsophia" / "seed-3" / "checkpoints"):
         memory = checkpoint.files["memory"]
-        assert set(memory) == {"ids", "sophia_m", "sophia_v", "sophia_count"}  # the optimizer's own is dropped
-        found |= dict(zip(memory["ids"].tolist(), memory["sophia_count"].tolist(), strict=True))
+        names = {f"method/sophia_{name}" for name in ("m", "v", "count")}
+        assert set(memory) == {"ids", *names}  # the optimizer's own is dropped
+        found |= dict(zip(memory["ids"].tolist(), memory["method/sophia_count"].tolist(), strict=True))
     return found
 
 

@@ -111,15 +111,15 @@ def test_row_normalisation_makes_the_pull_independent_of_the_number_of_clients()
     for clients in (2, 5, 9):
         method = mira(cohort(clients), normalise="row", graph={"kind": "uniform"}, **{"lambda": 0.25})
         assert merge(method, (8,) + (0,) * (clients - 1))[0] == pytest.approx(6)
-        assert method.pull is not None
-        assert method.pull(torch.arange(clients)).tolist() == pytest.approx([0.25] * clients)
+        assert method.facts.pull is not None
+        assert method.facts.pull(torch.arange(clients)).tolist() == pytest.approx([0.25] * clients)
 
 
 def test_the_pull_is_the_coupling_times_the_degree(tmp_path: Path) -> None:
     method = chain(tmp_path)
-    assert method.pull is not None
-    assert method.pull(torch.arange(3)).tolist() == pytest.approx([0.2, 0.3, 0.1])
-    assert method.pull(torch.tensor([0, 2])).tolist() == [0, 0]
+    assert method.facts.pull is not None
+    assert method.facts.pull(torch.arange(3)).tolist() == pytest.approx([0.2, 0.3, 0.1])
+    assert method.facts.pull(torch.tensor([0, 2])).tolist() == [0, 0]
 
 
 def test_the_record_of_a_round_tells_the_mean_pull_in_percent(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_without_a_penalty_any_graph_will_do() -> None:
 
 def test_the_random_graph_is_drawn_from_the_runs_seed_unless_it_has_its_own() -> None:
     first, second, own = (
-        mira(cohort(5), normalise="row", graph=graph).graph
+        mira(cohort(5), normalise="row", graph=graph).facts.graph
         for graph in ({"kind": "random"}, {"kind": "random", "seed": 0}, {"kind": "random", "seed": 1})
     )
     assert first is not None

@@ -259,14 +259,14 @@ def test_a_threshold_above_every_difference_changes_nothing(tmp_path: Path) -> N
 def test_a_knn_graph_joins_clients_with_like_profiles_and_shuffling_it_keeps_the_degrees() -> None:
     profiles = np.array([[1, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0, 0.9, 0.1], [0.1, 0.9, 0]], dtype=float)
     settings = {"graph": {"kind": "knn", "degree": 2}}
-    known = build("mira", settings, cohort(profiles=profiles)).graph
+    known = build("mira", settings, cohort(profiles=profiles)).facts.graph
     assert known is not None
     dense = known.weights.toarray()
     assert np.array_equal(dense, dense.T)
     assert dense[0, 1] > 0
     assert not dense[:2, 2:].any()
     assert (dense > 0).sum(axis=1).max() <= 2
-    control = build("mira", {"graph": {**settings["graph"], "shuffled": True}}, cohort(profiles=profiles)).graph
+    control = build("mira", {"graph": {**settings["graph"], "shuffled": True}}, cohort(profiles=profiles)).facts.graph
     assert control is not None
     mixed = control.weights.toarray()
     assert sorted((mixed > 0).sum(axis=1)) == sorted((dense > 0).sum(axis=1))
@@ -294,17 +294,17 @@ def test_a_learned_graph_finds_the_families(space: str, learned: dict[str, str])
     start = start_adapters(LAYOUT, full, ALPHA, torch.Generator().manual_seed(0))
     begun = Adapters(LAYOUT, start.rows.double(), full, start.scale.double())
     method = build("mira", {"space": space, "graph": {"kind": "learned", "degree": 2, **learned}}, cohort())
-    assert method.graph is None
-    assert method.learned is not None
+    assert method.facts.graph is None
+    assert method.facts.learned is not None
     state = method.init(begun, Clock(0))
     everyone = torch.arange(CLIENTS)
     uploads = families(begun)
     if space == "product":  # a random way in factors is none in products: move B alone
         for first, _ in LAYOUT.parts[0].pairs():
             uploads.leaf(first).copy_(begun.leaf(first))
-    assert not method.learned(state).weights.toarray().any()  # nobody is known yet
+    assert not method.facts.learned(state).weights.toarray().any()  # nobody is known yet
     change = method.merge(state, everyone, Message(uploads.rows), torch.ones(CLIENTS), FIRST)
-    found = method.learned(State(begun, state.shared, dict(change.tables))).weights.toarray()
+    found = method.facts.learned(State(begun, state.shared, dict(change.tables))).weights.toarray()
     assert np.array_equal(found, found.T)
     inside = np.array([[one // 3 == other // 3 for other in range(CLIENTS)] for one in range(CLIENTS)])
     strongest = np.where(found > 0, found, -np.inf).argmax(axis=1)
@@ -371,12 +371,12 @@ def test_with_the_reply_lost_a_client_begins_from_its_own_upload() -> None:
     with pytest.warns(UserWarning, match="defect"):
         method = build("mira", {"reply": "lost"}, cohort())
     sent, own = adapters(1), adapters(2)
-    first = method.private(sent)
-    begun, memory = method.begin(sent, first, Message(sent.rows), None)  # type: ignore[arg-type]
+    first = method.client.start(sent)
+    begun, memory = method.client.begin(sent, first, Message(sent.rows), None)  # type: ignore[arg-type]
     assert torch.equal(begun.rows, sent.rows)
-    returned, kept = method.finish(own, memory, Message(sent.rows), None)  # type: ignore[arg-type]
+    returned, kept = method.client.finish(own, memory, Message(sent.rows), None)  # type: ignore[arg-type]
     assert torch.equal(returned.rows, own.rows)
-    again, _ = method.begin(sent, kept, Message(sent.rows), None)  # type: ignore[arg-type]
+    again, _ = method.client.begin(sent, kept, Message(sent.rows), None)  # type: ignore[arg-type]
     assert torch.equal(again.rows, own.rows)
 
 

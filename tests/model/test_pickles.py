@@ -137,7 +137,7 @@ def test_a_pickle_under_the_name_of_an_adapter_is_refused_unread(
     kind: str, adapter: Path, layout: Layout, marker: Path
 ) -> None:
     (adapter / "adapter_model.safetensors").write_bytes(KINDS[kind](Payload(marker)))
-    with pytest.raises(StoreError, match=r"adapter_model\.safetensors' is damaged, or no safetensors file"):
+    with pytest.raises(StoreError, match=r"adapter_model\.safetensors' is damaged, or not a safetensors file"):
         read_adapter(adapter, layout)
     assert not marker.exists()
 

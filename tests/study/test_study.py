@@ -431,7 +431,7 @@ def test_a_damaged_newest_checkpoint_costs_one_round_and_not_the_result(
         facts = {**run.facts, "state": "running"}
         (run.path / "run.json").write_text(json.dumps(facts))
     fedmira.resume(done.path)
-    assert sum("going back to round 3" in record.getMessage() for record in caplog.records) == 3
+    assert sum("resuming from round 3" in record.getMessage() for record in caplog.records) == 3
     assert differences(outcome(done.path), outcome(study.path)) == []
 
 

@@ -1,4 +1,4 @@
-"""What the demo needs and a wheel can carry: a generator of tasks and a small base model the project pretrained."""
+"""What the demo needs: a generator of tasks and a small base model pretrained by the project."""
 
 from pathlib import Path
 
@@ -7,20 +7,20 @@ from fedmira.errors import DataError
 MODEL_PATH = Path(__file__).parent / "model"
 TASKS_PATH = Path(__file__).parent / "tasks.jsonl"
 PREFIX = "bundled:"
-_THINGS = {"model": MODEL_PATH, "tasks": TASKS_PATH}
+_PATHS = {"model": MODEL_PATH, "tasks": TASKS_PATH}
 
 
 def resolve(path: str) -> str:
     """Turn `bundled:model` and `bundled:tasks` into paths inside the package; other paths stay as they are.
 
-    Raises DataError for another name behind `bundled:`.
+    Raises DataError for another name after `bundled:`.
     """
     if not path.startswith(PREFIX):
         return path
     name = path.removeprefix(PREFIX)
-    if name not in _THINGS:
-        raise DataError(f"'{path}': bundled are {', '.join(PREFIX + thing for thing in _THINGS)}")
-    return str(_THINGS[name])
+    if name not in _PATHS:
+        raise DataError(f"'{path}' is unknown; bundled: {', '.join(PREFIX + known for known in _PATHS)}")
+    return str(_PATHS[name])
 
 
 def preset(name: str) -> Path | None:

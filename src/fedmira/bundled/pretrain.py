@@ -1,19 +1,19 @@
-"""Remake the demo's base model: `python -m fedmira.bundled.pretrain [--out DIR]`, under a minute on one core.
+"""Train the demo's base model again: `python -m fedmira.bundled.pretrain [--out DIR]`, under a minute on one core.
 
 The base is a Llama of two layers (width 96, 4 heads, a quarter of a million parameters) over a word-level vocabulary:
-the source and target words of `languages`, a tag for each language it is taught, and three special tokens. It learns to
-translate three-word sentences of 64 languages, none of them spoken in the demo:
+the source and target words of `languages`, a tag for each of its 64 languages, and three special tokens. It learns to
+translate three-word sentences; none of the languages is spoken in the demo:
 
     <lang07> kuva sebe fadi :  ->  nugor pupob kutak <eos>
 
-Half of the sentences open with `translate`, as the demo's prompts do, instead of the tag. There the language cannot be
-known, so the base learns how to look up (the i-th answer attends to the i-th source word) and to hedge over the 64
-lexicons, but nothing about the demo's languages: on them it is right as often as a blind guess.
+Half of the sentences start with `translate`, like the demo's prompts, instead of the tag. Then the language is not
+known, so that the base learns to look up (the i-th answer attends to the i-th source word) and to hedge over the 64
+lexicons, but nothing about the demo's languages: on them it is as accurate as random guessing.
 
 Written to DIR: model.safetensors (float32), config.json, generation_config.json, tokenizer.json, tokenizer_config.json,
 and sha256.json with the sha256 of each of them. The same machine, torch and transformers give the same bytes; another
-processor may round differently, so the recorded hashes tell whether the files are those of the release, not whether
-the training was done right.
+processor may round differently, so the recorded hashes show whether the files are those of the release, not whether
+the training was correct.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from fedmira.bundled.languages import (
     target_words,
 )
 
-LANGUAGES = 64  # taught languages: enough that the hedge over them covers most of the pool for every word
+LANGUAGES = 64  # of pretraining: enough for the hedge over them to cover most of the pool for every word
 UNTAGGED = 0.5  # share of sentences without a tag, as in the demo's prompts
 STEPS, BATCH = 1200, 128
 LEARNING_RATE, WARM_UP = 3e-3, 50  # AdamW; linear warm-up in steps, then a cosine to LEARNING_RATE / 50
@@ -115,7 +115,7 @@ def answer_loss(model: Any, tokens: Tensor) -> Tensor:
 
 
 def pretrain(steps: int = STEPS, *, report: Callable[[str], None] = print) -> tuple[Any, Any]:
-    """Train the base; returns (model, tokenizer) and tells `report` the losses, the final one by kind of prompt."""
+    """Train the base; returns (model, tokenizer) and passes losses to `report`, the final one by kind of prompt."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
     tokenizer = build_tokenizer()
@@ -147,24 +147,26 @@ def pretrain(steps: int = STEPS, *, report: Callable[[str], None] = print) -> tu
 
 
 def record_hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file of the model folder, sha256.json itself left out."""
+    """Return the sha256 of every file of the model folder except sha256.json."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "sha256.json")
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def main() -> None:
-    """Train, save, record the hashes, and say what was written."""
-    parser = argparse.ArgumentParser(prog="python -m fedmira.bundled.pretrain", description="Remake the demo's base.")
+    """Train, save, record the hashes, and print what was written."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fedmira.bundled.pretrain", description="Train the demo's base again."
+    )
     parser.add_argument("--out", type=Path, default=MODEL_PATH, help="folder to write (default: the bundled one)")
     out: Path = parser.parse_args().out
     started = time.monotonic()
-    torch.set_num_threads(1)  # a second thread would split sums differently: other bits
+    torch.set_num_threads(1)  # a second thread would split sums differently and change bits
     model, tokenizer = pretrain()
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     for path in out.iterdir():
-        path.chmod(0o644)  # safetensors writes for the owner only, and a wheel keeps the mode
+        path.chmod(0o644)  # safetensors makes files readable by the owner only, and a wheel keeps the mode
     hashes = record_hashes(out)
     (out / "sha256.json").write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
     size_mb = sum(path.stat().st_size for path in out.iterdir()) / 1e6

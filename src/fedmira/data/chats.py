@@ -1,7 +1,7 @@
-"""Conversations: one row, one example, whose answer is the assistant's last turn.
+"""Conversations: one example per row, whose answer is the assistant's last turn.
 
-Turns after that are left out: no loss is taken on them. Nothing else is dropped in silence: tool calls, parts of other
-kinds than text, and lists of tools make a row bad.
+Later turns are left out: no loss is taken on them. Nothing else is dropped silently: tool calls, parts that are not
+text, and lists of tools make a row bad.
 """
 
 import re
@@ -19,7 +19,7 @@ ROLES = {
 }
 
 _ROLE_OF = {word: role for role, words in ROLES.items() for word in words}
-_SPELLINGS = (("role", "content"), ("from", "value"))  # of a turn; each may stand in either format
+_SPELLINGS = (("role", "content"), ("from", "value"))  # of a turn; both formats accept either
 _UNREAD_IN_ROW = ("tools", "functions")
 _UNREAD_IN_TURN = ("tool_calls", "function_call")
 _EMPTY = (None, "", "[]", "{}")
@@ -27,7 +27,7 @@ _PLAIN_ROLE = re.compile(r"[A-Za-z_-]{1,20}")
 
 
 def recognises_chat(row: Row, keys: Keys) -> bool:
-    """Is there a list of turns, or (TRL's kind) a prompt and a completion that are both lists of turns?"""
+    """Is there a list of turns, or (as in TRL) a prompt and a completion that are both lists of turns?"""
     return _holds_turns(row, keys) or ("messages" in keys and _split_chat(row))
 
 
@@ -44,24 +44,25 @@ def _is_turns(value: object) -> bool:
 
 
 def convert_chat(row: Row, keys: Keys, place: Place) -> Iterator[Record]:
-    """One row, one record: the turns before the assistant's last, and that one's text as the answer."""
+    """One record per row: the turns before the assistant's last turn, and the text of that turn as the answer."""
     for key in _UNREAD_IN_ROW:
         if not _is_empty(row.get(key)):
-            raise BadRow(f"'{key}' is not read: a conversation may not offer tools; take the column out")
+            raise BadRow(f"'{key}' is not read: conversations with tools are not supported; remove the column")
     if _holds_turns(row, keys) or not _split_chat(row):
         turns = _turns(row, required(row, keys, "messages" if "messages" in keys else "conversations"))
         first = 0
     else:
-        asked = [replace(turn, trained=False) for turn in _turns(row, "prompt")]  # as in TRL: the completion is learned
-        said = _turns(row, "completion")
-        turns, first = [*asked, *said], len(asked)
+        # as in TRL: loss on the completion only
+        prompt_turns = [replace(turn, trained=False) for turn in _turns(row, "prompt")]
+        completion_turns = _turns(row, "completion")
+        turns, first = [*prompt_turns, *completion_turns], len(prompt_turns)
     spoken = [index for index, turn in enumerate(turns) if turn.role == "assistant" and index >= first]
     if not spoken:
         raise BadRow("no assistant turn to learn from" + (" in 'completion'" if first else ""))
     before = _with_system(row, keys, turns[: spoken[-1]])
     if not before:
-        raise BadRow("nothing stands before the assistant's only turn; use data.format text for texts without a prompt")
-    taken = present(row, keys["system"])  # its text is a turn now, and no turn is a column
+        raise BadRow("no turn precedes the assistant's only turn; use data.format text for texts without a prompt")
+    taken = present(row, keys["system"])  # its text is a turn now, and turns are not columns
     columns = {name: text for name, text in take_columns(row, keys).items() if name != taken}
     yield Record("", "", (turns[spoken[-1]].text,), columns, str(place), tuple(before))
 
@@ -101,7 +102,7 @@ def _turn(entry: object) -> Turn:
     turn: Row = entry
     for key in _UNREAD_IN_TURN:
         if not _is_empty(turn.get(key)):
-            raise BadRow(f"'{key}' is not read: only text is; take the row out")
+            raise BadRow(f"'{key}' is not read: only text is; remove the row")
     spelling = next((pair for pair in _SPELLINGS if turn.get(pair[0]) is not None), None)
     if spelling is None:
         raise BadRow("no 'role' (or 'from')")
@@ -109,7 +110,8 @@ def _turn(entry: object) -> Turn:
     contents = [pair[1] for pair in sorted(_SPELLINGS, key=lambda pair: pair != spelling) if pair[1] in turn]
     if not contents:
         raise BadRow(f"no '{spelling[1]}'")
-    content = next((name for name in contents if turn[name] is not None), contents[0])  # tables fill up with null
+    # tables write null for missing fields
+    content = next((name for name in contents if turn[name] is not None), contents[0])
     text = check_text(turn[content], content)
     if role == "assistant" and not text.strip():
         raise BadRow(f"'{content}' of the assistant is empty")
@@ -119,8 +121,8 @@ def _turn(entry: object) -> Turn:
 def _role(value: object, key: str) -> str:
     word = check_text(value, key).strip()
     if word.lower() not in _ROLE_OF:
-        found = f"'{word}'" if _PLAIN_ROLE.fullmatch(word) else "it"  # else it may be a turn's text
-        raise BadRow(f"'{key}': {found} is no role known here; known: {', '.join(_ROLE_OF)}")
+        shown_role = f"'{word}'" if _PLAIN_ROLE.fullmatch(word) else "it"  # otherwise it may be a turn's text
+        raise BadRow(f"'{key}': {shown_role} is not a known role; known: {', '.join(_ROLE_OF)}")
     return _ROLE_OF[word.lower()]
 
 

@@ -1,4 +1,4 @@
-"""One row, its records: instructions, prompts, plain texts and Natural Instructions tasks (conversations: chats.py)."""
+"""Convert one row into records: instructions, prompts, texts, Natural Instructions tasks (conversations: chats.py)."""
 
 import re
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ from fedmira.data.records import (
 from fedmira.data.rows import BadRow, Fault, Place, Row, as_row, kind_of
 
 _PLAIN_ID = re.compile(r"[\w.:#/-]{1,120}")
-_UNREAD = ("history", "system")  # LLaMA-Factory's Alpaca: without them the example would mean something else
-_HARMLESS = frozenset(  # may stand beside a question and its answer: none of them belongs to the question
+_UNREAD = ("history", "system")  # LLaMA-Factory's Alpaca: without them the example would change its meaning
+_HARMLESS = frozenset(  # allowed beside a question and its answer: none of them is part of the question
     {"id", "index", "file", "split", "client", "site", "user", "owner", "group", "source", "subject", "topic", "level"}
     | {"type", "language", "license", "url", *ALIASES}
 )
@@ -29,26 +29,26 @@ _HARMLESS = frozenset(  # may stand beside a question and its answer: none of th
 
 
 def recognises_instruction(row: Row, keys: Keys) -> bool:
-    """Every text must be there; the input may be absent, but not stand under a name that would go unread."""
+    """Every text must be present; the input may be absent, but not under a name that is not read."""
     needed = [name for name in keys if name not in ("input", *ALIASES)]
     return all(present(row, keys[name]) is not None for name in needed) and _unread_input(row, keys) is None
 
 
 def _unread_input(row: Row, keys: Keys) -> str | None:
-    """Return the key of an input that is not read: losing it in silence would change the task."""
+    """Return the key of an input that is not read: dropping it silently would change the task."""
     if present(row, keys.get("input", ())) is not None:
         return None
-    taken = {key for own in keys.values() for key in own}
+    taken = {key for names in keys.values() for key in names}
     return next((key for key in ("input", "context") if key in row and key not in taken), None)
 
 
 def convert_instruction(row: Row, keys: Keys, place: Place) -> Iterator[Record]:
-    """One row, one example: instruction, input if the data has one, answer."""
+    """One example per row: instruction, input if the data has one, answer."""
     instruction = take_text(row, keys, "instruction")
     text = take_text(row, keys, "input") if "input" in keys else ""
     if unread := _unread_input(row, keys):
         raise BadRow(f"'{unread}' would not be read; the first row has no input, or name it: {{input: {unread}}}")
-    taken = {key for own in keys.values() for key in own}
+    taken = {key for names in keys.values() for key in names}
     for key in _UNREAD:
         if key not in taken and row.get(key) not in (None, "", []):
             raise BadRow(f"'{key}' is not read: write the row as a conversation (data.format messages)")
@@ -65,25 +65,25 @@ def recognises_pair(row: Row, keys: Keys) -> bool:
 
 
 def _beside_question(row: Row, keys: Keys) -> str | None:
-    """Return a column that keeps `question` and `answer` from being all there is; None if nothing does.
+    """Return a column that may be part of the question; None if there is none.
 
-    Nobody said that they are prompt and completion, so they are taken so only where no passage, choices or the like
-    stand beside them.
+    Unless the user names them, `question` and `answer` are read as prompt and completion only in rows without a
+    passage, choices or the like.
     """
     spelled = (("prompt", "question"), ("completion", "answer"))
     if not any(len(keys[name]) > 1 and present(row, keys[name]) == key for name, key in spelled):
         return None
-    named = {own[0] for own in keys.values() if len(own) == 1}  # the user said what these are
+    named = {names[0] for names in keys.values() if len(names) == 1}  # named by the user
     allowed = {"prompt", "completion", "question", "answer"} | _HARMLESS | named
     return next((key for key in row if key not in allowed), None)
 
 
 def convert_pair(row: Row, keys: Keys, place: Place) -> Iterator[Record]:
-    """One row, one example: a prompt, and a completion or several that are right."""
+    """One example per row: a prompt, and one or several correct completions."""
     if (beside := _beside_question(row, keys)) is not None:
         raise BadRow(
-            f"{shown(beside)} stands beside 'question' and 'answer' and would not be read; if they are all that is "
-            "needed, name them in data.columns: {prompt: question, completion: answer}"
+            f"{shown(beside)} is beside 'question' and 'answer' and would not be read; if it is not needed, name the "
+            "two in data.columns: {prompt: question, completion: answer}"
         )
     if isinstance(row.get(key := required(row, keys, "prompt")), list):
         raise BadRow(f"{shown(key)} is a list, not text; lists of turns are read by data.format messages")
@@ -97,7 +97,7 @@ def recognises_text(row: Row, keys: Keys) -> bool:
 
 
 def convert_text(row: Row, keys: Keys, place: Place) -> Iterator[Record]:
-    """One row, one text to learn, with nothing before it."""
+    """One example per row: a text to train on, without a prompt."""
     yield Record("", "", take_answers(row, keys, "text", several=False), take_columns(row, keys), str(place))
 
 
@@ -109,7 +109,7 @@ def recognises_tasks(row: Row, keys: Keys) -> bool:
 
 
 def convert_tasks(row: Row, keys: Keys, place: Place) -> Iterator[Record | Fault]:
-    """One row, one Natural Instructions task: a record for each of its instances."""
+    """One Natural Instructions task per row: a record for each of its instances."""
     definition = take_answers(row, keys, "instruction", several=True)
     instances = row[required(row, keys, "instances")]
     if not isinstance(instances, list) or not instances:
@@ -143,13 +143,13 @@ def _task_columns(row: Row, keys: Keys, place: Place) -> dict[str, str]:
             columns[name] = words[0]
     if not columns.get("task"):
         if not place.alone:
-            raise BadRow("no 'task': only a .json file that is one task may leave its name to the file's name")
+            raise BadRow("no 'task': only a .json file with a single task takes its name from the file")
         columns["task"] = place.stem
     return columns
 
 
 def _scalar_list(value: object, key: str) -> list[str]:
-    """Return a scalar, or a list of nothing but scalars, as texts; anything else as none."""
+    """Return a scalar, or a list of scalars, as texts; [] for anything else."""
     values = value if isinstance(value, list) else [value]
     words = [text for word in values for text in scalars({key: word}).values()]
     return words if len(words) == len(values) else []

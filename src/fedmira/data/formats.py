@@ -1,7 +1,7 @@
-"""Read examples in the formats that federated fine-tuning data comes in.
+"""Read examples in the usual formats of fine-tuning data.
 
 A format is one entry of `FORMATS`: the keys it reads, how its rows are recognised, how one row becomes records. Reading
-is strict: every bad row is found, none is dropped in silence, and no error ever shows the text of an example.
+is strict: every bad row is found, none is dropped silently, and no error shows the text of an example.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ __all__ = ["FORMATS", "Format", "Reading", "Record", "Turn", "read_records"]
 
 @dataclass(frozen=True)
 class Format:
-    """How one kind of row is known and read.
+    """How one kind of row is recognised and read.
 
     recognises: does this row have the keys? convert: the records of one row, and a Fault for each that cannot be read.
     """
@@ -52,11 +52,11 @@ class Reading:
     records: list[Record]
     skipped: tuple[Fault, ...]  # one for each example that could not be read; empty unless bad rows are skipped
     counts: Mapping[str, int]  # tables (files or splits), empty (of these), others (other files), kept, skipped
-    keys: Mapping[str, str]  # our name -> the key of the data that it was found under, in the first row
+    keys: Mapping[str, str]  # our name -> the data's key for it in the first row
 
     @property
     def read(self) -> int:
-        """All examples seen: kept and skipped ones."""
+        """All examples seen, kept and skipped."""
         return len(self.records) + len(self.skipped)
 
 
@@ -69,12 +69,12 @@ def read_records(
     subset: str | None = None,
     revision: str | None = None,
 ) -> Reading:
-    """Read all examples of a file, a folder's files in the order of their names, a saved data set, or one of the hub.
+    """Read all examples of a file, of a folder's files ordered by name, of a saved data set, or of one on the hub.
 
     The format is found by the keys of the first row if `format` is "auto"; records are in the order of the data.
     A folder adds the column `file`, the file's name without extension, and a data set with splits the column `split`,
-    where a row has none of its own. columns: our name -> the data's key, where they differ. on_bad_row: "error", or
-    "skip" to go on without bad rows; each is one of `skipped`. subset, revision: of a data set of the hub.
+    where a row has no such column. columns: our name -> the data's key, where they differ. on_bad_row: "error", or
+    "skip" to leave out bad rows and list them in `skipped`. subset, revision: of a data set on the hub.
     Raises DataError: nothing to read, an unknown format or column name, bad rows (the first five and their number); if
     bad rows are skipped: no row is good, or a file cannot be read to its end, so that its rows cannot be counted.
     """
@@ -90,14 +90,14 @@ def read_records(
 
 @dataclass
 class _Reader:
-    """What is known so far of the source being read."""
+    """The state of reading one source."""
 
     path: str
     columns: Mapping[str, str]
     chosen: Format | None  # None = not yet recognised
     skips: bool
-    keys: Keys | None = None  # settled by the first row that is known
-    found: Mapping[str, str] = field(default_factory=dict)
+    keys: Keys | None = None  # settled by the first row that is recognised
+    keys_read: Mapping[str, str] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     empty: int = 0  # tables without an example
@@ -110,13 +110,13 @@ class _Reader:
                 self.faults.append(item)
                 if item.stops and self.skips:
                     raise DataError(
-                        f"data.path '{self.path}': {item}. data.on_bad_row skip passes over rows, but nobody can say "
-                        "how many are lost here"
+                        f"data.path '{self.path}': {item}. data.on_bad_row skip cannot be used here: the "
+                        "number of lost rows is not known"
                     )
                 continue
             place, row = item
-            for made in self._convert({**table.columns, **row} if table.columns else row, place):
-                self.faults.append(made) if isinstance(made, Fault) else self.records.append(made)
+            for result in self._convert({**table.columns, **row} if table.columns else row, place):
+                self.faults.append(result) if isinstance(result, Fault) else self.records.append(result)
         if len(self.records) + len(self.faults) == seen:
             self.empty += 1
             if not self.skips:
@@ -127,11 +127,11 @@ class _Reader:
             self.chosen = self.chosen or _recognise(row, self.columns, place)
             if self.keys is None:
                 self.keys = _settle_keys(self.chosen, row, self.columns, place)
-                named = {name: present(row, own) for name, own in self.keys.items()}
-                self.found = {name: key for name, key in named.items() if key is not None}
+                named = {name: present(row, keys) for name, keys in self.keys.items()}
+                self.keys_read = {name: key for name, key in named.items() if key is not None}
         except BadRow as bad:
             fault = Fault(str(place), str(bad))
-            if not self.skips:  # nothing below can be read without knowing how
+            if not self.skips:  # without a format nothing below can be read
                 raise self._failed([*self.faults, fault]) from None
             yield fault
             return
@@ -153,7 +153,7 @@ class _Reader:
             "skipped": len(self.faults),
         }
         chosen = self.chosen
-        return Reading(chosen.name, chosen.template, self.records, tuple(self.faults), counts, self.found)
+        return Reading(chosen.name, chosen.template, self.records, tuple(self.faults), counts, self.keys_read)
 
     def _failed(self, faults: Sequence[Fault]) -> DataError:
         shown = "".join(f"\n  - {fault}" for fault in faults[:FAULTS_SHOWN])
@@ -163,19 +163,19 @@ class _Reader:
 
 
 def _refuse_mixture(path: str, source: Source, chosen: Format, columns: Mapping[str, str]) -> None:
-    """Raise DataError if a file of another kind, which a folder's files stand beside, holds examples too."""
+    """Raise DataError if the folder has a file of another kind that holds examples too."""
     for table in source.others:
         rows = (item[1] for item in table.read() if not isinstance(item, Fault))
         row = next(rows, None)
         if row is not None and chosen.recognises(row, _keys_of(chosen, columns)):
             raise DataError(
-                f"data.path '{path}': '{table.name}' holds examples too, but is of another kind of file than "
+                f"data.path '{path}': '{table.name}' holds examples too, but is another kind of file than "
                 f"'{source.tables[0].name}'; keep files of one kind in a folder, or name one file"
             )
 
 
 def _check_request(format: str, columns: Mapping[str, str]) -> Format | None:
-    """Return the format asked for, None for "auto". Raises DataError for an unknown format or column name."""
+    """Return the requested format, None for "auto". Raises DataError for an unknown format or column name."""
     names = [entry.name for entry in FORMATS]
     if format not in ("auto", *names):
         raise DataError(f"data.format '{format}' is unknown{nearest(format, names)}; known: auto, {', '.join(names)}")
@@ -185,21 +185,21 @@ def _check_request(format: str, columns: Mapping[str, str]) -> Format | None:
     for name in columns:
         if name not in allowed:
             raise DataError(
-                f"data.columns: '{name}' is no name of ours{nearest(name, allowed)}; for format '{format}' "
+                f"data.columns: '{name}' is not one of our names{nearest(name, allowed)}; for format '{format}' "
                 f"they are {', '.join(allowed)} (our name: the data's column)"
             )
     return chosen
 
 
 def _keys_of(entry: Format, columns: Mapping[str, str]) -> Keys:
-    """Return the keys of a format with the user's names in place of the usual ones."""
+    """Return the keys of a format, with the user's names instead of the usual ones."""
     return {**entry.keys, **{name: (key,) for name, key in columns.items()}}
 
 
 def _recognise(row: Row, columns: Mapping[str, str], place: Place) -> Format:
-    """Return the first format that knows the row. Raises BadRow if none does.
+    """Return the first format that recognises the row. Raises BadRow if none does.
 
-    Conversations come first: what stands beside one, such as its first prompt, repeats a part of it.
+    Conversations come first: a column beside one, such as its first prompt, repeats a part of it.
     """
     for entry in sorted(FORMATS, key=lambda entry: entry.template != "chat"):
         if set(columns) <= {*entry.keys, *ALIASES} and entry.recognises(row, _keys_of(entry, columns)):
@@ -208,9 +208,9 @@ def _recognise(row: Row, columns: Mapping[str, str], place: Place) -> Format:
 
 
 def _settle_keys(entry: Format, row: Row, columns: Mapping[str, str], place: Place) -> Keys:
-    """Decide by the first row whether an optional text exists: then every row must have it, else none may.
+    """Decide by the first row whether an optional text exists: then every row must have it, otherwise none may.
 
-    Raises BadRow if `columns` takes a name that no converter asks for from a key that is not there.
+    Raises BadRow if `columns` takes a name that no converter requires from a key that is missing.
     """
     for name in (*ALIASES, *entry.anywhere):
         if name in columns and columns[name] not in row:
@@ -218,36 +218,35 @@ def _settle_keys(entry: Format, row: Row, columns: Mapping[str, str], place: Pla
             raise BadRow(f"no '{columns[name]}'{near}, which data.columns.{name} names")
     keys = _keys_of(entry, columns)
     absent = {name for name in entry.optional if name not in columns and present(row, keys[name]) is None}
-    return {name: own for name, own in keys.items() if name not in absent}
+    return {name: spellings for name, spellings in keys.items() if name not in absent}
 
 
 def _unknown_format(row: Row, columns: Mapping[str, str], place: Place) -> str:
     """Say which keys were found and which each format reads."""
-    usual = {key for entry in FORMATS for own in entry.keys.values() for key in own} | {
+    usual = {key for entry in FORMATS for spellings in entry.keys.values() for key in spellings} | {
         "id",
         "label",
         "labels",
         "split",
     }
-    # In a CSV file without a header the keys are an example: only words that say nothing are shown.
-    found = [key for key in row if (key in usual if place.headed else PLAIN_KEY.fullmatch(key))][:12]
-    left = len(row) - len(found) if place.headed else 0
-    unseen = ["1 other" if left == 1 else f"{left} others"] if left else []
+    # In a CSV file without a header the keys are an example: only words that reveal nothing are shown.
+    shown_keys = [key for key in row if (key in usual if place.headed else PLAIN_KEY.fullmatch(key))][:12]
+    hidden = len(row) - len(shown_keys) if place.headed else 0
+    unseen = ["1 other" if hidden == 1 else f"{hidden} others"] if hidden else []
     known = "; ".join(
         f"{entry.name}: {', '.join(keys[0] for name, keys in entry.keys.items() if name not in unnamed)}"
         for entry in FORMATS
         for unnamed in [{*ALIASES, *entry.anywhere}]
     )
-    if {"question", "answer"} <= set(row):  # else it would look as if these were unknown
+    if {"question", "answer"} <= set(row):  # otherwise these would seem to be unknown
         return (
-            "'question' and 'answer' are taken as prompt and completion only where nothing that may belong to the "
-            "question stands beside them; if they are all that is needed, say so: data.columns {prompt: question, "
-            "completion: answer}"
+            "'question' and 'answer' are read as prompt and completion only if no other column may be part of the "
+            "question; if no other is needed, say so: data.columns {prompt: question, completion: answer}"
         )
     mapped = f" and data.columns for {', '.join(columns)}" if columns else ""
     header = "; is the first line a header?" if place.headed else "."
     return (
-        f"no known format has the keys found here ({', '.join([*found, *unseen]) or 'none'})"
+        f"no known format has these keys ({', '.join([*shown_keys, *unseen]) or 'none'})"
         f"{mapped}{header} Known: {known}. "
         "Name the columns in data.columns (our name: yours), as in {prompt: question, completion: answer}"
     )

@@ -1,7 +1,7 @@
 """Fetch a data set of the Hugging Face hub into a folder; nothing stays in the libraries' own caches.
 
-`datasets` runs in a process of its own: the caches of four libraries follow from the environment they start with, so
-none of them is missed, and neither their noise nor their settings reach this process.
+`datasets` runs in a separate process: four libraries choose their caches from the environment at their start, so that
+none of them is missed, and neither their output nor their settings reach this process.
 """
 
 import json
@@ -22,28 +22,28 @@ _TRUE = ("1", "ON", "YES", "TRUE")
 
 _ADVICE = {
     "offline": "the hub cannot be reached; check the network, or save the data set to a folder and name that",
-    "missing": "the hub has no such data set, or shows it only to others; check the name, or set HF_TOKEN",
-    "gated": "the hub gives it only to those who accepted its terms; accept them there, and set HF_TOKEN",
+    "missing": "the hub has no such data set, or you may not see it; check the name, or set HF_TOKEN",
+    "gated": "the hub requires that you accept its terms; accept them there, and set HF_TOKEN",
     "revision": "the hub has no such revision of it; check data.revision",
     "kind": "it holds no tables of text (CSV, JSON, Parquet, Arrow, text)",
-    "empty": "the hub has it, but no data file in it",
+    "empty": "the hub has it, but it has no data file",
     "disk": "the temporary folder is full; set TMPDIR to a larger one",
 }
 
 
 def is_name(path: str) -> bool:
-    """Could this be a data set of the hub? It is `owner/name`: its libraries no longer know names without owner."""
+    """Could this be a data set on the hub? It is `owner/name`: the libraries no longer accept names without owner."""
     return _NAME.fullmatch(path) is not None and "--" not in path and ".." not in path
 
 
 @contextmanager
 def fetched(name: str, *, subset: str | None, revision: str | None) -> Iterator[Path]:
-    """Give a folder as `datasets` saves it, with all splits of a data set of the hub; it is gone afterwards.
+    """Give a temporary folder, as `datasets` saves it, with all splits of a data set on the hub.
 
-    Raises DataError: the hub is switched off or out of reach, or does not give the data set.
+    Raises DataError: the hub is switched off or cannot be reached, or refuses the data set.
     """
     hub_switch = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
-    for switch in ("HF_DATASETS_OFFLINE", hub_switch):  # starting the program to learn the same takes seconds
+    for switch in ("HF_DATASETS_OFFLINE", hub_switch):  # starting the program to find this out takes seconds
         if os.environ.get(switch, "").upper() in _TRUE:
             raise _refused(name, f"the hub is switched off by {switch}; unset it, or name a local file or folder")
     with tempfile.TemporaryDirectory(prefix="fedmira-hub-") as scratch:
@@ -64,7 +64,7 @@ def fetched(name: str, *, subset: str | None, revision: str | None) -> Iterator[
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """Return variables that put every cache below one folder, keep the token where it is, and keep quiet."""
+    """Return variables that put every cache below one folder, keep the path of the token, and suppress output."""
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     token = os.environ.get("HF_TOKEN_PATH") or str(home.expanduser() / "token")
     caches = (
@@ -81,7 +81,7 @@ def _environment(scratch: Path) -> dict[str, str]:
 
 
 def _last_line(output: bytes) -> Mapping[str, object]:
-    """Return the program's answer: its last line, a JSON object; nothing if it died without one."""
+    """Return the program's answer: its last line, a JSON object; {} if it ended without one."""
     try:
         answer = json.loads(output.decode("utf-8", "replace").strip().rpartition("\n")[2])
     except ValueError:
@@ -106,4 +106,4 @@ def _choose_subset(names: Sequence[str], subset: str | None) -> str:
 
 
 def _refused(name: str, why: str) -> DataError:
-    return DataError(f"data.path '{name}': no file or folder here, and as a data set of the hub: {why}")
+    return DataError(f"data.path '{name}': no such file or folder, and as a data set on the hub: {why}")

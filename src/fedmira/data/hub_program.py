@@ -1,6 +1,6 @@
 """A program, not a module: saves one data set of the hub as a folder and prints one line of JSON, {"reason": ...}.
 
-hub.py runs it and reads that line. No message of a library is passed on: it may hold text of an example.
+hub.py runs it and reads that line. No library message is passed on: it may contain text of an example.
 """
 
 import errno
@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 
-KINDS = ("Json", "Csv", "Parquet", "Arrow", "Text")  # builders of `datasets` that read tables, and run nothing
+KINDS = ("Json", "Csv", "Parquet", "Arrow", "Text")  # builders of `datasets` that read tables and run no code
 WAIT_S = 10  # for the hub's first answer
 REASONS = (  # names of exceptions anywhere in the chain; the first line that matches counts
     ("gated", ("GatedRepoError",)),
@@ -21,11 +21,11 @@ REASONS = (  # names of exceptions anywhere in the chain; the first line that ma
 
 
 def save(name: str, subset: str | None, revision: str | None, folder: str) -> dict[str, object]:
-    """Save all splits of a data set into a folder; return what became of it."""
+    """Save all splits of a data set into a folder; return the outcome."""
     import datasets
     import huggingface_hub
 
-    # The library tries again for half a minute where nothing answers; this asks once.
+    # Without an answer the library retries for half a minute; this tries once.
     huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=WAIT_S)
     try:
         builder = datasets.load_dataset_builder(name, subset, revision=revision)
@@ -46,7 +46,7 @@ def subsets(name: str, revision: str | None) -> Sequence[str]:
 
     try:
         return datasets.get_dataset_config_names(name, revision=revision)
-    except Exception:  # it only helps to word another fault
+    except Exception:  # the names only improve another error's message
         return []
 
 

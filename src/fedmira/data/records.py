@@ -1,4 +1,4 @@
-"""What a row becomes, and how its values are taken out: text is checked, and no error shows it."""
+"""Records, and how values are taken from rows: text is checked, and no error shows it."""
 
 import datetime
 import decimal
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from fedmira.data.rows import BadRow, Row, kind_of
 
-Keys = Mapping[str, Sequence[str]]  # our name -> the data's keys that may hold it, the first one present counts
+Keys = Mapping[str, Sequence[str]]  # our name -> the data's possible keys for it; the first one present is used
 
-ALIASES = ("task", "category")  # columns that any format may take from another key of the data
-PLAIN_KEY = re.compile(r"[\w .:/-]{1,40}")  # keys outside it may be text in the wrong place: errors do not show them
+ALIASES = ("task", "category")  # columns that any format may read from another key of the data
+PLAIN_KEY = re.compile(r"[\w .:/-]{1,40}")  # any other key may be misplaced text: errors do not show it
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Turn:
 
     role: str  # system, user, assistant or tool
     text: str  # may be empty
-    trained: bool = True  # of the assistant's turns: is loss taken on it
+    trained: bool = True  # of an assistant's turn: loss is taken on it
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Record:
 
     instruction: str
     input: str  # may be empty
-    answers: tuple[str, ...]  # the first is trained on, all count for scoring; at least one, none empty
+    answers: tuple[str, ...]  # the first is trained on, all are used for scoring; at least one, none empty
     columns: Mapping[str, str]  # every scalar column of the row as text
     source: str  # "file:line", "file, row 7" or "file#instance id"; never example text
-    turns: tuple[Turn, ...] = ()  # a conversation's turns before its last answer; instruction and input are empty then
+    turns: tuple[Turn, ...] = ()  # a conversation's turns before its last answer; then instruction and input are empty
 
 
 def present(row: Row, keys: Sequence[str]) -> str | None:
@@ -70,19 +70,19 @@ def take_answers(row: Row, keys: Keys, name: str, *, several: bool) -> tuple[str
 
 
 def take_columns(row: Row, keys: Keys) -> dict[str, str]:
-    """Return the scalar columns, with `task` and `category` taken from where `data.columns` says. Raises BadRow."""
+    """Return the scalar columns, with `task` and `category` from the keys in `data.columns`. Raises BadRow."""
     columns = scalars(row)
     for name in ALIASES:
         if name in keys:
             key = required(row, keys, name)
-            columns = {own: text for own, text in columns.items() if own != name or key == name}
+            columns = {column: text for column, text in columns.items() if column != name or key == name}
             if key in columns:
                 columns[name] = columns[key]
     return columns
 
 
 def check_text(value: object, key: str) -> str:
-    """Return the value if it is text that UTF-8 can hold. JSON escapes can smuggle in NUL and half characters."""
+    """Return the value if it is text valid in UTF-8. JSON escapes can encode NUL and lone surrogates."""
     if not isinstance(value, str):
         raise BadRow(f"{shown(key)} is {kind_of(value)}, not text")
     if "\0" in value:
@@ -93,7 +93,7 @@ def check_text(value: object, key: str) -> str:
 
 
 def scalars(row: Row) -> dict[str, str]:
-    """Return the columns that hold one value, as text; null, and the NaN that tables write for it, is no value."""
+    """Return the columns that hold one value, as text; null, and the NaN that tables write for it, is not a value."""
     columns: dict[str, str] = {}
     for key, value in row.items():
         if isinstance(value, str):

@@ -1,6 +1,6 @@
-"""Read bytes into rows: JSON lists and JSON lines, strict UTF-8, every bad row found with its place.
+"""Read bytes into rows: JSON lists and JSON lines, strict UTF-8, every bad row reported with its place.
 
-Nothing here knows what a row means; formats.py does. No fault ever shows the text of a row.
+formats.py, not this module, knows the meaning of a row. No fault shows the text of a row.
 """
 
 import datetime
@@ -13,9 +13,9 @@ from typing import BinaryIO, Literal
 
 Row = Mapping[str, object]
 
-FAULTS_SHOWN = 5  # of all that an error counts
-LINE_MIB = 64  # a longer line is no row: the file is held in memory one line at a time
-DOCUMENT_GIB = 2  # a .json file is held in memory whole
+FAULTS_SHOWN = 5  # of all that an error reports
+LINE_MIB = 64  # a longer line is not a row: one line at a time is in memory
+DOCUMENT_GIB = 2  # a whole .json file is in memory
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -26,14 +26,14 @@ _PIECE = 1 << 24  # bytes read at once
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands."""
+    """The place of a row."""
 
     file: str
     stem: str  # the file's name without its extension
     line: int  # counted from 1
     alone: bool  # the row is the whole file
     unit: Literal["line", "row"] = "line"  # what is counted; a row of a binary table has no line
-    headed: bool = False  # the keys are a file's first line, which is an example where the header was forgotten
+    headed: bool = False  # the keys are a file's first line, which is an example if the header is missing
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.unit == "line" else f"{self.file}, row {self.line}"
@@ -41,11 +41,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong with the data: where, and what to know about it without its text."""
+    """One error in the data: where, and what, without its text."""
 
     where: str
     what: str
-    stops: bool = False  # the rest of the file is not read, so that nobody can say how many rows it has
+    stops: bool = False  # the file is not read further, so that its number of rows is unknown
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
@@ -59,7 +59,7 @@ class BadRow(Exception):
 
 
 class BadText(BadRow):
-    """Bytes that are no text; `position` of the first of them, and whether all further bytes must be bad too."""
+    """Bytes that are not text; `position` of the first, and whether all further bytes must be bad too."""
 
     def __init__(self, what: str, position: int, *, stops: bool = False) -> None:
         self.position = position
@@ -68,7 +68,7 @@ class BadText(BadRow):
 
 
 def split_lines(stream: BinaryIO, *, limit: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """Yield number (from 1), offset in the file and bytes of each line; None instead of one with more than `limit`."""
+    """Yield number (from 1), offset in the file and bytes of each line; None instead of a line longer than `limit`."""
     number, offset = 0, 0
     while line := stream.readline(limit + 1):
         number += 1
@@ -80,7 +80,7 @@ def split_lines(stream: BinaryIO, *, limit: int) -> Iterator[tuple[int, int, byt
 
 
 def read_lines(stream: BinaryIO, start: Place, *, limit: int = LINE_MIB << 20) -> Iterator[Item]:
-    """Read one JSON object per line; lines of white space are no rows."""
+    """Read one JSON object per line; lines of white space are skipped."""
     for number, offset, line in split_lines(stream, limit=limit):
         place = replace(start, line=number)
         try:
@@ -97,7 +97,7 @@ def read_lines(stream: BinaryIO, start: Place, *, limit: int = LINE_MIB << 20) -
 
 def too_long(what: str, limit: int) -> str:
     size = f"{limit >> 20} MiB" if limit >= 1 << 20 else f"{limit} bytes"
-    return f"the {what} is longer than {size}; is it one example? split it, or take it out"
+    return f"the {what} is longer than {size}; is it one example? split it, or remove it"
 
 
 def read_document(stream: BinaryIO, start: Place, *, limit: int = DOCUMENT_GIB << 30) -> Iterator[Item]:
@@ -119,7 +119,7 @@ def read_document(stream: BinaryIO, start: Place, *, limit: int = DOCUMENT_GIB <
 
 def too_large(start: Place, limit: int = DOCUMENT_GIB << 30) -> Fault:
     size = f"{limit >> 30} GiB" if limit >= 1 << 30 else f"{limit} bytes"
-    what = f"a JSON document of more than {size} is not read, for it is held in memory whole; write one row per line"
+    what = f"a JSON document of more than {size} is not read, because it must fit in memory; write one row per line"
     return Fault(start.file, f"{what} (.jsonl)", stops=True)
 
 
@@ -135,12 +135,12 @@ def _read_text(text: str, start: Place) -> Iterator[Item]:
         try:
             value, end = parse(text, position, whole=False)
         except BadRow as bad:
-            found = _end_of(text, position)
-            if found is None:
-                yield Fault(str(place), f"{bad}; the rest of the file is not read", stops=True)
+            value_end = _end_of(text, position)
+            if value_end is None:
+                yield Fault(str(place), f"{bad}; the file is not read further", stops=True)
                 return
             yield Fault(str(place), str(bad))
-            end = found
+            end = value_end
         else:
             yield _item(place, value)
         position = _skip(text, end)
@@ -149,7 +149,7 @@ def _read_text(text: str, start: Place) -> Iterator[Item]:
     if listed and text.startswith("]", position):
         listed, position = False, _skip(text, position + 1)
     if listed or position < len(text):
-        what = "the list is not closed here" if listed else "more text follows; one object per line is called .jsonl"
+        what = "the list is not closed here" if listed else "more text follows; use .jsonl for one object per line"
         where = f"{start.file}:{line + text.count(chr(10), counted, position)}"
         yield Fault(where, f"not JSON: {what}", stops=True)
 
@@ -169,7 +169,7 @@ def _skip(text: str, position: int) -> int:
 def decode(data: bytes | bytearray, offset: int) -> str:
     """Decode strict UTF-8. offset: the file's bytes before these; a mark at the file's start is not text.
 
-    Raises BadText at the first byte that is no text.
+    Raises BadText at the first byte that is not text.
     """
     if offset == 0 and data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise BadText(f"byte 0 of the file is not UTF-8: {_WIDE}", 0, stops=True)
@@ -179,9 +179,9 @@ def decode(data: bytes | bytearray, offset: int) -> str:
     except UnicodeDecodeError as error:
         faults.append((error.start, "is not UTF-8; save the file as UTF-8"))
     if (nul := data.find(b"\0")) >= 0:
-        faults.append((nul, "is NUL: text has none; save the file as UTF-8"))
+        faults.append((nul, "is NUL, which is not text; save the file as UTF-8"))
     if escape := _ISO_2022.search(data):
-        faults.append((escape.start(), "begins an escape sequence of ISO-2022, not text; save the file as UTF-8"))
+        faults.append((escape.start(), "starts an escape sequence of ISO-2022, not text; save the file as UTF-8"))
     if faults:
         position, what = min(faults)
         wide = offset + nul < 4 and position == nul
@@ -198,7 +198,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _no_constant(name: str) -> object:
-    raise BadRow(f"{name} is no JSON number; write null where there is no value")
+    raise BadRow(f"{name} is not a JSON number; write null where there is no value")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
@@ -206,11 +206,11 @@ _LENIENT = json.JSONDecoder()
 
 
 def parse(text: str, position: int, *, whole: bool = True) -> tuple[object, int]:
-    """Return the JSON value at a position and where it ends; `whole`: nothing but white space may follow."""
+    """Return the JSON value at a position and where it ends; `whole`: only white space may follow."""
     try:
         value, end = _DECODER.raw_decode(text, position)
     except json.JSONDecodeError as error:
-        reason = error.msg.partition(":")[0].removesuffix(" at")  # what follows a colon may be the text itself
+        reason = error.msg.partition(":")[0].removesuffix(" at")  # what follows a colon may be text of the row
         where = f"line {error.lineno}, column {error.colno}" if not whole else f"column {error.colno}"
         raise BadRow(f"not JSON: {reason[0].lower()}{reason[1:]} at {where}") from None
     except RecursionError:
@@ -223,7 +223,7 @@ def parse(text: str, position: int, *, whole: bool = True) -> tuple[object, int]
 
 
 def _end_of(text: str, position: int) -> int | None:
-    """Return where a value ends that JSON allows and we do not (a key twice, NaN); None if it is not JSON at all."""
+    """Return where a value ends that only a lenient reader accepts (a key twice, NaN); None if it is not JSON."""
     try:
         return _LENIENT.raw_decode(text, position)[1]
     except (ValueError, RecursionError):
@@ -237,7 +237,7 @@ def as_row(value: object) -> Row:
 
 
 def kind_of(value: object) -> str:
-    """Name a value's kind, as errors call it."""
+    """Return the name of a value's kind, for errors."""
     if value is None:
         return "null"
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What `data.path` is (a file, a folder, a folder saved by `datasets`, a data set of the hub), and its tables."""
+"""Find what `data.path` is (a file, a folder, a folder saved by `datasets`, a data set on the hub), and its tables."""
 
 import gzip
 import re
@@ -14,14 +14,14 @@ from fedmira.data.rows import DOCUMENT_GIB, BadRow, Fault, Item, Place, read_doc
 from fedmira.data.tables import read_csv, read_parquet, read_saved, saved_splits
 from fedmira.errors import DataError, nearest
 
-KINDS = (  # a folder is read by the first kind it holds
+KINDS = (  # the first kind that a folder has is read
     (".json", ".jsonl", ".json.gz", ".jsonl.gz"),
     (".parquet",),
     (".csv", ".tsv", ".csv.gz", ".tsv.gz"),
 )
 EXTENSIONS = tuple(ending for kind in KINDS for ending in kind)
 
-# A name with one of these is meant as a file, whatever the hub has.
+# A name with one of these endings is a file, even if the hub has a data set of that name.
 _FILE_NAME = re.compile(
     r".*\.(jsonl?|ndjson|parquet|csv|tsv|txt|text|md|xml|html?|ya?ml|toml|py|ipynb|arrow|feather|orc|avro|xlsx?|ods|pdf"
     r"|docx?|sqlite3?|db|sql|pkl|pickle|pt|bin|np[yz]|h5|hdf5|safetensors|zip|tar|t?gz|bz2|xz|zst|7z|rar|lz4)",
@@ -31,49 +31,51 @@ _FILE_NAME = re.compile(
 
 @dataclass(frozen=True)
 class Table:
-    """One file, or one split: something with rows of its own."""
+    """One file, or one split."""
 
     name: str  # for errors
     read: Callable[[], Iterator[Item]]
-    columns: Mapping[str, str] = field(default_factory=dict)  # what its rows get where they have no such column
+    columns: Mapping[str, str] = field(default_factory=dict)  # added to rows that have no such column
 
 
 @dataclass(frozen=True)
 class Source:
-    """All tables of a path, in the order in which they are read."""
+    """All tables of a path, in reading order."""
 
     tables: tuple[Table, ...]
-    others: tuple[Table, ...] = ()  # files beside them that could be data, but of another kind
+    others: tuple[Table, ...] = ()  # files beside them that may be data, but of another kind
 
 
 @contextmanager
 def open_source(path: str | Path, *, subset: str | None, revision: str | None) -> Iterator[Source]:
-    """Give the tables of a path; those of the hub lie in a temporary folder until the end.
+    """Give the tables of a path; those of the hub are in a temporary folder until the end.
 
-    Raises DataError: nothing is there, nothing in it can be read, or the hub does not give it.
+    Raises DataError: the path does not exist, nothing in it can be read, or the hub refuses it.
     """
-    place = Path(path)
+    local_path = Path(path)
     try:
-        there = place.exists()
+        exists = local_path.exists()
     except OSError as error:
-        raise _unreadable(place, error) from None
-    if not there and _may_be_on_hub(str(path)):
+        raise _unreadable(local_path, error) from None
+    if not exists and _may_be_on_hub(str(path)):
         with hub.fetched(str(path), subset=subset, revision=revision) as folder:
             yield Source(_saved_tables(folder, str(path)))
         return
     for key, value in (("subset", subset), ("revision", revision)):
         if value is not None:
-            raise DataError(f"data.{key} '{value}': only a data set of the hub has one; data.path '{path}' is none")
-    if place.is_dir() and (tables := _saved_tables(place, place.resolve().name)):
+            raise DataError(
+                f"data.{key} '{value}': only a data set on the hub has one; data.path '{path}' is not on the hub"
+            )
+    if local_path.is_dir() and (tables := _saved_tables(local_path, local_path.resolve().name)):
         yield Source(tables)
-    elif place.is_dir():
-        yield _folder(place)
+    elif local_path.is_dir():
+        yield _folder(local_path)
     else:
-        yield Source((_file_table(_find_file(place)),))
+        yield Source((_file_table(_find_file(local_path)),))
 
 
 def _may_be_on_hub(path: str) -> bool:
-    """Is this name, which is not here, one of the hub rather than a misspelt path?"""
+    """Is this name, which is not a local path, one on the hub rather than a misspelt path?"""
     return hub.is_name(path) and not _FILE_NAME.fullmatch(path) and not Path(path).parent.exists()
 
 
@@ -81,27 +83,27 @@ def _find_file(path: Path) -> Path:
     """Return the path if it is a file that can be read. Raises DataError."""
     if not path.exists():
         near = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = "; '~' is not the home folder here, write it out" if str(path).startswith("~") else ""
-        hint = hint or ("; a data set of the hub is called owner/name" if path.name == str(path) else "")
+        hint = "; '~' is not expanded, write the path in full" if str(path).startswith("~") else ""
+        hint = hint or ("; a data set on the hub is named owner/name" if path.name == str(path) else "")
         raise DataError(
             f"data.path '{path}': no such file or folder{nearest(path.name, near)}{hint}; current folder: {Path.cwd()}"
         )
     if not path.is_file() or not _extension(path):
         raise DataError(
             f"data.path '{path}': reads {', '.join(EXTENSIONS)} files, a folder of them, a folder saved by `datasets`, "
-            "or a data set of the hub (owner/name)"
+            "or a data set on the hub (owner/name)"
         )
     return path
 
 
 def _folder(path: Path) -> Source:
-    """Return a folder's files of one kind, by name. Raises DataError if there are none, or two would share a name."""
+    """Return a folder's files of one kind, ordered by name. Raises DataError if there are none, or two share a name."""
     try:
         inside = sorted(path.iterdir(), key=lambda file: file.name)
     except OSError as error:
         raise _unreadable(path, error) from None
     known = [file for file in inside if file.is_file() and _extension(file) and not file.name.startswith(".")]
-    files = next((own for kind in KINDS if (own := [file for file in known if _extension(file) in kind])), [])
+    files = next((same for kind in KINDS if (same := [file for file in known if _extension(file) in kind])), [])
     if not files:
         folders = [file.name for file in inside if file.is_dir() and not file.name.startswith(".")]
         below = f"; its {len(folders)} folders are not read: name one of them" if folders else ""
@@ -109,7 +111,7 @@ def _folder(path: Path) -> Source:
     stems = [_stem(file) for file in files]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
-        raise DataError(f"data.path '{path}': more than one file is called '{twice[0]}'; keep one of them")
+        raise DataError(f"data.path '{path}': more than one file is named '{twice[0]}'; keep one of them")
     return Source(
         tuple(_file_table(file, {"file": _stem(file)}) for file in files),
         tuple(_file_table(file, {"file": _stem(file)}) for file in known if file not in files),
@@ -117,7 +119,7 @@ def _folder(path: Path) -> Source:
 
 
 def _saved_tables(folder: Path, name: str) -> tuple[Table, ...]:
-    """Return the splits of a folder saved by `datasets`, none if it is no such folder. Raises DataError if damaged."""
+    """Return the splits of a folder saved by `datasets`, () for another folder. Raises DataError if damaged."""
 
     def table(path: Path, name: str, columns: Mapping[str, str]) -> Table:
         return Table(name, lambda: read_saved(path, Place(name, path.name, 1, False, "row")), columns)

@@ -1,6 +1,6 @@
-"""Read rows out of tables: CSV and TSV, Parquet, and the Arrow files that `datasets` saves.
+"""Read rows from tables: CSV and TSV, Parquet, and the Arrow files that `datasets` saves.
 
-Nothing is written, cached or unpickled. CSV values stay text; Parquet and Arrow values become what JSON would hold.
+Nothing is written, cached or unpickled. CSV values stay text; Parquet and Arrow values become JSON values.
 """
 
 import csv
@@ -12,22 +12,22 @@ from typing import Any, BinaryIO
 
 from fedmira.data.rows import LINE_MIB, BadRow, BadText, Fault, Item, Place, Row, decode, parse, split_lines, too_long
 
-BATCH = 1000  # rows turned into Python values at once
+BATCH = 1000  # rows converted to Python values at once
 
 _SEPARATORS = {",": "','", ";": "';'", "\t": "a tab", "|": "'|'"}
 
 
 class _Lost(BadRow):
-    """After this fault nobody can say where the next row begins."""
+    """After this fault the start of the next row is unknown."""
 
 
 class _Lines:
-    """A file's lines as csv.reader wants them, and what is known of the row being read."""
+    """A file's lines for csv.reader, and the state of the row being read."""
 
     def __init__(self, stream: BinaryIO, limit: int) -> None:
         self._lines = split_lines(stream, limit=limit)
         self._limit = limit
-        self.number = 0  # of the last line given
+        self.number = 0  # of the last line yielded
         self.begin()
 
     def begin(self) -> None:
@@ -54,13 +54,13 @@ class _Lines:
             if bad.stops:
                 raise _Lost(str(bad)) from None
             self.fault = self.fault or bad
-            return line.decode("ascii", "replace")  # only to find where the row ends
+            return line.decode("ascii", "replace")  # only to find the end of the row
 
 
 def read_csv(stream: BinaryIO, start: Place, *, delimiter: str, limit: int = LINE_MIB << 20) -> Iterator[Item]:
-    """Read one row per record of a CSV file, under the names of its first; blank lines are no rows.
+    """Read one row per record of a CSV file, with the names in its first one; blank lines are skipped.
 
-    A row's place is its first line: a quoted text may go over several.
+    A row's place is its first line: a quoted text may span several.
     """
     lines = _Lines(stream, limit)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -82,13 +82,13 @@ def read_csv(stream: BinaryIO, start: Place, *, delimiter: str, limit: int = LIN
                     raise
                 yield Fault(f"{start.file}:{lines.first}", str(bad))
     except BadRow as bad:
-        yield Fault(f"{start.file}:{lines.first}", f"{bad}; the rest of the file is not read", stops=True)
+        yield Fault(f"{start.file}:{lines.first}", f"{bad}; the file is not read further", stops=True)
 
 
 def _next_values(reader: Iterator[list[str]], lines: _Lines, limit: int) -> list[str] | None:
-    """Return the next row's values, none for a blank line, None at the end. Raises BadRow."""
+    """Return the next row's values, [] for a blank line, None at the end. Raises BadRow."""
     lines.begin()
-    before = csv.field_size_limit(limit)  # one for the whole process, so it is put back at once
+    before = csv.field_size_limit(limit)  # global to the process, so it is restored at once
     try:
         values = next(reader, None)
     except csv.Error as error:
@@ -101,9 +101,9 @@ def _next_values(reader: Iterator[list[str]], lines: _Lines, limit: int) -> list
 
 
 def _csv_fault(reason: str, lines: _Lines) -> BadRow:
-    """Say in our words what the csv module found; its rows go on only where the line cannot have opened another."""
+    """Translate an error of the csv module; reading continues only if the line cannot be inside a quoted text."""
     if "end of data" in reason:
-        return _Lost("a quote that opens in this row is never closed")
+        return _Lost("a quote opened in this row is never closed")
     what = 'a quote inside a quoted text; write it twice: ""'
     if "new-line" in reason:
         what = "a carriage return without a line feed; end lines with a line feed, or quote the text"
@@ -112,26 +112,26 @@ def _csv_fault(reason: str, lines: _Lines) -> BadRow:
 
 
 def _check_header(names: list[str], delimiter: str) -> list[str]:
-    """Return the names of the columns. Raises BadRow without showing one: a forgotten header is an example."""
+    """Return the column names. Raises BadRow without showing one: without a header they are an example."""
     if len(names) == 1 and (
         other := next((sign for sign in _SEPARATORS if sign != delimiter and sign in names[0]), "")
     ):
         raise BadRow(
-            f"the first line is one column with {_SEPARATORS[other]} in it, but columns are parted by "
+            f"the first line is one column with {_SEPARATORS[other]} in it, but columns are separated by "
             f"{_SEPARATORS[delimiter]} here (.csv: ',', .tsv: a tab)"
         )
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         if not name.strip():
-            raise BadRow(f"column {place + 1} of {len(names)} has no name in the first line; name it, or take it out")
-        if name in names[:place]:
-            raise BadRow(f"columns {names.index(name) + 1} and {place + 1} have the same name; rename one")
+            raise BadRow(f"column {index + 1} of {len(names)} has no name in the first line; name it, or remove it")
+        if name in names[:index]:
+            raise BadRow(f"columns {names.index(name) + 1} and {index + 1} have the same name; rename one")
     return names
 
 
 def _name(values: list[str], header: list[str]) -> Row:
     if len(values) != len(header):
         count = f"{len(values)} value" + "s" * (len(values) > 1)
-        raise BadRow(f"found {count} where the first line names {len(header)}; quote texts that hold the separator")
+        raise BadRow(f"found {count} where the first line names {len(header)}; quote texts that contain the separator")
     return dict(zip(header, values, strict=True))
 
 
@@ -146,7 +146,7 @@ def read_parquet(stream: BinaryIO, start: Place) -> Iterator[Item]:
         with pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True) as table:
             yield from table.iter_batches(batch_size=BATCH)
 
-    yield from _read_batches(batches(), start, "damaged, or no Parquet file; copy it again")
+    yield from _read_batches(batches(), start, "damaged, or not a Parquet file; copy it again")
 
 
 def read_saved(folder: Path, start: Place) -> Iterator[Item]:
@@ -157,7 +157,7 @@ def read_saved(folder: Path, start: Place) -> Iterator[Item]:
         for file in files:
             with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as reader:
                 for batch in reader:
-                    batch.validate(full=True)  # Arrow trusts its files: a wrong offset would end the process
+                    batch.validate(full=True)  # Arrow does not check its files: a wrong offset would crash the process
                     yield from (batch.slice(first, BATCH) for first in range(0, batch.num_rows, BATCH))
 
     try:
@@ -165,11 +165,11 @@ def read_saved(folder: Path, start: Place) -> Iterator[Item]:
     except BadRow as bad:
         yield Fault(start.file, str(bad), stops=True)
         return
-    yield from _read_batches(batches(), start, "damaged, or not complete; save it again")
+    yield from _read_batches(batches(), start, "damaged, or incomplete; save it again")
 
 
 def saved_splits(folder: Path) -> list[str] | None:
-    """Return the splits of a folder that `datasets` saved, none if it is one table; None if it is no such folder.
+    """Return the splits of a folder that `datasets` saved, [] if it is one table; None for another folder.
 
     Raises BadRow if the file that names the splits is damaged.
     """
@@ -192,7 +192,7 @@ def _saved_names(file: Path, key: str) -> list[str]:
 
 
 def _read_batches(batches: Iterable[Any], start: Place, damage: str) -> Iterator[Item]:
-    """Yield the rows of Arrow record batches, counted from 1. damage: what to say where the file cannot be read."""
+    """Yield the rows of Arrow record batches, counted from 1. damage: the message if the file cannot be read."""
     import pyarrow
 
     row = 0
@@ -210,7 +210,7 @@ def _read_batches(batches: Iterable[Any], start: Place, damage: str) -> Iterator
 
 
 def _to_rows(batch: Any) -> Iterator[Row | str]:
-    """Yield a record batch's rows; for one that cannot be read, what is wrong with it."""
+    """Yield a record batch's rows; instead of one that cannot be read, its error."""
     readers = {name: reader for name, kind in _fields(batch.schema) if (reader := _json_reader(kind)) is not None}
     try:
         rows = batch.to_pylist()
@@ -218,12 +218,12 @@ def _to_rows(batch: Any) -> Iterator[Row | str]:
         rows = [None] * batch.num_rows
     for index, row in enumerate(rows):
         try:
-            own = batch.slice(index, 1).to_pylist()[0] if row is None else row
-            yield {**own, **{name: reader(own[name]) for name, reader in readers.items()}} if readers else own
+            values = batch.slice(index, 1).to_pylist()[0] if row is None else row
+            yield {**values, **{name: reader(values[name]) for name, reader in readers.items()}} if readers else values
         except UnicodeDecodeError:
             yield "a text is not UTF-8; save it as UTF-8"
         except (ValueError, OverflowError):
-            yield "a value that Python cannot hold; take its column out"
+            yield "a value that Python cannot represent; remove its column"
         except BadRow as bad:
             yield f"a column of JSON: {bad}"
 
@@ -233,16 +233,16 @@ def _fields(schema: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _json_reader(kind: Any) -> Callable[[Any], Any] | None:
-    """Return what replaces JSON texts in a value of an Arrow type by what they say; None if there are none.
+    """Return a function that parses the JSON texts in a value of an Arrow type; None if there are none.
 
-    `datasets` stores columns of mixed kinds so: a conversation's texts would else come with quotes around them.
+    `datasets` stores columns of mixed kinds as JSON: without parsing, a conversation's texts would be in quotes.
     """
     import pyarrow
 
     if getattr(kind, "extension_name", "") == "arrow.json":
         return lambda value: None if value is None else parse(value, 0)[0]
     if pyarrow.types.is_struct(kind):
-        inner = {name: reader for name, own in _fields(kind) if (reader := _json_reader(own)) is not None}
+        inner = {name: reader for name, inner_kind in _fields(kind) if (reader := _json_reader(inner_kind)) is not None}
         return (
             (lambda value: value and {**value, **{name: read(value[name]) for name, read in inner.items()}})
             if inner

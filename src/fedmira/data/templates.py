@@ -1,7 +1,7 @@
 """Turn a record into text: what is shown to the model, and what is trained on.
 
-A template is a value: a name and a function from a record to `Rendered`. Where the model's own chat template is used,
-it is the tokenizer's; nothing here knows what a model's turns look like.
+A template is a value: a name and a function from a record to `Rendered`. A model's own chat template comes from its
+tokenizer; nothing here depends on the form of a model's turns.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,14 +18,14 @@ from fedmira.errors import DataError, nearest
 
 NAMES = ("alpaca", "chat", "none")
 FIELDS = ("instruction", "input")  # what a template file for single requests may show
-# What templates that write today's date are told, so that data do not change overnight: 26 July 2024, as in Llama 3's.
+# The date given to templates that write today's, so that data do not change overnight: 26 July 2024, as in Llama 3's.
 _DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
 _TODAY = "format" + "".join(f" | replace('{code}', '{text}')" for code, text in _DATE.items())
 _SAME_DAY = f"{{%- macro strftime_now(format) -%}}{{{{ {_TODAY} }}}}{{%- endmacro -%}}"
 
 _TASK = "Below is an instruction that describes a task"
 _REQUEST = "Write a response that appropriately completes the request."
-_MARKS = ("\ue000", "\ue001")  # private characters, which no text means anything by
+_MARKS = ("\ue000", "\ue001")  # private-use characters, which have no meaning in text
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class Segment:
 
 @dataclass(frozen=True)
 class Rendered:
-    """One example as text: prompt, then the answer that is trained on."""
+    """One example as text: prompt, then the answer to train on."""
 
     prompt: tuple[Segment, ...]
     answer: str
-    question: str  # the prompt that an answer is written to; may end before `prompt` does
-    begins: bool = True  # does the example begin with the question; else the model is asked as it never was in training
+    question: str  # the prompt for generation; may end before `prompt` does
+    begins: bool = True  # the question is a prefix of the example; otherwise generation differs from training
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a record becomes text. complete: the text has its own special tokens, the tokenizer adds none."""
+    """How a record becomes text. complete: the text contains its special tokens, the tokenizer adds none."""
 
     name: str
     render: Callable[[Record], Rendered]
@@ -56,7 +56,7 @@ class Template:
 
 
 class ChatTokenizer(Protocol):
-    """What is needed of a tokenizer here; every tokenizer of transformers has it."""
+    """What this module needs of a tokenizer; every tokenizer of transformers has it."""
 
     def get_chat_template(self, chat_template: str | None = None) -> str: ...
 
@@ -81,7 +81,7 @@ def make_template(name: str, *, usual: str, tokenizer: ChatTokenizer) -> Templat
             hint = "; these data are conversations, which need one" if usual == "chat" else ""
             raise DataError(
                 f"data.template '{name}': the tokenizer of this base has no chat template{hint}. Name a Jinja file "
-                "(data.template: my_template.jinja), or take a base that was trained on conversations"
+                "(data.template: my_template.jinja), or use a base that was trained on conversations"
             ) from None
         return _chat_template("chat", source, tokenizer)
     return _from_file(name, tokenizer)
@@ -100,12 +100,12 @@ def _from_file(name: str, tokenizer: ChatTokenizer) -> Template:
     try:
         tree = environment.parse(source)
     except jinja2.TemplateSyntaxError as error:
-        if "messages" in source:  # tags such as {% generation %} are known to transformers only
+        if "messages" in source:  # only transformers knows tags such as {% generation %}
             return _chat_template(name, source, tokenizer)
         raise DataError(f"data.template '{name}', line {error.lineno}: not a Jinja template: {error.message}") from None
     try:
         shown, compiled = meta.find_undeclared_variables(tree), environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:  # a filter or a test that there is not
+    except jinja2.TemplateSyntaxError as error:  # an unknown filter or test
         raise DataError(f"data.template '{name}', line {error.lineno}: {error.message}") from None
     if "messages" in shown:
         return _chat_template(name, source, tokenizer)
@@ -116,12 +116,12 @@ def _from_file(name: str, tokenizer: ChatTokenizer) -> Template:
             f"data.template '{name}': {what}; a template shows {' and '.join(FIELDS)}, or messages as a chat template"
         )
     if next(tree.find_all((nodes.Include, nodes.Extends, nodes.Import, nodes.FromImport)), None):
-        raise DataError(f"data.template '{name}' uses another file; write it out in one")
+        raise DataError(f"data.template '{name}' uses another file; write it as one file")
 
     def request(record: Record) -> str:
         try:
             return compiled.render(instruction=record.instruction, input=record.input)
-        except Exception as error:  # a template can divide by zero, too
+        except Exception as error:  # any error of the template, such as a division by zero
             raise DataError(f"data.template '{name}' cannot show {record.source}: {type(error).__name__}") from None
 
     return Template(name, lambda record: _single(record, request(_request_only(record, name))))
@@ -144,7 +144,7 @@ def _request_only(record: Record, name: str) -> Record:
 
 
 def _alpaca(record: Record) -> Rendered:
-    """Show the two preambles of Stanford Alpaca, with and without an input; white space alone is no input.
+    """Show the two preambles of Stanford Alpaca, with and without an input; white space alone is not an input.
 
     Source: tatsu-lab/stanford_alpaca train.py, PROMPT_DICT; the last line break as in tloen/alpaca-lora.
     """
@@ -159,10 +159,10 @@ def _alpaca(record: Record) -> Rendered:
 
 
 def _none(record: Record) -> Rendered:
-    """Show the instruction, then the input on a line of its own if there is one."""
+    """Show the instruction, then the input, if there is one, on a separate line."""
     _request_only(record, "none")
-    given = bool(record.input.strip())
-    return _single(record, f"{record.instruction}\n{record.input}" if given else record.instruction)
+    has_input = bool(record.input.strip())
+    return _single(record, f"{record.instruction}\n{record.input}" if has_input else record.instruction)
 
 
 ALPACA = Template("alpaca", _alpaca)
@@ -175,8 +175,8 @@ NONE = Template("none", _none)
 def _chat_template(name: str, source: str, tokenizer: ChatTokenizer) -> Template:
     """Render conversations by a chat template; a single request becomes one user's turn.
 
-    What the assistant said is found by rendering once more with marks in its place, so that any template works that
-    shows the assistant's words as they are, and no template needs tags of its own.
+    The assistant's texts are located by a second rendering with marks instead of them, so that any template works that
+    shows them unchanged, and no template needs special tags.
     """
 
     if "strftime_now" in source:
@@ -188,9 +188,10 @@ def _chat_template(name: str, source: str, tokenizer: ChatTokenizer) -> Template
             return tokenizer.apply_chat_template(
                 messages, chat_template=source, tokenize=False, add_generation_prompt=ask
             )
-        except Exception as error:  # whatever a template does wrong is that template's fault
-            own = str(error) if str(error) in source else type(error).__name__  # its own words, never the data's
-            raise DataError(f"data.template '{name}' cannot show {record.source}: {own}") from None
+        except Exception as error:  # any error here is the template's
+            # a message written in the template may be shown, text of the data never
+            reason = str(error) if str(error) in source else type(error).__name__
+            raise DataError(f"data.template '{name}' cannot show {record.source}: {reason}") from None
 
     def render(record: Record) -> Rendered:
         turns = record.turns or (Turn("user", "\n\n".join(t for t in (record.instruction, record.input) if t.strip())),)
@@ -202,51 +203,52 @@ def _chat_template(name: str, source: str, tokenizer: ChatTokenizer) -> Template
 def _mark_turns(turns: Sequence[Turn], record: Record, name: str, show: Callable[..., str]) -> Rendered:
     """Split a conversation into what is shown and what the assistant says, each turn with its end.
 
-    Pieces between the assistant's texts come from a rendering with marks; the end of a turn is what follows the last
-    text (white space at the very end apart). Where the template writes something between the prompt that it asks with
-    and the text, the model must write it too, so it is trained on.
+    The pieces between the assistant's texts come from a rendering with marks; the end of a turn is what follows the
+    last text (without trailing white space). What the template writes between the generation prompt and the text, the
+    model must write too, so it is trained on.
     """
-    places = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
-    marks = {place: f"{_MARKS[0]}{number}{_MARKS[1]}" for number, place in enumerate(places)}
+    spoken = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+    marks = {index: f"{_MARKS[0]}{number}{_MARKS[1]}" for number, index in enumerate(spoken)}
     if any(mark in turn.text for turn in turns for mark in _MARKS):
-        raise DataError(f"{record.source}: the text holds private characters (U+E000, U+E001); remove them")
-    shown = show([Turn(t.role, marks[place]) if place in marks else t for place, t in enumerate(turns)], record)
-    pieces, rest = [], shown
+        raise DataError(f"{record.source}: the text contains private-use characters (U+E000, U+E001); remove them")
+    shown = show([Turn(t.role, marks[index]) if index in marks else t for index, t in enumerate(turns)], record)
+    pieces, suffix = [], shown
     for mark in marks.values():
-        before, found, rest = rest.partition(mark)
-        if not found or mark in rest:
+        before, separator, suffix = suffix.partition(mark)
+        if not separator or mark in suffix:
             raise DataError(
-                f"data.template '{name}' leaves out or repeats what the assistant says in {record.source}, so it is "
-                "not clear what to train on; write a Jinja file that shows every turn once"
+                f"data.template '{name}' leaves out or repeats what the assistant says in {record.source}, so that "
+                "the trained text is ambiguous; write a Jinja file that shows every turn once"
             )
         pieces.append(before)
     whole = show(turns, record)
-    end = rest.rstrip()
-    texts = [turns[place].text for place in places]
-    if _join(pieces, texts, rest) != whole:
+    end = suffix.rstrip()
+    texts = [turns[index].text for index in spoken]
+    if _join(pieces, texts, suffix) != whole:
         texts = [text.strip() for text in texts]
-        if _join(pieces, texts, rest) != whole:
+        if _join(pieces, texts, suffix) != whole:
             raise DataError(
-                f"data.template '{name}' changes what the assistant says in {record.source}, so it is not clear what "
-                "to train on; write a Jinja file that shows it as it is"
+                f"data.template '{name}' changes what the assistant says in {record.source}, so that the trained text "
+                "is ambiguous; write a Jinja file that shows it unchanged"
             )
     segments: list[Segment] = []
     for number, piece in enumerate(pieces):
-        if number:  # the end of the assistant's turn before
+        if number:  # the end of the assistant's previous turn
             closed = end if end and piece.startswith(end) else ""
-            segments.append(Segment(texts[number - 1] + closed, turns[places[number - 1]].trained))
+            segments.append(Segment(texts[number - 1] + closed, turns[spoken[number - 1]].trained))
             piece = piece[len(closed) :]
         segments.append(Segment(piece, False))
     prompt = "".join(segment.text for segment in segments)
-    question = show(turns[: places[-1]], record, ask=True)
+    question = show(turns[: spoken[-1]], record, ask=True)
     begins = prompt.startswith(question)
-    own = prompt[len(question) :] if begins else ""
+    answer_prefix = prompt[len(question) :] if begins else ""
     last = segments.pop().text
-    if not last.endswith(own):
-        own = ""
-    segments.append(Segment(last.removesuffix(own), False))
-    return Rendered(tuple(part for part in segments if part.text), own + texts[-1] + end, question, begins)
+    if not last.endswith(answer_prefix):
+        answer_prefix = ""
+    segments.append(Segment(last.removesuffix(answer_prefix), False))
+    answer = answer_prefix + texts[-1] + end
+    return Rendered(tuple(part for part in segments if part.text), answer, question, begins)
 
 
-def _join(pieces: Sequence[str], texts: Sequence[str], rest: str) -> str:
-    return "".join(piece + text for piece, text in zip(pieces, texts, strict=True)) + rest
+def _join(pieces: Sequence[str], texts: Sequence[str], suffix: str) -> str:
+    return "".join(piece + text for piece, text in zip(pieces, texts, strict=True)) + suffix

@@ -1,9 +1,9 @@
-"""Checkpoints as a chain of what changed, and the way back from a damaged one.
+"""Checkpoints as a chain of changes, and recovery from a damaged one.
 
 A checkpoint is a folder `round-000012` with safetensors files and, written last, manifest.json with their sha256. A
-folder without a manifest never counts. "full" holds the whole state; "delta" holds what one round changed, so the cost
-of a checkpoint follows the change and not the number of clients. A full one is written once the deltas since the last
-would outweigh it. Going back means: the newest full one that is intact, then its deltas up to the first damaged one.
+folder without a manifest is ignored. "full" has the whole state; "delta" has what one round changed, so that its cost
+depends on the change and not on the number of clients. A full one is written once the deltas since the last one would
+be larger. Recovery reads the newest intact full one, then its deltas up to the first damaged one.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ class Checkpoint:
 
 
 def _write_tensors(path: Path, tensors: Tensors) -> dict[str, Any]:
-    """Write a safetensors file without a copy of it in memory; return its entry in the manifest: sha256, bytes."""
+    """Write a safetensors file without a copy in memory; return its entry in the manifest: sha256, bytes."""
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # every tensor is aligned
     described: dict[str, Any] = {}
     end = 0
@@ -98,11 +98,11 @@ def save_checkpoint(
 
     A left-over folder of the same round (a crash before its manifest, or a damaged one) is replaced.
     """
-    place = folder / f"round-{round_number:06d}"
-    if place.exists():
-        shutil.rmtree(place)
-    place.mkdir(parents=True)
-    listed = {name: _write_tensors(place / f"{name}.safetensors", tensors) for name, tensors in files.items()}
+    target = folder / f"round-{round_number:06d}"
+    if target.exists():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+    listed = {name: _write_tensors(target / f"{name}.safetensors", tensors) for name, tensors in files.items()}
     manifest = {
         "schema": SCHEMA,
         "round": round_number,
@@ -111,7 +111,7 @@ def save_checkpoint(
         "facts": dict(facts or {}),
     }
     manifest["sha256"] = _manifest_hash(manifest)
-    write_atomic(place / "manifest.json", json.dumps(manifest, indent=1).encode())
+    write_atomic(target / "manifest.json", json.dumps(manifest, indent=1).encode())
     sync_folder(folder)
     return sum(int(entry["bytes"]) for entry in listed.values())
 
@@ -119,8 +119,8 @@ def save_checkpoint(
 def load_chain(folder: Path) -> list[Checkpoint]:
     """Return the chain to the newest round that can be rebuilt: a full checkpoint, then deltas in order; [] if none.
 
-    A damaged checkpoint is reported by a warning and everything after it is left out, so that the round before it is
-    used. Raises StoreError if there are checkpoints but no intact full one.
+    A damaged checkpoint is reported by a warning, and it and everything after it are left out.
+    Raises StoreError if there are checkpoints but no intact full one.
     """
     numbers = checkpoint_rounds(folder)
     loaded: dict[int, Checkpoint | None] = {}
@@ -146,9 +146,9 @@ def load_chain(folder: Path) -> list[Checkpoint]:
         if best[-1].round == numbers[-1] or all(get(number) for number in numbers[start:]):
             break
     if numbers and not best:
-        raise StoreError(f"no intact checkpoint in '{folder}': {len(numbers)} found, all damaged; start the run anew")
+        raise StoreError(f"no intact checkpoint in '{folder}': {len(numbers)} found, all damaged; start the run again")
     if best and best[-1].round < numbers[-1]:
-        log.warning("going back to round %d: a later checkpoint in '%s' is damaged", best[-1].round, folder)
+        log.warning("resuming from round %d: a later checkpoint in '%s' is damaged", best[-1].round, folder)
     return best
 
 
@@ -161,38 +161,38 @@ def checkpoint_rounds(folder: Path) -> list[int]:
 def prune(folder: Path, keep_from: int, keep_to: int | None = None) -> None:
     """Remove checkpoints before round `keep_from` and, if given, after round `keep_to`.
 
-    Newest first and each one's manifest first, so that a crash leaves none half-readable and no gap below another.
+    Newest first and each manifest first, so that a crash leaves no partly readable checkpoint and no gap below one.
     """
     for number in reversed(checkpoint_rounds(folder)):
         if number < keep_from or (keep_to is not None and number > keep_to):
-            place = folder / f"round-{number:06d}"
-            (place / "manifest.json").unlink()
-            shutil.rmtree(place)
+            removed = folder / f"round-{number:06d}"
+            (removed / "manifest.json").unlink()
+            shutil.rmtree(removed)
 
 
 def _manifest_hash(manifest: Mapping[str, Any]) -> str:
-    """sha256 over everything in a manifest but its own hash: a flipped bit in a round's number must not pass."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    """Return the sha256 of a manifest without its own hash: a flipped bit in a round's number must not pass."""
+    hashed = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
 
-def _load(place: Path) -> Checkpoint | None:
-    """Read and verify one checkpoint; None, with a warning, if anything about it is wrong."""
+def _load(checkpoint: Path) -> Checkpoint | None:
+    """Read and verify one checkpoint; None, with a warning, if anything in it is wrong."""
     try:
-        manifest = json.loads((place / "manifest.json").read_bytes())
-        if manifest["sha256"] != _manifest_hash(manifest) or place.name != f"round-{manifest['round']:06d}":
+        manifest = json.loads((checkpoint / "manifest.json").read_bytes())
+        if manifest["sha256"] != _manifest_hash(manifest) or checkpoint.name != f"round-{manifest['round']:06d}":
             raise StoreError("manifest.json does not match its sha256")
         if manifest["schema"] != SCHEMA:
             raise StoreError(f"schema {manifest['schema']}, this version reads {SCHEMA}")
         files = {}
         for name, entry in manifest["files"].items():
-            path = place / f"{name}.safetensors"
+            path = checkpoint / f"{name}.safetensors"
             with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != entry["sha256"]:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != entry["sha256"]:
                 raise StoreError(f"{path.name} does not match its sha256")
             files[name] = load_file(path)
         return Checkpoint(int(manifest["round"]), bool(manifest["full"]), files, manifest["facts"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, StoreError) as error:
-        log.warning("checkpoint '%s' is damaged (%s): it is not used", place, error)
+        log.warning("checkpoint '%s' is damaged (%s): it is not used", checkpoint, error)
         return None

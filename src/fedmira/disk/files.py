@@ -1,4 +1,4 @@
-"""Durable files: written whole or not at all, appended to by whole lines."""
+"""Durable files: written whole or not at all, appended to in whole lines."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 from fedmira.errors import StoreError
 
-REMEDY = "what was saved before is intact. Make room or choose another output_dir, then 'fedmira resume'"
+REMEDY = "what was saved before is intact. Free disk space or choose another output_dir, then 'fedmira resume'"
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -53,7 +53,7 @@ def read_json(path: Path) -> Any:
     except (FileNotFoundError, NotADirectoryError):
         runs = sorted(str(run.parent) for run in path.parent.glob("*/seed-*/run.json"))
         hint = f", but a study; its runs are {', '.join(runs[:6])}{', ...' if len(runs) > 6 else ''}" if runs else ""
-        raise StoreError(f"'{path}' is missing: '{path.parent}' is no FedMira run folder{hint}") from None
+        raise StoreError(f"'{path}' is missing: '{path.parent}' is not a FedMira run folder{hint}") from None
     except ValueError as error:
         raise StoreError(f"'{path}' is damaged: {error}") from None
 

@@ -1,4 +1,4 @@
-"""Study and run folders: the files of the contract, and how they are cut back to a round on resume.
+"""Study and run folders: their files, and how they are cut back to a round on resume.
 
 STUDY/{config.yaml, summary.json, report.html} and STUDY/<method>/seed-<n>/ with config.yaml, run.json, clients.json,
 graph.json, metrics.jsonl, results.csv, log.txt, checkpoints/ and adapters/.
@@ -27,9 +27,9 @@ from fedmira.errors import StoreError
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-View = Literal["personal", "global"]  # each client's own adapter, or the one that all share
+View = Literal["personal", "global"]  # each client's own adapter, or the shared one
 State = Literal["running", "complete", "interrupted", "failed"]
-TRACKIO_FOLDER = ".trackio"  # of a study; no method's label begins with a dot
+TRACKIO_FOLDER = ".trackio"  # of a study; a method's label never starts with a dot
 RESULT_COLUMNS = ("client", "method", "seed", "round", "view", "split", "metric", "value")
 
 
@@ -51,7 +51,7 @@ class RoundRecord:
 
     round: int
     clients: list[str]  # sampled
-    answered: list[str]  # of these, what the gate let through
+    answered: list[str]  # of these, admitted by the gate
     train_loss: list[float]  # mean over the local steps
     steps: list[int]
     loss_before: list[float | None]  # validation, each with the adapter it returned
@@ -61,7 +61,7 @@ class RoundRecord:
     bytes_down: int
     seconds_training: float
     seconds_merge: float
-    seconds: float  # of the whole round, measuring included
+    seconds: float  # of the whole round, evaluation included
     tokens: int  # unpadded tokens trained on
     notes: Mapping[str, float] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)  # client -> reason
@@ -94,7 +94,7 @@ class RunFolder:
         write_json(self.path / "run.json", {**self.facts, **changes})
 
     def create(self, config: Config, facts: Mapping[str, Any], clients: Mapping[str, Any]) -> None:
-        """Make the folder with config.yaml (runs again as it is), clients.json and run.json."""
+        """Create the folder with config.yaml (can be run as it is), clients.json and run.json."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "config.yaml", dump_config(config).encode())
         write_json(self.path / "clients.json", dict(clients))
@@ -111,22 +111,24 @@ class RunFolder:
         label, seed = self.facts["label"], self.facts["seed"]
         buffer = io.StringIO()
         csv.writer(buffer, lineterminator="\n").writerows(
-            (one.client, label, seed, one.round, one.view, one.split, one.metric, one.value) for one in results
-        )  # a float as repr, None as nothing
+            (result.client, label, seed, result.round, result.view, result.split, result.metric, result.value)
+            for result in results
+        )  # a float as repr, None as an empty field
         if lines := buffer.getvalue():
             append_lines(self.path / "results.csv", [lines.removesuffix("\n")])
         if record is not None:
             append_lines(self.path / "metrics.jsonl", [json.dumps(_finite(asdict(record)), allow_nan=False)])
 
     def write_examples(self, examples: Iterable[Mapping[str, Any]]) -> None:
-        """Write examples.jsonl: prompts, references and answers, where report.examples asks for them."""
-        lines = "".join(json.dumps(dict(one), ensure_ascii=False) + "\n" for one in examples)
+        """Write examples.jsonl: prompts, references and answers, where report.examples is true."""
+        lines = "".join(json.dumps(dict(example), ensure_ascii=False) + "\n" for example in examples)
         write_atomic(self.path / "examples.jsonl", lines.encode())
 
     def examples(self) -> list[dict[str, Any]]:
-        """Read examples.jsonl; none where it was not asked for, or the run is not complete."""
+        """Read examples.jsonl; [] if report.examples is false, or the run is not complete."""
         path = self.path / "examples.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []  # U+2028 ends no line here
+        # not splitlines: U+2028 does not end a line here
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
         return [json.loads(line) for line in lines if line]
 
     def records(self) -> list[dict[str, Any]]:
@@ -156,7 +158,7 @@ class RunFolder:
 
     @contextmanager
     def logging(self) -> Any:
-        """Send FedMira's log records to log.txt while the run is under way."""
+        """Send FedMira's log records to log.txt during the run."""
         handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("fedmira")
@@ -175,24 +177,24 @@ class StudyFolder:
     path: Path
 
     def check_free(self, *, overwrite: bool = False) -> None:
-        """Raise StoreError unless the folder is empty or absent or, with `overwrite`, nothing but a study."""
+        """Raise StoreError unless the folder is empty or absent or, with `overwrite`, a study only."""
         if self.path.exists() and not self.path.is_dir():
             raise StoreError(f"output_dir '{self.path}' is a file; choose another output_dir=...")
         foreign = [path.name for path in self._entries() if not _belongs(path)]
         if foreign:
             raise StoreError(
-                f"output_dir '{self.path}' already holds files that are no study's, such as '{foreign[0]}'; they are "
-                "never overwritten: choose another output_dir=..."
+                f"output_dir '{self.path}' already holds files that are not a study's, such as '{foreign[0]}'; they "
+                "are never overwritten: choose another output_dir=..."
             )
-        begun = [path for path in self._entries() if not path.name.endswith(".tmp")]  # a crash can leave one alone
+        begun = [path for path in self._entries() if not path.name.endswith(".tmp")]  # a crash may leave only a .tmp
         if begun and not overwrite:
             raise StoreError(
-                f"output_dir '{self.path}' already holds a study; go on with 'fedmira resume {self.path}', "
-                "choose another output_dir=..., or give --overwrite"
+                f"output_dir '{self.path}' already holds a study; continue with 'fedmira resume {self.path}', "
+                "choose another output_dir=..., or use --overwrite"
             )
 
     def clear(self) -> None:
-        """Remove the study that is there. Raises StoreError, and removes nothing, if there is anything else."""
+        """Remove the existing study. Raises StoreError, and removes nothing, if the folder has other files."""
         self.check_free(overwrite=True)
         for path in self._entries():
             if path.is_dir():
@@ -205,9 +207,9 @@ class StudyFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes out while this one writes. Raises StoreError if another one does already.
+        """Lock the study while this process writes. Raises StoreError if another process holds the lock.
 
-        The lock is on the folder itself and ends with the process, however that ends.
+        The lock is on the folder itself and ends with the process, even after a crash.
         """
         handle = os.open(self.path, os.O_RDONLY)
         try:
@@ -218,18 +220,18 @@ class StudyFolder:
                     f"'{self.path}' is in use by another fedmira process; wait for it or stop it"
                 ) from None
             except OSError as error:
-                log.warning("'%s' cannot be locked (%s): start no second process on it", self.path, error.strerror)
+                log.warning("'%s' cannot be locked (%s): start only one process on it", self.path, error.strerror)
             yield
         finally:
             os.close(handle)
 
     def create(self, config: Config) -> None:
-        """Make the folder. Raises StoreError if it holds anything already: nothing saved is overwritten."""
+        """Create the folder. Raises StoreError if it is not empty: nothing saved is overwritten."""
         self.check_free()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"output_dir '{self.path}' cannot be made: {error.strerror}") from error
+            raise StoreError(f"output_dir '{self.path}' cannot be created: {error.strerror}") from error
         write_atomic(self.path / "config.yaml", dump_config(config).encode())
 
     def rewrite(self, config: Config) -> None:
@@ -237,10 +239,10 @@ class StudyFolder:
         write_atomic(self.path / "config.yaml", dump_config(config).encode())
 
     def config(self) -> Config:
-        """Read back the study's config. Raises StoreError if this is no study."""
+        """Read back the study's config. Raises StoreError if this is not a study."""
         source = self.path / "config.yaml"
         if not source.is_file():
-            raise StoreError(f"'{self.path}' is no FedMira study: it has no config.yaml")
+            raise StoreError(f"'{self.path}' is not a FedMira study: it has no config.yaml")
         return check_config(read_config(source), str(source))
 
     def run(self, label: str, seed: int) -> RunFolder:
@@ -254,7 +256,7 @@ class StudyFolder:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: a number that has diverged becomes null."""
+    """Replace numbers that are not finite by None: JSON has no infinity."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -278,4 +280,4 @@ def find_study(path: Path) -> tuple[StudyFolder, RunFolder | None]:
         return StudyFolder(Path(os.path.abspath(path)).parent.parent), RunFolder(path)  # path may be "."
     if (path / "config.yaml").is_file():
         return StudyFolder(path), None
-    raise StoreError(f"'{path}' is no study and no run of FedMira: it has neither run.json nor config.yaml")
+    raise StoreError(f"'{path}' is neither a study nor a run of FedMira: it has no run.json and no config.yaml")

@@ -1,6 +1,6 @@
-"""Rows of all clients, in RAM while all of them together would be small, else in a memory-mapped file.
+"""Rows of all clients, in RAM if all of them together are small, else in a memory-mapped file.
 
-Rows take room once they differ from the common start, so that ten thousand clients need as much memory as a hundred.
+Only rows that differ from the common start take memory, so that ten thousand clients need no more than a hundred.
 """
 
 import math
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fedmira.errors import ShapeError
 
-RAM_BYTES = 1 << 30  # rows of all clients that are more than this together are memory-mapped
-BLOCK_BYTES = 4 << 20  # of rows, on their way into a file
+RAM_BYTES = 1 << 30  # above this size the rows of all clients are memory-mapped
+BLOCK_BYTES = 4 << 20  # of rows, written to a file at once
 
 
 class Table:
@@ -30,10 +30,10 @@ class Table:
     """
 
     def __init__(self, start: Tensor, kinds: Tensor, folder: Path | None = None) -> None:
-        """Begin with row k = start[kinds[k]]. start [R, ...]; kinds [K] int64.
+        """Start with row k = start[kinds[k]]. start [R, ...]; kinds [K] int64.
 
-        folder: where a file for the rows may be made if they could come to more than RAM_BYTES; None keeps them in RAM.
-        The file has no name: it is gone when the process is, however that ends. Raises OSError if it cannot be made.
+        folder: where a file for the rows is created if all rows exceed RAM_BYTES; None = always in RAM. The file has no
+        name: it disappears with the process, even after a crash. Raises OSError if it cannot be created.
         """
         self.start, self.kinds = start, kinds
         self.shape = torch.Size((len(kinds), *start.shape[1:]))
@@ -43,16 +43,16 @@ class Table:
         size = len(kinds) * self.row_bytes
         self._file = None
         if folder is None or size <= RAM_BYTES:
-            self._table = torch.empty(self.shape, dtype=self.dtype)  # pages that nobody writes take no memory
+            self._table = torch.empty(self.shape, dtype=self.dtype)  # unwritten pages take no memory
         else:
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - as long-lived as the rows
-            self._file.truncate(size)  # a hole: rows that nobody writes take no disk
-            whole = mmap.mmap(self._file.fileno(), size)
-            self._table = torch.frombuffer(whole, dtype=self.dtype).view(self.shape)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as the rows exist
+            self._file.truncate(size)  # sparse: unwritten rows take no disk space
+            mapping = mmap.mmap(self._file.fileno(), size)
+            self._table = torch.frombuffer(mapping, dtype=self.dtype).view(self.shape)
 
     @property
     def mapped(self) -> bool:
-        """Do the rows lie in a file?"""
+        """Whether the rows are in a file."""
         return self._file is not None
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ class Table:
         _check_ids(ids)
         if self._file is None:
             self._table[ids] = values
-        else:  # not through the map: there a full disk is a signal that kills, here it is an OSError
+        else:  # not through the map: there a full disk kills the process (SIGBUS), here it is an OSError
             for k, row in zip(ids.tolist(), values.to(self.dtype), strict=True):
                 _write_at(self._file.fileno(), bytes_of(row), k * self.row_bytes)
         self.written[ids] = True
@@ -93,10 +93,10 @@ ASK = "there may be too many to be read at once; take rows[ids], ids [n] a tenso
 
 
 def _check_ids(ids: object) -> None:
-    """Raise ShapeError unless clients are asked for one by one."""
+    """Raise ShapeError unless `ids` is an integer tensor [n]."""
     if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
-        found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ShapeError(f"rows of all clients, asked for by {found}: {ASK}")
+        index = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ShapeError(f"rows of all clients, indexed by {index}: {ASK}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ class TableArrays:
     table: np.ndarray
 
     def __getitem__(self, at: tuple[np.ndarray, slice]) -> np.ndarray:
-        """Copy the columns `at[1]` of the rows `at[0]` [n], in that order."""
+        """Copy the columns `at[1]` of the rows `at[0]` [n], in this order."""
         ids, columns = at
         known = self.written[ids]
         if known.all():
@@ -200,7 +200,7 @@ class _OverlayArrays:
 
 @dataclass(frozen=True, eq=False)
 class Picked:
-    """Rows `ids` [n] of a source [K, ...], to be copied a block at a time on their way into a file."""
+    """Rows `ids` [n] of a source [K, ...], to be written to a file a block at a time."""
 
     source: Tensor | RowSource
     ids: Tensor

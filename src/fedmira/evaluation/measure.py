@@ -17,7 +17,7 @@ __all__ = ["ANSWER_ROWS", "measure_answers", "measure_loss"]
 
 Serve = Callable[[Tensor], Adapters]  # client positions [n] -> their adapters, in that order
 
-PASS_TOKENS = 8192  # tokens of one pass that scores losses; with padding where the base needs it
+PASS_TOKENS = 8192  # tokens of one pass for losses; padding included where the base needs it
 
 
 def measure_loss(
@@ -26,12 +26,12 @@ def measure_loss(
     """Return, for each client of `ids`, its mean cross-entropy in nats per labelled token of `split`.
 
     loss_k = (sum of nats over all labelled tokens) / (number of labelled tokens); None without examples, infinite
-    where it has diverged. Clients of similar length share a pass; the result does not depend on who does.
+    where it has diverged. Clients of similar length share a pass; the result does not depend on the grouping.
     """
-    found: dict[int, float | None] = dict.fromkeys(ids)
+    scores: dict[int, float | None] = dict.fromkeys(ids)
     for chunk in _chunks(clients, ids, split=split, cohort=cohort):
         adapters = serve(torch.tensor(chunk))
-        queues = [sorted(_examples(clients[k], split), key=lambda one: -len(one.ids)) for k in chunk]
+        queues = [sorted(_examples(clients[k], split), key=lambda example: -len(example.ids)) for k in chunk]
         nats = torch.zeros(len(chunk), dtype=torch.float64)
         tokens = torch.zeros(len(chunk), dtype=torch.int64)
         for parts in _deal(queues, padded=not base.packs, ahead=adapters.layout.virtual_tokens):
@@ -39,9 +39,9 @@ def measure_loss(
             nats += sums.double().cpu()
             tokens += counts.cpu()
         for k, total, count in zip(chunk, nats.tolist(), tokens.tolist(), strict=True):
-            if count:  # a loss that is no number has diverged; as n/a it would make its method look better
-                found[k] = total / count if math.isfinite(total) else math.inf
-    return [found[k] for k in ids]
+            if count:  # a loss that is not finite has diverged; n/a would make its method look better
+                scores[k] = total / count if math.isfinite(total) else math.inf
+    return [scores[k] for k in ids]
 
 
 def measure_answers(
@@ -56,34 +56,34 @@ def measure_answers(
     max_new_tokens: int,
     max_examples: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
-    written: Callable[[int, int, str], None] = lambda k, place, text: None,
+    written: Callable[[int, int, str], None] = lambda k, index, text: None,
 ) -> list[dict[str, float | None]]:
     """Return, for each client of `ids`, the mean of each metric over its greedy answers; None without examples.
 
-    metrics: of rouge_l, exact_match, word_accuracy, each in [0, 1]. progress: called with the clients done so far.
+    metrics: of rouge_l, exact_match, word_accuracy, each in [0, 1]. progress: called with the number of clients done.
     written: called with each answer, its client and the example's place in the split.
     """
-    found: dict[int, dict[str, float | None]] = {k: dict.fromkeys(metrics) for k in ids}
+    means: dict[int, dict[str, float | None]] = {k: dict.fromkeys(metrics) for k in ids}
     finished = len([k for k in ids if not _examples(clients[k], split)])
     for chunk in _chunks(clients, ids, split=split, cohort=min(cohort, ANSWER_ROWS)):
-        asked = [_examples(clients[k], split)[:max_examples] for k in chunk]
+        queries = [_examples(clients[k], split)[:max_examples] for k in chunk]
         texts = answers(
             base,
             serve(torch.tensor(chunk)),
-            [[example.question for example in own] for own in asked],
+            [[example.question for example in own_examples] for own_examples in queries],
             max_new_tokens=max_new_tokens,
         )
-        for k, own, said in zip(chunk, asked, texts, strict=True):
+        for k, own_examples, own_texts in zip(chunk, queries, texts, strict=True):
             total = dict.fromkeys(metrics, 0.0)
-            for place, (example, text) in enumerate(zip(own, said, strict=True)):
-                written(k, place, text)
+            for index, (example, text) in enumerate(zip(own_examples, own_texts, strict=True)):
+                written(k, index, text)
                 scores = score_answer(text, example.answers)
                 for metric in metrics:
                     total[metric] += scores[metric]
-            found[k] = {metric: value / len(own) for metric, value in total.items()}
+            means[k] = {metric: value / len(own_examples) for metric, value in total.items()}
         finished += len(chunk)
         progress(finished)
-    return [found[k] for k in ids]
+    return [means[k] for k in ids]
 
 
 def _examples(client: ClientData, split: str) -> Sequence[Encoded]:
@@ -93,7 +93,7 @@ def _examples(client: ClientData, split: str) -> Sequence[Encoded]:
 def _deal(queues: Sequence[Sequence[Encoded]], *, padded: bool, ahead: int) -> Iterator[list[Sequence[Encoded]]]:
     """Deal clients' examples, the longest first, into passes of PASS_TOKENS, or of one example of each client.
 
-    padded: an example counts as long as the longest of its pass. ahead: virtual tokens before each.
+    padded: every example counts as the longest of its pass. ahead: virtual tokens before each.
     """
     places = [0] * len(queues)
     while active := [k for k, queue in enumerate(queues) if places[k] < len(queue)]:
@@ -112,7 +112,7 @@ def _deal(queues: Sequence[Sequence[Encoded]], *, padded: bool, ahead: int) -> I
 
 
 def _chunks(clients: Sequence[ClientData], ids: Sequence[int], *, split: str, cohort: int) -> list[list[int]]:
-    """Deal clients that have examples into chunks of similar length, so that little is padded."""
+    """Deal clients that have examples into chunks of similar length, so that padding is small."""
     having = [k for k in ids if _examples(clients[k], split)]
-    having.sort(key=lambda k: sum(len(one.ids) for one in _examples(clients[k], split)))
+    having.sort(key=lambda k: sum(len(example.ids) for example in _examples(clients[k], split)))
     return [having[start : start + cohort] for start in range(0, len(having), cohort)]

@@ -1,1 +1,1 @@
-"""Clients' adapters as PEFT folders, merged models and the lines that serve them."""
+"""Clients' adapters as PEFT folders, merged models and commands that serve them."""

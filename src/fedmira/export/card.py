@@ -1,7 +1,7 @@
-"""The model card of an adapter: README.md with Hugging Face front matter, made of a run's facts, never of its examples.
+"""The model card of an adapter: README.md with Hugging Face front matter, from a run's facts, never from its examples.
 
-A card travels with the adapter, so no absolute path stands in it: of such a path only the last name is shown.
-There is no `model-index`: it asks for a public data set's name, which a client's own data does not have.
+A card travels with the adapter, so it contains no absolute path: only the last name of such a path is shown.
+There is no `model-index`: it needs the name of a public data set, which a client's own data does not have.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 from fedmira import bundled
 from fedmira.data.partition import shown_name
 
-# Identifiers that the hub knows, as far as data carry them; any other licence is `other` with its name beside it.
+# The hub's identifiers of licences used for data; any other licence is `other`, with its name.
 _KNOWN = """
 afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd bsd-2-clause bsd-3-clause bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0
 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
@@ -29,13 +29,13 @@ _FOLDERS = re.compile(r"(?:(?<=^)|(?<=[\s\"'=,(\[{]))~?/(?:[^/\s\"',\]})]+/)*(?=
 
 
 class Card(TypedDict, total=False):
-    """What a card can say; what is left out is not said."""
+    """The facts of a card; a missing key is not shown."""
 
     client: str
     group: str | None
     personal: bool  # False: every client of the run, or of the group, has this adapter
-    grouped: bool  # there is one for each group
-    cut: bool  # of one that all share, this client has as much as its rank has room for
+    grouped: bool  # one adapter for each group
+    cut: bool  # a shared adapter is cut to this client's rank
     method: str
     settings: Mapping[str, Any]
     rounds: int
@@ -46,14 +46,14 @@ class Card(TypedDict, total=False):
     layers: int
     rank: int
     alpha: float
-    virtual_tokens: int  # of a prompt, in the place of rank, alpha, targets and layers
-    hidden: int  # width of the MLP that made them
+    virtual_tokens: int  # of a prompt, instead of rank, alpha, targets and layers
+    hidden: int  # width of the MLP that computed them
     examples: int
     trained_tokens: int
-    licence: str | None  # of the data; None = the data do not say
+    licence: str | None  # of the data; None = not stated
     scores: Mapping[str, tuple[float | None, float | None]]  # test metric -> (untouched base, this adapter)
     version: str
-    date: str  # on which the run began
+    date: str  # on which the run started
 
 
 def model_card(base_model: str, card: Card, *, revision: str | None = None) -> str:
@@ -79,9 +79,9 @@ def model_card(base_model: str, card: Card, *, revision: str | None = None) -> s
 
 
 def merged_card(adapter_card: str, *, base_model: str, dtype: str, difference: float) -> str:
-    """Turn an adapter's card into that of the model it was merged into.
+    """Turn an adapter's card into that of the merged model.
 
-    difference: largest difference of logits from base and adapter apart, as a fraction of the largest logit.
+    difference: largest difference of its logits from those of base plus adapter, as a fraction of the largest logit.
     """
     about = adapter_card.split(f"\n{USE}\n")[0].rstrip()
     about = about.replace("base_model_relation: adapter", "base_model_relation: finetune", 1)
@@ -93,8 +93,8 @@ def merged_card(adapter_card: str, *, base_model: str, dtype: str, difference: f
         "## Merged",
         "",
         f"The adapter is added to the weights of the base `{_quoted(shown_base(base_model))}`, in {dtype}. On random "
-        f"tokens the logits of this model differ from those of base and adapter apart by at most {difference:.1e} of "
-        "the largest. The licence of the base holds for these weights too.",
+        f"tokens the logits of this model differ from those of the unmerged model by at most {difference:.1e} of "
+        "the largest. The licence of the base applies to these weights too.",
         "",
         USE,
         "",
@@ -110,14 +110,14 @@ def merged_card(adapter_card: str, *, base_model: str, dtype: str, difference: f
 
 
 def shown_base(name: str) -> str:
-    """Return a base's name as the config has it; of an absolute path the last name only."""
+    """Return a base's name as in the config; only the last name of an absolute path."""
     return PurePath(name).name if name.startswith(("/", "~")) else name
 
 
 def without_folders(value: Any) -> Any:
-    """Cut every absolute path in a text, or in the texts of a mapping or list, down to its last name.
+    """Shorten every absolute path in a text, or in the texts of a mapping or list, to its last name.
 
-    A text that is a path as a whole may have spaces in it; inside a text a path ends at one.
+    A text that is one path may contain spaces; inside a text a path ends at a space.
     """
     if isinstance(value, Mapping):
         return {key: without_folders(item) for key, item in value.items()}
@@ -129,9 +129,9 @@ def without_folders(value: Any) -> Any:
 
 
 def licence_of(columns: Mapping[str, str]) -> str | None:
-    """Return what a client's data call their licence: a column `license` or `licence`, the same in all examples.
+    """Return the licence of a client's data: a column `license` or `licence`, the same in all examples.
 
-    None where there is none, or the data say that nobody knows it.
+    None if there is none, or it is stated as unknown.
     """
     named = [value for name, value in columns.items() if name.lower() in ("license", "licence")]
     return next((value for value in named if value.strip().lower() not in ("", "unknown", "none", "n/a")), None)
@@ -142,12 +142,12 @@ def _facts(base: str, card: Card) -> dict[str, str]:
     facts: dict[str, str] = {}
     if "client" in card:
         facts["client"] = str(card["client"])
-    if "group" in card:  # others named it: no Markdown
+    if "group" in card:  # from the data: no Markdown
         facts["group"] = f"`{_quoted(shown_name(card['group'] or 'none'))}`"
     if "personal" in card:
         cut = ", cut to this client's rank" if card.get("cut") else ""
         whose = "its group" if card.get("grouped") else "the run"
-        facts["adapter"] = "this client's own" if card["personal"] else f"one that all clients of {whose} share{cut}"
+        facts["adapter"] = "this client's own" if card["personal"] else f"shared by all clients of {whose}{cut}"
     if "method" in card:
         settings = json.dumps(without_folders(card.get("settings") or {}), ensure_ascii=False, default=str)
         shown = "" if settings == "{}" else f" with `{_quoted(settings)}`"
@@ -176,7 +176,7 @@ def _test(card: Card) -> list[str]:
     scores = card.get("scores") or {}
     if not scores:
         return []
-    rows = [f"| {_UNITS.get(name, name)} | {_number(base)} | {_number(own)} |" for name, (base, own) in scores.items()]
+    rows = [f"| {_UNITS.get(name, name)} | {_number(base)} | {_number(new)} |" for name, (base, new) in scores.items()]
     head = ["| metric | untouched base | this adapter |", "|---|---|---|"]
     notes = []
     if card.get("personal") and not card.get("drawn", 1):
@@ -189,8 +189,8 @@ def _made(card: Card) -> list[str]:
     if "version" not in card:
         return []
     how = (
-        f"By FedMira {card['version']}, in a run begun on {card['date']}. `fedmira run config.yaml`, with config.yaml"
-        " of that run's folder, makes it again."
+        f"By FedMira {card['version']}, in a run started on {card['date']}. `fedmira run config.yaml`, with config.yaml"
+        " of that run's folder, reproduces it."
     )
     return ["## How it was made", "", how, ""]
 
@@ -199,8 +199,8 @@ def _inside(card: Card) -> list[str]:
     if "hidden" not in card:
         return []
     where = (
-        "Only the embeddings of the virtual tokens, as their encoder made them. The encoder's MLP stays in the run's "
-        "checkpoints: training goes on there, with `fedmira resume`, and not from this folder."
+        "Only the embeddings of the virtual tokens, as computed by their encoder. The encoder's MLP stays in the run's "
+        "checkpoints: training continues there, with `fedmira resume`, and not from this folder."
     )
     return ["## What is in this folder", "", where, ""]
 
@@ -209,7 +209,7 @@ def _warning() -> list[str]:
     return [
         "## What it does not protect",
         "",
-        "An adapter can reveal texts that it was trained on to whoever has it: hand it on as you would hand on "
+        "An adapter can reveal texts that it was trained on to anyone who has it: share it only with those who may see "
         "the data themselves.",
         "",
     ]
@@ -222,7 +222,7 @@ def _use(base_model: str, revision: str | None, card: Card) -> list[str]:
     elif shown_base(base_model) != base_model:
         load, comment = repr(f"path/to/{shown_base(base_model)}"), "  # the folder with the sha256 above"
     at = "" if revision is None else f", revision={revision!r}"
-    ahead = f"  # {card['virtual_tokens']} logits stand before a text's own" if "virtual_tokens" in card else ""
+    ahead = f"  # {card['virtual_tokens']} logits precede those of the text" if "virtual_tokens" in card else ""
     return [
         USE,
         "",
@@ -239,7 +239,7 @@ def _use(base_model: str, revision: str | None, card: Card) -> list[str]:
 
 
 def _licence_lines(stated: str | None) -> list[str]:
-    """Return the front matter's lines about a licence: a name that the hub knows, or `other` with the data's words."""
+    """Return the front matter's lines about a licence: a name that the hub knows, or `other` with the stated name."""
     if stated is None:
         return []
     known = re.sub(r"[\s_]+", "-", stated.strip().lower())
@@ -253,5 +253,5 @@ def _number(value: float | None) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return a text fit to stand between backticks."""
+    """Return a text that can be put between backticks."""
     return text.replace("`", "?")

@@ -1,8 +1,8 @@
-"""An adapter merged into its base: a whole model per client, for programs that know no adapters.
+"""An adapter merged into its base: a whole model per client, for programs without adapters.
 
-PEFT merges, in float32 or wider, and transformers saves. The merged logits on random tokens are held against those of
-base and adapter apart, and what was saved is loaded again and held against what was merged; a folder is there only once
-they agree. A model kept in bfloat16 is rounded once, at the end; what that moves is told and no error.
+PEFT merges, in float32 or wider, and transformers saves. On random tokens the merged logits are compared with those of
+base plus adapter, and the saved model is loaded again and compared with the merged one; the folder appears only if
+they agree. A model in bfloat16 is rounded once, at the end; the effect of that is reported and is not an error.
 """
 
 import json
@@ -28,7 +28,7 @@ from fedmira.model.base.source import digest, find_folder, first_line, load_conf
 
 # Largest difference of logits, as a fraction of the largest logit, that a merge may make. Measured with random adapters
 # of several sizes on three small trained Llamas (2 to 6 layers) and on random Llamas and GPT-2 of 2 to 32 layers:
-# float64 exact, float32 at most 9.7e-7. Rounding to bfloat16 then moves logits by 3e-2 and more, with nothing wrong.
+# float64 exact, float32 at most 9.7e-7. Rounding to bfloat16 then changes logits by 3e-2 or more.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4}
 DTYPES = ("float32", "bfloat16", "float64")
 TOKENIZER_FILES = ("tokenizer*", "*tokens*.json", "vocab.*", "merges.txt", "*.model", "*.jinja")
@@ -42,12 +42,12 @@ class Merged:
     client: str
     path: Path
     dtype: str
-    difference: float  # between this model and base and adapter apart
-    effect: float  # between the base without and with the adapter: what there was to be merged
+    difference: float  # between this model and base plus adapter
+    effect: float  # between the base without and with the adapter
 
     @property
     def blurred(self) -> bool:
-        """Does rounding move the logits by more than half of what the adapter does? Then float32 keeps it better."""
+        """Does rounding change the logits by more than half of the adapter's effect? Then float32 is better."""
         return self.difference > 0.5 * self.effect > 0
 
 
@@ -59,21 +59,21 @@ def merge_adapters(
     revision: str | None = None,
     dtype: str | None = None,
 ) -> list[Merged]:
-    """Write one whole model per adapter folder: weights in safetensors, the base's own tokenizer files, and a card.
+    """Write one whole model per adapter folder: weights in safetensors, the base's tokenizer files, and a card.
 
-    facts: run.json, for the base's name and sha256 and the type it was computed in; dtype: another type than that.
-    All checks come before any weights are loaded. Raises ConfigError, StoreError or ModelError: an unknown type, a
+    facts: run.json, for the base's name and sha256 and the type of the run; dtype: another type.
+    All checks are done before any weights are loaded. Raises ConfigError, StoreError or ModelError: an unknown type, a
     taken target, pickles, a prompt, too little disk, a base that is not the run's, or logits that differ by more than
     TOLERANCES.
     """
     kind = str(dtype or facts["dtype"])
     if kind not in DTYPES:
-        raise ConfigError([f"--dtype: found '{kind}'; allowed here: {', '.join(DTYPES)}"], "export")
+        raise ConfigError([f"--dtype: found '{kind}'; allowed: {', '.join(DTYPES)}"], "export")
     check_adapters(sources)
     for source in sources:
         if kind_of(source) == PROMPT:
             raise StoreError(
-                f"'{source}' is a prompt of virtual tokens, which stand before a text and cannot be merged into "
+                f"'{source}' is a prompt of virtual tokens, which precede a text and cannot be merged into "
                 "weights; export it without --merge, and load it with PEFT"
             )
     check_free(targets)
@@ -81,11 +81,11 @@ def merge_adapters(
     folder = find_folder(bundled.resolve(name), revision=revision, weights=True)
     size = _count_parameters(folder) * getattr(torch, kind).itemsize
     _check_room(targets, size + sum(path.stat().st_size for path in _tokenizer_files(folder)))
-    found = digest(folder)
-    if found != facts["base_fingerprint"]:
+    base_sha256 = digest(folder)
+    if base_sha256 != facts["base_fingerprint"]:
         raise ModelError(
-            f"model.base_model '{name}' is not the base this run was trained on (sha256 {found[:12]}, trained on "
-            f"{facts['base_fingerprint'][:12]}); put that one back"
+            f"model.base_model '{name}' is not the base this run was trained on (sha256 {base_sha256[:12]}, trained on "
+            f"{facts['base_fingerprint'][:12]}); use that base"
         )
     return [
         _merge_one(source, target, folder=folder, base_model=name, dtype=kind)
@@ -94,50 +94,50 @@ def merge_adapters(
 
 
 def _merge_one(source: Path, target: Path, *, folder: Path, base_model: str, dtype: str) -> Merged:
-    """Merge, compare, save, load what was saved, compare again, and only then let the folder appear."""
+    """Merge, compare, save, load the saved model, compare again, and only then let the folder appear."""
     exact = "float32" if dtype == "bfloat16" else dtype
     model = _load(folder, exact)
     ids = _draw_ids(model)
     bare = _logits(model, ids)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about how PEFT asks it for something
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a call in PEFT
         joined = PeftModel.from_pretrained(model, str(source)).eval()
     apart = _logits(joined, ids)
     scale = float(apart.abs().max()) or 1.0
-    with new_folder(target) as place:
+    with new_folder(target) as temporary:
         try:
             with quiet():
                 whole = joined.merge_and_unload(safe_merge=True)
-                _check(target, _logits(whole, ids), apart, TOLERANCES[exact], "base and adapter apart")
-                for value in whole.parameters():  # and no buffers, which a loaded model has in their own type
+                _check(target, _logits(whole, ids), apart, TOLERANCES[exact], "base and adapter")
+                for value in whole.parameters():  # not the buffers, which a loaded model has in their own type
                     value.data = value.data.to(getattr(torch, dtype)).to(value.dtype)
-                kept = _logits(whole, ids)
+                merged_logits = _logits(whole, ids)
                 for value in whole.parameters():
                     value.data = value.data.to(getattr(torch, dtype))
-                whole.save_pretrained(str(place))
-        except ValueError as error:  # a sum that is no number, or generation settings that transformers does not save
+                whole.save_pretrained(str(temporary))
+        except ValueError as error:  # a sum that is not finite, or generation settings that transformers does not save
             raise ModelError(f"'{source}' cannot be merged: {first_line(error)}") from None
         del model, joined, whole
-        _check(target, _logits(_load(place, exact), ids), kept, TOLERANCES[exact], "the model that was saved")
-        difference = float((_logits(_load(place, dtype), ids) - apart).abs().max()) / scale
+        _check(target, _logits(_load(temporary, exact), ids), merged_logits, TOLERANCES[exact], "the saved model")
+        difference = float((_logits(_load(temporary, dtype), ids) - apart).abs().max()) / scale
         for path in _tokenizer_files(folder):
-            shutil.copyfile(path, place / path.name)
+            shutil.copyfile(path, temporary / path.name)
         card = (source / "README.md").read_text(encoding="utf-8")
         text = merged_card(card, base_model=base_model, dtype=dtype, difference=difference)
-        (place / "README.md").write_text(text, encoding="utf-8")
-        for path in place.glob("*.safetensors"):  # saved for the owner's eyes only, unlike the files beside them
-            path.chmod((place / "README.md").stat().st_mode)
+        (temporary / "README.md").write_text(text, encoding="utf-8")
+        for path in temporary.glob("*.safetensors"):  # saved readable by the owner only, unlike the other files
+            path.chmod((temporary / "README.md").stat().st_mode)
     effect = float((bare - apart).abs().max()) / scale
     return Merged(target.name, target, dtype, difference, effect)
 
 
-def _check(target: Path, found: Tensor, wanted: Tensor, tolerance: float, of: str) -> None:
+def _check(target: Path, logits: Tensor, expected: Tensor, tolerance: float, of: str) -> None:
     """Raise ModelError if logits differ by more than a fraction of the largest."""
-    difference = float((found - wanted).abs().max()) / (float(wanted.abs().max()) or 1.0)
+    difference = float((logits - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
     if not difference <= tolerance:
         raise ModelError(
             f"'{target}': the merged model's logits differ by {difference:.1e} of the largest from those of {of}; "
-            f"{tolerance:.0e} is allowed. It is not kept"
+            f"{tolerance:.0e} is allowed. It was removed"
         )
 
 
@@ -153,7 +153,7 @@ def _load(folder: Path, dtype: str) -> Any:
 
 
 def _draw_ids(model: Any) -> Tensor:
-    """Draw random tokens [B, T] that the base has embeddings and positions for."""
+    """Draw random tokens [B, T] within the vocabulary and positions of the base."""
     texts, tokens = SAMPLE
     length = min(tokens, positions(model.config) or tokens)
     stream = torch.Generator().manual_seed(0)
@@ -172,11 +172,11 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 
 
 def _count_parameters(folder: Path) -> int:
-    """Count the numbers in a base's safetensors, by their headers alone."""
+    """Count the parameters in a base's safetensors from the headers alone."""
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     try:
-        if index.is_file():  # the folder may hold other copies beside those that it names
+        if index.is_file():  # the folder may have other copies beside the listed ones
             files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
         total = 0
         for path in files:
@@ -188,10 +188,10 @@ def _count_parameters(folder: Path) -> int:
 
 
 def _check_room(targets: Sequence[Path], each: int) -> None:
-    """Raise StoreError if the disk has no room for so many bytes per target."""
+    """Raise StoreError if the disk has less than `each` bytes per target."""
     out = targets[0].parent
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    free, need = shutil.disk_usage(there).free, each * len(targets)
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free, need = shutil.disk_usage(existing).free, each * len(targets)
     if free < need:
         raise StoreError(
             f"'{out}' needs {need:,} bytes for {len(targets)} merged models, and {free:,} are free; choose another "

@@ -1,6 +1,6 @@
 """One client's row as a standard PEFT folder: adapter_model.safetensors, adapter_config.json and a model card.
 
-LoRA's factors, or of a prompt encoder the embeddings that it makes: what PEFT keeps of either.
+It contains what PEFT saves: LoRA's factors, or the embeddings computed by a prompt encoder.
 """
 
 import json
@@ -27,20 +27,20 @@ from fedmira.model.packed.virtual import embeddings
 
 PREFIX = "base_model.model."
 EMBEDDINGS = "prompt_embeddings"  # the one tensor of a prompt
-PROMPT = "P_TUNING"  # its peft_type
+PROMPT = "P_TUNING"  # the peft_type of a prompt
 FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
 
 
 @dataclass(frozen=True)
 class Depth:
-    """What PEFT's config of a prompt says of its base and P-tuning does not read: decoder layers, attention heads."""
+    """The base's decoder layers and attention heads: in PEFT's config of a prompt, but not read by P-tuning."""
 
     layers: int
     heads: int
 
 
 def depth_of(config: PretrainedConfig) -> Depth:
-    """Return the depth of a base; what its config does not say is 1, for PEFT wants a number."""
+    """Return the depth of a base; what its config does not say is 1, because PEFT needs a number."""
     text = config.get_text_config()
     layers, heads = (getattr(text, name, None) or 1 for name in ("num_hidden_layers", "num_attention_heads"))
     return Depth(int(layers), int(heads))
@@ -61,13 +61,13 @@ def export_adapter(
 
     base_model, revision: as the config has them. Tensors are float32.
 
-    LoRA: cut to the client's own rank; alpha is scale x rank. r is the largest rank; modules of another are in
-    rank_pattern, and of another alpha in alpha_pattern.
+    LoRA: cut to the client's own rank; alpha is scale x rank. r is the largest rank; modules with another rank are in
+    rank_pattern, with another alpha in alpha_pattern.
 
-    A prompt encoder: the embeddings [n, d] that it makes, and nothing of what it makes them with. target_modules and
-    fan_in_fan_out say nothing then; depth: None leaves it to PEFT, which reads it off the base.
+    A prompt encoder: the embeddings [n, d] that it computes, not its weights. target_modules and fan_in_fan_out are
+    then ignored; depth: None = PEFT reads it from the base.
 
-    No hub is asked; PEFT's way of saving a whole model may look there whether the vocabulary has grown.
+    Never connects to the hub; PEFT's own saving of a whole model may, to see whether the vocabulary has grown.
     Raises StoreError if the folder cannot be written.
     """
     config: LoraConfig | PromptEncoderConfig
@@ -81,12 +81,12 @@ def export_adapter(
     write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     config.save_pretrained(str(folder))
     _sort_targets(folder / "adapter_config.json")
-    own: Card = {**card, **describe(adapters)}
-    write_atomic(folder / "README.md", model_card(base_model, own, revision=revision).encode())
+    full_card: Card = {**card, **describe(adapters)}
+    write_atomic(folder / "README.md", model_card(base_model, full_card, revision=revision).encode())
 
 
 def _sort_targets(path: Path) -> None:
-    """Write the target modules in order: PEFT keeps them as a set, and saves them in another order every time."""
+    """Write the target modules in order: PEFT has them as a set, and saves them in a different order every time."""
     config = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(config.get("target_modules"), list):
         config["target_modules"] = sorted(config["target_modules"])
@@ -99,8 +99,8 @@ def _lora_config(adapters: Adapters, target_modules: Sequence[str], *, fan_in_fa
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        rank_pattern={name: own for name, own in by_ending(modules, ranks).items() if own != rank},
-        alpha_pattern={name: own for name, own in by_ending(modules, alphas).items() if not _same(own, alpha)},
+        rank_pattern={name: value for name, value in by_ending(modules, ranks).items() if value != rank},
+        alpha_pattern={name: value for name, value in by_ending(modules, alphas).items() if not _same(value, alpha)},
         target_modules=list(target_modules),
         lora_dropout=0.0,
         bias="none",
@@ -126,74 +126,74 @@ def _prompt_config(layout: Layout, depth: Depth | None) -> PromptEncoderConfig:
 
 
 def _hidden(layout: Layout) -> int | None:
-    """Return the width of a prompt encoder's MLP, which is that of its first bias; None without one."""
+    """Return the width of a prompt encoder's MLP, from its first bias; None without an MLP."""
     return next((leaf.shape[0] for leaf in layout.part("prompt").leaves if leaf.factor == "bias"), None)
 
 
 def peft_tensors(adapters: Adapters) -> dict[str, Tensor]:
     """Name the tensors of one client [1, P] as PEFT does.
 
-    Factors: base_model.model.<module>.lora_{A,B}.weight; what a prompt encoder makes: prompt_embeddings [n, d].
+    Factors: base_model.model.<module>.lora_{A,B}.weight; a prompt encoder's output: prompt_embeddings [n, d].
     """
     if adapters.layout.virtual_tokens:
         return {EMBEDDINGS: embeddings(adapters)[0].contiguous()}
     tensors = {}
-    for place, (first, second) in enumerate(adapters.layout.part("lora").pairs()):
-        name, rank = f"{PREFIX}{first.module}", int(adapters.ranks_of(place)[0])
+    for pair, (first, second) in enumerate(adapters.layout.part("lora").pairs()):
+        name, rank = f"{PREFIX}{first.module}", int(adapters.ranks_of(pair)[0])
         tensors[f"{name}.lora_A.weight"] = adapters.leaf(first)[0, :rank].contiguous()
         tensors[f"{name}.lora_B.weight"] = adapters.leaf(second)[0, :, :rank].contiguous()
     return tensors
 
 
 def describe(adapters: Adapters) -> Card:
-    """Return what a card says of one client's adapter [1, P] itself: its rank and alpha, or its virtual tokens."""
+    """Return a card's facts about one client's adapter [1, P]: its rank and alpha, or its virtual tokens."""
     if not adapters.layout.virtual_tokens:
         rank, alpha = _rank_and_alpha(adapters)
         return {"rank": rank, "alpha": alpha}
-    found: Card = {"virtual_tokens": adapters.layout.virtual_tokens}
+    facts: Card = {"virtual_tokens": adapters.layout.virtual_tokens}
     hidden = _hidden(adapters.layout)
-    return found if hidden is None else {**found, "hidden": hidden}
+    return facts if hidden is None else {**facts, "hidden": hidden}
 
 
 def count_exported(layout: Layout) -> int:
-    """Count the numbers of a client's file at full rank: all parameters, or of a prompt encoder the embeddings' own."""
+    """Count the numbers of a client's file at full rank: all parameters, or a prompt encoder's embeddings only."""
     return layout.part("prompt").leaves[0].size if layout.virtual_tokens else layout.parameters
 
 
 def _rank_and_alpha(adapters: Adapters) -> tuple[int, float | int]:
-    """Return the largest rank of one client's modules [1, P], and alpha = scale x rank of the first that has it."""
+    """Return the largest rank of one client's modules [1, P], and alpha = scale x rank of the first module with it."""
     _, ranks, alphas = _by_module(adapters)
     return max(ranks), alphas[ranks.index(max(ranks))]
 
 
 def _by_module(adapters: Adapters) -> tuple[list[str], list[int], list[float | int]]:
-    """Names, ranks and alphas of one client's modules, in the layout's order."""
+    """Return names, ranks and alphas of one client's modules, in the layout's order."""
     pairs = list(enumerate(adapters.layout.part("lora").pairs()))
-    ranks = [min(int(adapters.ranks_of(place)[0]), first.shape[0]) for place, (first, _) in pairs]
-    alphas = [_plain(float(adapters.scale_of(place)[0]) * rank) for (place, _), rank in zip(pairs, ranks, strict=True)]
+    ranks = [min(int(adapters.ranks_of(pair)[0]), first.shape[0]) for pair, (first, _) in pairs]
+    alphas = [_plain(float(adapters.scale_of(pair)[0]) * rank) for (pair, _), rank in zip(pairs, ranks, strict=True)]
     return [first.module for _, (first, _) in pairs], ranks, alphas
 
 
 def copy_adapters(sources: Sequence[Path], targets: Sequence[Path]) -> None:
-    """Copy adapter folders, all or none: the three files of each, and nothing else that may lie there.
+    """Copy the three files of each adapter folder, and no others; all folders or none.
 
-    A base that the config names by an absolute path is called by its last name in the copies, which are handed on.
-    Raises StoreError if a file is missing, a pickle lies beside them, a target is taken or the disk does not take it.
+    An absolute path of the base is shortened to its last name in the copies, because they are shared.
+    Raises StoreError if a file is missing, a folder has a pickle, a target exists or the disk is full.
     """
     check_adapters(sources)
     check_free(targets)
     with ExitStack() as stack:
-        places = [stack.enter_context(new_folder(target)) for target in targets]
-        for source, place in zip(sources, places, strict=True):
+        temporaries = [stack.enter_context(new_folder(target)) for target in targets]
+        for source, temporary in zip(sources, temporaries, strict=True):
             for name in FILES:
-                shutil.copyfile(source / name, place / name)
-            _name_base_only(place / "adapter_config.json")
+                shutil.copyfile(source / name, temporary / name)
+            _name_base_only(temporary / "adapter_config.json")
 
 
 def check_adapters(folders: Sequence[Path]) -> None:
     """Raise StoreError unless every folder holds an adapter's three files and no pickle."""
     for folder in folders:
-        if pickles := list_pickles(folder):  # whoever put it there: nobody is to get it from us
+        if pickles := list_pickles(folder):  # of any origin: it must not be passed on
             raise StoreError(f"'{folder}' holds a pickle, {pickles[0]}, which FedMira never writes; remove it")
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
@@ -201,7 +201,7 @@ def check_adapters(folders: Sequence[Path]) -> None:
 
 
 def check_free(targets: Sequence[Path]) -> None:
-    """Raise StoreError if something lies where one of these folders is to be made."""
+    """Raise StoreError if one of these folders exists already."""
     taken = [target for target in targets if target.exists() or target.is_symlink()]
     if taken:
         raise StoreError(f"'{taken[0]}' exists already; choose another --out")
@@ -209,9 +209,9 @@ def check_free(targets: Sequence[Path]) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder that becomes `target` once the block has ended well, and is gone otherwise.
+    """Give an empty folder that becomes `target` if the block succeeds, and is removed otherwise.
 
-    Raises StoreError where the disk is full, read-only or in the way.
+    Raises StoreError if the disk is full or read-only, or the path cannot be created.
     """
     temporary = target.with_name(f".{target.name}.tmp")
     try:
@@ -229,7 +229,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _name_base_only(path: Path) -> None:
-    """Take the folders of an absolute path out of adapter_config.json; any other name of a base stays."""
+    """Shorten an absolute path of the base in adapter_config.json to its last name; other names stay."""
     config = json.loads(path.read_text(encoding="utf-8"))
     name = config.get("base_model_name_or_path")
     if isinstance(name, str) and shown_base(name) != name:
@@ -237,10 +237,10 @@ def _name_base_only(path: Path) -> None:
 
 
 def read_adapter(folder: Path, layout: Layout) -> Tensor:
-    """Read a PEFT folder of ours back into a row [1, P]; only adapter_model.safetensors is opened.
+    """Read a folder written by `export_adapter` into a row [1, P]; only adapter_model.safetensors is opened.
 
-    A prompt fits a soft_layout: its encoder is not in the folder.
-    Raises StoreError if it does not fit the layout, is damaged, or pickles lie in the folder.
+    A prompt needs a soft_layout: its encoder is not in the folder.
+    Raises StoreError if it does not fit the layout, is damaged, or the folder has pickles.
     """
     path = folder / "adapter_model.safetensors"
     pickles = list_pickles(folder) if folder.is_dir() else []
@@ -254,7 +254,7 @@ def read_adapter(folder: Path, layout: Layout) -> Tensor:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"'{path}' is damaged, or no safetensors file: {error}") from None
+        raise StoreError(f"'{path}' is damaged, or not a safetensors file: {error}") from None
     row = (_prompt_row if layout.virtual_tokens else _lora_row)(path, tensors, layout)
     if tensors:
         raise StoreError(f"'{path}': unexpected tensor '{next(iter(tensors))}'")
@@ -262,35 +262,35 @@ def read_adapter(folder: Path, layout: Layout) -> Tensor:
 
 
 def _lora_row(path: Path, tensors: dict[str, Tensor], layout: Layout) -> Tensor:
-    """Lay the factors out as a row, zero beyond their rank; they are taken out of `tensors`."""
+    """Write the factors into a row, zero beyond their rank; removes them from `tensors`."""
     row = torch.zeros(1, layout.size)
     for leaf in layout.part("lora").leaves:
         name = f"{PREFIX}{leaf.module}.lora_{leaf.factor}.weight"
         if name not in tensors:
             raise StoreError(f"'{path}': no tensor '{name}'; was it made for another base or other target_modules?")
-        found = tensors.pop(name)
-        place = row[0, leaf.start : leaf.stop].view(leaf.shape)
-        if found.ndim != 2 or any(own > room for own, room in zip(found.shape, leaf.shape, strict=True)):
-            raise StoreError(f"'{path}': '{name}' is {tuple(found.shape)}, at most {leaf.shape} fits")
-        place[: found.shape[0], : found.shape[1]] = found
+        factor = tensors.pop(name)
+        columns = row[0, leaf.start : leaf.stop].view(leaf.shape)
+        if factor.ndim != 2 or any(size > room for size, room in zip(factor.shape, leaf.shape, strict=True)):
+            raise StoreError(f"'{path}': '{name}' is {tuple(factor.shape)}, at most {leaf.shape} fits")
+        columns[: factor.shape[0], : factor.shape[1]] = factor
     return row
 
 
 def _prompt_row(path: Path, tensors: dict[str, Tensor], layout: Layout) -> Tensor:
-    """Lay the embeddings out as a row; they are taken out of `tensors`."""
+    """Write the embeddings into a row; removes them from `tensors`."""
     leaf, *encoder = layout.part("prompt").leaves
     if encoder:
-        raise StoreError(f"'{path}' can hold what a prompt encoder made, and not the encoder: read it as soft_layout")
+        raise StoreError(f"'{path}' has the output of a prompt encoder, not the encoder: read it with soft_layout")
     if EMBEDDINGS not in tensors:
-        raise StoreError(f"'{path}': no tensor '{EMBEDDINGS}'; is it a prompt's?")
-    found = tensors.pop(EMBEDDINGS)
-    if tuple(found.shape) != leaf.shape:
+        raise StoreError(f"'{path}': no tensor '{EMBEDDINGS}'; is it a prompt?")
+    prompt = tensors.pop(EMBEDDINGS)
+    if tuple(prompt.shape) != leaf.shape:
         raise StoreError(
-            f"'{path}': '{EMBEDDINGS}' is {tuple(found.shape)}, and {leaf.shape} is needed; was it made for another "
+            f"'{path}': '{EMBEDDINGS}' is {tuple(prompt.shape)}, but must be {leaf.shape}; was it made for another "
             "base?"
         )
     row = torch.zeros(1, layout.size)
-    row[0, leaf.start : leaf.stop] = found.flatten()
+    row[0, leaf.start : leaf.stop] = prompt.flatten()
     return row
 
 
@@ -304,7 +304,7 @@ def kind_of(folder: Path) -> str:
 
 
 def short_targets(modules: Sequence[str], linears: Sequence[str]) -> list[str]:
-    """Name the adapted modules by their endings (q_proj) where these pick no other linear layer, else in full.
+    """Name the adapted modules by their endings (q_proj) if these match no other linear layer, else in full.
 
     PEFT and vLLM match a module by its ending; `linears`: all linear layers of the base below its head.
     """
@@ -317,6 +317,6 @@ def _plain(value: float) -> float | int:
     return round(value) if _same(value, round(value)) else value
 
 
-def _same(one: float, other: float) -> bool:
-    """Equal but for what float32 rounds."""
-    return abs(one - other) < 1e-6 * max(1.0, one)
+def _same(value: float, other: float) -> bool:
+    """Return whether two numbers are equal up to float32 rounding."""
+    return abs(value - other) < 1e-6 * max(1.0, value)
