@@ -10,13 +10,13 @@ from fedmira.model.packed import attention
 from fedmira.model.packed.attention import Attention, packed_attention
 from fedmira.model.packed.buckets import make_buckets
 from fedmira.model.packed.fans import STEP, pick
-from fedmira.model.packed.spans import BLOCK, KEPT, SPAN, Rule, Spans, make_spans
+from fedmira.model.packed.spans import BLOCK, SAVED_KEYS, SPAN, Rule, Spans, make_spans
 
 HEADS, KEYS, WIDTH = 4, 2, 6
 PLAIN = Rule(lambda batch, head, queries, keys: keys <= queries, None)
 WINDOW = Rule(lambda batch, head, queries, keys: (keys <= queries) & (keys > queries - 20), 20)
 SHORT = [5, 1, 40, 3, 60, 30, 2]
-LONG = [KEPT + 90, 7, 2 * BLOCK + 30, 2 * BLOCK]
+LONG = [SAVED_KEYS + 90, 7, 2 * BLOCK + 30, 2 * BLOCK]
 
 
 class Config:
@@ -77,7 +77,7 @@ def plans(sizes: list[int]) -> dict[str, Attention]:
 STRETCHES = {
     "few": [(2, 1, 2), (0, 1)],
     "many": [(0, 9), (30, *range(1, 41)), (0, SPAN + 3), (28, 5, 200, 3, 17), (5, 40, 40), (0, 4)],
-    "large": [(KEPT + 10, 20, 30, 256), (0, 3)],
+    "large": [(SAVED_KEYS + 10, 20, 30, 256), (0, 3)],
 }
 
 
@@ -182,17 +182,17 @@ def test_a_long_text_is_cut_into_blocks_that_leave_out_what_none_of_their_querie
     plan = spans_of([300, 7], torch.zeros(1, dtype=torch.int64))
     assert plan.bounds == ((0, 300), (300, 307))
     short, long = plan.blocks(Rule(lambda batch, head, queries, keys: keys > queries - 100, 100), torch.float32)
-    places = [(one.first, one.start, one.stop, one.blank) for one in long]
+    places = [(one.first, one.start, one.stop, one.padding) for one in long]
     assert places == [(140, 236, 300, 20), (0, 128, 256, 0), (0, 0, 128, 0)]
-    assert [(one.first, one.start, one.stop, one.blank) for one in short] == [(275, 275, 307, 25)]
+    assert [(one.first, one.start, one.stop, one.padding) for one in short] == [(275, 275, 307, 25)]
 
 
 def test_sizes_are_filled_up_from_what_lies_before() -> None:
     """The second text's 40 queries become 64: 24 more that see nothing and come to 0; the first has nothing before."""
     plan = spans_of([133, 40], torch.zeros(1, dtype=torch.int64))
     ((second,), (first,)) = plan.blocks(PLAIN, torch.float32)
-    assert (first.first, first.start, first.stop, first.blank) == (0, 0, 133, 0)
-    assert (second.first, second.start, second.stop, second.blank) == (109, 109, 173, 24)
+    assert (first.first, first.start, first.stop, first.padding) == (0, 0, 133, 0)
+    assert (second.first, second.start, second.stop, second.padding) == (109, 109, 173, 24)
     assert not (second.bias[24:, :24] == 0).any(), "no token sees what lies before its span"
     assert torch.equal(second.bias[24:, 24:] == 0, torch.ones(40, 40, dtype=torch.bool).tril())
 
@@ -237,10 +237,10 @@ def test_fans_hold_examples_of_similar_size_and_few_blanks() -> None:
     stretches = STRETCHES["many"]
     plan = fanned(stretches, torch.tensor([0]))
     fans = plan.fans()
-    assert sum(len(fan.queries.where) for fan in fans) == sum(sum(rests) for shared, *rests in stretches if shared)
-    assert sum(stop - first for fan in fans for first, stop, _, _ in fan.starts) == len(plan.sharing) == 46
+    assert sum(len(fan.queries.tokens) for fan in fans) == sum(sum(rests) for shared, *rests in stretches if shared)
+    assert sum(stop - first for fan in fans for first, stop, _, _ in fan.prefixes) == len(plan.suffixes) == 46
     assert len(fans) < 20
-    places = torch.cat([fan.queries.where for fan in fans])
+    places = torch.cat([fan.queries.tokens for fan in fans])
     assert len(places.unique()) == len(places), "every token is asked once"
     assert all(fan.queries.index.shape[1] % STEP == fan.keys.index.shape[1] % STEP == 0 for fan in fans)
     assert plan.fans() is fans, "dealt once for a pass"

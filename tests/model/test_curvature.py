@@ -22,7 +22,7 @@ from fedmira.model.base.load import Base
 from fedmira.model.packed import loss
 from fedmira.model.packed.lora import Dropout
 from fedmira.model.packed.loss import Head, _draw, sampled_loss, weighted_loss
-from fedmira.model.packed.packing import SHARED, pack
+from fedmira.model.packed.packing import PREFIX_TOKENS, pack
 from fedmira.model.passes import gradients
 
 BASE = tiny.base("gpt2", targets=["c_attn"])
@@ -180,7 +180,7 @@ def test_b_times_the_squared_gradient_is_on_average_the_diagonal_of_the_gauss_ne
 def alike() -> Batch:
     """Three clients, the shortest first: one example, examples of uneven lengths, examples that begin alike."""
     stream = np.random.default_rng(5)
-    head = tuple(stream.integers(2, tiny.VOCABULARY, SHARED + 3).tolist())
+    head = tuple(stream.integers(2, tiny.VOCABULARY, PREFIX_TOKENS + 3).tolist())
     last = [Encoded((*head, *tail, tiny.END), len(head), ("",)) for tail in ((3, 4), (5,), (6, 7, 8))]
     others = [[tiny.example(stream, size, answer=2) for size in own] for own in ([5], [9, 4, 6])]
     return collate([*others, last], pad_id=0)

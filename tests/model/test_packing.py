@@ -18,7 +18,7 @@ from fedmira.data.batches import NO_LOSS, Batch, Encoded, collate
 from fedmira.model.base.load import Base, wrap
 from fedmira.model.packed.buckets import Buckets
 from fedmira.model.packed.lora import Dropout
-from fedmira.model.packed.packing import LONG_REST, SEGMENT_FILL, SHARED, _groups, pack, pad
+from fedmira.model.packed.packing import LONG_SUFFIX, PREFIX_TOKENS, SEGMENT_FILL, _groups, pack, pad
 from fedmira.model.packed.spans import Rule, Spans
 from fedmira.model.passes import gradients, losses
 
@@ -100,8 +100,8 @@ def test_what_predicts_a_label_is_the_token_before_it() -> None:
     labels = torch.tensor([[[NO_LOSS, 6, 7, NO_LOSS], [NO_LOSS, 9, NO_LOSS, NO_LOSS]]])
     batch = Batch(ids, labels, torch.tensor([[3, 2]]))
     plan, padded = pack(batch, pad_id=0), pad(batch)
-    assert plan.where.tolist() == [0, 1, 3]
-    assert padded.where.tolist() == [0, 1, 4]
+    assert plan.labelled.tolist() == [0, 1, 3]
+    assert padded.labelled.tolist() == [0, 1, 4]
     assert plan.targets.tolist() == padded.targets.tolist() == [6, 7, 9]
     assert plan.counts.tolist() == padded.counts.tolist() == [3]
 
@@ -239,21 +239,21 @@ def test_positions_go_on_from_what_is_shared_and_the_token_before_a_label_is_nev
     plan = pack(collate([[first, second]], pad_id=0), pad_id=0, share=True)
     assert plan.positions is not None
     assert plan.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 8, 9]]
-    assert plan.where.tolist() == [10, 12]
+    assert plan.labelled.tolist() == [10, 12]
     assert plan.targets.tolist() == [13, 11]
 
 
 def test_examples_that_begin_alike_share_unless_they_go_on_for_long_or_the_beginning_is_short() -> None:
-    batch = alike([100, SHARED - 1], [[150, LONG_REST, 150, LONG_REST + 1, 20, 30], [3, 4]])
+    batch = alike([100, PREFIX_TOKENS - 1], [[150, LONG_SUFFIX, 150, LONG_SUFFIX + 1, 20, 30], [3, 4]])
     plan = pack(batch, pad_id=0, share=True)
-    assert [(one.client, one.examples, one.shared) for own in _groups(batch) for one in own] == [
+    assert [(one.client, one.examples, one.prefix_length) for own in _groups(batch) for one in own] == [
         (0, (0, 1, 2), 100),
         (0, (3,), 0),
         (0, (4, 5), 100),
         (1, (0,), 0),
         (1, (1,), 0),
     ]
-    tokens = 3 * 100 + 300 + LONG_REST + LONG_REST + 1 + 50 + 2 * (SHARED - 1) + 7
+    tokens = 3 * 100 + 300 + LONG_SUFFIX + LONG_SUFFIX + 1 + 50 + 2 * (PREFIX_TOKENS - 1) + 7
     assert tokens <= plan.ids.shape[1] <= 1.05 * tokens + 32
 
 
@@ -298,7 +298,7 @@ def test_attention_with_sinks_is_padded(caplog: pytest.LogCaptureFixture) -> Non
         made = transformers.GptOssForCausalLM(config).eval()
         base = wrap(made, tiny.tokenizer(), name="x", targets="auto", fingerprint="x")
     assert not base.packs
-    assert "Unfit: attention with ['s_aux']" in caplog.text
+    assert "UnsupportedAttention: attention with ['s_aux']" in caplog.text
 
 
 def test_everything_that_a_pass_computes_with_moves_to_its_device() -> None:
@@ -357,7 +357,7 @@ def test_a_base_that_adds_a_pattern_to_its_mask_is_padded(caplog: pytest.LogCapt
         made = OwnPattern(tiny.config("llama")).eval()
         base = wrap(made, tiny.tokenizer(), name="x", targets="auto", fingerprint="x")
     assert not base.packs
-    assert "Unfit: attention with a mask of the model's own" in caplog.text
+    assert "UnsupportedAttention: attention with a mask of the model's own" in caplog.text
 
 
 def test_the_models_own_attention_is_back_after_a_pass() -> None:

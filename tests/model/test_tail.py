@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedmira.data.batches import NO_LOSS, Batch
 from fedmira.model.base.load import Base
 from fedmira.model.packed.lora import Dropout, Stack
-from fedmira.model.packed.packing import Segment, _labelled
+from fedmira.model.packed.packing import Segment, _labelled_segments
 from fedmira.model.packed.tail import find_tail
 from fedmira.model.passes import gradients, losses
 
@@ -79,7 +79,7 @@ def test_a_pass_under_dropout_or_with_labels_everywhere_is_not_cut() -> None:
 
 
 def test_segments_of_labelled_rows_hold_neighbours_with_equally_many() -> None:
-    assert _labelled([3, 3, 0, 2]) == (
+    assert _labelled_segments([3, 3, 0, 2]) == (
         Segment(0, 2, 0, 3, (slice(0, 3), slice(0, 3))),
         Segment(3, 4, 6, 2, (slice(0, 2),)),
     )

@@ -19,7 +19,7 @@ from fedmira.model.answers.generate import answers
 from fedmira.model.base.load import Base
 from fedmira.model.base.trial import check_embeddings
 from fedmira.model.packed.lora import Dropout
-from fedmira.model.packed.virtual import ahead, embeddings, find_places, lead
+from fedmira.model.packed.virtual import embeddings, find_virtual, prepend_virtual, virtual_ids
 from fedmira.model.passes import gradients, losses
 
 TOKENS, HIDDEN, CLIENTS, NEW = 9, 6, 4, 8  # more tokens than a beginning needs to be computed once
@@ -160,10 +160,10 @@ def test_encoders_are_run_in_float32_under_a_base_in_bfloat16() -> None:
     """Rounding their weights would move the virtual tokens by 0.4 %; only the outcome is rounded."""
     base, stack = make("llama-tied", dtype=torch.bfloat16)
     with base.stack.filled(stack, dtype=base.dtype, device=base.device):
-        assert base.stack.prompts is not None
-        torch.testing.assert_close(base.stack.prompts.made, embeddings(stack), rtol=0, atol=0)
-        ids = torch.tensor([[*ahead(TOKENS), 5, 6]] * CLIENTS)
-        given = base.inputs(ids, find_places(ids))["inputs_embeds"]
+        assert base.stack.virtual is not None
+        torch.testing.assert_close(base.stack.virtual.embedded, embeddings(stack), rtol=0, atol=0)
+        ids = torch.tensor([[*virtual_ids(TOKENS), 5, 6]] * CLIENTS)
+        given = base.inputs(ids, find_virtual(ids))["inputs_embeds"]
     assert given.dtype == torch.bfloat16
     assert torch.equal(given[:, :TOKENS], embeddings(stack).bfloat16())
     assert torch.equal(given[:, TOKENS:], base.model.get_input_embeddings()(ids[:, TOKENS:]))
@@ -173,19 +173,19 @@ def test_the_stack_is_empty_after_a_pass_and_after_a_failed_one() -> None:
     base, stack = make("llama-tied")
     batch = collate(texts(), pad_id=base.pad_id)
     losses(base, stack, batch)
-    assert base.stack.prompts is None
+    assert base.stack.virtual is None
     with pytest.raises(RuntimeError), base.stack.filled(stack, dtype=base.dtype, device=base.device):
         raise RuntimeError
-    assert base.stack.prompts is None
+    assert base.stack.virtual is None
 
 
 def test_virtual_tokens_stand_before_examples_and_not_before_blanks() -> None:
     batch = collate([texts()[0][:1], []], pad_id=0)
-    longer = lead(batch, 3)
+    longer = prepend_virtual(batch, 3)
     assert longer.ids[0, 0, :3].tolist() == [-1, -2, -3]
     assert longer.lengths.tolist() == [[batch.lengths[0, 0] + 3], [0]]
     assert torch.equal(longer.labels[0, 0, 3:], batch.labels[0, 0])
-    assert lead(batch, 0) is batch
+    assert prepend_virtual(batch, 0) is batch
 
 
 def test_a_base_that_reads_more_than_embeddings_takes_no_virtual_tokens() -> None:

@@ -14,7 +14,7 @@ from fedmira.model.packed.attention import packed_attention
 from fedmira.model.packed.lora import Dropout
 from fedmira.model.packed.loss import sampled_loss, token_losses, weighted_loss
 from fedmira.model.packed.packing import Pass, pack, pad
-from fedmira.model.packed.virtual import lead
+from fedmira.model.packed.virtual import prepend_virtual
 
 
 def gradients(
@@ -36,7 +36,7 @@ def gradients(
     draws is the diagonal of the Gauss-Newton (Fisher) matrix of loss_k.
     Source of the latter: Liu et al. 2023 (arXiv:2305.14342), Algorithm 2.
     """
-    batch = lead(batch, adapters.layout.virtual_tokens)
+    batch = prepend_virtual(batch, adapters.layout.virtual_tokens)
     if not adapters.layout.low_rank:
         dropout = None  # it is LoRA's
     plan = plan_pass(base, batch, share=dropout is None)  # masks are drawn for every token of every example
@@ -60,23 +60,23 @@ def gradients(
         if streams is None:
             total, losses = weighted_loss(hidden, plan.targets, weights[plan.owner], base.head)
         else:
-            total, losses = sampled_loss(hidden, _numbers(plan, streams), weights[plan.owner], base.head)
+            total, losses = sampled_loss(hidden, _draw_numbers(plan, streams), weights[plan.owner], base.head)
         torch.autograd.backward(total)
     if not whole:
         into.zero_()
         into[plan.order] = gradient
-    return _by_client(losses, plan) * weights, plan.counts
+    return _sum_by_client(losses, plan) * weights, plan.counts
 
 
 def losses(base: Base, adapters: Adapters, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the sum of token cross-entropies in nats [S] and the number of labelled tokens [S]; no gradient."""
-    plan = plan_pass(base, lead(batch, adapters.layout.virtual_tokens))
+    plan = plan_pass(base, prepend_virtual(batch, adapters.layout.virtual_tokens))
     with (
         base.stack.filled(adapters.take(plan.order), dtype=base.dtype, device=base.device, segments=plan.segments),
         torch.no_grad(),
     ):
         each = token_losses(states_of(base, plan), plan.targets, base.head)
-    return _by_client(each, plan), plan.counts
+    return _sum_by_client(each, plan), plan.counts
 
 
 def plan_pass(base: Base, batch: Batch, *, share: bool = True) -> Pass:
@@ -87,22 +87,22 @@ def plan_pass(base: Base, batch: Batch, *, share: bool = True) -> Pass:
     return pack(batch, pad_id=base.pad_id, fused=base.device.type != "cpu", share=share).to(base.device)
 
 
-def states_of(base: Base, plan: Pass, *, kept: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+def states_of(base: Base, plan: Pass, *, keys_values: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
     """Hidden states [n, d] at the places that predict a label. No attention mask: nothing is padded on the left.
 
-    kept: takes the keys and values [1, H', N, D] of every layer, if the pass is packed.
+    keys_values: takes the keys and values [1, H', N, D] of every layer, if the pass is packed.
     """
     if plan.attention is None:
         states = base.decoder(**base.inputs(plan.ids, plan.virtual), use_cache=False).last_hidden_state
     else:
         tail = nullcontext() if base.tail is None else base.tail.cut(plan)
-        with tail as last, packed_attention(base.model, plan.attention, last=last, kept=kept):
+        with tail as last, packed_attention(base.model, plan.attention, last=last, keys_values=keys_values):
             given = base.inputs(plan.ids, plan.virtual)
             states = base.decoder(**given, position_ids=plan.positions, use_cache=False).last_hidden_state
-    return states.reshape(-1, states.shape[-1]).index_select(0, plan.where)
+    return states.reshape(-1, states.shape[-1]).index_select(0, plan.labelled)
 
 
-def _numbers(plan: Pass, streams: Sequence[np.random.Generator]) -> Tensor:
+def _draw_numbers(plan: Pass, streams: Sequence[np.random.Generator]) -> Tensor:
     """Draw a number in [0, 1) for every label [n], by client: whoever shares the pass, a client's are the same."""
     drawn = [stream.random(count) for stream, count in zip(streams, plan.counts.tolist(), strict=True)]
     numbers = torch.empty(len(plan.owner), dtype=torch.float64)
@@ -110,7 +110,7 @@ def _numbers(plan: Pass, streams: Sequence[np.random.Generator]) -> Tensor:
     return numbers.to(plan.owner.device)
 
 
-def _by_client(each: Tensor, plan: Pass) -> Tensor:
+def _sum_by_client(each: Tensor, plan: Pass) -> Tensor:
     """Sum values of labelled tokens [n] by client [S]."""
     return torch.zeros(len(plan.counts), dtype=each.dtype, device=each.device).index_add_(0, plan.owner, each)
 

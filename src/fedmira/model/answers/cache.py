@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from fedmira.model.packed.attention import Unfit, check_call
+from fedmira.model.packed.attention import UnsupportedAttention, check_call
 
 NAME = "fedmira_kept"
 NOWHERE = 2**30  # the position of a blank: beyond every token's sight
@@ -29,14 +29,14 @@ Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, posit
 Rules = tuple[Sees | None, ...] | None  # of every layer; None while they are found out
 
 
-def places_of(length: int, begins: Tensor, sizes: Tensor) -> Tensor:
+def positions_of(length: int, begins: Tensor, sizes: Tensor) -> Tensor:
     """Positions [R, length] of tokens that begin at positions [R]; NOWHERE from sizes [R] on."""
     steps = torch.arange(length)
     return torch.where(steps < sizes[:, None], begins[:, None] + steps, NOWHERE)
 
 
 @dataclass(eq=False)
-class Part:
+class CachePart:
     """Keys and values [n, H', L, D] of every layer, n = count, L = length; anything where masks hide it.
 
     A layer's are allocated when it first brings some. rows [R]: which of the n each row of a pass sees; None: R / n
@@ -49,7 +49,7 @@ class Part:
     values: list[Tensor] = field(default_factory=list)
     rows: Tensor | None = None
 
-    def keep(self, layer: int, rows: Tensor | slice, places: slice, key: Tensor, value: Tensor) -> None:
+    def store(self, layer: int, rows: Tensor | slice, places: slice, key: Tensor, value: Tensor) -> None:
         """Store key and value [n, H', T, D] of some rows at some places."""
         for kept, new in ((self.keys, key), (self.values, value)):
             if new.shape[2] == self.length and isinstance(rows, slice):
@@ -79,15 +79,15 @@ class Part:
             key, value = key.index_select(0, self.rows), value.index_select(0, self.rows)
         return key, value
 
-    def copy(self, other: "Part", rows: Tensor, here: slice, there: slice) -> None:
+    def copy(self, other: "CachePart", rows: Tensor, here: slice, there: slice) -> None:
         """Store what these of another part's n have at some places."""
         for kept, others in ((self.keys, other.keys), (self.values, other.values)):
             for states, new in zip(kept, others, strict=True):
                 states[:, :, here] = new[:, :, there].index_select(0, rows)
 
-    def seen_by(self, rows: Tensor, length: int) -> "Part":
+    def seen_by(self, rows: Tensor, length: int) -> "CachePart":
         """Return this part, cut to a length, as a pass sees it whose rows belong to these of the n."""
-        return Part(self.count, length, self.keys, self.values, rows)
+        return CachePart(self.count, length, self.keys, self.values, rows)
 
 
 class Enough(Exception):
@@ -95,7 +95,7 @@ class Enough(Exception):
 
 
 @dataclass(eq=False)
-class Turn:
+class CachedAttention:
     """One pass through the layers: where its new keys and values go, and what its tokens see.
 
     They see the `earlier` parts and then their own: of the pass alone, or, where `written`, all that the part `into`
@@ -104,10 +104,10 @@ class Turn:
     that this pass's layers came with.
     """
 
-    into: Part
+    into: CachePart
     rows: Tensor | slice
     place: int
-    earlier: list[Part]
+    earlier: list[CachePart]
     queries: Tensor
     keys: Tensor
     rules: Rules
@@ -120,7 +120,7 @@ class Turn:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, softcap: float | None) -> Tensor:
         """Keep a layer's keys and values and return its attention [R, H, T, D]."""
         layer, self.layer = self.layer, self.layer + 1
-        self.into.keep(layer, self.rows, slice(self.place, self.place + key.shape[2]), key, value)
+        self.into.store(layer, self.rows, slice(self.place, self.place + key.shape[2]), key, value)
         if layer == self.enough_at:
             raise Enough
         seen = [part.read(layer) for part in self.earlier]
@@ -180,16 +180,16 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return product.view(count, groups, rows // count, -1, width).transpose(1, 2).reshape(rows, heads, tokens, width)
 
 
-_current: Turn | None = None
+_current: CachedAttention | None = None
 
 
 @contextmanager
-def attending(model: PreTrainedModel, turn: Turn) -> Iterator[None]:
+def attending(model: PreTrainedModel, attention: CachedAttention) -> Iterator[None]:
     """Let a model's layers keep and see keys and values of ours."""
     global _current
     config = model.config
     before = config._attn_implementation
-    _current = turn
+    _current = attention
     config._attn_implementation = NAME
     try:
         yield
@@ -208,7 +208,7 @@ class _Sight:
 def _sight(*, mask_function: Sees, local_size: int | None = None, use_vmap: bool = False, **others: object) -> _Sight:
     """Take what transformers would build a mask from: windows and chunks come with a `local_size`."""
     if use_vmap:  # the model adds a pattern of its own
-        raise Unfit("attention with a mask of the model's own")
+        raise UnsupportedAttention("attention with a mask of the model's own")
     return _Sight(None if local_size is None else mask_function)
 
 
@@ -226,7 +226,7 @@ def _attend(
     assert _current is not None, "kept attention outside of a turn"
     check_call(others)
     if not isinstance(attention_mask, _Sight):
-        raise Unfit("attention that has its mask from elsewhere")
+        raise UnsupportedAttention("attention that has its mask from elsewhere")
     _current.found.append(attention_mask.rule)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _current.attend(query, key, value, scale=scale, softcap=softcap).transpose(1, 2).contiguous(), None

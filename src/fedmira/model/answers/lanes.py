@@ -14,28 +14,28 @@ from fedmira.model.packed.packing import Segment
 
 ANSWER_ROWS = 256  # prompts answered in one pass
 PADDED_ROWS = 64  # likewise where transformers' own generation serves
-KEPT_BYTES = 2**30  # keys and values of one pass
-FILL_TOKENS = 2048  # prompt tokens computed at once
-FILL_SHARE = 0.8  # a prompt of at least this share of the longest one's tokens joins its batch
-SHARED_TOKENS = 8  # a common beginning shorter than this is not worth keeping apart
+CACHE_BYTES = 2**30  # keys and values of one pass
+PREFILL_TOKENS = 2048  # prompt tokens computed at once
+PREFILL_SHARE = 0.8  # a prompt of at least this share of the longest one's tokens joins its batch
+PREFIX_TOKENS = 8  # a common beginning shorter than this is not worth keeping apart
 
 
 @dataclass(frozen=True)
 class Lane:
-    """Prompts of one client in one pass, the longest first; places: where they stand among its prompts.
+    """Prompts of one client in one pass, the longest first; numbers: where they are among its prompts.
 
-    shared: how many tokens they all begin with, kept once. Every prompt is longer.
+    prefix_length: how many tokens they all begin with, kept once. Every prompt is longer.
     """
 
     client: int
-    places: tuple[int, ...]
+    numbers: tuple[int, ...]
     prompts: tuple[tuple[int, ...], ...]
-    shared: int
+    prefix_length: int
 
     @property
-    def own(self) -> int:
+    def longest_suffix(self) -> int:
         """Tokens of the longest prompt beyond what is shared."""
-        return len(self.prompts[0]) - self.shared
+        return len(self.prompts[0]) - self.prefix_length
 
 
 def plan_passes(
@@ -43,7 +43,7 @@ def plan_passes(
 ) -> Iterator[list[Lane]]:
     """Deal all prompts into passes of at most ANSWER_ROWS; a client with many prompts has several lanes.
 
-    token_bytes: keys and values of one token; what a pass keeps stays below KEPT_BYTES unless a single prompt takes
+    token_bytes: keys and values of one token; what a pass keeps stays below CACHE_BYTES unless a single prompt takes
     more. None: nothing is shared, and a pass has at most PADDED_ROWS, those included that pad every lane to the widest
     (which is at most twice as wide).
     """
@@ -54,13 +54,13 @@ def plan_passes(
         for client, own in enumerate(prompts)
         for lane in _lanes(client, own, most=most, new=max_new_tokens, token_bytes=token_bytes)
     ]
-    lanes.sort(key=lambda lane: (-len(lane.places), -lane.own))
+    lanes.sort(key=lambda lane: (-len(lane.numbers), -lane.longest_suffix))
 
     def fits(some: Sequence[Lane]) -> bool:
-        counts = [len(lane.places) for lane in some]
+        counts = [len(lane.numbers) for lane in some]
         if token_bytes is None:
             return len(counts) * counts[0] <= limit and 2 * counts[-1] >= counts[0]
-        return sum(counts) <= limit and count_tokens(some, max_new_tokens) * token_bytes <= KEPT_BYTES
+        return sum(counts) <= limit and count_tokens(some, max_new_tokens) * token_bytes <= CACHE_BYTES
 
     while lanes:
         count = 1
@@ -75,10 +75,10 @@ def count_tokens(lanes: Sequence[Lane], max_new_tokens: int) -> int:
 
     Those of the prompts, and those of the rows that answers are written in, blanks included.
     """
-    own = max(lane.own for lane in lanes) + max_new_tokens
-    shared = max(lane.shared for lane in lanes)
-    prompts = sum(lane.shared + sum(len(ids) - lane.shared for ids in lane.prompts) for lane in lanes)
-    return prompts + _best_width([len(lane.places) for lane in lanes], shared=shared, each=own)[0]
+    own = max(lane.longest_suffix for lane in lanes) + max_new_tokens
+    shared = max(lane.prefix_length for lane in lanes)
+    prompts = sum(lane.prefix_length + sum(len(ids) - lane.prefix_length for ids in lane.prompts) for lane in lanes)
+    return prompts + _best_width([len(lane.numbers) for lane in lanes], shared=shared, each=own)[0]
 
 
 def _lanes(
@@ -90,9 +90,9 @@ def _lanes(
         return []
     shared = 0
     if token_bytes is not None:
-        shared = _count_shared(prompts)
+        shared = _count_prefix(prompts)
         longest = len(prompts[order[0]]) - shared
-        most = max(1, min(most, (KEPT_BYTES // token_bytes - 2 * shared) // (2 * longest + new)))
+        most = max(1, min(most, (CACHE_BYTES // token_bytes - 2 * shared) // (2 * longest + new)))
     lanes = []
     for start in range(0, len(order), most):
         places = tuple(order[start : start + most])
@@ -100,13 +100,13 @@ def _lanes(
     return lanes
 
 
-def _count_shared(prompts: Sequence[Sequence[int]]) -> int:
+def _count_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all prompts begin with, at least one of each left over; 0 where that does not pay."""
     if len(prompts) < 2:
         return 0
     same = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False)))
     common = min(same, min(len(ids) for ids in prompts) - 1)
-    return common if common >= SHARED_TOKENS else 0
+    return common if common >= PREFIX_TOKENS else 0
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class Text:
     """Tokens to compute: the lane they belong to, their place among all texts, and how many shared ones go before."""
 
     lane: int
-    place: int
+    number: int
     tokens: tuple[int, ...]
-    after: int
+    position: int
 
 
 def deal_batches(texts: Sequence[Text]) -> list[list[Text]]:
@@ -125,10 +125,10 @@ def deal_batches(texts: Sequence[Text]) -> list[list[Text]]:
     batches = []
     while left:
         longest = len(left[0].tokens)
-        alike = [text for text in left if len(text.tokens) >= FILL_SHARE * longest]
+        alike = [text for text in left if len(text.tokens) >= PREFILL_SHARE * longest]
         left = left[len(alike) :]
-        alike.sort(key=lambda text: -text.after)
-        size = max(1, FILL_TOKENS // longest)
+        alike.sort(key=lambda text: -text.position)
+        size = max(1, PREFILL_TOKENS // longest)
         batches += [_by_lane(alike[start : start + size]) for start in range(0, len(alike), size)]
     return batches
 
@@ -155,10 +155,10 @@ def segments_of(texts: Sequence[Text], length: int) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-Row = TypeVar("Row")
+AnyRow = TypeVar("AnyRow")
 
 
-def deal_rows(own: Sequence[list[Row]], *, shared: int, each: int) -> list[list[Row]]:
+def deal_rows(own: Sequence[list[AnyRow]], *, shared: int, each: int) -> list[list[AnyRow]]:
     """Deal rows, given by client, to lanes of equal width, which the first of a lane's rows fill up.
 
     The width is the one with which least is kept: `shared` tokens a lane, `each` a row.
@@ -178,14 +178,14 @@ def _best_width(counts: Sequence[int], *, shared: int, each: int) -> tuple[int, 
     return sizes[best], best
 
 
-def least_limit(lanes: Sequence[Sequence[Text]]) -> int:
+def suffix_limit(lanes: Sequence[Sequence[Text]]) -> int:
     """Return how many tokens of its own to keep in a text's row at most: rows are as long as the longest.
 
     What a longer one has beyond stands beside what its lane shares, as far as there is room: lanes are as long as the
     longest, too.
     """
-    room = max((lane[0].after for lane in lanes), default=0)
-    sizes = [(room - lane[0].after, [len(text.tokens) for text in dict.fromkeys(lane)]) for lane in lanes]
+    room = max((lane[0].position for lane in lanes), default=0)
+    sizes = [(room - lane[0].position, [len(text.tokens) for text in dict.fromkeys(lane)]) for lane in lanes]
     longest = max((max(own) for _, own in sizes), default=0)
 
     def fits(limit: int) -> bool:
@@ -194,6 +194,6 @@ def least_limit(lanes: Sequence[Sequence[Text]]) -> int:
     return bisect_left(range(longest), True, key=fits)
 
 
-def blanks_among(rows: Sequence[int]) -> list[bool]:
+def mark_filler(rows: Sequence[int]) -> list[bool]:
     """Tell which of these rows only fill up a lane: they were there before."""
     return [row in rows[:place] for place, row in enumerate(rows)]

@@ -30,12 +30,12 @@ from fedmira.model.base.source import (
     positions,
     refuse,
 )
-from fedmira.model.base.trial import check_decoder, check_prompts, list_unfit, packs
+from fedmira.model.base.trial import check_decoder, check_prompts, list_unfit, try_packing
 from fedmira.model.packed.fused import fuse
 from fedmira.model.packed.lora import Stack, find_targets, install
 from fedmira.model.packed.loss import Head
 from fedmira.model.packed.tail import Tail, find_tail
-from fedmira.model.packed.virtual import Places
+from fedmira.model.packed.virtual import VirtualIndex
 
 __all__ = ["Base", "choose_device", "choose_dtype", "count_positions", "fingerprint", "load_base", "load_tokenizer"]
 __all__ += ["quiet", "wrap"]
@@ -75,13 +75,13 @@ class Base:
         """Width d of the token embeddings."""
         return int(self.model.get_input_embeddings().weight.shape[1])
 
-    def inputs(self, ids: Tensor, virtual: Places | None) -> dict[str, Tensor]:
+    def inputs(self, ids: Tensor, virtual: VirtualIndex | None) -> dict[str, Tensor]:
         """What the decoder is handed: ids, or embeddings where the stack's clients have virtual tokens among them."""
         if virtual is None:
             return {"input_ids": ids}
-        assert self.stack.prompts is not None, "virtual tokens of nobody"
+        assert self.stack.virtual is not None, "virtual tokens of nobody"
         plain = self.model.get_input_embeddings()(ids.clamp(min=0))
-        return {"inputs_embeds": self.stack.prompts.put(plain, virtual, self.stack.owners(ids.numel()))}
+        return {"inputs_embeds": self.stack.virtual.put(plain, virtual, self.stack.owners(ids.numel()))}
 
 
 def load_base(
@@ -165,7 +165,7 @@ def wrap(
             names = _leave_out(names, unfit, targets, name=name)
         stack = Stack()
         shapes = install(model, names, stack)
-        reaches = packs(model, decoder)
+        reaches = try_packing(model, decoder)
         tail = find_tail(model, decoder, stack) if reaches is not None else None
     return Base(
         name=name,

@@ -119,7 +119,7 @@ def list_unfit(decoder: nn.Module, layers: dict[str, nn.Module], *, vocabulary: 
     return unfit
 
 
-def packs(model: transformers.PreTrainedModel, decoder: nn.Module) -> frozenset[int] | None:
+def try_packing(model: transformers.PreTrainedModel, decoder: nn.Module) -> frozenset[int] | None:
     """Measure whether uneven examples laid end to end give the hidden states that each gives alone.
 
     Return the reaches of its windows and chunks in tokens, none where it has no such layers; None if it does not pack.
@@ -139,7 +139,7 @@ def packs(model: transformers.PreTrainedModel, decoder: nn.Module) -> frozenset[
     with torch.no_grad():
         alone = [decoder(input_ids=ids[0].to(device), use_cache=False).last_hidden_state[0] for ids in own]
         try:
-            with packed_attention(model, plan.attention) as turn:
+            with packed_attention(model, plan.attention) as attention:
                 states = decoder(input_ids=plan.ids, position_ids=plan.positions, use_cache=False).last_hidden_state
         except Exception as error:  # any architecture's own code may choke on a packed pass: padded ones it can do
             log.info("%s is trained on padded batches: %s", type(model).__name__, _describe(error))
@@ -157,7 +157,7 @@ def packs(model: transformers.PreTrainedModel, decoder: nn.Module) -> frozenset[
     fits = worst <= _tolerance(together.dtype) * max(1.0, max(float(_wide(one).abs().max()) for one in alone))
     if not fits:
         log.info("%s is trained on padded batches: packed states differ by %.2g", type(model).__name__, worst)
-    return frozenset(turn.reaches) if fits else None
+    return frozenset(attention.reaches) if fits else None
 
 
 def _sizes(given: Sequence[object]) -> list[int]:

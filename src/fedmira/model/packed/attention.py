@@ -25,28 +25,28 @@ HARMLESS = frozenset(
 )
 
 
-class Unfit(Exception):
+class UnsupportedAttention(Exception):
     """Layers attend in a way that a pass of ours cannot follow; whoever tries them out takes another road."""
 
 
 def check_call(others: Mapping[str, object]) -> None:
-    """Raise Unfit if a layer hands its attention anything that would have to be taken into account."""
+    """Raise UnsupportedAttention if a layer hands its attention anything that would have to be taken into account."""
     given = {name for name, value in others.items() if name not in HARMLESS and value is not None}
     if given:
-        raise Unfit(f"attention with {sorted(given)}")
+        raise UnsupportedAttention(f"attention with {sorted(given)}")
 
 
 @dataclass(eq=False)
-class Turn:
+class PackedAttention:
     """One packed pass. last: the module whose queries are only asked for at labels.
 
-    callers: modules that attended; reaches: of the windows and chunks that they came with. kept: where the keys and
-    values of every layer [1, H', N, D] are wanted, in turn.
+    callers: modules that attended; reaches: of the windows and chunks that they came with. keys_values: where the keys
+    and values of every layer [1, H', N, D] are wanted, in turn.
     """
 
     attention: Attention
     last: nn.Module | None
-    kept: list[tuple[Tensor, Tensor]] | None = None
+    keys_values: list[tuple[Tensor, Tensor]] | None = None
     callers: list[nn.Module] = field(default_factory=list)
     reaches: set[int] = field(default_factory=set)
 
@@ -57,13 +57,13 @@ def packed_attention(
     attention: Attention,
     *,
     last: nn.Module | None = None,
-    kept: list[tuple[Tensor, Tensor]] | None = None,
-) -> Iterator[Turn]:
+    keys_values: list[tuple[Tensor, Tensor]] | None = None,
+) -> Iterator[PackedAttention]:
     """Let a model's layers attend within the examples of a packed sequence; `last` computes what labels need alone."""
     global _current
     config = model.config
     before = config._attn_implementation
-    _current = Turn(attention, last, kept)
+    _current = PackedAttention(attention, last, keys_values)
     config._attn_implementation = NAME
     try:
         yield _current
@@ -72,7 +72,7 @@ def packed_attention(
         _current = None
 
 
-_current: Turn | None = None
+_current: PackedAttention | None = None
 
 
 def _rule(
@@ -84,7 +84,7 @@ def _rule(
 ) -> Rule:
     """Take what transformers would build a mask from: windows and chunks come with a `local_size`."""
     if use_vmap:  # the model adds a pattern of its own
-        raise Unfit("attention with a mask of the model's own")
+        raise UnsupportedAttention("attention with a mask of the model's own")
     return Rule(mask_function, local_size)
 
 
@@ -102,12 +102,12 @@ def _attend(
     assert _current is not None, "packed attention outside of a packed pass"
     check_call(others)
     if not isinstance(attention_mask, Rule):
-        raise Unfit("attention that has its mask from elsewhere")
+        raise UnsupportedAttention("attention that has its mask from elsewhere")
     _current.callers.append(module)
     if attention_mask.reach is not None:
         _current.reaches.add(attention_mask.reach)
-    if _current.kept is not None:
-        _current.kept.append((key, value))
+    if _current.keys_values is not None:
+        _current.keys_values.append((key, value))
     plan = _current.attention
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     given = (query, key, value, attention_mask)

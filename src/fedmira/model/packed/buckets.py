@@ -14,33 +14,33 @@ BUCKET_FILL = 0.75  # a bucket takes examples with at least this share of its lo
 class Buckets:
     """How attention finds its examples. All buckets together have R rows, padding included.
 
-    shapes: (examples, T) each; index [R]: the token of each row (0 where blank); back [N]: each token's row; blanks:
+    shapes: (examples, T) each; index [R]: the token of each row (0 where blank); back [N]: each token's row; padding:
     rows without token; trivial: one bucket in sequence order, nothing to gather.
     """
 
     shapes: tuple[tuple[int, int], ...]
     index: Tensor
     back: Tensor
-    blanks: Tensor
+    padding: Tensor
     trivial: bool
-    masks: dict[tuple[Rule, int], Tensor] = field(default_factory=dict)
+    mask_memo: dict[tuple[Rule, int], Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Buckets":
         if device.type == "cpu":
             return self
-        index, back, blanks = (part.to(device) for part in (self.index, self.back, self.blanks))
-        return replace(self, index=index, back=back, blanks=blanks, masks={})
+        index, back, padding = (part.to(device) for part in (self.index, self.back, self.padding))
+        return replace(self, index=index, back=back, padding=padding, mask_memo={})
 
     def mask(self, rule: Rule, bucket: int) -> Tensor | None:
         """Return the mask [T, T] of a bucket's examples, None where it is plainly causal."""
         length = self.shapes[bucket][1]
         if rule.reach is None or length <= rule.reach:
             return None
-        if (rule, bucket) not in self.masks:
+        if (rule, bucket) not in self.mask_memo:
             first = sum(examples * size for examples, size in self.shapes[:bucket])
             places = self.index[first : first + length]  # a bucket's first example is its longest: no row is blank
-            self.masks[rule, bucket] = rule.mask(places)
-        return self.masks[rule, bucket]
+            self.mask_memo[rule, bucket] = rule.mask(places)
+        return self.mask_memo[rule, bucket]
 
 
 def make_buckets(sizes: Tensor, starts: Tensor) -> Buckets:
@@ -88,7 +88,7 @@ def attend_in_buckets(
         answers.append(_bucket(*split, scale=scale, mask=plan.mask(rule, number), softcap=softcap))
     joined = answers[0] if len(answers) == 1 else torch.cat(answers)
     if not plan.trivial:
-        joined = _Gather.apply(joined, plan.back, plan.index, plan.blanks)  # type: ignore[no-untyped-call]
+        joined = _Gather.apply(joined, plan.back, plan.index, plan.padding)  # type: ignore[no-untyped-call]
     return joined.view(1, tokens, heads, width)
 
 
@@ -116,17 +116,17 @@ def _bucket(
 class _Gather(torch.autograd.Function):
     """Rows x[index]; because every row that matters is taken once, its gradient is a gather too and not a scatter.
 
-    back: for each row of x, where it went; blanks: rows of x that nothing was taken from, whose gradient is 0.
+    back: for each row of x, where it went; padding: rows of x that nothing was taken from, whose gradient is 0.
     """
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, index: Tensor, back: Tensor, blanks: Tensor | None) -> Tensor:
-        ctx.back, ctx.blanks = back, blanks  # type: ignore[attr-defined]
+    def forward(ctx: object, x: Tensor, index: Tensor, back: Tensor, padding: Tensor | None) -> Tensor:
+        ctx.back, ctx.padding = back, padding  # type: ignore[attr-defined]
         return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gradient = grads[0].index_select(0, ctx.back)  # type: ignore[attr-defined]
-        if ctx.blanks is not None:  # type: ignore[attr-defined]
-            gradient.index_fill_(0, ctx.blanks, 0)  # type: ignore[attr-defined]
+        if ctx.padding is not None:  # type: ignore[attr-defined]
+            gradient.index_fill_(0, ctx.padding, 0)  # type: ignore[attr-defined]
         return gradient, None, None, None

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from fedmira.adapters import Adapters, Leaf
 from fedmira.errors import ModelError, nearest
 from fedmira.model.packed.packing import Segment
-from fedmira.model.packed.virtual import Prompts, make_prompts
+from fedmira.model.packed.virtual import VirtualTokens, make_virtual_tokens
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Stack:
     """What the stacked layers of one base read in a pass, and what stands before its texts; empty: the base alone."""
 
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
-    prompts: Prompts | None = None
+    virtual: VirtualTokens | None = None
     segments: tuple[Segment, ...] | None = None  # None: the batch is split evenly among the clients
     clients: int = 0
     dropout: Dropout | None = None
@@ -115,7 +115,7 @@ class Stack:
         encoder = next((part for part in adapters.layout.parts if part.kind == "prompt" and part.served), None)
         taught = encoder is not None and into is not None and encoder.trained
         if encoder is not None:
-            self.prompts = make_prompts(encoder, adapters, dtype=dtype, device=device, differentiable=taught)
+            self.virtual = make_virtual_tokens(encoder, adapters, dtype=dtype, device=device, differentiable=taught)
         for part in adapters.layout.parts:
             if not part.served:
                 continue
@@ -133,10 +133,10 @@ class Stack:
             yield
             for pair in (pair for pairs in self.pairs.values() for pair in pairs):
                 pair.clear_unwritten()
-            if taught and self.prompts is not None and encoder is not None and into is not None:
-                self.prompts.write(encoder, into)
+            if taught and self.virtual is not None and encoder is not None and into is not None:
+                self.virtual.write(encoder, into)
         finally:
-            self.pairs, self.prompts, self.segments, self.clients = {}, None, None, 0
+            self.pairs, self.virtual, self.segments, self.clients = {}, None, None, 0
             self.dropout = self.anchor = None
 
     def owners(self, tokens: int) -> Tensor:

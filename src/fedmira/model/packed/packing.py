@@ -25,10 +25,10 @@ from fedmira.data.batches import NO_LOSS, Batch
 from fedmira.model.packed.attention import Attention
 from fedmira.model.packed.buckets import make_buckets
 from fedmira.model.packed.spans import make_spans
-from fedmira.model.packed.virtual import Places, find_places
+from fedmira.model.packed.virtual import VirtualIndex, find_virtual
 
-SHARED = 8  # tokens at the start of a client's examples from which on they are computed once
-LONG_REST = 256  # tokens beyond what is shared from which on an example stands by itself
+PREFIX_TOKENS = 8  # tokens at the start of a client's examples from which on they are computed once
+LONG_SUFFIX = 256  # tokens beyond what is shared from which on an example stands by itself
 SEGMENT_FILL = 0.92  # a segment takes clients with at least this share of its largest one's tokens
 
 
@@ -65,12 +65,12 @@ class Pass:
     order: Tensor
     segments: tuple[Segment, ...]
     attention: Attention | None
-    where: Tensor
+    labelled: Tensor
     targets: Tensor
     owner: Tensor
     counts: Tensor
-    labelled: tuple[Segment, ...] = ()
-    virtual: Places | None = None
+    labelled_segments: tuple[Segment, ...] = ()
+    virtual: VirtualIndex | None = None
 
     def to(self, device: torch.device) -> "Pass":
         """Move everything but `order` (which indexes rows on the host) to a device."""
@@ -81,7 +81,7 @@ class Pass:
             ids=self.ids.to(device),
             positions=None if self.positions is None else self.positions.to(device),
             attention=None if self.attention is None else self.attention.to(device),
-            where=self.where.to(device),
+            labelled=self.labelled.to(device),
             targets=self.targets.to(device),
             owner=self.owner.to(device),
             counts=self.counts.to(device),
@@ -90,11 +90,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class Group:
-    """Examples of one client that begin alike: their first `shared` tokens stand in the sequence once."""
+    """Examples of one client that begin alike: their first `prefix_length` tokens stand in the sequence once."""
 
     client: int
     examples: tuple[int, ...]
-    shared: int
+    prefix_length: int
 
 
 def pack(batch: Batch, *, pad_id: int, fused: bool = False, share: bool = False) -> Pass:
@@ -108,7 +108,10 @@ def pack(batch: Batch, *, pad_id: int, fused: bool = False, share: bool = False)
     sizes = [[int(lengths[group.client, list(group.examples)].sum()) for group in groups] for groups in own]
     totals = torch.tensor(
         [
-            sum(size - (len(group.examples) - 1) * group.shared for size, group in zip(every, groups, strict=True))
+            sum(
+                size - (len(group.examples) - 1) * group.prefix_length
+                for size, group in zip(every, groups, strict=True)
+            )
             for every, groups in zip(sizes, own, strict=True)
         ]
     )
@@ -119,40 +122,40 @@ def pack(batch: Batch, *, pad_id: int, fused: bool = False, share: bool = False)
     ids: list[Tensor] = []
     predicted: list[Tensor] = []  # per token of the sequence, the label of the next one
     owner: list[Tensor] = []
-    stretches: list[tuple[int, ...]] = []  # lengths: (shared, rest of each example), fillers included
+    group_lengths: list[tuple[int, ...]] = []  # lengths: (shared, rest of each example), fillers included
     for segment in segments:
         for place in range(segment.first, segment.stop):
             client = int(order[place])
             for group in own[client]:
-                shared = group.shared
+                shared = group.prefix_length
                 if shared:
                     ids.append(batch.ids[client, group.examples[0], :shared])
                     predicted.append(torch.full((shared,), NO_LOSS))
-                rests = []
+                suffix_lengths = []
                 for example in group.examples:
                     length = int(lengths[client, example])
                     ids.append(batch.ids[client, example, shared:length])
                     predicted.append(batch.labels[client, example, shared + 1 : length])
                     predicted.append(torch.full((1,), NO_LOSS))
-                    rests.append(length - shared)
-                stretches.append((shared, *rests))
+                    suffix_lengths.append(length - shared)
+                group_lengths.append((shared, *suffix_lengths))
             filler = segment.tokens - int(totals[client])
             if filler:
                 ids.append(torch.full((filler,), pad_id))
                 predicted.append(torch.full((filler,), NO_LOSS))
                 # In pieces no longer than a real example: for these the base has positions.
-                stretches += [(0, longest)] * (filler // longest) + [(0, filler % longest)] * (filler % longest > 0)
+                group_lengths += [(0, longest)] * (filler // longest) + [(0, filler % longest)] * (filler % longest > 0)
             owner.append(torch.full((segment.tokens,), client))
     labels = torch.cat(predicted)
-    where = torch.nonzero(labels != NO_LOSS).squeeze(1)
-    owners = torch.cat(owner)[where]
+    labelled = torch.nonzero(labels != NO_LOSS).squeeze(1)
+    owners = torch.cat(owner)[labelled]
     counts = torch.bincount(owners, minlength=len(totals))
-    places = [torch.arange(shared) for shared, *_ in stretches]
+    places = [torch.arange(shared) for shared, *_ in group_lengths]
     positions = torch.cat(
         [
             part
-            for head, (shared, *rests) in zip(places, stretches, strict=True)
-            for part in (head, *(torch.arange(shared, shared + rest) for rest in rests))
+            for head, (shared, *suffix_lengths) in zip(places, group_lengths, strict=True)
+            for part in (head, *(torch.arange(shared, shared + rest) for rest in suffix_lengths))
         ]
     )
     flat = torch.cat(ids)
@@ -161,20 +164,20 @@ def pack(batch: Batch, *, pad_id: int, fused: bool = False, share: bool = False)
         positions=positions[None],
         order=order,
         segments=tuple(segments),
-        attention=_attention(stretches, where, longest=longest, fused=fused),
-        where=where,
-        targets=labels[where],
+        attention=_attention(group_lengths, labelled, longest=longest, fused=fused),
+        labelled=labelled,
+        targets=labels[labelled],
         owner=owners,
         counts=counts,
-        labelled=_labelled(counts[order].tolist()),
-        virtual=find_places(flat),
+        labelled_segments=_labelled_segments(counts[order].tolist()),
+        virtual=find_virtual(flat),
     )
 
 
-def _attention(stretches: list[tuple[int, ...]], where: Tensor, *, longest: int, fused: bool) -> Attention:
+def _attention(group_lengths: list[tuple[int, ...]], labelled: Tensor, *, longest: int, fused: bool) -> Attention:
     if not fused:
-        return make_spans(stretches, where, longest=longest)
-    sizes = torch.tensor([rest for _, rest in stretches])
+        return make_spans(group_lengths, labelled, longest=longest)
+    sizes = torch.tensor([rest for _, rest in group_lengths])
     return make_buckets(sizes, torch.cumsum(sizes, 0) - sizes)
 
 
@@ -199,8 +202,8 @@ def _groups(batch: Batch) -> list[list[Group]]:
     common = torch.minimum(alike, room).tolist()
     groups: list[list[Group]] = []
     for client, own in enumerate(lengths.tolist()):
-        shared = common[client] if common[client] >= SHARED else 0
-        short = [shared > 0 and length - shared <= LONG_REST for length in own]
+        shared = common[client] if common[client] >= PREFIX_TOKENS else 0
+        short = [shared > 0 and length - shared <= LONG_SUFFIX for length in own]
         found: list[Group] = []
         for example, length in enumerate(own):
             if not length:
@@ -219,8 +222,8 @@ def pad(batch: Batch) -> Pass:
     labels = torch.full((clients * size, length), NO_LOSS)
     labels[:, :-1] = batch.labels.view(clients * size, length)[:, 1:]
     labels = labels.flatten()
-    where = torch.nonzero(labels != NO_LOSS).squeeze(1)
-    owners = where // (size * length)
+    labelled = torch.nonzero(labels != NO_LOSS).squeeze(1)
+    owners = labelled // (size * length)
     inside = torch.arange(length) < batch.lengths[:, :, None]
     real = tuple(torch.nonzero(own.flatten()).squeeze(1) for own in inside)
     return Pass(
@@ -229,11 +232,11 @@ def pad(batch: Batch) -> Pass:
         order=torch.arange(clients),
         segments=(Segment(0, clients, 0, size * length, real),),
         attention=None,
-        where=where,
-        targets=labels[where],
+        labelled=labelled,
+        targets=labels[labelled],
         owner=owners,
         counts=torch.bincount(owners, minlength=clients),
-        virtual=find_places(batch.ids),
+        virtual=find_virtual(batch.ids),
     )
 
 
@@ -259,7 +262,7 @@ def _round_up(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def _labelled(counts: list[int]) -> tuple[Segment, ...]:
+def _labelled_segments(counts: list[int]) -> tuple[Segment, ...]:
     """Return segments of labelled rows: neighbours in the order of the sequence with equally many share one."""
     segments = []
     first = start = 0

@@ -21,17 +21,17 @@ from fedmira.model.packed.attention import packed_attention
 from fedmira.model.packed.lora import Stack
 from fedmira.model.packed.packing import Pass, Segment, pack
 
-SHARE = 0.5  # of a pass's tokens with a label; where more have one, picking them is not worth it
+LABELLED_SHARE = 0.5  # of a pass's tokens with a label; where more have one, picking them is not worth it
 
 
 @dataclass(eq=False)
 class Tail:
-    """The last attention of a base and the modules behind it; `rows` [n] and `segments` while a pass is cut."""
+    """The last attention of a base and the modules behind it; `labelled` [n] and `segments` while a pass is cut."""
 
     attention: nn.Module
     stack: Stack
     names: tuple[str, ...]
-    rows: Tensor | None = None
+    labelled: Tensor | None = None
     segments: tuple[Segment, ...] = ()
 
     @contextmanager
@@ -40,26 +40,26 @@ class Tail:
 
         Nothing is cut where most tokens have a label, or under dropout, whose masks are drawn for all of a client's.
         """
-        worth = 0 < len(plan.where) <= SHARE * plan.ids.shape[1] and self.stack.dropout is None
-        self.rows, self.segments = (plan.where, plan.labelled) if worth else (None, ())
+        worth = 0 < len(plan.labelled) <= LABELLED_SHARE * plan.ids.shape[1] and self.stack.dropout is None
+        self.labelled, self.segments = (plan.labelled, plan.labelled_segments) if worth else (None, ())
         try:
             yield self.attention if worth else None
         finally:
-            self.rows, self.segments = None, ()
+            self.labelled, self.segments = None, ()
 
     def wrap(self, own: Callable[..., object]) -> Callable[..., object]:
         """Return a module's forward that works on the labelled rows while a pass is cut."""
 
         def forward(x: Tensor, *args: object, **given: object) -> object:
-            if self.rows is None:
+            if self.labelled is None:
                 return own(x, *args, **given)
-            picked = _Pick.apply(x, self.rows)  # type: ignore[no-untyped-call]
+            picked = _Pick.apply(x, self.labelled)  # type: ignore[no-untyped-call]
             before, self.stack.segments = self.stack.segments, self.segments
             try:
                 y = own(picked, *args, **given)
             finally:
                 self.stack.segments = before
-            return _Spread.apply(y, self.rows, x.shape[1])  # type: ignore[no-untyped-call]
+            return _Spread.apply(y, self.labelled, x.shape[1])  # type: ignore[no-untyped-call]
 
         return forward
 
@@ -75,10 +75,12 @@ def find_tail(model: PreTrainedModel, decoder: nn.Module, stack: Stack) -> Tail 
     if plan.attention is None:
         return None
     calls: dict[str, list[tuple[int, bool]]] = {}
-    with torch.no_grad(), packed_attention(model, plan.attention) as turn:
+    with torch.no_grad(), packed_attention(model, plan.attention) as attention:
         hooks = [
             module.register_forward_hook(
-                lambda _, given, y, name=name: calls.setdefault(name, []).append((len(turn.callers), _fits(given, y)))
+                lambda _, given, y, name=name: calls.setdefault(name, []).append(
+                    (len(attention.callers), _fits(given, y))
+                )
             )
             for name, module in decoder.named_modules()
         ]
@@ -87,8 +89,8 @@ def find_tail(model: PreTrainedModel, decoder: nn.Module, stack: Stack) -> Tail 
         finally:
             for hook in hooks:
                 hook.remove()
-    last, attended = turn.callers[-1], len(turn.callers)
-    if sum(caller is last for caller in turn.callers) != 1:  # layers that share their weights
+    last, attended = attention.callers[-1], len(attention.callers)
+    if sum(caller is last for caller in attention.callers) != 1:  # layers that share their weights
         return None
     place = next(name for name, module in decoder.named_modules() if module is last)
     parts = place.split(".")
@@ -107,7 +109,7 @@ def find_tail(model: PreTrainedModel, decoder: nn.Module, stack: Stack) -> Tail 
         decoder.get_submodule(name).forward = tail.wrap(own)
     with torch.no_grad(), tail.cut(plan) as cut, packed_attention(model, plan.attention, last=cut):
         states = decoder(input_ids=plan.ids, position_ids=plan.positions, use_cache=False).last_hidden_state
-    if names and _agree(states[0, plan.where], whole[0, plan.where]):
+    if names and _agree(states[0, plan.labelled], whole[0, plan.labelled]):
         return tail
     for name, own in before.items():
         decoder.get_submodule(name).forward = own

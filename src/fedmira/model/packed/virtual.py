@@ -19,17 +19,17 @@ from fedmira.adapters import Adapters, Part
 from fedmira.data.batches import NO_LOSS, Batch
 
 
-def ahead(count: int) -> tuple[int, ...]:
+def virtual_ids(count: int) -> tuple[int, ...]:
     """Return the ids of so many virtual tokens: -1, -2, ..."""
     return tuple(range(-1, -count - 1, -1))
 
 
-def lead(batch: Batch, count: int) -> Batch:
+def prepend_virtual(batch: Batch, count: int) -> Batch:
     """Put so many virtual tokens before every example that has tokens; no loss is taken on them."""
     if not count:
         return batch
     clients, size, _ = batch.ids.shape
-    first = torch.tensor(ahead(count)).expand(clients, size, -1)
+    first = torch.tensor(virtual_ids(count)).expand(clients, size, -1)
     return replace(
         batch,
         ids=torch.cat([first, batch.ids], dim=2),
@@ -57,36 +57,36 @@ def encode(leaves: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
-    """Where virtual tokens stand among the ids of a pass, laid end to end: places [m], and numbers [m] from 0 on.
+class VirtualIndex:
+    """Where virtual tokens stand among the ids of a pass, laid end to end: index [m], and numbers [m] from 0 on.
 
     Both lie on the host, so that no pass waits for an accelerator to find them.
     """
 
-    places: Tensor
+    index: Tensor
     numbers: Tensor
 
 
-def find_places(ids: Tensor) -> Places | None:
+def find_virtual(ids: Tensor) -> VirtualIndex | None:
     """Find the virtual tokens in ids on the host; None where there are none."""
     flat = ids.flatten()
     places = torch.nonzero(flat < 0).squeeze(1)
-    return Places(places, -1 - flat[places]) if len(places) else None
+    return VirtualIndex(places, -1 - flat[places]) if len(places) else None
 
 
 @dataclass(frozen=True, eq=False)
-class Prompts:
-    """The virtual tokens of a stack of clients during a pass. made [S, n, d]; leaves: what they were made of."""
+class VirtualTokens:
+    """The virtual tokens of a stack of clients in a pass. embedded [S, n, d]; leaves: what they were computed from."""
 
-    made: Tensor
+    embedded: Tensor
     leaves: tuple[Tensor, ...]
 
-    def put(self, plain: Tensor, found: Places, owner: Tensor) -> Tensor:
+    def put(self, plain: Tensor, found: VirtualIndex, owner: Tensor) -> Tensor:
         """Put virtual tokens into embeddings [..., T, d]. owner: the client of every token, on the host."""
-        count, width = self.made.shape[1:]
-        which = (owner[found.places] * count + found.numbers).to(plain.device)
-        own = self.made.to(plain.dtype).view(-1, width).index_select(0, which)
-        return plain.view(-1, width).index_copy(0, found.places.to(plain.device), own).view(plain.shape)
+        count, width = self.embedded.shape[1:]
+        which = (owner[found.index] * count + found.numbers).to(plain.device)
+        own = self.embedded.to(plain.dtype).view(-1, width).index_select(0, which)
+        return plain.view(-1, width).index_copy(0, found.index.to(plain.device), own).view(plain.shape)
 
     def write(self, part: Part, into: Adapters) -> None:
         """Keep the gradients that backward left at the leaves."""
@@ -95,9 +95,9 @@ class Prompts:
             into.leaf(leaf).copy_(used.grad)
 
 
-def make_prompts(
+def make_virtual_tokens(
     part: Part, adapters: Adapters, *, dtype: torch.dtype, device: torch.device, differentiable: bool
-) -> Prompts:
+) -> VirtualTokens:
     """Run the encoders of all clients, in float32, or in float64 under a base in that.
 
     differentiable: backward then leaves the gradients at the leaves.
@@ -106,4 +106,4 @@ def make_prompts(
     leaves = tuple(adapters.leaf(leaf).to(device=device, dtype=wide).detach() for leaf in part.leaves)
     with torch.set_grad_enabled(differentiable):
         leaves = tuple(leaf.requires_grad_(differentiable) for leaf in leaves)
-        return Prompts(encode(leaves), leaves)
+        return VirtualTokens(encode(leaves), leaves)
