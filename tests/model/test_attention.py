@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedmira.model.packed import attention
-from fedmira.model.packed.attention import Attention, packed_attention
-from fedmira.model.packed.buckets import make_buckets
+from fedmira.model import seam
+from fedmira.model.packed.attention import PackedAttention
+from fedmira.model.packed.buckets import Buckets, make_buckets
 from fedmira.model.packed.fans import STEP, pick
-from fedmira.model.packed.spans import BLOCK, SAVED_KEYS, SPAN, Rule, Spans, make_spans
+from fedmira.model.packed.spans import BLOCK, SAVED_KEYS, SPAN, Spans, make_spans
+from fedmira.model.seam import Rule, attending
 
 HEADS, KEYS, WIDTH = 4, 2, 6
 PLAIN = Rule(lambda batch, head, queries, keys: keys <= queries, None)
@@ -36,11 +37,11 @@ def states(tokens: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 
 def run(
-    plan: Attention, given: list[Tensor], rule: Rule, cap: float | None, *, last: nn.Module | None = None
+    plan: Spans | Buckets, given: list[Tensor], rule: Rule, cap: float | None, *, last: nn.Module | None = None
 ) -> Tensor:
     module = nn.Identity() if last is None else last
-    with packed_attention(Model(), plan, last=last):  # type: ignore[arg-type]
-        out, _ = attention._attend(module, *given, attention_mask=rule, scaling=0.7, softcap=cap)
+    with attending(Model(), PackedAttention(plan, last)):  # type: ignore[arg-type]
+        out, _ = seam._attend(module, *given, attention_mask=rule, scaling=0.7, softcap=cap)
     return out
 
 
@@ -53,7 +54,7 @@ def reference(sizes: list[int], given: list[Tensor], rule: Rule, cap: float | No
         if cap is not None:
             scores = cap * torch.tanh(scores / cap)
         places = torch.arange(query.shape[1])
-        scores = scores.masked_fill(~rule.mask(places), -torch.inf)
+        scores = scores.masked_fill(~rule.mask(places, places), -torch.inf)
         parts.append((torch.softmax(scores, -1) @ value).transpose(0, 1))
     return torch.cat(parts)[None]
 
@@ -63,7 +64,7 @@ def spans_of(sizes: list[int], where: Tensor) -> Spans:
     return make_spans([(0, size) for size in sizes], where, longest=max(sizes))
 
 
-def plans(sizes: list[int]) -> dict[str, Attention]:
+def plans(sizes: list[int]) -> dict[str, Spans | Buckets]:
     lengths = torch.tensor(sizes)
     where = torch.arange(sum(sizes))
     return {

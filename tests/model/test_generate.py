@@ -169,14 +169,14 @@ def test_beginnings_of_long_prompts_stand_beside_what_others_share(
 
     def seen(*given: Any, **named: Any) -> Any:
         rows = real(*given, **named)
-        laid.append((rows.place, max((len(text.tokens) for lane in rows.lanes for text in lane), default=0)))
+        laid.append((rows.limit, max((len(text.tokens) for lane in rows.lanes for text in lane), default=0)))
         return rows
 
     base = base if packed else replace(base, packs=False)
     generate._find_cache_facts(base)
     monkeypatch.setattr(generate, "_lay_out", seen)
     assert answers(base, stack, prompts, max_new_tokens=NEW) == wanted
-    assert any(place < longest for place, longest in laid)
+    assert any(limit < longest for limit, longest in laid)
     assert len(laid) > 2  # the last one is empty
 
 

@@ -19,8 +19,9 @@ from fedmira.model.base.load import Base, wrap
 from fedmira.model.packed.buckets import Buckets
 from fedmira.model.packed.lora import Dropout
 from fedmira.model.packed.packing import LONG_SUFFIX, PREFIX_TOKENS, SEGMENT_FILL, _groups, pack, pad
-from fedmira.model.packed.spans import Rule, Spans
+from fedmira.model.packed.spans import Spans
 from fedmira.model.passes import gradients, losses
+from fedmira.model.seam import Rule
 
 BASE = tiny.base("gpt2", targets=["c_attn"])
 

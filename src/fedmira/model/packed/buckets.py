@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from fedmira.model.packed.spans import Rule
+from fedmira.model.seam import Rule
 
 BUCKET_FILL = 0.75  # a bucket takes examples with at least this share of its longest one's tokens
 
@@ -39,7 +39,7 @@ class Buckets:
         if (rule, bucket) not in self.mask_memo:
             first = sum(examples * size for examples, size in self.shapes[:bucket])
             places = self.index[first : first + length]  # a bucket's first example is its longest: no row is blank
-            self.mask_memo[rule, bucket] = rule.mask(places)
+            self.mask_memo[rule, bucket] = rule.mask(places, places)
         return self.mask_memo[rule, bucket]
 
 

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedmira.adapters import Adapters, Leaf
 from fedmira.errors import ModelError, nearest
+from fedmira.model.agreement import agree
 from fedmira.model.packed.packing import Segment
 from fedmira.model.packed.virtual import VirtualTokens, make_virtual_tokens
 
@@ -341,4 +342,4 @@ def _is_linear(module: nn.Linear | Conv1D) -> bool:
             y = module(x)
     except (TypeError, ValueError, RuntimeError):
         return False
-    return isinstance(y, Tensor) and torch.allclose(y, functional.linear(x, weight, module.bias), rtol=1e-2, atol=1e-3)
+    return isinstance(y, Tensor) and agree(y, functional.linear(x, weight, module.bias))

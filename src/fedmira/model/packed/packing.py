@@ -9,7 +9,7 @@ Examples of a client often begin alike, with the task's instruction. What they s
 changes it, and the gradients that come back to it from several examples add up. Losses and gradients stay the same.
 
 What a layer may see is what its attention mask says: all before it, a sliding window, a chunk. In a packed pass
-transformers hands over the rule of that mask instead of the mask (see `spans.Rule`), so a window longer than any
+transformers hands over the rule of that mask instead of the mask (see `seam.Rule`), so a window longer than any
 text that a base was tried on is kept too.
 
 A base whose architecture cannot do this (no attention interface, ALiBi, ...) is found by measurement when it is loaded
@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from fedmira.data.batches import NO_LOSS, Batch
-from fedmira.model.packed.attention import Attention
-from fedmira.model.packed.buckets import make_buckets
-from fedmira.model.packed.spans import make_spans
+from fedmira.model.packed.buckets import Buckets, make_buckets
+from fedmira.model.packed.spans import Spans, make_spans
 from fedmira.model.packed.virtual import VirtualIndex, find_virtual
 
 PREFIX_TOKENS = 8  # tokens at the start of a client's examples from which on they are computed once
@@ -64,7 +63,7 @@ class Pass:
     positions: Tensor | None
     order: Tensor
     segments: tuple[Segment, ...]
-    attention: Attention | None
+    attention: Spans | Buckets | None
     labelled: Tensor
     targets: Tensor
     owner: Tensor
@@ -174,7 +173,7 @@ def pack(batch: Batch, *, pad_id: int, fused: bool = False, share: bool = False)
     )
 
 
-def _attention(group_lengths: list[tuple[int, ...]], labelled: Tensor, *, longest: int, fused: bool) -> Attention:
+def _attention(group_lengths: list[tuple[int, ...]], labelled: Tensor, *, longest: int, fused: bool) -> Spans | Buckets:
     if not fused:
         return make_spans(group_lengths, labelled, longest=longest)
     sizes = torch.tensor([rest for _, rest in group_lengths])

@@ -8,13 +8,14 @@ On two cores with bfloat16 products this takes less than half of the time of tor
 are not made by the matrix units.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fedmira.model.packed.fans import Fan, Suffix, Sums, attend, make_fans, push_back
+from fedmira.model.seam import Rule
 
 SPAN = 128  # tokens up to which short examples share a span
 BLOCK = 128  # queries taken together in spans of more than twice as many
@@ -22,23 +23,6 @@ STEP = 32  # sizes are multiples of it where they can be: products of a new size
 SAVED_KEYS = (
     512  # keys of a block or fan up to which its probabilities are kept for the backward pass; beyond, made again
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Rule:
-    """Which tokens the layers of one kind may see, as transformers defines it; stands where a mask would stand.
-
-    sees(batch, head, queries, keys) -> bool, by places in the packed sequence; reach: the length up to which an example
-    is plainly causal (a window, a chunk), None for any length.
-    """
-
-    sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    reach: int | None
-
-    def mask(self, places: Tensor) -> Tensor:
-        """Return which of these places [T] see which [T, T]."""
-        none = places.new_zeros(())
-        return self.sees(none, none, places[:, None], places[None, :])
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +92,7 @@ class Spans:
         own = self.example[first:stop]
         sees = (own[:, None] == own[None, :]) & (places[:, None] >= places[None, :])
         if rule is not None:
-            sees &= rule.mask(places)
+            sees &= rule.mask(places, places)
         step = end - begin if end - begin <= 2 * BLOCK else BLOCK
         blocks = []
         for start in range(begin, end, step):

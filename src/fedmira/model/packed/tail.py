@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedmira.data.batches import NO_LOSS, Batch
-from fedmira.model.packed.attention import packed_attention
+from fedmira.model.agreement import agree
+from fedmira.model.packed.attention import PackedAttention
 from fedmira.model.packed.lora import Stack
 from fedmira.model.packed.packing import Pass, Segment, pack
+from fedmira.model.seam import attending
 
 LABELLED_SHARE = 0.5  # of a pass's tokens with a label; where more have one, picking them is not worth it
 
@@ -75,12 +77,10 @@ def find_tail(model: PreTrainedModel, decoder: nn.Module, stack: Stack) -> Tail 
     if plan.attention is None:
         return None
     calls: dict[str, list[tuple[int, bool]]] = {}
-    with torch.no_grad(), packed_attention(model, plan.attention) as attention:
+    with torch.no_grad(), attending(model, PackedAttention(plan.attention)) as attended:
         hooks = [
             module.register_forward_hook(
-                lambda _, given, y, name=name: calls.setdefault(name, []).append(
-                    (len(attention.callers), _fits(given, y))
-                )
+                lambda _, given, y, name=name: calls.setdefault(name, []).append((len(attended), _fits(given, y)))
             )
             for name, module in decoder.named_modules()
         ]
@@ -89,8 +89,8 @@ def find_tail(model: PreTrainedModel, decoder: nn.Module, stack: Stack) -> Tail 
         finally:
             for hook in hooks:
                 hook.remove()
-    last, attended = attention.callers[-1], len(attention.callers)
-    if sum(caller is last for caller in attention.callers) != 1:  # layers that share their weights
+    last = attended[-1].layer
+    if sum(call.layer is last for call in attended) != 1:  # layers that share their weights
         return None
     place = next(name for name, module in decoder.named_modules() if module is last)
     parts = place.split(".")
@@ -100,16 +100,16 @@ def find_tail(model: PreTrainedModel, decoder: nn.Module, stack: Stack) -> Tail 
         for name, seen in calls.items()
         if name not in above
         and name.rpartition(".")[0] in above
-        and seen == [(attended, True)]
+        and seen == [(len(attended), True)]
         and any(weight.ndim == 2 for weight in decoder.get_submodule(name).parameters())
     )
     tail = Tail(last, stack, names)
     before = {name: decoder.get_submodule(name).forward for name in names}
     for name, own in before.items():
         decoder.get_submodule(name).forward = tail.wrap(own)
-    with torch.no_grad(), tail.cut(plan) as cut, packed_attention(model, plan.attention, last=cut):
+    with torch.no_grad(), tail.cut(plan) as cut, attending(model, PackedAttention(plan.attention, last=cut)):
         states = decoder(input_ids=plan.ids, position_ids=plan.positions, use_cache=False).last_hidden_state
-    if names and _agree(states[0, plan.labelled], whole[0, plan.labelled]):
+    if names and agree(states[0, plan.labelled], whole[0, plan.labelled]):
         return tail
     for name, own in before.items():
         decoder.get_submodule(name).forward = own
@@ -131,12 +131,6 @@ def _fits(given: tuple[object, ...], y: object) -> bool:
     """Is this a call with states [1, N, d] alone that gave states?"""
     x = given[0] if len(given) == 1 else None
     return isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == y.ndim == 3 and x.shape[:2] == y.shape[:2]
-
-
-def _agree(found: Tensor, wanted: Tensor) -> bool:
-    tolerance = 5e-2 if wanted.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    scale = float(wanted.double().abs().max().clamp(min=1))
-    return found.shape == wanted.shape and float((found.double() - wanted.double()).abs().max()) <= tolerance * scale
 
 
 class _Pick(torch.autograd.Function):
