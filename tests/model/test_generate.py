@@ -28,16 +28,16 @@ def make(family: str, dtype: torch.dtype = torch.float32, **others: Any) -> tupl
 
 
 def draw_prompts(seed: int = 3, counts: tuple[int, ...] = (5, 0, 1, 9)) -> list[list[list[int]]]:
-    """Uneven numbers of prompts, of 1 to 31 tokens; those of the first and the last client begin alike."""
+    """Uneven numbers of prompts, of 1 to 31 tokens; those of each client share a prefix."""
     stream = np.random.default_rng(seed)
-    made = []
+    prompts = []
     for count in counts:
-        opening = stream.integers(2, tiny.VOCABULARY, 12).tolist()
-        made.append(
-            [opening + stream.integers(2, tiny.VOCABULARY, int(stream.integers(1, 20))).tolist() for _ in range(count)]
+        prefix = stream.integers(2, tiny.VOCABULARY, 12).tolist()
+        prompts.append(
+            [prefix + stream.integers(2, tiny.VOCABULARY, int(stream.integers(1, 20))).tolist() for _ in range(count)]
         )
-    made[2] = [[7]] * counts[2]
-    return made
+    prompts[2] = [[7]] * counts[2]
+    return prompts
 
 
 def by_peft(family: str, base: Base, stack: Adapters, prompts: list[list[list[int]]], end: Any = tiny.END) -> Any:
@@ -45,11 +45,11 @@ def by_peft(family: str, base: Base, stack: Adapters, prompts: list[list[list[in
     plain = tiny.model(family, dtype=stack.rows.dtype)
     found = []
     for k, own in enumerate(prompts):
-        made = tiny.peft_client(plain, stack, k, modules=[name for name, _, _ in base.shapes])
+        model = tiny.peft_client(plain, stack, k, modules=[name for name, _, _ in base.shapes])
         texts = []
         for prompt in own:
             with torch.no_grad():
-                out = made.generate(
+                out = model.generate(
                     input_ids=torch.tensor([prompt]),
                     attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
                     do_sample=False,
@@ -88,21 +88,21 @@ def test_answers_in_float32_are_what_peft_generates_token_for_token(family: str,
 
 
 @pytest.mark.parametrize("family", WINDOWS)
-def test_windows_are_known_by_their_rule(family: str) -> None:
+def test_layers_with_windows_have_a_rule(family: str) -> None:
     known = generate._find_cache_facts(make(family)[0])
     assert known is not None
     assert any(rule is not None for rule in known.rules)
 
 
 @pytest.mark.parametrize("family", tiny.PADDED)
-def test_bases_whose_keys_cannot_be_kept_are_left_to_generate(family: str) -> None:
+def test_bases_without_a_cache_answer_by_generate(family: str) -> None:
     base, stack = make(family)
     assert generate._find_cache_facts(base) is None
     prompts = draw_prompts()
     assert answers(base, stack, prompts, max_new_tokens=NEW) == by_peft(family, base, stack, prompts)
 
 
-def test_a_base_that_keeps_something_else_than_it_should_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trial_notices_a_cache_with_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     real = cache.CachePart.store
 
     def wrong(self: Any, layer: int, rows: Any, places: Any, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -145,7 +145,7 @@ def test_an_answer_does_not_depend_on_what_shares_its_pass(
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_beginnings_of_long_prompts_stand_beside_what_others_share(
+def test_first_tokens_of_long_suffixes_are_cached_behind_the_prefix(
     family: str, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One client shares much and has short rests, others share nothing; rows are drawn together on the way."""
@@ -154,9 +154,9 @@ def test_beginnings_of_long_prompts_stand_beside_what_others_share(
     def draw(size: int) -> list[int]:
         return stream.integers(2, tiny.VOCABULARY, size).tolist()
 
-    opening = draw(25)
+    prefix = draw(25)
     prompts = [
-        [opening + draw(size) for size in (1, 2, 3, 2)],
+        [prefix + draw(size) for size in (1, 2, 3, 2)],
         [draw(size) for size in (20, 4, 3, 2, 2)],
         [draw(size) for size in (18, 2, 1)],
         [],
@@ -164,7 +164,7 @@ def test_beginnings_of_long_prompts_stand_beside_what_others_share(
     base, stack = make(family)
     ends = [tiny.END, 3, 8, 12]
     base.model.generation_config.eos_token_id = ends  # type: ignore[union-attr]
-    wanted = by_peft(family, base, stack, prompts, end=ends)
+    expected = by_peft(family, base, stack, prompts, end=ends)
     real, laid = generate._lay_out, []
 
     def seen(*given: Any, **named: Any) -> Any:
@@ -175,7 +175,7 @@ def test_beginnings_of_long_prompts_stand_beside_what_others_share(
     base = base if packed else replace(base, packs=False)
     generate._find_cache_facts(base)
     monkeypatch.setattr(generate, "_lay_out", seen)
-    assert answers(base, stack, prompts, max_new_tokens=NEW) == wanted
+    assert answers(base, stack, prompts, max_new_tokens=NEW) == expected
     assert any(limit < longest for limit, longest in laid)
     assert len(laid) > 2  # the last one is empty
 
@@ -204,7 +204,7 @@ def test_keys_and_values_that_are_not_finite_stay_with_their_client() -> None:
         ([(10, [1]), (0, [9])], 1),
     ],
 )
-def test_rows_are_as_long_as_what_finds_no_room_beside_shared_tokens(
+def test_rows_are_as_long_as_the_tokens_without_room_behind_the_prefixes(
     given: list[tuple[int, list[int]]], limit: int
 ) -> None:
     dealt = [
@@ -212,10 +212,10 @@ def test_rows_are_as_long_as_what_finds_no_room_beside_shared_tokens(
         for k, (after, sizes) in enumerate(given)
     ]
     assert suffix_limit(dealt) == limit
-    assert suffix_limit([[*lane, lane[0]] for lane in dealt]) == limit  # blank rows need no room of their own
+    assert suffix_limit([[*lane, lane[0]] for lane in dealt]) == limit  # filler rows need no room
 
 
-def test_looking_less_often_for_ended_rows_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_do_not_depend_on_removing_ended_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     base, stack = make("llama")
     prompts = draw_prompts()
     often = answers(base, stack, prompts, max_new_tokens=NEW)
@@ -223,12 +223,12 @@ def test_looking_less_often_for_ended_rows_changes_nothing(monkeypatch: pytest.M
     assert answers(base, stack, prompts, max_new_tokens=NEW) == often
 
 
-def test_an_answer_ends_with_any_of_several_ends() -> None:
+def test_an_answer_ends_after_any_of_several_ends_of_text() -> None:
     base, stack = make("llama")
     prompts = draw_prompts()
     whole = answers(base, stack, prompts, max_new_tokens=NEW)
     words = [word for own in whole for text in own for word in text.split()[1:-1]]
-    common = sorted(set(words), key=words.count)[-2:]  # ordinary words that stand inside of answers
+    common = sorted(set(words), key=words.count)[-2:]  # ordinary words within answers
     ends = [tiny.END, *(int(word[1:]) for word in common)]
     base.model.generation_config.eos_token_id = ends  # type: ignore[union-attr]
     found = answers(base, stack, prompts, max_new_tokens=NEW)
@@ -241,7 +241,7 @@ def test_an_answer_ends_with_any_of_several_ends() -> None:
             assert not set(common) & set(text.split()[:-1])
 
 
-def test_one_token_is_one_token() -> None:
+def test_an_answer_of_one_token_is_the_first_token_of_a_long_one() -> None:
     base, stack = make("gpt2")
     prompts = draw_prompts()
     long = answers(base, stack, prompts, max_new_tokens=NEW)
@@ -249,43 +249,43 @@ def test_one_token_is_one_token() -> None:
     assert short == [[" ".join(text.split()[:1]) for text in own] for own in long]
 
 
-def test_nobody_asked_is_nobody_answered() -> None:
+def test_no_prompts_have_no_answers() -> None:
     base, stack = make("gpt2")
     assert answers(base, stack, [[], [], [], []], max_new_tokens=NEW) == [[], [], [], []]
 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_prompt_that_fills_all_positions_is_answered_beside_short_ones(family: str, packed: bool) -> None:
+def test_a_prompt_that_fills_all_positions_is_answered_together_with_short_ones(family: str, packed: bool) -> None:
     base, stack = make(family)
     base = base if packed else replace(base, packs=False)
     stream = np.random.default_rng(0)
-    opening = stream.integers(2, tiny.VOCABULARY, 20).tolist()
+    prefix = stream.integers(2, tiny.VOCABULARY, 20).tolist()
     lengths = (tiny.POSITIONS - NEW - 20, tiny.POSITIONS - NEW - 25, 1)
-    prompts = [[opening + stream.integers(2, tiny.VOCABULARY, size).tolist() for size in lengths] for _ in RANKS]
+    prompts = [[prefix + stream.integers(2, tiny.VOCABULARY, size).tolist() for size in lengths] for _ in RANKS]
     prompts[1] = [one[20:] for one in prompts[1]]  # begins with nothing in common, and is as much shorter
     assert answers(base, stack, prompts, max_new_tokens=NEW) == by_peft(family, base, stack, prompts)
 
 
-@pytest.mark.parametrize(("packed", "wanted"), [(True, [(1, 21 + 10 * 2)]), (False, [(1, 21), (10, 1)])])
-def test_what_a_clients_prompts_begin_with_is_computed_once(packed: bool, wanted: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize(("packed", "expected"), [(True, [(1, 21 + 10 * 2)]), (False, [(1, 21), (10, 1)])])
+def test_the_prefix_of_a_clients_prompts_is_computed_once(packed: bool, expected: list[tuple[int, int]]) -> None:
     base, stack = make("llama")
     base = base if packed else replace(base, packs=False)
     generate._find_cache_facts(base)
     prompts = [[[5, *range(2, 22), 3 + place] for place in range(10)], [], [], []]
     with watched(base) as shapes:
         answers(base, stack, prompts, max_new_tokens=1)
-    assert sorted(shapes) == wanted  # packed, a token that nobody reads follows every prompt
+    assert sorted(shapes) == expected  # packed, an unused token follows every prompt
 
 
-def test_prompts_that_are_the_same_or_begin_another_are_answered() -> None:
+def test_equal_prompts_and_prompts_that_are_prefixes_of_others_are_answered() -> None:
     base, stack = make("llama")
     long = list(range(2, 22))
     prompts = [[long, long, long[:-3]], [], [], []]
     assert answers(base, stack, prompts, max_new_tokens=NEW) == by_peft("llama", base, stack, prompts)
 
 
-def test_rows_that_have_ended_are_computed_no_more() -> None:
+def test_rows_that_have_ended_are_no_longer_computed() -> None:
     base, stack = make("llama")
     base.model.generation_config.eos_token_id = [tiny.END, 3, 8, 12]  # type: ignore[union-attr]
     generate._find_cache_facts(base)
@@ -309,8 +309,8 @@ def test_a_base_in_bfloat16_answers_as_generate_does_where_it_is_sure() -> None:
     assert known is not None
     assert known.token_bytes == 2 * 2 * 2 * 4 * 2  # layers, keys and values, heads, width, bytes
     found = answers(base, stack, prompts, max_new_tokens=4)
-    asked = [own for own in prompts if own]
-    theirs = padded_answers(base, stack.take(torch.tensor([0, 2, 3])), asked, max_new_tokens=4)
+    asked_prompts = [own for own in prompts if own]
+    theirs = padded_answers(base, stack.take(torch.tensor([0, 2, 3])), asked_prompts, max_new_tokens=4)
     same = [
         a == b
         for own, other in zip([f for f in found if f], theirs, strict=True)
@@ -322,7 +322,7 @@ def test_a_base_in_bfloat16_answers_as_generate_does_where_it_is_sure() -> None:
 @pytest.mark.parametrize("rows", [1, 4, 10, 256])
 @pytest.mark.parametrize("cache_bytes", [1, 20_000, 2**30])
 @pytest.mark.parametrize("token_bytes", [None, 256])
-def test_passes_hold_every_prompt_once_and_no_more_than_they_may(
+def test_passes_have_every_prompt_once_and_obey_their_limits(
     rows: int, cache_bytes: int, token_bytes: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lanes, "ANSWER_ROWS", rows)

@@ -31,7 +31,7 @@ class UnsupportedAttention(Exception):
 class Rule:
     """Which positions the layers of one kind may see, as transformers defines it.
 
-    sees(batch, head, queries, keys) -> bool, by positions in the text or places in the packed sequence, broadcast;
+    sees(batch, head, queries, keys) -> bool, by positions in a text or by index along a packed pass, broadcast;
     reach: the length up to which an example is plainly causal (a window, a chunk), None for any length.
     """
 
@@ -105,7 +105,7 @@ def _make_rule(
     **others: object,
 ) -> Rule:
     """Take what transformers would build a mask from: windows and chunks come with a `local_size`."""
-    if use_vmap:  # the model adds a pattern of its own
+    if use_vmap:  # the model adds another pattern
         raise UnsupportedAttention("attention with a mask of the model's own")
     return Rule(mask_function, local_size)
 

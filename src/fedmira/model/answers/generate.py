@@ -320,23 +320,23 @@ def _try_cache(base: Base) -> CacheFacts | None:
     with torch.no_grad(), quiet():
         rules = _measure_rules(base, drawn[:4])
         _, rows = _start_rows(base, rules, None, lanes, stops=(), new=3)
-        states, given = [], []
+        states, written = [], []
         for step in range(2):
             rows.chosen = torch.tensor([drawn[step + row] for row in range(len(rows.numbers))], device=device)
-            given.append(rows.chosen.tolist())
+            written.append(rows.chosen.tolist())
             states.append(_step(base, rules, rows, step))
         prompts = [ids for lane in lanes for ids in lane.prompts]
-        alone, together = [], []
+        uncached, cached = [], []
         for row, number in enumerate(rows.numbers):
             if number < 0:
                 continue
-            whole = torch.tensor([[*prompts[number], *(tokens[row] for tokens in given)]], device=device)
-            alone.append(base.decoder(input_ids=whole, use_cache=False).last_hidden_state[0, -2:])
-            together.append(torch.stack([step_states[row] for step_states in states]))
+            whole = torch.tensor([[*prompts[number], *(tokens[row] for tokens in written)]], device=device)
+            uncached.append(base.decoder(input_ids=whole, use_cache=False).last_hidden_state[0, -2:])
+            cached.append(torch.stack([step_states[row] for step_states in states]))
     layers = [*rows.texts.keys, *rows.texts.values]
-    found, expected = torch.cat(together), torch.cat(alone)
-    if not layers or not agree(found, expected, dtype=base.dtype):
-        log.info("%s answers by generate: cached states differ by %.2g", base.name, difference(found, expected))
+    together, alone = torch.cat(cached), torch.cat(uncached)
+    if not layers or not agree(together, alone, dtype=base.dtype):
+        log.info("%s answers by generate: cached states differ by %.2g", base.name, difference(together, alone))
         return None
     return CacheFacts(sum(layer[0, :, 0].numel() * layer.element_size() for layer in layers), rules)
 
