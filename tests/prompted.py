@@ -16,8 +16,8 @@ from fedmira.data.batches import Encoded, collate
 from fedmira.export.card import Card
 from fedmira.export.peft_folder import depth_of, export_adapter
 from fedmira.model.base.load import Base
-from fedmira.model.packed.virtual import lead
-from fedmira.model.passes import plan_pass, states_of
+from fedmira.model.packed.virtual import prepend_virtual
+from fedmira.model.passes import plan_pass, running
 
 
 def encoders(base: Base, clients: int, *, tokens: int = 3, hidden: int = 8, seed: int = 0) -> Adapters:
@@ -57,10 +57,9 @@ def peft_encoder(plain: Any, own: Adapters) -> Any:
 def our_logits(base: Base, stack: Adapters, texts: Sequence[Sequence[int]]) -> list[Tensor]:
     """Logits [T - 1, V] after every token of a client's text but the last, by the pass that trains and scores."""
     batch = collate([[Encoded(tuple(ids), 1, ("",))] for ids in texts], pad_id=base.pad_id)
-    plan = plan_pass(base, lead(batch, stack.layout.virtual_tokens))
-    own = stack.take(plan.order)
-    with base.stack.filled(own, dtype=base.dtype, device=base.device, segments=plan.segments), torch.no_grad():
-        logits = base.head.logits(states_of(base, plan))
+    plan = plan_pass(base, prepend_virtual(batch, stack.layout.virtual_tokens))
+    with running(base, plan, stack) as states:
+        logits = base.head.logits(states)
     return [logits[plan.owner == k] for k in range(len(texts))]
 
 

@@ -43,11 +43,11 @@ def serve(folder: Path) -> Iterator[tuple[str, list[str]]]:
                     for one in files
                 ]
                 return self.reply(200, json.dumps(listed).encode(), body)
-            wanted = path.partition(f"/{NAME}/resolve/{COMMIT}/")[2]
-            if wanted and (folder / wanted).is_file():
+            requested = path.partition(f"/{NAME}/resolve/{COMMIT}/")[2]
+            if requested and (folder / requested).is_file():
                 if body:
-                    fetched.append(wanted)
-                return self.reply(200, (folder / wanted).read_bytes(), body, {"ETag": f'"{wanted}"'})
+                    fetched.append(requested)
+                return self.reply(200, (folder / requested).read_bytes(), body, {"ETag": f'"{requested}"'})
             return self.reply(404, b"{}", body, {"X-Error-Code": "EntryNotFound"})
 
         def reply(self, status: int, content: bytes, body: bool, headers: dict[str, str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Labels drawn from the model: what their gradients are, and that each client draws its own, whoever is beside it."""
+"""Labels drawn from the model: what their gradients are, and that no client's draws depend on the others."""
 
 import itertools
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from fedmira.model.base.load import Base
 from fedmira.model.packed import loss
 from fedmira.model.packed.lora import Dropout
 from fedmira.model.packed.loss import Head, _draw, sampled_loss, weighted_loss
-from fedmira.model.packed.packing import SHARED, pack
+from fedmira.model.packed.packing import PREFIX_TOKENS, pack
 from fedmira.model.passes import gradients
 
 BASE = tiny.base("gpt2", targets=["c_attn"])
@@ -63,7 +63,7 @@ def spelled(*chances: float) -> tuple[Tensor, Head]:
 
 
 def drawn(number: float, *chances: float) -> int:
-    """The token that a number draws, told by its loss."""
+    """The token that a number draws, identified by its loss."""
     hidden, head = spelled(*chances)
     _, each = sampled_loss(hidden, torch.tensor([number], dtype=torch.float64), torch.ones(1), head)
     return int(np.argmin(np.abs(np.array(chances) - np.exp(-float(each)))))
@@ -72,16 +72,16 @@ def drawn(number: float, *chances: float) -> int:
 @pytest.mark.parametrize(
     ("number", "token"), [(0.0, 0), (0.199, 0), (0.201, 1), (0.699, 1), (0.701, 2), (np.nextafter(1, 0), 2)]
 )
-def test_a_number_draws_the_token_in_whose_stretch_it_lies(number: float, token: int) -> None:
+def test_a_number_draws_the_token_whose_interval_contains_it(number: float, token: int) -> None:
     """Chances of 0.2, 0.5 and 0.3 reach from 0 to 0.2, 0.7 and 1."""
     assert drawn(number, 0.2, 0.5, 0.3) == token
 
 
-def test_a_token_that_cannot_be_is_not_drawn_by_zero() -> None:
+def test_zero_does_not_draw_a_token_of_probability_zero() -> None:
     assert drawn(0.0, 0.0, 0.4, 0.6) == 1
 
 
-def test_chances_that_do_not_quite_add_up_to_one_keep_their_proportions() -> None:
+def test_probabilities_that_do_not_sum_to_one_keep_their_proportions() -> None:
     found = _draw(torch.tensor([[2.0, 5.0, 3.0]]).expand(2, 3).contiguous(), torch.tensor([[0.19], [0.71]]))
     assert found.tolist() == [[0], [2]]
 
@@ -91,7 +91,7 @@ def test_chances_that_do_not_quite_add_up_to_one_keep_their_proportions() -> Non
 def test_value_and_gradient_are_those_of_the_tokens_drawn(
     kind: dict[str, float], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In chunks of any size, and with whatever a head does to its logits."""
+    """In chunks of any size, and with any function of the logits in the head."""
     monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * V * rows)
     settings = dict(kind)
     head = Head(draw(V, D, seed=1), draw(V, seed=2) if settings.pop("bias", False) else None, **settings)
@@ -103,9 +103,9 @@ def test_value_and_gradient_are_those_of_the_tokens_drawn(
     assert len(set(targets.tolist())) > 2
     weights = draw(N, seed=4).abs()
     found, each = sampled_loss(hidden, numbers, weights, head)
-    wanted, of_each = weighted_loss(hidden, targets, weights, head)
+    expected, of_each = weighted_loss(hidden, targets, weights, head)
     assert torch.equal(each, of_each)
-    assert torch.equal(*(torch.autograd.grad(one, hidden)[0] for one in (found, wanted)))
+    assert torch.equal(*(torch.autograd.grad(one, hidden)[0] for one in (found, expected)))
 
 
 def test_the_largest_number_draws_a_token_in_float32_too() -> None:
@@ -115,7 +115,7 @@ def test_the_largest_number_draws_a_token_in_float32_too() -> None:
     assert each.tolist() == pytest.approx([np.log(1000)] * 3)
 
 
-def test_states_that_are_not_finite_give_a_gradient_that_is_not() -> None:
+def test_states_that_are_not_finite_give_a_gradient_that_is_not_finite() -> None:
     """Such a client is refused at the gate; the others go on."""
     hidden = torch.tensor([[float("nan")], [1.0]], requires_grad=True)
     total, _ = sampled_loss(hidden, torch.full((2,), 0.5), torch.ones(2), Head(torch.ones(4, 1)))
@@ -161,7 +161,7 @@ def texts(*lengths: list[int], seed: int = 0) -> Batch:
 def test_b_times_the_squared_gradient_is_on_average_the_diagonal_of_the_gauss_newton_matrix(base: Base) -> None:
     """Two clients with unequal B; 6,000 draws each, every number within five standard errors, their sum within 3 %."""
     batch, stack = texts([4, 7], [5]), tiny.adapters(tiny.layout(BASE, 2), (2, 1))
-    wanted, counts = exact(base, stack, batch)
+    expected, counts = exact(base, stack, batch)
     assert len(set(counts.tolist())) == 2
     passes, copies = 30, 200
     for k in range(2):
@@ -174,20 +174,20 @@ def test_b_times_the_squared_gradient_is_on_average_the_diagonal_of_the_gauss_ne
             estimates.append(tokens[:, None] * found.square())
         drawn = torch.cat(estimates)
         error = drawn.std(dim=0) / len(drawn) ** 0.5
-        assert bool(((drawn.mean(dim=0) - wanted[k]).abs() <= 5 * error + 1e-12).all())
-        assert float(drawn.mean(dim=0).sum()) == pytest.approx(float(wanted[k].sum()), rel=0.03)
+        assert bool(((drawn.mean(dim=0) - expected[k]).abs() <= 5 * error + 1e-12).all())
+        assert float(drawn.mean(dim=0).sum()) == pytest.approx(float(expected[k].sum()), rel=0.03)
 
 
 def alike() -> Batch:
     """Three clients, the shortest first: one example, examples of uneven lengths, examples that begin alike."""
     stream = np.random.default_rng(5)
-    head = tuple(stream.integers(2, tiny.VOCABULARY, SHARED + 3).tolist())
+    head = tuple(stream.integers(2, tiny.VOCABULARY, PREFIX_TOKENS + 3).tolist())
     last = [Encoded((*head, *tail, tiny.END), len(head), ("",)) for tail in ((3, 4), (5,), (6, 7, 8))]
     others = [[tiny.example(stream, size, answer=2) for size in own] for own in ([5], [9, 4, 6])]
     return collate([*others, last], pad_id=0)
 
 
-def test_a_clients_draws_are_its_own_in_every_lay_out() -> None:
+def test_the_draws_of_a_client_are_the_same_in_every_layout() -> None:
     """Packed, with a shared start or without, and padded: the same gradients from the same streams."""
     batch, stack = alike(), tiny.adapters(tiny.layout(BASE, 2), (2, 1, 2))
     assert pack(batch, pad_id=0, share=True).ids.shape[1] < pack(batch, pad_id=0).ids.shape[1]
@@ -203,7 +203,7 @@ def test_a_clients_draws_are_its_own_in_every_lay_out() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 0.3], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize("base", [BASE, PADDED], ids=["packed", "padded"])
-def test_a_client_alone_gets_what_it_gets_among_others(base: Base, rate: float) -> None:
+def test_a_client_alone_gets_the_same_gradient_as_among_others(base: Base, rate: float) -> None:
     batch, stack = alike(), tiny.adapters(tiny.layout(BASE, 2), (2, 1, 2))
     dropped = Dropout(rate, [7, 8, 9]) if rate else None
     tokens, together = sampled(base, stack, batch, streams(3), dropped)
@@ -216,7 +216,7 @@ def test_a_client_alone_gets_what_it_gets_among_others(base: Base, rate: float) 
         torch.testing.assert_close(found[0], together[k], **CLOSE)
 
 
-def test_a_stream_is_asked_for_one_number_per_label() -> None:
+def test_one_number_per_label_is_drawn_from_a_stream() -> None:
     used, fresh = streams(3), streams(3)
     tokens, _ = sampled(BASE, tiny.adapters(tiny.layout(BASE, 2), (2, 1, 2)), alike(), used)
     for one, other, count in zip(used, fresh, tokens.tolist(), strict=True):
@@ -239,7 +239,7 @@ def run(step: Step, *, training: Training = TWO_STEPS, train: tuple[int, ...] = 
     return local_phase(BASE, method, clients, stack, given, {}, training=training, clock=Clock(number), cohort=8)
 
 
-def test_asking_for_curvature_leaves_the_gradient_and_the_loss_of_the_step_as_they_are() -> None:
+def test_computing_the_curvature_does_not_change_the_gradient_and_loss_of_the_step() -> None:
     def ask(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
         _, gradient = tools.grad(adapters)
         before = gradient.clone()
@@ -256,7 +256,7 @@ def test_asking_for_curvature_leaves_the_gradient_and_the_loss_of_the_step_as_th
     assert found.tokens == expected.tokens
 
 
-def test_labels_are_drawn_anew_in_every_step_and_round_and_are_the_same_when_asked_for_twice() -> None:
+def test_labels_differ_between_steps_and_rounds_and_are_the_same_within_a_step() -> None:
     """One client with one example and a row that stays: nothing but the draws can differ."""
     seen: list[Tensor] = []
 
@@ -273,7 +273,7 @@ def test_labels_are_drawn_anew_in_every_step_and_round_and_are_the_same_when_ask
     assert not any(torch.allclose(one, other) for one, other in itertools.combinations(seen, 2))
 
 
-def test_dropout_has_the_masks_of_the_steps_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_curvature_has_the_dropout_masks_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     masks: list[Dropout | None] = []
 
     def watched(*arguments: Any, dropout: Dropout | None, **options: Any) -> tuple[Tensor, Tensor]:

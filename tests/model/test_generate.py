@@ -11,11 +11,9 @@ import torch
 from tests import tiny
 
 from fedmira.adapters import Adapters
-from fedmira.model.answers import cache as kept
-from fedmira.model.answers import generate, lanes
-from fedmira.model.answers import prefill as prompts_of
+from fedmira.model.answers import cache, generate, lanes, prefill
 from fedmira.model.answers.generate import answers, padded_answers
-from fedmira.model.answers.lanes import Text, count_tokens, least_limit, plan_passes
+from fedmira.model.answers.lanes import Text, count_tokens, plan_passes, suffix_limit
 from fedmira.model.base.load import Base
 
 RANKS = (1, 4, 2, 3)
@@ -30,16 +28,16 @@ def make(family: str, dtype: torch.dtype = torch.float32, **others: Any) -> tupl
 
 
 def draw_prompts(seed: int = 3, counts: tuple[int, ...] = (5, 0, 1, 9)) -> list[list[list[int]]]:
-    """Uneven numbers of prompts, of 1 to 31 tokens; those of the first and the last client begin alike."""
+    """Uneven numbers of prompts, of 1 to 31 tokens; those of each client share a prefix."""
     stream = np.random.default_rng(seed)
-    made = []
+    prompts = []
     for count in counts:
-        opening = stream.integers(2, tiny.VOCABULARY, 12).tolist()
-        made.append(
-            [opening + stream.integers(2, tiny.VOCABULARY, int(stream.integers(1, 20))).tolist() for _ in range(count)]
+        prefix = stream.integers(2, tiny.VOCABULARY, 12).tolist()
+        prompts.append(
+            [prefix + stream.integers(2, tiny.VOCABULARY, int(stream.integers(1, 20))).tolist() for _ in range(count)]
         )
-    made[2] = [[7]] * counts[2]
-    return made
+    prompts[2] = [[7]] * counts[2]
+    return prompts
 
 
 def by_peft(family: str, base: Base, stack: Adapters, prompts: list[list[list[int]]], end: Any = tiny.END) -> Any:
@@ -47,11 +45,11 @@ def by_peft(family: str, base: Base, stack: Adapters, prompts: list[list[list[in
     plain = tiny.model(family, dtype=stack.rows.dtype)
     found = []
     for k, own in enumerate(prompts):
-        made = tiny.peft_client(plain, stack, k, modules=[name for name, _, _ in base.shapes])
+        model = tiny.peft_client(plain, stack, k, modules=[name for name, _, _ in base.shapes])
         texts = []
         for prompt in own:
             with torch.no_grad():
-                out = made.generate(
+                out = model.generate(
                     input_ids=torch.tensor([prompt]),
                     attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
                     do_sample=False,
@@ -82,7 +80,7 @@ def watched(base: Base) -> Iterator[list[torch.Size]]:
 def test_answers_in_float32_are_what_peft_generates_token_for_token(family: str, packed: bool) -> None:
     base, stack = make(family)
     base = base if packed else replace(base, packs=False)
-    assert generate._find_kept(base) is not None
+    assert generate._find_cache_facts(base) is not None
     prompts = draw_prompts()
     found = answers(base, stack, prompts, max_new_tokens=NEW)
     assert found == by_peft(family, base, stack, prompts)
@@ -90,41 +88,41 @@ def test_answers_in_float32_are_what_peft_generates_token_for_token(family: str,
 
 
 @pytest.mark.parametrize("family", WINDOWS)
-def test_windows_are_known_by_their_rule(family: str) -> None:
-    known = generate._find_kept(make(family)[0])
+def test_layers_with_windows_have_a_rule(family: str) -> None:
+    known = generate._find_cache_facts(make(family)[0])
     assert known is not None
     assert any(rule is not None for rule in known.rules)
 
 
 @pytest.mark.parametrize("family", tiny.PADDED)
-def test_bases_whose_keys_cannot_be_kept_are_left_to_generate(family: str) -> None:
+def test_bases_without_a_cache_answer_by_generate(family: str) -> None:
     base, stack = make(family)
-    assert generate._find_kept(base) is None
+    assert generate._find_cache_facts(base) is None
     prompts = draw_prompts()
     assert answers(base, stack, prompts, max_new_tokens=NEW) == by_peft(family, base, stack, prompts)
 
 
-def test_a_base_that_keeps_something_else_than_it_should_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = kept.Part.keep
+def test_the_trial_notices_a_cache_with_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = cache.CachePart.store
 
     def wrong(self: Any, layer: int, rows: Any, places: Any, key: torch.Tensor, value: torch.Tensor) -> None:
         real(self, layer, rows, places, key + 0.1, value)
 
-    monkeypatch.setattr(kept.Part, "keep", wrong)
-    assert generate._find_kept(make("llama")[0]) is None
+    monkeypatch.setattr(cache.CachePart, "store", wrong)
+    assert generate._find_cache_facts(make("llama")[0]) is None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
 @pytest.mark.parametrize(
-    ("rows", "kept_bytes", "fill_tokens", "scores"),
+    ("rows", "cache_bytes", "prefill_tokens", "scores"),
     [(1, 2**30, 2048, 2**24), (3, 2**30, 40, 2**24), (256, 20_000, 2048, 2**24), (256, 2**30, 1, 500)],
 )
 @pytest.mark.parametrize("packed", [True, False])
 def test_an_answer_does_not_depend_on_what_shares_its_pass(
     family: str,
     rows: int,
-    kept_bytes: int,
-    fill_tokens: int,
+    cache_bytes: int,
+    prefill_tokens: int,
     scores: int,
     packed: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -134,11 +132,11 @@ def test_an_answer_does_not_depend_on_what_shares_its_pass(
     prompts = draw_prompts()
     together = answers(base, stack, prompts, max_new_tokens=NEW)
     monkeypatch.setattr(lanes, "ANSWER_ROWS", rows)
-    monkeypatch.setattr(lanes, "KEPT_BYTES", kept_bytes)
-    monkeypatch.setattr(lanes, "FILL_TOKENS", fill_tokens)
-    monkeypatch.setattr(prompts_of, "PACKED_TOKENS", fill_tokens)
-    monkeypatch.setattr(kept, "SCORES", scores)
-    monkeypatch.setattr(generate, "STEP", 3)
+    monkeypatch.setattr(lanes, "CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(lanes, "PREFILL_TOKENS", prefill_tokens)
+    monkeypatch.setattr(prefill, "PACKED_TOKENS", prefill_tokens)
+    monkeypatch.setattr(cache, "SCORES", scores)
+    monkeypatch.setattr(generate, "GROW_TOKENS", 3)
     assert answers(base, stack, prompts, max_new_tokens=NEW) == together
     order = torch.tensor([3, 0, 2, 1])
     turned = answers(base, stack.take(order), [prompts[k][::-1] for k in order], max_new_tokens=NEW)
@@ -147,7 +145,7 @@ def test_an_answer_does_not_depend_on_what_shares_its_pass(
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_beginnings_of_long_prompts_stand_beside_what_others_share(
+def test_first_tokens_of_long_suffixes_are_cached_behind_the_prefix(
     family: str, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One client shares much and has short rests, others share nothing; rows are drawn together on the way."""
@@ -156,9 +154,9 @@ def test_beginnings_of_long_prompts_stand_beside_what_others_share(
     def draw(size: int) -> list[int]:
         return stream.integers(2, tiny.VOCABULARY, size).tolist()
 
-    opening = draw(25)
+    prefix = draw(25)
     prompts = [
-        [opening + draw(size) for size in (1, 2, 3, 2)],
+        [prefix + draw(size) for size in (1, 2, 3, 2)],
         [draw(size) for size in (20, 4, 3, 2, 2)],
         [draw(size) for size in (18, 2, 1)],
         [],
@@ -166,19 +164,19 @@ def test_beginnings_of_long_prompts_stand_beside_what_others_share(
     base, stack = make(family)
     ends = [tiny.END, 3, 8, 12]
     base.model.generation_config.eos_token_id = ends  # type: ignore[union-attr]
-    wanted = by_peft(family, base, stack, prompts, end=ends)
+    expected = by_peft(family, base, stack, prompts, end=ends)
     real, laid = generate._lay_out, []
 
     def seen(*given: Any, **named: Any) -> Any:
         rows = real(*given, **named)
-        laid.append((rows.place, max((len(text.tokens) for lane in rows.lanes for text in lane), default=0)))
+        laid.append((rows.limit, max((len(text.tokens) for lane in rows.lanes for text in lane), default=0)))
         return rows
 
     base = base if packed else replace(base, packs=False)
-    generate._find_kept(base)
+    generate._find_cache_facts(base)
     monkeypatch.setattr(generate, "_lay_out", seen)
-    assert answers(base, stack, prompts, max_new_tokens=NEW) == wanted
-    assert any(place < longest for place, longest in laid)
+    assert answers(base, stack, prompts, max_new_tokens=NEW) == expected
+    assert any(limit < longest for limit, longest in laid)
     assert len(laid) > 2  # the last one is empty
 
 
@@ -206,31 +204,31 @@ def test_keys_and_values_that_are_not_finite_stay_with_their_client() -> None:
         ([(10, [1]), (0, [9])], 1),
     ],
 )
-def test_rows_are_as_long_as_what_finds_no_room_beside_shared_tokens(
+def test_rows_are_as_long_as_the_tokens_without_room_behind_the_prefixes(
     given: list[tuple[int, list[int]]], limit: int
 ) -> None:
     dealt = [
         [Text(k, 10 * k + place, tuple(range(size)), after) for place, size in enumerate(sizes)]
         for k, (after, sizes) in enumerate(given)
     ]
-    assert least_limit(dealt) == limit
-    assert least_limit([[*lane, lane[0]] for lane in dealt]) == limit  # blank rows need no room of their own
+    assert suffix_limit(dealt) == limit
+    assert suffix_limit([[*lane, lane[0]] for lane in dealt]) == limit  # filler rows need no room
 
 
-def test_looking_less_often_for_ended_rows_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_do_not_depend_on_removing_ended_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     base, stack = make("llama")
     prompts = draw_prompts()
     often = answers(base, stack, prompts, max_new_tokens=NEW)
-    monkeypatch.setattr(generate._Rows, "draw", lambda self: None)
+    monkeypatch.setattr(generate._AnswerRows, "compact", lambda self: None)
     assert answers(base, stack, prompts, max_new_tokens=NEW) == often
 
 
-def test_an_answer_ends_with_any_of_several_ends() -> None:
+def test_an_answer_ends_after_any_of_several_ends_of_text() -> None:
     base, stack = make("llama")
     prompts = draw_prompts()
     whole = answers(base, stack, prompts, max_new_tokens=NEW)
     words = [word for own in whole for text in own for word in text.split()[1:-1]]
-    common = sorted(set(words), key=words.count)[-2:]  # ordinary words that stand inside of answers
+    common = sorted(set(words), key=words.count)[-2:]  # ordinary words within answers
     ends = [tiny.END, *(int(word[1:]) for word in common)]
     base.model.generation_config.eos_token_id = ends  # type: ignore[union-attr]
     found = answers(base, stack, prompts, max_new_tokens=NEW)
@@ -243,7 +241,7 @@ def test_an_answer_ends_with_any_of_several_ends() -> None:
             assert not set(common) & set(text.split()[:-1])
 
 
-def test_one_token_is_one_token() -> None:
+def test_an_answer_of_one_token_is_the_first_token_of_a_long_one() -> None:
     base, stack = make("gpt2")
     prompts = draw_prompts()
     long = answers(base, stack, prompts, max_new_tokens=NEW)
@@ -251,46 +249,46 @@ def test_one_token_is_one_token() -> None:
     assert short == [[" ".join(text.split()[:1]) for text in own] for own in long]
 
 
-def test_nobody_asked_is_nobody_answered() -> None:
+def test_no_prompts_have_no_answers() -> None:
     base, stack = make("gpt2")
     assert answers(base, stack, [[], [], [], []], max_new_tokens=NEW) == [[], [], [], []]
 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_prompt_that_fills_all_positions_is_answered_beside_short_ones(family: str, packed: bool) -> None:
+def test_a_prompt_that_fills_all_positions_is_answered_together_with_short_ones(family: str, packed: bool) -> None:
     base, stack = make(family)
     base = base if packed else replace(base, packs=False)
     stream = np.random.default_rng(0)
-    opening = stream.integers(2, tiny.VOCABULARY, 20).tolist()
+    prefix = stream.integers(2, tiny.VOCABULARY, 20).tolist()
     lengths = (tiny.POSITIONS - NEW - 20, tiny.POSITIONS - NEW - 25, 1)
-    prompts = [[opening + stream.integers(2, tiny.VOCABULARY, size).tolist() for size in lengths] for _ in RANKS]
+    prompts = [[prefix + stream.integers(2, tiny.VOCABULARY, size).tolist() for size in lengths] for _ in RANKS]
     prompts[1] = [one[20:] for one in prompts[1]]  # begins with nothing in common, and is as much shorter
     assert answers(base, stack, prompts, max_new_tokens=NEW) == by_peft(family, base, stack, prompts)
 
 
-@pytest.mark.parametrize(("packed", "wanted"), [(True, [(1, 21 + 10 * 2)]), (False, [(1, 21), (10, 1)])])
-def test_what_a_clients_prompts_begin_with_is_computed_once(packed: bool, wanted: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize(("packed", "expected"), [(True, [(1, 21 + 10 * 2)]), (False, [(1, 21), (10, 1)])])
+def test_the_prefix_of_a_clients_prompts_is_computed_once(packed: bool, expected: list[tuple[int, int]]) -> None:
     base, stack = make("llama")
     base = base if packed else replace(base, packs=False)
-    generate._find_kept(base)
+    generate._find_cache_facts(base)
     prompts = [[[5, *range(2, 22), 3 + place] for place in range(10)], [], [], []]
     with watched(base) as shapes:
         answers(base, stack, prompts, max_new_tokens=1)
-    assert sorted(shapes) == wanted  # packed, a token that nobody reads follows every prompt
+    assert sorted(shapes) == expected  # packed, an unused token follows every prompt
 
 
-def test_prompts_that_are_the_same_or_begin_another_are_answered() -> None:
+def test_equal_prompts_and_prompts_that_are_prefixes_of_others_are_answered() -> None:
     base, stack = make("llama")
     long = list(range(2, 22))
     prompts = [[long, long, long[:-3]], [], [], []]
     assert answers(base, stack, prompts, max_new_tokens=NEW) == by_peft("llama", base, stack, prompts)
 
 
-def test_rows_that_have_ended_are_computed_no_more() -> None:
+def test_rows_that_have_ended_are_no_longer_computed() -> None:
     base, stack = make("llama")
     base.model.generation_config.eos_token_id = [tiny.END, 3, 8, 12]  # type: ignore[union-attr]
-    generate._find_kept(base)
+    generate._find_cache_facts(base)
     prompts = draw_prompts()
     written: list[int] = []
     decode = base.tokenizer.batch_decode
@@ -307,12 +305,12 @@ def test_rows_that_have_ended_are_computed_no_more() -> None:
 def test_a_base_in_bfloat16_answers_as_generate_does_where_it_is_sure() -> None:
     base, stack = make("llama", torch.bfloat16)
     prompts = draw_prompts()
-    known = generate._find_kept(base)
+    known = generate._find_cache_facts(base)
     assert known is not None
     assert known.token_bytes == 2 * 2 * 2 * 4 * 2  # layers, keys and values, heads, width, bytes
     found = answers(base, stack, prompts, max_new_tokens=4)
-    asked = [own for own in prompts if own]
-    theirs = padded_answers(base, stack.take(torch.tensor([0, 2, 3])), asked, max_new_tokens=4)
+    asked_prompts = [own for own in prompts if own]
+    theirs = padded_answers(base, stack.take(torch.tensor([0, 2, 3])), asked_prompts, max_new_tokens=4)
     same = [
         a == b
         for own, other in zip([f for f in found if f], theirs, strict=True)
@@ -322,27 +320,27 @@ def test_a_base_in_bfloat16_answers_as_generate_does_where_it_is_sure() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 4, 10, 256])
-@pytest.mark.parametrize("kept_bytes", [1, 20_000, 2**30])
+@pytest.mark.parametrize("cache_bytes", [1, 20_000, 2**30])
 @pytest.mark.parametrize("token_bytes", [None, 256])
-def test_passes_hold_every_prompt_once_and_no_more_than_they_may(
-    rows: int, kept_bytes: int, token_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+def test_passes_have_every_prompt_once_and_obey_their_limits(
+    rows: int, cache_bytes: int, token_bytes: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lanes, "ANSWER_ROWS", rows)
     monkeypatch.setattr(lanes, "PADDED_ROWS", rows)
-    monkeypatch.setattr(lanes, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(lanes, "CACHE_BYTES", cache_bytes)
     prompts = draw_prompts(counts=(30, 0, 1, 7))
     seen = []
     for some in plan_passes(prompts, max_new_tokens=NEW, token_bytes=token_bytes):
-        counts = [len(lane.places) for lane in some]
+        counts = [len(lane.numbers) for lane in some]
         if token_bytes is None:
             assert len(counts) * max(counts) <= rows
             assert 2 * min(counts) >= max(counts)
         else:
             assert sum(counts) <= rows
-            assert sum(counts) == 1 or count_tokens(some, NEW) * token_bytes <= kept_bytes
+            assert sum(counts) == 1 or count_tokens(some, NEW) * token_bytes <= cache_bytes
         for lane in some:
-            assert [list(ids) for ids in lane.prompts] == [prompts[lane.client][place] for place in lane.places]
-            assert len({ids[: lane.shared] for ids in lane.prompts}) == 1
-            assert all(len(ids) > lane.shared for ids in lane.prompts)
-            seen += [(lane.client, place) for place in lane.places]
+            assert [list(ids) for ids in lane.prompts] == [prompts[lane.client][place] for place in lane.numbers]
+            assert len({ids[: lane.prefix_length] for ids in lane.prompts}) == 1
+            assert all(len(ids) > lane.prefix_length for ids in lane.prompts)
+            seen += [(lane.client, place) for place in lane.numbers]
     assert sorted(seen) == [(k, place) for k, own in enumerate(prompts) for place in range(len(own))]

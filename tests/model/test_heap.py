@@ -25,11 +25,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="thresholds of glibc")
-def test_pages_that_were_touched_once_are_not_asked_for_again() -> None:
+def test_pages_that_were_used_once_are_not_allocated_again() -> None:
     done = subprocess.run([sys.executable, "-c", TOUCH_TWICE], capture_output=True, check=True)
-    assert int(done.stdout) < 20_000  # of 153,600 pages; a block may lie elsewhere the second time
+    assert int(done.stdout) < 20_000  # of 153,600 pages; a block may have another address the second time
 
 
-def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_thresholds_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")
     assert not keep_freed_memory()

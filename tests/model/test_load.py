@@ -17,7 +17,7 @@ def refused(model: Any) -> Any:
     return wrap(model.eval(), tiny.tokenizer(), name="x", targets="all-linear", fingerprint="x")
 
 
-def test_a_saved_model_loads_frozen_with_its_logits_and_pefts_own_targets(saved: Path) -> None:
+def test_a_saved_model_loads_frozen_with_its_logits_and_the_targets_of_peft(saved: Path) -> None:
     base = load_base(str(saved), dtype="float32", device="cpu")
     assert [name.rsplit(".", 1)[-1] for name, _, _ in base.shapes] == ["q_proj", "v_proj"] * 2
     assert base.shapes[1][1:] == (16, 8)  # two of four heads are shared
@@ -30,7 +30,7 @@ def test_a_saved_model_loads_frozen_with_its_logits_and_pefts_own_targets(saved:
     assert base.pad_id == tiny.END
 
 
-def test_gpt2_stays_in_eval_mode_although_it_has_dropouts_of_its_own() -> None:
+def test_gpt2_stays_in_eval_mode_although_it_has_dropout_layers() -> None:
     base = tiny.base("gpt2")
     assert base.model.config.resid_pdrop > 0
     assert not any(module.training for module in base.decoder.modules() if isinstance(module, torch.nn.Dropout))
@@ -81,9 +81,9 @@ def test_a_folder_without_weights_is_refused(saved: Path) -> None:
 
 
 def test_weights_that_are_not_numbers_are_refused(saved: Path) -> None:
-    made = tiny.model("llama", dtype=torch.float32)
-    made.model.norm.weight.data[3] = torch.nan
-    made.save_pretrained(saved)
+    model = tiny.model("llama", dtype=torch.float32)
+    model.model.norm.weight.data[3] = torch.nan
+    model.save_pretrained(saved)
     with pytest.raises(ModelError, match=r"logits are not all finite in torch\.float32: damaged weights"):
         load_base(str(saved), dtype="float32", device="cpu")
 
@@ -97,7 +97,7 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(("decoder", "fault"), [(False, "later tokens change earlier logits"), (True, "output head")])
-def test_a_model_that_looks_ahead_or_has_more_than_a_head_is_refused(decoder: bool, fault: str) -> None:
+def test_a_model_that_sees_later_tokens_or_has_more_than_a_head_is_refused(decoder: bool, fault: str) -> None:
     """BERT looks both ways; as a decoder it transforms its hidden states between decoder and head."""
     config = transformers.BertConfig(
         vocab_size=tiny.VOCABULARY,
@@ -118,14 +118,14 @@ def test_a_cuda_device_that_is_not_there_is_refused() -> None:
         choose_device("cuda:99")
 
 
-def test_a_dtype_that_is_named_is_taken() -> None:
+def test_a_named_dtype_is_used() -> None:
     cpu = torch.device("cpu")
     assert choose_dtype("float64", cpu) == torch.float64
     assert choose_dtype("bfloat16", cpu) == torch.bfloat16
     assert choose_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
 
 
-def test_a_checkpoints_own_sampling_settings_do_not_reach_greedy_answers() -> None:
+def test_sampling_settings_of_a_checkpoint_do_not_change_greedy_answers() -> None:
     model = tiny.model("gpt2")
     model.generation_config = transformers.GenerationConfig(
         repetition_penalty=5.0, do_sample=True, temperature=3.0, eos_token_id=[7]
@@ -152,7 +152,7 @@ def test_padding_is_an_id_that_the_model_knows() -> None:
         assert base.pad_id == pad
 
 
-def test_a_first_pass_that_fails_is_told_with_the_base() -> None:
+def test_a_first_pass_that_fails_is_reported_with_the_base() -> None:
     model = tiny.model("llama")
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(5, 20)
     with pytest.raises(
@@ -162,13 +162,13 @@ def test_a_first_pass_that_fails_is_told_with_the_base() -> None:
 
 
 class Unmasked(transformers.LlamaForCausalLM):
-    """A model that hears nothing of padding, as recurrent ones without a mask."""
+    """A model that ignores the mask of padding, as recurrent ones do."""
 
     def forward(self, *args: Any, attention_mask: Any = None, position_ids: Any = None, **others: Any) -> Any:
         return super().forward(*args, **others)
 
 
-def test_a_model_that_does_not_mask_what_stands_left_of_a_prompt_is_refused() -> None:
+def test_a_model_that_does_not_mask_padding_left_of_a_prompt_is_refused() -> None:
     torch.manual_seed(0)
     with pytest.raises(ModelError, match=r"Unmasked in torch\.float32 continues a prompt differently beside a longer"):
         refused(Unmasked(tiny.config("llama", initializer_range=0.5)))
@@ -183,7 +183,7 @@ def test_rwkv_is_refused_because_it_has_no_mask() -> None:
         refused(transformers.RwkvForCausalLM(config))
 
 
-def test_a_dtype_in_which_a_models_mask_overflows_is_refused_with_another() -> None:
+def test_a_dtype_in_which_a_models_mask_overflows_is_refused_and_another_named() -> None:
     with pytest.raises(
         ModelError, match=r"Gemma2ForCausalLM in torch\.float64 continues.*model\.dtype: float32 may do"
     ):
@@ -234,7 +234,9 @@ class Mixture(torch.nn.Module):
         return y
 
 
-def test_layers_that_see_some_tokens_only_get_no_adapter_and_cannot_be_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_that_do_not_see_all_tokens_get_no_adapter_and_cannot_be_targets(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def mixture() -> Any:
         model = tiny.model("llama")
         model.model.layers[1].mlp = Mixture()
@@ -261,7 +263,7 @@ def test_a_layer_that_no_pass_calls_gets_no_adapter() -> None:
     assert not [name for name, _, _ in refused(model).shapes if "spare" in name]
 
 
-def test_pefts_list_gives_way_to_all_linear_where_it_names_no_layer() -> None:
+def test_all_linear_layers_are_targets_where_the_list_of_peft_names_none() -> None:
     model = tiny.model("llama")
     model.config.model_type = "gpt2"  # of which PEFT expects a c_attn
     base = wrap(model, tiny.tokenizer(), name="x", targets="auto", fingerprint="x")

@@ -43,7 +43,7 @@ def dropped(
     return found, into
 
 
-def test_dropout_drops_its_rate_and_scales_what_it_keeps() -> None:
+def test_dropout_drops_its_rate_and_scales_the_rest() -> None:
     segment = Segment(0, 2, 0, 1000, (slice(0, 1000),) * 2)
     mask = Dropout(0.3, [5, 6]).mask(0, segment, torch.zeros(1, 16, dtype=torch.float64))
     assert mask.shape == (2, 1000, 16)
@@ -62,7 +62,7 @@ def test_dropout_differs_between_layers_clients_and_streams() -> None:
     assert torch.equal(first, Dropout(0.5, [5, 6]).mask(0, segment, like))
 
 
-def test_dropout_of_a_client_does_not_depend_on_its_place_or_on_what_fills_its_segment() -> None:
+def test_dropout_of_a_client_does_not_depend_on_its_segment_or_its_filler() -> None:
     like = torch.zeros(1, 16)
     alone = Dropout(0.5, [5]).mask(0, Segment(0, 1, 0, 7, (slice(0, 7),)), like)
     among = Dropout(0.5, [8, 5, 9]).mask(0, Segment(1, 3, 30, 9, (slice(0, 7), slice(0, 9))), like)
@@ -81,7 +81,7 @@ def test_a_clients_dropout_does_not_depend_on_its_cohort_or_on_padding(
         assert not torch.allclose(plain[k], loss[k])
 
 
-def test_dropout_of_rate_zero_is_no_dropout(base: tiny.Base, stack: Adapters, texts: list[list[Encoded]]) -> None:
+def test_dropout_of_rate_zero_drops_nothing(base: tiny.Base, stack: Adapters, texts: list[list[Encoded]]) -> None:
     batch = collate(texts, pad_id=0)
     into, other = torch.zeros_like(stack.rows), torch.zeros_like(stack.rows)
     gradients(base, stack, batch, into=into)
@@ -93,7 +93,7 @@ def test_dropout_of_rate_zero_is_no_dropout(base: tiny.Base, stack: Adapters, te
 def test_the_gradient_is_the_slope_of_the_loss(
     base: tiny.Base, stack: Adapters, texts: list[list[Encoded]], rate: float
 ) -> None:
-    """(loss(w + h v) - loss(w - h v)) / 2h = gradient . v for a random direction v, the masks held fast."""
+    """(loss(w + h v) - loss(w - h v)) / 2h = gradient . v for a random direction v, with fixed masks."""
     batch = collate(texts, pad_id=0)
     dropout = Dropout(rate, SEEDS)
     real = stack.layout.rank_mask(stack.ranks)
@@ -157,7 +157,7 @@ def test_a_module_used_twice_adds_up_its_gradients() -> None:
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e308])
 @pytest.mark.parametrize("factor", ["A", "B"])
-def test_a_client_whose_numbers_are_broken_spoils_nobody_elses(factor: str, broken: float) -> None:
+def test_a_client_with_numbers_that_are_not_finite_does_not_change_the_others(factor: str, broken: float) -> None:
     """1e308: finite factors whose product is not."""
     model, stack = Twice().requires_grad_(False), Stack()
     adapters = tiny.adapters(lora_layout(install(model, ["layer"], stack), 2), (2, 2))
@@ -186,13 +186,13 @@ def test_targets_are_name_endings_in_the_models_order() -> None:
     ]
 
 
-def test_a_misspelt_target_names_the_nearest_and_what_there_is() -> None:
+def test_a_misspelt_target_is_refused_and_the_nearest_and_all_others_named() -> None:
     plain = tiny.model("llama")
     with pytest.raises(ModelError, match=r"'q_prj' names no module.*q_proj.*down_proj"):
         find_targets(plain, ["q_prj"], head=plain.lm_head)
 
 
-def test_a_target_that_is_no_linear_layer_is_refused() -> None:
+def test_a_target_that_is_not_a_linear_layer_is_refused() -> None:
     plain = tiny.model("llama")
     with pytest.raises(ModelError, match="LlamaMLP"):
         find_targets(plain, ["mlp"], head=plain.lm_head)

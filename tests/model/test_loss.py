@@ -1,4 +1,4 @@
-"""The fused cross-entropy is torch's, value and gradient, whatever the head does to its logits and the chunks are."""
+"""The fused cross-entropy has the value and gradient of torch's, for any head and chunks."""
 
 import pytest
 import torch
@@ -52,31 +52,31 @@ def test_value_and_gradient_are_those_of_torch(head: Head) -> None:
     targets = torch.tensor([0, 6, 3, 3, 1, 5])
     weights = torch.tensor([1.0, 0.5, 0.0, 2.0, 0.1, 3.0], dtype=torch.float64)
     expected = reference(hidden, targets, head)
-    (wanted,) = torch.autograd.grad((expected * weights).sum(), hidden)
+    (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), hidden)
     total, each = weighted_loss(hidden, targets, weights, head)
-    (found,) = torch.autograd.grad(total, hidden)
+    (gradient,) = torch.autograd.grad(total, hidden)
     torch.testing.assert_close(total, (expected * weights).sum())
     torch.testing.assert_close(each, expected.detach())
     torch.testing.assert_close(token_losses(hidden.detach(), targets, head), expected.detach())
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(gradient, expected_gradient)
 
 
 @pytest.mark.usefixtures("chunks")
-def test_gradient_is_the_slope_of_the_value(head: Head) -> None:
+def test_the_gradient_is_the_slope_of_the_value(head: Head) -> None:
     targets = torch.tensor([0, 6, 3, 3, 1, 5])
     weights = draw(N, seed=4).abs()
     hidden = draw(N, D, seed=3).requires_grad_()
     assert torch.autograd.gradcheck(lambda h: 3 * weighted_loss(h, targets, weights, head)[0], (hidden,))
 
 
-def test_the_head_gives_the_logits_that_its_loss_is_taken_on(head: Head) -> None:
+def test_the_loss_is_that_of_the_logits_of_the_head(head: Head) -> None:
     hidden = draw(N, D, seed=3)
     targets = torch.zeros(N, dtype=torch.int64)
     expected = functional.cross_entropy(head.logits(hidden), targets, reduction="none")
     torch.testing.assert_close(token_losses(hidden, targets, head), expected)
 
 
-def test_no_labelled_token_gives_zero_and_an_empty_gradient() -> None:
+def test_without_labelled_tokens_the_loss_is_zero_and_the_gradient_empty() -> None:
     hidden = torch.zeros(0, D, requires_grad=True)
     total, each = weighted_loss(hidden, torch.zeros(0, dtype=torch.int64), torch.zeros(0), Head(torch.ones(V, D)))
     assert total.item() == 0

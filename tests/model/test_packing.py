@@ -18,9 +18,10 @@ from fedmira.data.batches import NO_LOSS, Batch, Encoded, collate
 from fedmira.model.base.load import Base, wrap
 from fedmira.model.packed.buckets import Buckets
 from fedmira.model.packed.lora import Dropout
-from fedmira.model.packed.packing import LONG_REST, SEGMENT_FILL, SHARED, _groups, pack, pad
-from fedmira.model.packed.spans import Rule, Spans
+from fedmira.model.packed.packing import LONG_SUFFIX, PREFIX_TOKENS, SEGMENT_FILL, _groups, pack, pad
+from fedmira.model.packed.spans import Spans
 from fedmira.model.passes import gradients, losses
+from fedmira.model.seam import Rule
 
 BASE = tiny.base("gpt2", targets=["c_attn"])
 
@@ -55,7 +56,7 @@ def measure(base: Base, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     ),
     some.integers(0, 100),
 )
-def test_packed_is_padded_for_any_lengths(lengths: list[list[int]], seed: int) -> None:
+def test_a_packed_pass_gives_what_a_padded_one_gives_for_any_lengths(lengths: list[list[int]], seed: int) -> None:
     """Clients without any example included."""
     batch = batch_of(lengths, seed=seed)
     for one, other in zip(measure(BASE, batch), measure(replace(BASE, packs=False), batch), strict=True):
@@ -64,7 +65,7 @@ def test_packed_is_padded_for_any_lengths(lengths: list[list[int]], seed: int) -
 
 @given(some.lists(some.lists(some.integers(2, 30), min_size=1, max_size=4), min_size=1, max_size=6))
 @settings(max_examples=50, deadline=None)
-def test_a_pass_holds_every_token_once_and_little_else(lengths: list[list[int]]) -> None:
+def test_a_pass_has_every_token_once_and_little_filler(lengths: list[list[int]]) -> None:
     batch = batch_of(lengths)
     plan = pack(batch, pad_id=0)
     assert plan.attention is not None
@@ -95,24 +96,24 @@ def test_positions_restart_at_every_example() -> None:
     assert [(one.first, one.stop, one.start, one.tokens) for one in plan.segments] == [(0, 2, 0, 5)]
 
 
-def test_what_predicts_a_label_is_the_token_before_it() -> None:
+def test_a_label_is_predicted_by_the_token_before_it() -> None:
     ids = torch.tensor([[[5, 6, 7, 0], [8, 9, 0, 0]]])
     labels = torch.tensor([[[NO_LOSS, 6, 7, NO_LOSS], [NO_LOSS, 9, NO_LOSS, NO_LOSS]]])
     batch = Batch(ids, labels, torch.tensor([[3, 2]]))
     plan, padded = pack(batch, pad_id=0), pad(batch)
-    assert plan.where.tolist() == [0, 1, 3]
-    assert padded.where.tolist() == [0, 1, 4]
+    assert plan.labelled.tolist() == [0, 1, 3]
+    assert padded.labelled.tolist() == [0, 1, 4]
     assert plan.targets.tolist() == padded.targets.tolist() == [6, 7, 9]
     assert plan.counts.tolist() == padded.counts.tolist() == [3]
 
 
-def test_clients_of_about_as_many_tokens_share_a_segment_and_others_get_their_own() -> None:
+def test_clients_of_similar_size_share_a_segment_and_others_get_separate_ones() -> None:
     plan = pack(batch_of([[10], [30], [29], [30]]), pad_id=0)
     assert plan.order.tolist() == [1, 3, 2, 0]
     assert [(one.tokens, [own.stop for own in one.real]) for one in plan.segments] == [(30, [30, 30, 29]), (10, [10])]
 
 
-def test_what_fills_a_segment_may_be_longer_than_the_base_has_positions() -> None:
+def test_the_filler_of_a_segment_may_be_longer_than_the_positions_of_the_base() -> None:
     """900 tokens beside 828: the smaller client is filled with 72 tokens, the base knows 64 positions."""
     lengths = [[60] * 15, [60] * 13 + [48]]
     assert sum(lengths[0]) - sum(lengths[1]) > tiny.POSITIONS
@@ -141,7 +142,7 @@ NARROW = {"mistral": "sliding_window", "qwen2_moe": "sliding_window", "llama4": 
 
 @pytest.mark.parametrize(("family", "key"), NARROW.items(), ids=NARROW)
 @pytest.mark.parametrize("reach", [4, 16, 40])
-def test_a_window_or_chunk_holds_in_packed_passes_however_long_the_texts_are(family: str, key: str, reach: int) -> None:
+def test_windows_and_chunks_are_obeyed_in_packed_passes_of_long_texts(family: str, key: str, reach: int) -> None:
     """A base is tried on 9 tokens when it is loaded, which 16 and 40 do not touch; these texts have up to 30.
 
     Mistral hands its window to attention, the others have it in the mask alone; Llama 4 cuts texts into chunks.
@@ -160,7 +161,7 @@ def test_a_window_or_chunk_holds_in_packed_passes_however_long_the_texts_are(fam
     assert bool(((everything - packed).abs() > 1e-4).all()) == (reach < 17)  # each client has a text of 17 or more
 
 
-def test_the_rule_of_a_window_is_worked_out_once_for_each_bucket_and_only_where_a_text_is_longer() -> None:
+def test_the_mask_of_a_window_is_computed_once_per_bucket_and_only_where_a_text_is_longer() -> None:
     """Texts of 5 and 3 tokens, seen through a window of 4: two buckets, of which the first needs a mask."""
     plan = pack(batch_of([[3, 5]]), pad_id=0, fused=True).attention
     assert isinstance(plan, Buckets)
@@ -213,51 +214,53 @@ def alike(heads: list[int], rests: list[list[int]], *, labels: int = 2) -> Batch
 
 
 @pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in tiny.PADDED])
-def test_what_examples_share_is_computed_once_and_changes_no_loss_or_gradient(family: str) -> None:
+def test_a_shared_prefix_is_computed_once_and_changes_no_loss_or_gradient(family: str) -> None:
     dtype = tiny.DTYPES.get(family, torch.float64)
     wide = {"sliding_window": 40} if family in ("mistral", "gemma2", "gemma3", "phi3") else {}
     base = tiny.base(family, targets="all-linear", dtype=dtype, **wide)
     batch = alike([12, 0, 9, 20], [[4, 3, 6], [5, 9], [3], [2, 8, 2, 5]])
     assert pack(batch, pad_id=0, share=True).ids.shape[1] < 0.7 * pack(batch, pad_id=0).ids.shape[1]
     stack = tiny.adapters(tiny.layout(base, 2), (2, 1, 2, 1), dtype=dtype)
-    found, wanted = torch.zeros_like(stack.rows), torch.zeros_like(stack.rows)
-    one, counts = gradients(base, stack, batch, into=found)
-    other, same = gradients(replace(base, reach=1), stack, batch, into=wanted)  # nothing is shared beyond a window
+    shared_rows, separate_rows = torch.zeros_like(stack.rows), torch.zeros_like(stack.rows)
+    one, counts = gradients(base, stack, batch, into=shared_rows)
+    other, same = gradients(
+        replace(base, reach=1), stack, batch, into=separate_rows
+    )  # no prefix is shared beyond a window
     assert torch.equal(counts, same)
     limits = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
     if family == "mixtral":  # its router's softmax is in float32
         limits = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(one, other, **limits)
-    torch.testing.assert_close(found, wanted, **limits)
-    assert bool(found.any())
+    torch.testing.assert_close(shared_rows, separate_rows, **limits)
+    assert bool(shared_rows.any())
 
 
-def test_positions_go_on_from_what_is_shared_and_the_token_before_a_label_is_never_shared() -> None:
-    """Ten equal tokens; in the second example the label stands at place 9, so place 8 must be its own."""
+def test_positions_continue_from_the_prefix_which_ends_before_the_token_that_predicts_a_label() -> None:
+    """Ten equal tokens; the label of the second example is its token 9, so token 8 must be in its suffix."""
     first = Encoded((2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13), 11, ("",))
     second = Encoded((2, 3, 4, 5, 6, 7, 8, 9, 10, 11), 9, ("",))
     plan = pack(collate([[first, second]], pad_id=0), pad_id=0, share=True)
     assert plan.positions is not None
     assert plan.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 8, 9]]
-    assert plan.where.tolist() == [10, 12]
+    assert plan.labelled.tolist() == [10, 12]
     assert plan.targets.tolist() == [13, 11]
 
 
-def test_examples_that_begin_alike_share_unless_they_go_on_for_long_or_the_beginning_is_short() -> None:
-    batch = alike([100, SHARED - 1], [[150, LONG_REST, 150, LONG_REST + 1, 20, 30], [3, 4]])
+def test_examples_share_a_prefix_unless_it_is_short_or_their_suffixes_are_long() -> None:
+    batch = alike([100, PREFIX_TOKENS - 1], [[150, LONG_SUFFIX, 150, LONG_SUFFIX + 1, 20, 30], [3, 4]])
     plan = pack(batch, pad_id=0, share=True)
-    assert [(one.client, one.examples, one.shared) for own in _groups(batch) for one in own] == [
+    assert [(one.client, one.examples, one.prefix_length) for own in _groups(batch) for one in own] == [
         (0, (0, 1, 2), 100),
         (0, (3,), 0),
         (0, (4, 5), 100),
         (1, (0,), 0),
         (1, (1,), 0),
     ]
-    tokens = 3 * 100 + 300 + LONG_REST + LONG_REST + 1 + 50 + 2 * (SHARED - 1) + 7
+    tokens = 3 * 100 + 300 + LONG_SUFFIX + LONG_SUFFIX + 1 + 50 + 2 * (PREFIX_TOKENS - 1) + 7
     assert tokens <= plan.ids.shape[1] <= 1.05 * tokens + 32
 
 
-def test_under_dropout_and_beyond_a_window_nothing_is_shared() -> None:
+def test_no_prefix_is_shared_under_dropout_or_beyond_a_window() -> None:
     base = tiny.base("mistral", targets="all-linear")
     assert base.reach == 4
     assert tiny.base("llama").reach is None
@@ -295,13 +298,13 @@ def test_attention_with_sinks_is_padded(caplog: pytest.LogCaptureFixture) -> Non
         eos_token_id=tiny.END,
     )
     with caplog.at_level("INFO"):
-        made = transformers.GptOssForCausalLM(config).eval()
-        base = wrap(made, tiny.tokenizer(), name="x", targets="auto", fingerprint="x")
+        model = transformers.GptOssForCausalLM(config).eval()
+        base = wrap(model, tiny.tokenizer(), name="x", targets="auto", fingerprint="x")
     assert not base.packs
-    assert "Unfit: attention with ['s_aux']" in caplog.text
+    assert "UnsupportedAttention: attention with ['s_aux']" in caplog.text
 
 
-def test_everything_that_a_pass_computes_with_moves_to_its_device() -> None:
+def test_all_tensors_of_a_pass_but_its_order_move_to_its_device() -> None:
     """On the device "meta", which holds shapes alone; only the order of clients stays on the host."""
     for plan in (pack(batch_of([[3, 2], [5]]), pad_id=0), pad(batch_of([[3, 2], [5]]))):
         moved = plan.to(torch.device("meta"))
@@ -310,7 +313,7 @@ def test_everything_that_a_pass_computes_with_moves_to_its_device() -> None:
 
 
 class OwnMask(transformers.LlamaForCausalLM):
-    """A decoder that brings a mask of its own to every layer."""
+    """A decoder that passes its own mask to every layer."""
 
     def __init__(self, config: transformers.LlamaConfig) -> None:
         super().__init__(config)
@@ -324,7 +327,7 @@ class OwnMask(transformers.LlamaForCausalLM):
         return args, given
 
 
-def test_a_base_that_brings_its_own_mask_is_padded(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_base_that_passes_a_mask_to_its_layers_is_padded(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         base = wrap(OwnMask(tiny.config("llama")).eval(), tiny.tokenizer(), name="x", targets="auto", fingerprint="x")
     assert not base.packs
@@ -354,13 +357,13 @@ class OwnPattern(transformers.LlamaForCausalLM):
 
 def test_a_base_that_adds_a_pattern_to_its_mask_is_padded(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        made = OwnPattern(tiny.config("llama")).eval()
-        base = wrap(made, tiny.tokenizer(), name="x", targets="auto", fingerprint="x")
+        model = OwnPattern(tiny.config("llama")).eval()
+        base = wrap(model, tiny.tokenizer(), name="x", targets="auto", fingerprint="x")
     assert not base.packs
-    assert "Unfit: attention with a mask of the model's own" in caplog.text
+    assert "UnsupportedAttention: attention with a mask of the model's own" in caplog.text
 
 
-def test_the_models_own_attention_is_back_after_a_pass() -> None:
+def test_a_model_has_its_own_attention_again_after_a_pass() -> None:
     before = BASE.model.config._attn_implementation
     measure(BASE, batch_of([[3], [4]]))
     assert BASE.model.config._attn_implementation == before

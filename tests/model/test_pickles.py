@@ -58,7 +58,7 @@ def marker(tmp_path: Path) -> Path:
     return tmp_path / "code-has-run"
 
 
-def test_there_are_more_than_fifty_of_them() -> None:
+def test_more_than_fifty_pickles_are_tried() -> None:
     assert len(FILES) > 50
 
 
@@ -91,7 +91,7 @@ def test_a_pickle_under_the_name_of_the_weights_is_refused_unread(kind: str, sav
     assert not marker.exists()
 
 
-def test_many_pickles_are_counted_off_and_folders_are_no_files(saved: Path) -> None:
+def test_of_many_pickles_five_are_named_and_folders_are_not_files(saved: Path) -> None:
     for number in range(8):
         (saved / f"{number}.bin").touch()
     (saved / "0.bin").unlink()
@@ -142,7 +142,7 @@ def test_a_pickle_under_the_name_of_an_adapter_is_refused_unread(
     assert not marker.exists()
 
 
-def test_an_adapters_config_is_not_obeyed(adapter: Path, layout: Layout) -> None:
+def test_the_config_of_an_adapter_has_no_effect(adapter: Path, layout: Layout) -> None:
     """Only tensors are read: a config that names code, another base or no LoRA at all changes nothing."""
     expected = read_adapter(adapter, layout)
     (adapter / "adapter_config.json").write_text(
@@ -165,7 +165,7 @@ def test_a_truncated_or_misshapen_adapter_is_refused(adapter: Path, layout: Layo
         read_adapter(adapter, layout)
 
 
-def test_a_folder_without_adapter_is_refused(tmp_path: Path, layout: Layout) -> None:
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path, layout: Layout) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(StoreError, match=r"holds no adapter_model\.safetensors"):
             read_adapter(folder, layout)

@@ -45,12 +45,12 @@ def unread(folder: Path, fault: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "fault"),
     [
-        ("bert", "a bert model is an encoder and no causal decoder"),
-        ("t5", "a t5 model is no causal decoder; FedMira needs"),
-        ("bart", "a bart model is no causal decoder"),
-        ("whisper", "a whisper model is no causal decoder"),
-        ("vit", "a vit model is no causal decoder"),
-        ("llava", "a llava model is no causal decoder"),
+        ("bert", "a bert model is an encoder, not a causal decoder"),
+        ("t5", "a t5 model is not a causal decoder; FedMira needs"),
+        ("bart", "a bart model is not a causal decoder"),
+        ("whisper", "a whisper model is not a causal decoder"),
+        ("vit", "a vit model is not a causal decoder"),
+        ("llava", "a llava model is not a causal decoder"),
         ("gemma3", "a gemma3 model is more than a text decoder .*vision_config"),
     ],
 )
@@ -65,10 +65,10 @@ def test_bert_as_a_decoder_is_refused_too(saved: Path) -> None:
 
 
 def test_a_decoder_with_an_encoder_beside_it_is_refused(changed: Change) -> None:
-    unread(changed(is_encoder_decoder=True), "a llama model is no causal decoder")
+    unread(changed(is_encoder_decoder=True), "a llama model is not a causal decoder")
 
 
-def test_an_unknown_kind_is_refused_with_the_nearest(changed: Change) -> None:
+def test_an_unknown_kind_is_refused_and_the_nearest_named(changed: Change) -> None:
     unread(changed(model_type="lama"), r"model_type 'lama', which transformers [\d.]+ does not know \(did you mean 'l")
 
 
@@ -78,7 +78,7 @@ def test_a_config_without_a_kind_is_refused(changed: Change) -> None:
     unread(folder.rename(folder.parent / "llama-7b"), "model_type None")
 
 
-def test_a_kind_that_needs_code_of_its_repository_is_refused_and_the_code_not_run(changed: Change) -> None:
+def test_a_kind_that_needs_code_from_its_repository_is_refused_and_the_code_is_not_run(changed: Change) -> None:
     auto = {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.OwnModel"}
     folder = changed(model_type="own", auto_map=auto)
     marker = plant_code(folder)
@@ -98,7 +98,7 @@ def test_code_beside_a_known_kind_is_not_run(changed: Change) -> None:
     assert not marker.exists()
 
 
-def test_a_tokenizer_that_needs_code_is_refused_and_the_code_not_run(changed: Change) -> None:
+def test_a_tokenizer_that_needs_code_is_refused_and_the_code_is_not_run(changed: Change) -> None:
     folder = changed("tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["code.T", "code.T"]})
     (folder / "tokenizer.json").unlink()
     marker = plant_code(folder)
@@ -148,7 +148,7 @@ def test_a_config_that_cannot_be_read_is_refused(saved: Path, text: str, fault: 
     unread(saved, fault)
 
 
-def test_a_config_that_is_no_text_is_refused(saved: Path) -> None:
+def test_a_config_that_is_not_text_is_refused(saved: Path) -> None:
     (saved / "config.json").write_bytes(b'{"model_type": "\xff"}')
     unread(saved, "config.json cannot be read: 'utf-8' codec")
 
@@ -167,7 +167,7 @@ def test_weights_under_another_name_are_refused(changed: Change) -> None:
     unread(changed(transformers_weights="adapter_model.bin"), "transformers_weights.*expected model.safetensors")
 
 
-def test_an_adapter_in_place_of_a_base_is_refused(saved: Path) -> None:
+def test_an_adapter_instead_of_a_base_is_refused(saved: Path) -> None:
     """transformers would load the base that the adapter names, and put the adapter on it."""
     (saved / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere", "peft_type": "LORA"}')
     unread(saved, r"holds a PEFT adapter \(adapter_config.json\); merge it")
@@ -182,7 +182,7 @@ def test_a_folder_without_config_is_refused(saved: Path) -> None:
 def test_an_index_that_points_out_of_the_folder_is_refused(saved: Path, shard: object) -> None:
     index = {"metadata": {}, "weight_map": {"lm_head.weight": shard}}
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
-    unread(saved, r"model\.safetensors\.index\.json points to .* no safetensors file of this folder")
+    unread(saved, r"model\.safetensors\.index\.json points to .* not a safetensors file of this folder")
 
 
 def test_an_index_without_a_map_is_refused(saved: Path) -> None:
@@ -208,9 +208,7 @@ def test_a_missing_tokenizer_is_refused(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "kind"), [("llama", "LlamaTokenizer"), ("gemma2", "GemmaTokenizer"), ("gpt2", None)]
 )
-def test_an_empty_tokenizer_that_transformers_makes_up_is_refused(
-    tmp_path: Path, family: str, kind: str | None
-) -> None:
+def test_an_empty_tokenizer_that_transformers_invents_is_refused(tmp_path: Path, family: str, kind: str | None) -> None:
     tiny.config(family).save_pretrained(tmp_path)
     if kind is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
@@ -262,7 +260,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def served(saved: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The saved model on a hub of this machine, beside what nobody should fetch; gives what was fetched."""
+    """The saved model on a hub of this machine, beside files that are not needed; gives the names of fetched ones."""
     for name in ("pytorch_model.bin", "modeling_own.py", "onnx/config.json", "model.fp16.safetensors", "x.safetensors"):
         (saved / name).parent.mkdir(exist_ok=True)
         (saved / name).write_bytes(b"no")
@@ -279,7 +277,7 @@ def point_to(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("served")
-def test_what_others_left_in_the_hubs_cache_stays_unread(saved: Path, cache: Path) -> None:
+def test_files_of_other_programs_in_the_hubs_cache_stay_unread(saved: Path, cache: Path) -> None:
     """A pickle and its index, from a program that reads them; before the weights were fetched, and after."""
     load_tokenizer(hub.NAME)
     (snapshot,) = cache.glob("models--*/snapshots/*")
@@ -290,7 +288,9 @@ def test_what_others_left_in_the_hubs_cache_stays_unread(saved: Path, cache: Pat
     load_base(hub.NAME, dtype="float32", device="cpu")
 
 
-def test_a_hub_name_without_safetensors_is_refused_and_its_pickles_not_fetched(served: list[str], saved: Path) -> None:
+def test_a_hub_name_without_safetensors_is_refused_and_its_pickles_are_not_fetched(
+    served: list[str], saved: Path
+) -> None:
     (saved / "model.safetensors").unlink()
     (saved / "x.safetensors").unlink()
     tokenizer = load_tokenizer(hub.NAME)
@@ -299,7 +299,7 @@ def test_a_hub_name_without_safetensors_is_refused_and_its_pickles_not_fetched(s
     assert not [name for name in served if name.endswith(".bin")]
 
 
-def test_of_a_hub_name_only_what_is_needed_is_fetched_and_only_once(served: list[str]) -> None:
+def test_only_the_needed_files_of_a_hub_name_are_fetched_and_only_once(served: list[str]) -> None:
     small = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     tokenizer = load_tokenizer(hub.NAME)
     assert count_positions(hub.NAME) == tiny.POSITIONS
@@ -321,32 +321,32 @@ def test_a_branch_or_commit_of_a_hub_name_is_found_and_another_is_refused() -> N
 
 @pytest.mark.usefixtures("served")
 @pytest.mark.parametrize(("name", "fault"), [("gated", "is gated: accept its terms"), ("nothing", "has no such model")])
-def test_a_hub_that_says_no_is_understood(name: str, fault: str) -> None:
+def test_a_refusal_by_the_hub_is_explained(name: str, fault: str) -> None:
     with pytest.raises(ModelError, match=rf"model\.base_model 'some-one/{name}': .*{fault}.*HF_TOKEN"):
         load_tokenizer(f"some-one/{name}")
 
 
 @pytest.mark.usefixtures("served")
-def test_what_was_fetched_once_is_found_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_were_fetched_once_are_found_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     load_base(hub.NAME, dtype="float32", device="cpu")
-    point_to("http://127.0.0.1:9", monkeypatch)  # nobody answers there
+    point_to("http://127.0.0.1:9", monkeypatch)  # no server is there
     assert count_positions(hub.NAME) == tiny.POSITIONS
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     load_base(hub.NAME, dtype="float32", device="cpu")
-    with pytest.raises(ModelError, match="has it not, or not whole at revision 'second'"):
+    with pytest.raises(ModelError, match="does not have all of it at revision 'second'"):
         load_tokenizer(hub.NAME, revision="second")
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_hub_that_may_not_be_asked_is_named_with_the_switch() -> None:
+def test_offline_mode_is_named_where_a_model_is_not_in_the_cache() -> None:
     with pytest.raises(ModelError) as refused:
         load_tokenizer("some-one/tiny")
     assert "model.base_model 'some-one/tiny': no such folder here" in str(refused.value)
-    assert "hub may not be asked (HF_HUB_OFFLINE is set)" in str(refused.value)
+    assert "hub may not be used (HF_HUB_OFFLINE is set)" in str(refused.value)
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_hub_that_does_not_answer_is_given_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_given_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     point_to("http://127.0.0.1:9", monkeypatch)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited {seconds} s for a hub that is not there"))
     with pytest.raises(ModelError, match=r"hub cannot be reached \(.*refused\); with HF_HUB_OFFLINE=1"):
@@ -355,6 +355,6 @@ def test_a_hub_that_does_not_answer_is_given_up_at_once(monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("name", ["a--b", "some-one/tiny.git"])
-def test_a_name_that_no_hub_takes_is_refused(name: str) -> None:
+def test_a_name_that_the_hub_does_not_allow_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match=rf"model\.base_model '{name}'.*gave an error"):
         load_tokenizer(name)

@@ -1,4 +1,4 @@
-"""Behind the last attention only labelled tokens are worked on, and no loss or gradient can tell."""
+"""After the last attention only labelled tokens are computed, and no loss or gradient changes."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedmira.data.batches import NO_LOSS, Batch
 from fedmira.model.base.load import Base
 from fedmira.model.packed.lora import Dropout, Stack
-from fedmira.model.packed.packing import Segment, _labelled
+from fedmira.model.packed.packing import Segment, _labelled_segments
 from fedmira.model.packed.tail import find_tail
 from fedmira.model.passes import gradients, losses
 
@@ -55,7 +55,7 @@ def test_losses_and_gradients_are_those_of_an_uncut_pass(family: str, targets: s
         torch.testing.assert_close(one, other, **limits)
 
 
-def test_the_feed_forward_layer_behind_the_last_attention_sees_labelled_tokens_alone() -> None:
+def test_the_feed_forward_layer_after_the_last_attention_sees_labelled_tokens_alone() -> None:
     base = tiny.base("llama", targets="all-linear")
     assert base.tail is not None
     assert base.tail.names == ("layers.1.self_attn.o_proj", "layers.1.mlp")
@@ -78,8 +78,8 @@ def test_a_pass_under_dropout_or_with_labels_everywhere_is_not_cut() -> None:
     assert seen[0] >= int(LENGTHS.sum())
 
 
-def test_segments_of_labelled_rows_hold_neighbours_with_equally_many() -> None:
-    assert _labelled([3, 3, 0, 2]) == (
+def test_neighbours_with_equally_many_labelled_tokens_share_a_segment() -> None:
+    assert _labelled_segments([3, 3, 0, 2]) == (
         Segment(0, 2, 0, 3, (slice(0, 3), slice(0, 3))),
         Segment(3, 4, 6, 2, (slice(0, 2),)),
     )
@@ -97,18 +97,18 @@ class Shift(nn.Module):
         return y
 
 
-def test_a_base_that_mixes_tokens_behind_its_last_attention_is_not_cut() -> None:
-    made = tiny.model("llama")
-    for layer in made.model.layers:
+def test_a_base_that_mixes_tokens_after_its_last_attention_is_not_cut() -> None:
+    model = tiny.model("llama")
+    for layer in model.model.layers:
         layer.mlp = Shift(layer.mlp)
-    assert find_tail(made, made.model, Stack()) is None
+    assert find_tail(model, model.model, Stack()) is None
     x = torch.randn(1, 4, 16, dtype=torch.float64)
-    for layer in made.model.layers:  # nothing stays wrapped
+    for layer in model.model.layers:  # nothing stays wrapped
         assert torch.equal(layer.mlp(x), Shift.forward(layer.mlp, x))
         assert layer.mlp.forward.__func__ is Shift.forward
 
 
 def test_a_base_whose_layers_share_their_weights_is_not_cut() -> None:
-    made = tiny.model("llama")
-    made.model.layers[1] = made.model.layers[0]
-    assert find_tail(made, made.model, Stack()) is None
+    model = tiny.model("llama")
+    model.model.layers[1] = model.model.layers[0]
+    assert find_tail(model, model.model, Stack()) is None

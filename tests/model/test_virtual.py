@@ -19,15 +19,15 @@ from fedmira.model.answers.generate import answers
 from fedmira.model.base.load import Base
 from fedmira.model.base.trial import check_embeddings
 from fedmira.model.packed.lora import Dropout
-from fedmira.model.packed.virtual import ahead, embeddings, find_places, lead
+from fedmira.model.packed.virtual import embeddings, find_virtual, prepend_virtual, virtual_ids
 from fedmira.model.passes import gradients, losses
 
-TOKENS, HIDDEN, CLIENTS, NEW = 9, 6, 4, 8  # more tokens than a beginning needs to be computed once
+TOKENS, HIDDEN, CLIENTS, NEW = 9, 6, 4, 8  # more tokens than a prefix needs to be shared
 FAMILIES = ("gpt2", "llama-tied", "gemma2", "gemma3", "granite", "opt", "mixtral", "bloom", "mamba")
 
 
 def make(family: str, *, dtype: torch.dtype | None = None) -> tuple[Base, Adapters]:
-    """A base and four clients, each with an encoder of its own."""
+    """A base and four clients, each with a separate encoder."""
     kind = tiny.DTYPES.get(family, torch.float64) if dtype is None else dtype
     base = tiny.base(family, targets="all-linear", dtype=kind)
     layout = prompt_layout(base.width, TOKENS, HIDDEN)
@@ -39,7 +39,7 @@ def make(family: str, *, dtype: torch.dtype | None = None) -> tuple[Base, Adapte
 def by_peft(family: str, base: Base, stack: Adapters, k: int) -> Any:
     """Client k as PEFT has it: a copy of the plain model with this client's prompt encoder."""
     plain = copy.deepcopy(tiny.model(family, dtype=base.dtype))
-    wanted = peft.PromptEncoderConfig(
+    config = peft.PromptEncoderConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=TOKENS,
         encoder_hidden_size=HIDDEN,
@@ -47,26 +47,26 @@ def by_peft(family: str, base: Base, stack: Adapters, k: int) -> Any:
         num_layers=2,
         num_attention_heads=1,
     )
-    made = peft.get_peft_model(plain, wanted).eval()
-    own = made.prompt_encoder["default"].to(stack.rows.dtype)
+    model = peft.get_peft_model(plain, config).eval()
+    own = model.prompt_encoder["default"].to(stack.rows.dtype)
     own.load_state_dict({f"{leaf.module}.{leaf.factor}": stack.leaf(leaf)[k] for leaf in stack.layout.parts[0].leaves})
-    return made
+    return model
 
 
-def peft_loss(made: Any, examples: list[Encoded]) -> Tensor:
+def peft_loss(model: Any, examples: list[Encoded]) -> Tensor:
     """Mean nats per labelled token over examples, each alone behind the virtual tokens."""
     nats = []
     for one in examples:
-        logits = made(input_ids=torch.tensor([one.ids])).logits[0, TOKENS:]
+        logits = model(input_ids=torch.tensor([one.ids])).logits[0, TOKENS:]
         targets = torch.tensor(one.ids[one.prompt_length :])
         wide = logits if logits.dtype == torch.float64 else logits.float()
         nats.append(functional.cross_entropy(wide[one.prompt_length - 1 : -1], targets, reduction="none"))
     return torch.cat(nats).mean()
 
 
-def peft_gradient(made: Any, stack: Adapters) -> Tensor:
+def peft_gradient(model: Any, stack: Adapters) -> Tensor:
     row = torch.zeros(stack.layout.size, dtype=stack.rows.dtype)
-    own = dict(made.prompt_encoder["default"].named_parameters())
+    own = dict(model.prompt_encoder["default"].named_parameters())
     for leaf in stack.layout.parts[0].leaves:
         row[leaf.start : leaf.stop] = own[f"{leaf.module}.{leaf.factor}"].grad.flatten()
     return row
@@ -98,15 +98,15 @@ def test_losses_and_gradients_are_those_of_peft(case: tuple[str, Base, Adapters]
     real = stack.layout.rank_mask(stack.ranks)  # not what fills a row up to its size
     nats, tokens = gradients(base, stack, batch, into=into)
     sums, counts = losses(base, stack, batch)
-    tolerance = {"gpt2": 1e-12, "opt": 1e-12}.get(family, 1e-5)  # many norms are float32 whatever the dtype
+    tolerance = {"gpt2": 1e-12, "opt": 1e-12}.get(family, 1e-5)  # many norms are float32 in any dtype
     for k, own in enumerate(texts()):
-        made = by_peft(family, base, stack, k)
-        wanted = peft_loss(made, own)
-        wanted.backward()
+        model = by_peft(family, base, stack, k)
+        expected = peft_loss(model, own)
+        expected.backward()
         assert int(tokens[k]) == int(counts[k]) == sum(one.labels for one in own)
-        assert float(nats[k]) == pytest.approx(wanted.item(), rel=tolerance)
-        assert float(sums[k]) / int(counts[k]) == pytest.approx(wanted.item(), rel=tolerance)
-        gradient = peft_gradient(made, stack)
+        assert float(nats[k]) == pytest.approx(expected.item(), rel=tolerance)
+        assert float(sums[k]) / int(counts[k]) == pytest.approx(expected.item(), rel=tolerance)
+        gradient = peft_gradient(model, stack)
         assert float(gradient.abs().max()) > 1e-4
         off = float((into[k] - gradient)[real[k]].abs().max() / gradient.abs().max())
         assert off < 10 * tolerance, f"client {k}: {off:.1e}"
@@ -114,29 +114,29 @@ def test_losses_and_gradients_are_those_of_peft(case: tuple[str, Base, Adapters]
 
 def test_answers_are_those_of_peft(case: tuple[str, Base, Adapters]) -> None:
     family, base, stack = case
-    asked = [[list(one.ids) for one in own] for own in texts()]
-    found = answers(base, stack, asked, max_new_tokens=NEW)
-    wanted = []
-    for k, own in enumerate(asked):
-        made = by_peft(family, base, stack, k)
-        wanted.append([base.tokenizer.decode(written(made, ids), skip_special_tokens=True) for ids in own])
-    assert found == wanted
+    prompts = [[list(one.ids) for one in own] for own in texts()]
+    found = answers(base, stack, prompts, max_new_tokens=NEW)
+    expected = []
+    for k, own in enumerate(prompts):
+        model = by_peft(family, base, stack, k)
+        expected.append([base.tokenizer.decode(written(model, ids), skip_special_tokens=True) for ids in own])
+    assert found == expected
     assert len({text for own in found for text in own}) > 1
 
 
 @torch.no_grad()
-def written(made: Any, ids: list[int]) -> list[int]:
+def written(model: Any, ids: list[int]) -> list[int]:
     """What PEFT's model writes to a prompt, the whole text passed again for every token.
 
     Its own `generate` puts the virtual tokens before every new token of a model that keeps states and no keys (Mamba).
     """
     text = list(ids)
     while len(text) < len(ids) + NEW and (text == ids or text[-1] != tiny.END):
-        text.append(int(made(input_ids=torch.tensor([text])).logits[0, -1].argmax()))
+        text.append(int(model(input_ids=torch.tensor([text])).logits[0, -1].argmax()))
     return text[len(ids) :]
 
 
-def test_a_client_without_examples_has_no_gradient_and_changes_nobodys() -> None:
+def test_a_client_without_examples_has_gradient_zero_and_does_not_change_the_others() -> None:
     base, stack = make("llama-tied")
     full, some = texts(), texts()
     some[2] = []
@@ -147,7 +147,7 @@ def test_a_client_without_examples_has_no_gradient_and_changes_nobodys() -> None
     torch.testing.assert_close(apart[[0, 1, 3]], into[[0, 1, 3]], rtol=1e-9, atol=1e-12)
 
 
-def test_dropout_is_loras_and_changes_nothing_here() -> None:
+def test_lora_dropout_does_not_change_virtual_tokens() -> None:
     base, stack = make("llama-tied")
     batch = collate(texts(), pad_id=base.pad_id)
     plain, dropped = torch.zeros_like(stack.rows), torch.zeros_like(stack.rows)
@@ -160,10 +160,10 @@ def test_encoders_are_run_in_float32_under_a_base_in_bfloat16() -> None:
     """Rounding their weights would move the virtual tokens by 0.4 %; only the outcome is rounded."""
     base, stack = make("llama-tied", dtype=torch.bfloat16)
     with base.stack.filled(stack, dtype=base.dtype, device=base.device):
-        assert base.stack.prompts is not None
-        torch.testing.assert_close(base.stack.prompts.made, embeddings(stack), rtol=0, atol=0)
-        ids = torch.tensor([[*ahead(TOKENS), 5, 6]] * CLIENTS)
-        given = base.inputs(ids, find_places(ids))["inputs_embeds"]
+        assert base.stack.virtual is not None
+        torch.testing.assert_close(base.stack.virtual.embedded, embeddings(stack), rtol=0, atol=0)
+        ids = torch.tensor([[*virtual_ids(TOKENS), 5, 6]] * CLIENTS)
+        given = base.inputs(ids, find_virtual(ids))["inputs_embeds"]
     assert given.dtype == torch.bfloat16
     assert torch.equal(given[:, :TOKENS], embeddings(stack).bfloat16())
     assert torch.equal(given[:, TOKENS:], base.model.get_input_embeddings()(ids[:, TOKENS:]))
@@ -173,19 +173,19 @@ def test_the_stack_is_empty_after_a_pass_and_after_a_failed_one() -> None:
     base, stack = make("llama-tied")
     batch = collate(texts(), pad_id=base.pad_id)
     losses(base, stack, batch)
-    assert base.stack.prompts is None
+    assert base.stack.virtual is None
     with pytest.raises(RuntimeError), base.stack.filled(stack, dtype=base.dtype, device=base.device):
         raise RuntimeError
-    assert base.stack.prompts is None
+    assert base.stack.virtual is None
 
 
-def test_virtual_tokens_stand_before_examples_and_not_before_blanks() -> None:
+def test_virtual_tokens_come_before_examples_but_not_before_padding() -> None:
     batch = collate([texts()[0][:1], []], pad_id=0)
-    longer = lead(batch, 3)
+    longer = prepend_virtual(batch, 3)
     assert longer.ids[0, 0, :3].tolist() == [-1, -2, -3]
     assert longer.lengths.tolist() == [[batch.lengths[0, 0] + 3], [0]]
     assert torch.equal(longer.labels[0, 0, 3:], batch.labels[0, 0])
-    assert lead(batch, 0) is batch
+    assert prepend_virtual(batch, 0) is batch
 
 
 def test_a_base_that_reads_more_than_embeddings_takes_no_virtual_tokens() -> None:
@@ -204,7 +204,7 @@ def test_a_base_that_reads_more_than_embeddings_takes_no_virtual_tokens() -> Non
 
     class Blind(nn.Module):
         def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
-            raise AssertionError("never asked")
+            raise AssertionError("never called")
 
     base, _ = make("llama-tied")
     embedding = base.model.get_input_embeddings()

@@ -11,9 +11,10 @@ from torch import Tensor
 from fedmira.adapters import Adapters
 from fedmira.data.batches import Batch, Encoded, collate
 from fedmira.model.base.load import Base
-from fedmira.model.packed.attention import packed_attention
+from fedmira.model.packed.attention import PackedAttention
 from fedmira.model.packed.packing import pack
 from fedmira.model.passes import gradients
+from fedmira.model.seam import attending
 
 RANKS = (1, 4, 2)  # mixed, in one stack of rank 4; alpha = 6 is none of them
 EXAMPLES = (2, 1, 3)  # per client
@@ -83,7 +84,7 @@ def stacked_logits(base: Base, stack: Adapters, batch: Batch) -> Tensor:
     own = stack.take(plan.order)
     with (
         base.stack.filled(own, dtype=base.dtype, device=base.device, segments=plan.segments),
-        packed_attention(base.model, plan.attention),
+        attending(base.model, PackedAttention(plan.attention)),
         torch.no_grad(),
     ):
         hidden = base.decoder(input_ids=plan.ids, position_ids=plan.positions, use_cache=False).last_hidden_state[0]

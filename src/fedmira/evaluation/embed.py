@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from fedmira.data.batches import ClientData, Encoded, asking, collate
 from fedmira.evaluation.measure import PASS_TOKENS
 from fedmira.model.base.load import Base
-from fedmira.model.passes import plan_pass, states_of
+from fedmira.model.passes import plan_pass, running
 
 PROMPTS = 16  # per client, spread over its training examples
 
@@ -32,8 +31,8 @@ def embed_prompts(base: Base, clients: Sequence[ClientData]) -> np.ndarray:
             stop += 1
         in_pass = waiting[start:stop]
         plan = plan_pass(base, collate([[prompt] for _, prompt in in_pass], pad_id=base.pad_id))
-        with torch.no_grad():
-            states = states_of(base, plan).double().cpu().numpy()
+        with running(base, plan, None) as hidden:
+            states = hidden.double().cpu().numpy()
         for index, state in zip(plan.owner.tolist(), states, strict=True):
             sums[in_pass[index][0]] += state
         start = stop

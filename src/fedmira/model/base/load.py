@@ -1,7 +1,7 @@
-"""Load a frozen base model from a local folder or a hub name, and refuse at the door what cannot work.
+"""Load a frozen base model from a local folder or a hub name, and refuse early what cannot work.
 
-Only safetensors weights, never code from the model's repository (source.py). A base is accepted when measurements on
-random tokens say that it is a causal decoder whose logits our head gives (trial.py).
+Only safetensors weights, never code from the model's repository (source.py). A base is accepted when trials on
+random tokens show that it is a causal decoder whose logits our head gives (trial.py).
 """
 
 import logging
@@ -30,12 +30,12 @@ from fedmira.model.base.source import (
     positions,
     refuse,
 )
-from fedmira.model.base.trial import check_decoder, check_prompts, list_unfit, packs
+from fedmira.model.base.trial import check_decoder, check_prompts, list_unfit, try_packing
 from fedmira.model.packed.fused import fuse
 from fedmira.model.packed.lora import Stack, find_targets, install
 from fedmira.model.packed.loss import Head
 from fedmira.model.packed.tail import Tail, find_tail
-from fedmira.model.packed.virtual import Places
+from fedmira.model.packed.virtual import VirtualIndex
 
 __all__ = ["Base", "choose_device", "choose_dtype", "count_positions", "fingerprint", "load_base", "load_tokenizer"]
 __all__ += ["quiet", "wrap"]
@@ -58,16 +58,16 @@ class Base:
     device: torch.device
     max_positions: int | None
     transposed: bool  # adapted weights are [in, out] (Conv1D)
-    packs: bool  # passes may lay examples end to end; else they are padded
+    packs: bool  # passes lay examples end to end; else they are padded
     stack: Stack = field(default_factory=Stack)
-    reach: int | None = None  # longest text whose attention is plainly causal (windows, chunks); None: any
-    tail: Tail | None = None  # what follows the last attention, where it can be cut to the labels
+    reach: int | None = None  # longest text whose attention is plainly causal (windows, chunks); None: of any length
+    tail: Tail | None = None  # what follows the last attention, where it can be cut to the labelled tokens
 
     @property
     def pad_id(self) -> int:
-        """Any id will do: padding stands right of every label in training and is masked in generation."""
+        """Any id works: padding is right of every label in training and masked in generation."""
         pad = self.tokenizer.pad_token_id
-        known = pad is not None and pad < len(self.head.weight)  # some tokenizers add one that their base never saw
+        known = pad is not None and pad < len(self.head.weight)  # some tokenizers add one that their base does not have
         return int(pad if known else self.tokenizer.eos_token_id)
 
     @property
@@ -75,13 +75,13 @@ class Base:
         """Width d of the token embeddings."""
         return int(self.model.get_input_embeddings().weight.shape[1])
 
-    def inputs(self, ids: Tensor, virtual: Places | None) -> dict[str, Tensor]:
-        """What the decoder is handed: ids, or embeddings where the stack's clients have virtual tokens among them."""
+    def inputs(self, ids: Tensor, virtual: VirtualIndex | None) -> dict[str, Tensor]:
+        """Return the decoder's inputs: ids, or embeddings where the stack's clients have virtual tokens among them."""
         if virtual is None:
             return {"input_ids": ids}
-        assert self.stack.prompts is not None, "virtual tokens of nobody"
+        assert self.stack.virtual is not None, "virtual tokens without a prompt encoder"
         plain = self.model.get_input_embeddings()(ids.clamp(min=0))
-        return {"inputs_embeds": self.stack.prompts.put(plain, virtual, self.stack.owners(ids.numel()))}
+        return {"inputs_embeds": self.stack.virtual.put(plain, virtual, self.stack.owners(ids.numel()))}
 
 
 def load_base(
@@ -101,8 +101,8 @@ def load_base(
     Raises ModelError: not found, not a causal decoder, weights that are pickles, do not fit the config or the device.
     """
     tokenizer = load_tokenizer(name, revision=revision) if tokenizer is None else tokenizer
-    where = choose_device(device)
-    kind = choose_dtype(dtype, where)
+    on = choose_device(device)
+    kind = choose_dtype(dtype, on)
     keep_freed_memory()
     folder = find_folder(name, revision=revision, weights=True)
     config = load_config(name, folder)
@@ -119,13 +119,13 @@ def load_base(
             )
     except Exception as error:  # a damaged file, or a config that no model can be built from
         raise refuse(name, f"weights cannot be loaded: {type(error).__name__}: {first_line(error)}") from None
-    wrong = sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]])
-    if wrong:
-        raise refuse(name, f"weights do not fit its config.json: {len(wrong)} such as {wrong[0]}")
+    unfit = sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]])
+    if unfit:
+        raise refuse(name, f"weights do not fit its config.json: {len(unfit)} such as {unfit[0]}")
     try:
-        model = model.to(where)
+        model = model.to(on)
     except torch.OutOfMemoryError as error:
-        raise refuse(name, f"does not fit on {where} in {kind}: {first_line(error)}") from None
+        raise refuse(name, f"does not fit on {on} in {kind}: {first_line(error)}") from None
     return wrap(model, tokenizer, name=name, targets=targets, fingerprint=digest(folder))
 
 
@@ -137,10 +137,10 @@ def wrap(
     targets: Sequence[str] | str,
     fingerprint: str,
 ) -> Base:
-    """Freeze a loaded model and install stacked layers in it (load_base after loading; tests on random weights)."""
+    """Freeze a loaded model and install stacked layers in it, as load_base does; tests do so with random weights."""
     model.eval().requires_grad_(False)
     config = model.config
-    # A checkpoint's own sampling settings (penalties, ...) would creep into greedy decoding; only its stops are kept.
+    # A checkpoint's sampling settings (penalties, ...) would change greedy decoding; only its ends of text stay.
     stops = getattr(model.generation_config, "eos_token_id", None)
     stops = [stops] if isinstance(stops, int) else list(stops or [])
     model.generation_config = GenerationConfig(eos_token_id=sorted({tokenizer.eos_token_id, *stops}))
@@ -165,7 +165,7 @@ def wrap(
             names = _leave_out(names, unfit, targets, name=name)
         stack = Stack()
         shapes = install(model, names, stack)
-        reaches = packs(model, decoder)
+        reaches = try_packing(model, decoder)
         tail = find_tail(model, decoder, stack) if reaches is not None else None
     return Base(
         name=name,
@@ -199,12 +199,12 @@ def _choose_targets(model: transformers.PreTrainedModel, targets: Sequence[str] 
     """Return the layers to adapt; "auto" is PEFT's list for the architecture where it fits, else all linear layers."""
     if targets != "auto":
         return find_targets(model, targets, head=head)
-    usual = PEFT_TARGETS.get(model.config.model_type)
-    if not isinstance(usual, list):  # some are patterns for models with more than a text decoder
+    peft_targets = PEFT_TARGETS.get(model.config.model_type)
+    if not isinstance(peft_targets, list):  # some are patterns for models with more than a text decoder
         return find_targets(model, "all-linear", head=head)
     try:
-        return find_targets(model, usual, head=head)
-    except ModelError:  # PEFT's list was made for another version of the architecture
+        return find_targets(model, peft_targets, head=head)
+    except ModelError:  # PEFT's list is for another version of the architecture
         return find_targets(model, "all-linear", head=head)
 
 
@@ -234,21 +234,21 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def _leave_out(names: list[str], unfit: dict[str, str], targets: Sequence[str] | str, *, name: str) -> list[str]:
     """Return the layers that can carry an adapter. Raises ModelError if the user named others, or none is left."""
-    left = [layer for layer in names if layer not in unfit]
+    fit = [layer for layer in names if layer not in unfit]
     layer, why = next(iter(unfit.items()))
-    if targets not in ("auto", "all-linear") or not left:
+    if targets not in ("auto", "all-linear") or not fit:
         raise refuse(
             name,
             f"lora.target_modules: '{layer}' {why}, so it cannot carry an adapter per client; name other layers, or "
             "all-linear for every layer that can",
         )
     log.warning("%s: %d of %d linear layers get no adapter: '%s' %s", name, len(unfit), len(names), layer, why)
-    return left
+    return fit
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' own advice (padding, masks) inside a pass that knows what it does."""
+    """Silence transformers' advice (padding, masks), which does not apply to our passes."""
     level = transformers.utils.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.set_verbosity(logging.ERROR)

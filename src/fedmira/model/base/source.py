@@ -1,7 +1,7 @@
-"""Where a base comes from: a local folder, or a hub name that becomes one; what cannot be used is refused unread.
+"""Where a base comes from: a local folder, or a hub name that becomes one. Unusable ones are refused unread.
 
 A base is safetensors, JSON and tokenizer files. Pickles are never opened and code of a repository is never run, so a
-folder that holds pickles, or a config that only such code could read, is turned away here, before weights are loaded.
+folder that holds pickles, or a config that only such code could read, is refused here, before weights are loaded.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]
 _WEIGHTS = ["model*.safetensors"]
-_NOT_FETCHED = ["*/*", "*.fp16*"]  # copies in other formats lie in folders and under other names
+_NOT_FETCHED = ["*/*", "*.fp16*"]  # copies in other formats are in folders and under other names
 _CAUSAL = "FedMira needs a causal decoder (GPT-2, Llama, Qwen, Mistral, Gemma, Phi, ...)"
 
 
 def find_folder(name: str, *, revision: str | None = None, weights: bool = False) -> Path:
-    """Return the folder with a base's files; a hub name is fetched into the hub's cache, or found there.
+    """Return the folder with a base's files; a hub name is fetched into the hub's cache.
 
     revision: branch, tag or commit of a hub name, None for its main branch; weights: fetch safetensors too.
     Raises ModelError: not found, not reachable, no config, no safetensors, pickles, an adapter instead of a base.
@@ -58,20 +58,20 @@ def find_folder(name: str, *, revision: str | None = None, weights: bool = False
 
 
 def load_config(name: str, folder: Path) -> transformers.PretrainedConfig:
-    """Read a base's config. Raises ModelError with the reason if it is no causal decoder, or none that can be used."""
+    """Read a base's config. Raises ModelError with the reason if it is not a causal decoder that can be used."""
     facts = _read_json(name, folder / "config.json")
     kind = _check_facts(name, facts)
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         whole = config.get_text_config() is config
-    except Exception as error:  # whatever a config makes transformers raise is that config's fault
+    except Exception as error:  # any error of transformers here is the config's fault
         raise refuse(name, f"config.json cannot be used: {first_line(error)}") from None
     if config.is_encoder_decoder:
-        raise refuse(name, f"a {kind} model is no causal decoder; {_CAUSAL}")
+        raise refuse(name, f"a {kind} model is not a causal decoder; {_CAUSAL}")
     if not whole:
         parts = ", ".join(sorted(config.sub_configs))
         raise refuse(name, f"a {kind} model is more than a text decoder (its config holds {parts}); {_CAUSAL}")
-    # A config may ask for attention kernels from a hub, which are code too; None lets transformers choose its own.
+    # A config may ask for attention kernels from a hub, which are code too; None lets transformers choose.
     config._attn_implementation = None
     return config
 
@@ -88,19 +88,19 @@ def _check_facts(name: str, facts: Mapping[str, Any]) -> str:
             f"{nearest(str(kind), list(CONFIG_MAPPING_NAMES))}",
         )
     if facts.get("quantization_config") or facts.get("compression_config"):
-        found = facts.get("quantization_config")
-        method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+        settings = facts.get("quantization_config")
+        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
         raise refuse(
             name,
             f"its weights are quantised (method: {method}); FedMira trains on plain float weights, so use the model "
-            "that this one was made from",
+            "that this one is based on",
         )
     if facts.get("transformers_weights"):
         raise refuse(name, "config.json names other weights (transformers_weights); expected model.safetensors")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise refuse(name, f"a {kind} model is no causal decoder; {_CAUSAL}")
+        raise refuse(name, f"a {kind} model is not a causal decoder; {_CAUSAL}")
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not facts.get("is_encoder_decoder"):
-        raise refuse(name, f"a {kind} model is an encoder and no causal decoder; {_CAUSAL}")
+        raise refuse(name, f"a {kind} model is an encoder, not a causal decoder; {_CAUSAL}")
     return kind
 
 
@@ -112,7 +112,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> transformers.Pr
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise refuse(name, f"no usable tokenizer: {first_line(error)}") from None
-    # Without its files transformers makes an empty tokenizer for some kinds, and texts would have no tokens.
+    # Without its files transformers returns an empty tokenizer for some kinds, and texts would have no tokens.
     if not set(tokenizer.get_vocab().values()) - {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
         raise refuse(name, "no usable tokenizer: it has no words; is tokenizer.json missing?")
     if tokenizer.eos_token_id is None:
@@ -121,18 +121,18 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> transformers.Pr
 
 
 def count_positions(name: str, *, revision: str | None = None) -> int | None:
-    """Return how many positions a base has, by its config alone; None where there is no limit.
+    """Return the number of positions of a base, by its config alone; None where there is no limit.
 
-    Raises ModelError like load_base, long before weights are read.
+    Raises ModelError like load_base, before weights are read.
     """
     return positions(load_config(name, find_folder(name, revision=revision)))
 
 
 def positions(config: transformers.PretrainedConfig) -> int | None:
-    """Return how many positions a base has whose frequencies do not depend on the texts that share a pass.
+    """Return the number of positions whose frequencies do not depend on the texts that share a pass; None: no limit.
 
-    "longrope" (Phi-3 with 128k) has two sets of frequencies and takes the second for a whole pass as soon as one text
-    in it is longer than the first was made for: a client's losses would depend on who else is in the pass.
+    "longrope" (Phi-3 with 128k) has two sets of frequencies and uses the second for a whole pass as soon as one text
+    in it is longer than the limit of the first: a client's losses would depend on who else is in the pass.
     """
     limits = [getattr(config, "max_position_embeddings", None)]
     ropes = getattr(config, "rope_parameters", None) or {}
@@ -143,7 +143,7 @@ def positions(config: transformers.PretrainedConfig) -> int | None:
 
 
 def fingerprint(name: str, *, revision: str | None = None) -> str:
-    """sha256 over config.json, tokenizer files and weights, so that two sites can tell they hold one base."""
+    """sha256 over config.json, tokenizer files and weights, by which two sites know that they have the same base."""
     return digest(find_folder(name, revision=revision, weights=True))
 
 
@@ -165,24 +165,24 @@ def refuse(name: str, why: str) -> ModelError:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, with the second where that says what is wrong; or the error's kind."""
+    """Return the first line of an error's text, with the second where the first ends in a colon; or its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def list_pickles(folder: Path) -> list[str]:
-    """Return the names of the files of a folder that are pickles by their ending."""
+    """Return the names of a folder's files that are pickles by their ending."""
     return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES and not path.is_dir())
 
 
 def join_some(names: Sequence[str]) -> str:
-    """Return up to five names in a row, and how many more there are."""
+    """Return up to five names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _check_files(name: str, folder: Path, *, local: bool, weights: bool) -> None:
-    """local: the user's own folder, and not one of the hub's cache; there other programs may have put pickles, which
-    stay unread, and weights are there once they were asked for."""
+    """local: the user's folder, not one of the hub's cache. There other programs may have put pickles, which stay
+    unread, and weights are there once they were needed."""
     pickles = list_pickles(folder) if local or weights else []
     files = {path.name for path in folder.glob("*.safetensors")}
     if pickles and not files:
@@ -202,17 +202,19 @@ def _check_files(name: str, folder: Path, *, local: bool, weights: bool) -> None
     if not (folder / "config.json").is_file():
         raise refuse(name, "no config.json in this folder; expected a transformers model")
     if weights and not files:
-        raise refuse(name, "has no safetensors (model.safetensors, or an index and its parts); FedMira reads no others")
+        raise refuse(
+            name, "has no safetensors (model.safetensors, or an index and its parts); FedMira reads no other format"
+        )
     index = folder / "model.safetensors.index.json"
     if index.is_file() and (local or weights):
         shards = _read_json(name, index).get("weight_map")
-        strange = [shard for shard in shards.values() if shard not in files] if isinstance(shards, dict) else [shards]
-        if strange:
-            raise refuse(name, f"{index.name} points to {strange[0]!r}, which is no safetensors file of this folder")
+        unknown = [shard for shard in shards.values() if shard not in files] if isinstance(shards, dict) else [shards]
+        if unknown:
+            raise refuse(name, f"{index.name} points to {unknown[0]!r}, not a safetensors file of this folder")
 
 
 def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """Return the folder of a hub name in the hub's cache, filled as far as `patterns` ask: one revision, no code."""
+    """Return the folder of a hub name in the cache, with the files that `patterns` name: one revision, no code."""
     where = f"no such folder here ({Path.cwd()}), and the Hugging Face hub"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED))
@@ -223,9 +225,9 @@ def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
     except RepositoryNotFoundError:
         raise refuse(name, f"{where} has no such model, or a private one (set HF_TOKEN)") from None
     except LocalEntryNotFoundError as error:
-        asked = "" if revision is None else f" at revision '{revision}'"
+        at = "" if revision is None else f" at revision '{revision}'"
         if constants.HF_HUB_OFFLINE:
-            why = f"may not be asked (HF_HUB_OFFLINE is set); the local cache has it not, or not whole{asked}"
+            why = f"may not be used (HF_HUB_OFFLINE is set); the local cache does not have all of it{at}"
         else:
             cause = first_line(error.__cause__ or error)
             why = f"cannot be reached ({cause}); with HF_HUB_OFFLINE=1 only the local cache is searched"

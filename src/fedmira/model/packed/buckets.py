@@ -1,46 +1,46 @@
-"""Attention on accelerators: examples gathered by length into buckets [examples, T] and handed to fused attention."""
+"""Attention on accelerators: examples gathered by length into buckets [examples, T], each one fused attention call."""
 
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from fedmira.model.packed.spans import Rule
+from fedmira.model.seam import Rule
 
 BUCKET_FILL = 0.75  # a bucket takes examples with at least this share of its longest one's tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Buckets:
-    """How attention finds its examples. All buckets together have R rows, padding included.
+    """How attention finds its examples. All buckets together have R cells, padding included.
 
-    shapes: (examples, T) each; index [R]: the token of each row (0 where blank); back [N]: each token's row; blanks:
-    rows without token; trivial: one bucket in sequence order, nothing to gather.
+    shapes: (examples, T) each; index [R]: the token of each cell (0 for padding); back [N]: each token's cell; padding:
+    the cells without a token; trivial: one bucket in sequence order, nothing to gather.
     """
 
     shapes: tuple[tuple[int, int], ...]
     index: Tensor
     back: Tensor
-    blanks: Tensor
+    padding: Tensor
     trivial: bool
-    masks: dict[tuple[Rule, int], Tensor] = field(default_factory=dict)
+    mask_memo: dict[tuple[Rule, int], Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Buckets":
         if device.type == "cpu":
             return self
-        index, back, blanks = (part.to(device) for part in (self.index, self.back, self.blanks))
-        return replace(self, index=index, back=back, blanks=blanks, masks={})
+        index, back, padding = (tensor.to(device) for tensor in (self.index, self.back, self.padding))
+        return replace(self, index=index, back=back, padding=padding, mask_memo={})
 
     def mask(self, rule: Rule, bucket: int) -> Tensor | None:
         """Return the mask [T, T] of a bucket's examples, None where it is plainly causal."""
         length = self.shapes[bucket][1]
         if rule.reach is None or length <= rule.reach:
             return None
-        if (rule, bucket) not in self.masks:
+        if (rule, bucket) not in self.mask_memo:
             first = sum(examples * size for examples, size in self.shapes[:bucket])
-            places = self.index[first : first + length]  # a bucket's first example is its longest: no row is blank
-            self.masks[rule, bucket] = rule.mask(places)
-        return self.masks[rule, bucket]
+            index = self.index[first : first + length]  # a bucket's first example is its longest, without padding
+            self.mask_memo[rule, bucket] = rule.mask(index, index)
+        return self.mask_memo[rule, bucket]
 
 
 def make_buckets(sizes: Tensor, starts: Tensor) -> Buckets:
@@ -48,7 +48,7 @@ def make_buckets(sizes: Tensor, starts: Tensor) -> Buckets:
     order = torch.argsort(sizes, descending=True, stable=True).tolist()
     lengths = sizes.tolist()
     shapes: list[tuple[int, int]] = []
-    index: list[Tensor] = []
+    indices: list[Tensor] = []
     real: list[Tensor] = []
     first = 0
     while first < len(order):
@@ -59,15 +59,15 @@ def make_buckets(sizes: Tensor, starts: Tensor) -> Buckets:
         chosen = torch.tensor(order[first:stop])
         steps = torch.arange(longest)
         inside = steps[None, :] < sizes[chosen][:, None]
-        index.append(((starts[chosen][:, None] + steps) * inside).flatten())
+        indices.append(((starts[chosen][:, None] + steps) * inside).flatten())
         real.append(inside.flatten())
         shapes.append((stop - first, longest))
         first = stop
-    rows, is_real = torch.cat(index), torch.cat(real)
+    index, is_real = torch.cat(indices), torch.cat(real)
     back = torch.empty(int(sizes.sum()), dtype=torch.int64)
-    back[rows[is_real]] = torch.nonzero(is_real).squeeze(1)
-    trivial = len(shapes) == 1 and torch.equal(rows, torch.arange(len(back)))
-    return Buckets(tuple(shapes), rows, back, torch.nonzero(~is_real).squeeze(1), trivial)
+    back[index[is_real]] = torch.nonzero(is_real).squeeze(1)
+    trivial = len(shapes) == 1 and torch.equal(index, torch.arange(len(back)))
+    return Buckets(tuple(shapes), index, back, torch.nonzero(~is_real).squeeze(1), trivial)
 
 
 def attend_in_buckets(
@@ -75,33 +75,33 @@ def attend_in_buckets(
 ) -> Tensor:
     """Gather, attend in every bucket, put back. Shapes as in attend_in_spans."""
     tokens, heads, width = query.shape[2], query.shape[1], value.shape[-1]
-    rows = [states[0].transpose(0, 1).reshape(tokens, -1) for states in (query, key, value)]
+    cells = [states[0].transpose(0, 1).reshape(tokens, -1) for states in (query, key, value)]
     if not plan.trivial:
-        rows = [_Gather.apply(states, plan.index, plan.back, None) for states in rows]  # type: ignore[no-untyped-call]
+        cells = [_Gather.apply(states, plan.index, plan.back, None) for states in cells]  # type: ignore[no-untyped-call]
     sizes = [examples * length for examples, length in plan.shapes]
-    answers = []
-    for number, parts in enumerate(zip(*(torch.split(states, sizes) for states in rows), strict=True)):
-        split = [
-            part.view(*plan.shapes[number], states.shape[1], -1).transpose(1, 2)
-            for part, states in zip(parts, (query, key, value), strict=True)
+    results = []
+    for bucket, bucket_cells in enumerate(zip(*(torch.split(states, sizes) for states in cells), strict=True)):
+        by_head = [
+            states.view(*plan.shapes[bucket], like.shape[1], -1).transpose(1, 2)
+            for states, like in zip(bucket_cells, (query, key, value), strict=True)
         ]
-        answers.append(_bucket(*split, scale=scale, mask=plan.mask(rule, number), softcap=softcap))
-    joined = answers[0] if len(answers) == 1 else torch.cat(answers)
+        results.append(_attend(*by_head, scale=scale, mask=plan.mask(rule, bucket), softcap=softcap))
+    joined = results[0] if len(results) == 1 else torch.cat(results)
     if not plan.trivial:
-        joined = _Gather.apply(joined, plan.back, plan.index, plan.blanks)  # type: ignore[no-untyped-call]
+        joined = _Gather.apply(joined, plan.back, plan.index, plan.padding)  # type: ignore[no-untyped-call]
     return joined.view(1, tokens, heads, width)
 
 
-def _bucket(
+def _attend(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None, softcap: float | None
 ) -> Tensor:
-    """Attention of one bucket, query [E, H, T, D], mask [T, T] or None for causal; returns rows [E * T, H * D]."""
+    """Attention of one bucket, query [E, H, T, D], mask [T, T] or None for causal; returns cells [E * T, H * D]."""
     length = query.shape[2]
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if softcap is None:
-        answer = nn.functional.scaled_dot_product_attention(
+        states = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
         )
     else:
@@ -109,24 +109,24 @@ def _bucket(
         scores = softcap * torch.tanh(query @ key.mT * scale / softcap)
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        answer = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
-    return answer.transpose(1, 2).reshape(query.shape[0] * length, -1)
+        states = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
+    return states.transpose(1, 2).reshape(query.shape[0] * length, -1)
 
 
 class _Gather(torch.autograd.Function):
-    """Rows x[index]; because every row that matters is taken once, its gradient is a gather too and not a scatter.
+    """x[index] of x [n, d]; because every row that matters is taken once, its gradient is a gather and not a scatter.
 
-    back: for each row of x, where it went; blanks: rows of x that nothing was taken from, whose gradient is 0.
+    back: for each row of x, where it went; padding: rows of x that were not taken, whose gradient is 0.
     """
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, index: Tensor, back: Tensor, blanks: Tensor | None) -> Tensor:
-        ctx.back, ctx.blanks = back, blanks  # type: ignore[attr-defined]
+    def forward(ctx: object, x: Tensor, index: Tensor, back: Tensor, padding: Tensor | None) -> Tensor:
+        ctx.back, ctx.padding = back, padding  # type: ignore[attr-defined]
         return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gradient = grads[0].index_select(0, ctx.back)  # type: ignore[attr-defined]
-        if ctx.blanks is not None:  # type: ignore[attr-defined]
-            gradient.index_fill_(0, ctx.blanks, 0)  # type: ignore[attr-defined]
+        if ctx.padding is not None:  # type: ignore[attr-defined]
+            gradient.index_fill_(0, ctx.padding, 0)  # type: ignore[attr-defined]
         return gradient, None, None, None

@@ -1,11 +1,11 @@
-"""Layers of a base whose gradient takes fewer passes over memory than the code that transformers composes of parts.
+"""Layers of a base with a gradient that reads memory less often than the code that transformers composes.
 
     RMSNorm            y = x r w,  r = (mean(x^2) + eps)^(-1/2)
                        dx = r (w dy - x r^2 mean(w dy x))             w, eps frozen; Gemma's own has 1 + w for w
     GELU by tanh       torch's kernel for 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), forward and backward
 
-What a norm computes forward stays the model's own code. A layer is only replaced where a trial gives the gradient that
-automatic differentiation gives, so a class that means something else by its name keeps its own.
+Forward, a norm stays the model's own code. A layer is only replaced where a trial gives the gradient that automatic
+differentiation gives, so a class with another meaning of the name keeps its own.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def fuse(decoder: nn.Module) -> int:
-    """Give every layer of a frozen decoder that can be fused a new forward; return how many. Names and weights stay."""
+    """Give all layers of a decoder that can be fused a new forward; return their count. Names and weights stay."""
     count = 0
     for module in decoder.modules():
         forward = _fused(module)
@@ -40,9 +40,9 @@ def _fused(module: nn.Module) -> Forward | None:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A model's RMSNorm with its gradient by hand. own: its forward; offset: added to its weight."""
+    """A model's RMSNorm with a gradient written by hand. model_forward: the model's; offset: added to its weight."""
 
-    own: Forward
+    model_forward: Forward
     weight: Tensor
     eps: float
     offset: float
@@ -51,7 +51,7 @@ class Norm:
         if x.requires_grad and torch.is_grad_enabled():
             y: Tensor = _Norm.apply(x, self)  # type: ignore[no-untyped-call]
             return y
-        return self.own(x)
+        return self.model_forward(x)
 
 
 class _Norm(torch.autograd.Function):
@@ -59,7 +59,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: object, x: Tensor, norm: Norm) -> Tensor:
         ctx.save_for_backward(x)  # type: ignore[attr-defined]
         ctx.norm = norm  # type: ignore[attr-defined]
-        return norm.own(x)
+        return norm.model_forward(x)
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -77,7 +77,10 @@ class _Norm(torch.autograd.Function):
 
 
 def _fit(module: nn.Module) -> Norm | None:
-    """Return the fused form of a norm, None where no trial agrees."""
+    """Return the fused form of a norm, None where no trial agrees.
+
+    Judged by the norms of gradients, whose size follows the weight; `agree` has a scale of at least 1.
+    """
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
@@ -86,23 +89,23 @@ def _fit(module: nn.Module) -> Norm | None:
     x, push = (
         torch.randn(3, len(weight), generator=stream).to(dtype=weight.dtype, device=weight.device) for _ in range(2)
     )
-    wanted = _gradient(module.forward, x, push)
-    if wanted is None:
+    expected = _gradient(module.forward, x, push)
+    if expected is None:
         return None
     tolerance = 2e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
     for offset in (0.0, 1.0):
         norm = Norm(module.forward, weight, eps, offset)
-        found = _gradient(norm, x, push)
-        if found is not None and float((found - wanted).norm()) <= tolerance * float(wanted.norm()):
+        gradient = _gradient(norm, x, push)
+        if gradient is not None and float((gradient - expected).norm()) <= tolerance * float(expected.norm()):
             return norm
     return None
 
 
 def _gradient(forward: Forward, x: Tensor, push: Tensor) -> Tensor | None:
-    """Return d(push . forward(x)) / dx; None for a layer that wants more than its input, or gives more than one."""
+    """Return d(push . forward(x)) / dx; None for a layer with several inputs or results."""
     try:
         with torch.enable_grad():
-            given = x.clone().requires_grad_()
-            return torch.autograd.grad(forward(given), given, push)[0]
+            leaf = x.clone().requires_grad_()
+            return torch.autograd.grad(forward(leaf), leaf, push)[0]
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return None

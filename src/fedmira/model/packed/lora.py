@@ -2,7 +2,7 @@
 
     y_k = W x_k + b + s_k B_k (A_k x_k)          for every client k of the stack, s_k = alpha / r_k
 
-Clients lie one after another in the pass; a segment of clients with equally many tokens is seen as [clients, tokens,
+Clients come one after another in the pass; a segment of clients with equally many tokens is viewed as [clients, tokens,
 in] and the low-rank part is a `bmm` over the leading client axis. Gradients of A and B are written straight into
 gradient rows [S, P]; the rows themselves never enter the autograd graph, because each slice of a row would zero-fill a
 whole [S, P] on the way back.
@@ -23,8 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedmira.adapters import Adapters, Leaf
 from fedmira.errors import ModelError, nearest
+from fedmira.model.agreement import agree
 from fedmira.model.packed.packing import Segment
-from fedmira.model.packed.virtual import Prompts, make_prompts
+from fedmira.model.packed.virtual import VirtualTokens, make_virtual_tokens
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,21 @@ class Dropout:
     def mask(self, slot: int, segment: Segment, like: Tensor) -> Tensor:
         """Return multipliers [clients, tokens, in] of a segment: 0 with probability p, else 1 / (1 - p).
 
-        Drawn for a client's real tokens in their order, whatever shares the pass with it.
+        Drawn for a client's real tokens in their order, so other clients of the pass do not matter.
         """
         width = like.shape[-1]
         keep = torch.ones(segment.stop - segment.first, segment.tokens, width, dtype=like.dtype)
-        for place, real in enumerate(segment.real):
+        for client, real in enumerate(segment.real, start=segment.first):
             count = real.stop if isinstance(real, slice) else len(real)
-            seed = self.seeds[segment.first + place]
-            stream = torch.Generator().manual_seed((seed * 1_000_003 + slot) % 2**63)
+            stream = torch.Generator().manual_seed((self.seeds[client] * 1_000_003 + slot) % 2**63)
             drawn = torch.rand(count, width, generator=stream) >= self.rate
-            keep[place, real] = drawn.to(like.dtype) / (1 - self.rate)
+            keep[client - segment.first, real] = drawn.to(like.dtype) / (1 - self.rate)
         return keep.to(like.device)
 
 
 @dataclass
 class Pair:
-    """One adapter of one module for all clients: a [S, r, in], b [S, out, r], scale [S, 1, 1] and gradient views."""
+    """The factors of one module for all clients: a [S, r, in], b [S, out, r], scale [S, 1, 1] and gradient views."""
 
     a: Tensor
     b: Tensor
@@ -63,17 +63,17 @@ class Pair:
 
     def of(self, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
         """Return A, B and scale of a segment's clients."""
-        chosen = slice(segment.first, segment.stop)
-        return self.a[chosen], self.b[chosen], self.scale[chosen]
+        clients = slice(segment.first, segment.stop)
+        return self.a[clients], self.b[clients], self.scale[clients]
 
     def clear_unwritten(self) -> None:
-        """A module that took no part in the pass has no gradient: nothing of an earlier pass may stay in its place."""
+        """Set the gradient of a module that took no part in the pass to 0: it may be that of an earlier pass."""
         if self.grad_a is not None and self.grad_b is not None and not self.written:
             self.grad_a.zero_()
             self.grad_b.zero_()
 
     def write(self, first: int, stop: int, grad_a: Tensor, grad_b: Tensor) -> None:
-        """Keep the gradients of clients first..stop."""
+        """Write the gradients of clients first..stop."""
         assert self.grad_a is not None
         assert self.grad_b is not None
         if self.written:
@@ -86,10 +86,10 @@ class Pair:
 
 @dataclass
 class Stack:
-    """What the stacked layers of one base read in a pass, and what stands before its texts; empty: the base alone."""
+    """What the stacked layers of one base read in a pass, and its virtual tokens; empty: the base alone."""
 
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
-    prompts: Prompts | None = None
+    virtual: VirtualTokens | None = None
     segments: tuple[Segment, ...] | None = None  # None: the batch is split evenly among the clients
     clients: int = 0
     dropout: Dropout | None = None
@@ -107,23 +107,23 @@ class Stack:
         dropout: Dropout | None = None,
     ) -> Iterator[None]:
         """Point every layer at its leaves for one pass; `gradient` [S, P] receives what backward computes."""
-        held = adapters.with_rows(adapters.rows.to(device))
-        device = held.rows.device
+        local = adapters.with_rows(adapters.rows.to(device))
+        device = local.rows.device
         scale = adapters.scale.to(device=device, dtype=dtype)[..., None, None]  # [S, 1, 1] or [S, modules, 1, 1]
 
         into = None if gradient is None else adapters.with_rows(gradient)
         encoder = next((part for part in adapters.layout.parts if part.kind == "prompt"), None)
-        taught = encoder is not None and into is not None
+        trained = encoder is not None and into is not None
         if encoder is not None:
-            self.prompts = make_prompts(encoder, adapters, dtype=dtype, device=device, differentiable=taught)
+            self.virtual = make_virtual_tokens(encoder, adapters, dtype=dtype, device=device, differentiable=trained)
         for part in adapters.layout.parts:
-            for place, (first, second) in enumerate(part.pairs()):
-                own = scale if scale.ndim == 3 else scale[:, place]
-                pair = Pair(_factor(held, first, dtype), _factor(held, second, dtype), own)
+            for number, (first, second) in enumerate(part.pairs()):
+                pair_scale = scale if scale.ndim == 3 else scale[:, number]
+                pair = Pair(_factor(local, first, dtype), _factor(local, second, dtype), pair_scale)
                 if into is not None:
                     pair.grad_a, pair.grad_b = into.leaf(first), into.leaf(second)
                 self.pairs.setdefault(first.module, []).append(pair)
-        del held  # on a device it is a copy of all rows
+        del local  # on a device it is a copy of all rows
         self.segments, self.clients = segments, len(adapters)
         self.dropout = dropout if dropout is not None and dropout.rate > 0 else None
         self.anchor = None if gradient is None else torch.zeros((), requires_grad=True, device=device)
@@ -131,19 +131,16 @@ class Stack:
             yield
             for pair in (pair for pairs in self.pairs.values() for pair in pairs):
                 pair.clear_unwritten()
-            if taught and self.prompts is not None and encoder is not None and into is not None:
-                self.prompts.write(encoder, into)
+            if trained and self.virtual is not None and encoder is not None and into is not None:
+                self.virtual.write(encoder, into)
         finally:
-            self.pairs, self.prompts, self.segments, self.clients = {}, None, None, 0
+            self.pairs, self.virtual, self.segments, self.clients = {}, None, None, 0
             self.dropout = self.anchor = None
 
     def owners(self, tokens: int) -> Tensor:
         """Return the client of each of `tokens` tokens of a pass, on the host."""
-        parts = [
-            torch.arange(segment.first, segment.stop).repeat_interleave(segment.tokens)
-            for segment in self.split(tokens)
-        ]
-        return torch.cat(parts)
+        segments = self.split(tokens)
+        return torch.cat([torch.arange(s.first, s.stop).repeat_interleave(s.tokens) for s in segments])
 
     def split(self, tokens: int) -> tuple[Segment, ...]:
         """Return the segments of a sequence of `tokens` tokens."""
@@ -154,12 +151,12 @@ class Stack:
 
 
 def _factor(adapters: Adapters, leaf: Leaf, dtype: torch.dtype) -> Tensor:
-    """Return a factor of all clients [S, ...] apart from the rows: every product with a part of rows would copy it."""
+    """Return a factor of all clients [S, ...] in separate memory: every product with a view of rows would copy it."""
     return adapters.leaf(leaf).to(dtype).contiguous()
 
 
 class StackedLinear(nn.Module):
-    """A frozen Linear or Conv1D that adds each client's own low-rank update to that client's part of the sequence."""
+    """A frozen Linear or Conv1D that adds each client's low-rank update to that client's tokens."""
 
     def __init__(self, base: nn.Linear | Conv1D, stack: Stack, *, name: str, slot: int) -> None:
         super().__init__()
@@ -177,37 +174,37 @@ class StackedLinear(nn.Module):
         if self.stack.anchor is not None and torch.is_grad_enabled():
             return _StackedLinear.apply(x, self.stack.anchor, self, pairs)  # type: ignore[no-untyped-call]
         y = self.plain(x)
-        into, given = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        for segment in self.stack.split(len(given)):
-            own, seen = segment.view(into), segment.view(given)
+        outputs, inputs = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        for segment in self.stack.split(len(inputs)):
+            outs, ins = segment.view(outputs), segment.view(inputs)
             for pair in pairs:
                 a, b, scale = pair.of(segment)
-                own.baddbmm_(torch.bmm(seen, a.mT) * scale, b.mT)
+                outs.baddbmm_(torch.bmm(ins, a.mT) * scale, b.mT)
         return y
 
 
 class _StackedLinear(torch.autograd.Function):
-    """Forward and backward of one stacked layer; the frozen weight gets no gradient, the factors write theirs away."""
+    """Forward and backward of one stacked layer; the frozen weight gets no gradient, the factors write theirs."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor, anchor: Tensor, layer: StackedLinear, pairs: list[Pair]) -> Tensor:
         y = layer.plain(x)
-        into, given = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        segments = layer.stack.split(len(given))
+        outputs, inputs = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        segments = layer.stack.split(len(inputs))
         dropout = layer.stack.dropout
         keeps: list[Tensor | None] = []
         inner: list[Tensor] = []  # s (A x), per segment and pair
         for segment in segments:
-            own, seen = segment.view(into), segment.view(given)
-            keep = None if dropout is None else dropout.mask(layer.slot, segment, seen)
-            seen = seen if keep is None else seen * keep
+            outs, ins = segment.view(outputs), segment.view(inputs)
+            keep = None if dropout is None else dropout.mask(layer.slot, segment, ins)
+            ins = ins if keep is None else ins * keep
             keeps.append(keep)
             for pair in pairs:
                 a, b, scale = pair.of(segment)
-                z = torch.bmm(seen, a.mT).mul_(scale)
-                own.baddbmm_(z, b.mT)
+                z = torch.bmm(ins, a.mT).mul_(scale)
+                outs.baddbmm_(z, b.mT)
                 inner.append(z)
-        ctx.save_for_backward(given, *inner, *keeps)  # type: ignore[attr-defined]
+        ctx.save_for_backward(inputs, *inner, *keeps)  # type: ignore[attr-defined]
         ctx.layer, ctx.pairs, ctx.segments, ctx.shape = layer, pairs, segments, x.shape  # type: ignore[attr-defined]
         return y
 
@@ -216,21 +213,21 @@ class _StackedLinear(torch.autograd.Function):
         layer: StackedLinear = ctx.layer  # type: ignore[attr-defined]
         pairs: list[Pair] = ctx.pairs  # type: ignore[attr-defined]
         segments: tuple[Segment, ...] = ctx.segments  # type: ignore[attr-defined]
-        given, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
+        inputs, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
         inner, keeps = saved[: -len(segments)], saved[-len(segments) :]
-        dy = grads[0].reshape(len(given), -1)
+        dy = grads[0].reshape(len(inputs), -1)
         dx = None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
             dx = dy @ (layer.weight.t() if layer.transposed else layer.weight)
         for number, (segment, keep) in enumerate(zip(segments, keeps, strict=True)):
-            push, seen = segment.view(dy), segment.view(given)
-            seen = seen if keep is None else seen * keep
-            for place, pair in enumerate(pairs):
+            push, ins = segment.view(dy), segment.view(inputs)
+            ins = ins if keep is None else ins * keep
+            for pair_number, pair in enumerate(pairs):
                 a, b, scale = pair.of(segment)
                 dz = torch.bmm(push, b).mul_(scale)
                 if pair.grad_a is not None:
-                    z = inner[number * len(pairs) + place]
-                    pair.write(segment.first, segment.stop, torch.bmm(dz.mT, seen), torch.bmm(push.mT, z))
+                    z = inner[number * len(pairs) + pair_number]
+                    pair.write(segment.first, segment.stop, torch.bmm(dz.mT, ins), torch.bmm(push.mT, z))
                 if dx is not None:
                     back = segment.view(dx)
                     if keep is None:
@@ -246,8 +243,8 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str, *, head: nn.Mod
     """Return the full names of the modules to adapt, in the model's order.
 
     targets: name endings as in PEFT (`q_proj` matches every `...q_proj`), or "all-linear" (all but the output head,
-    and but those that PEFT keeps no adapter on).
-    Raises ModelError if a name matches nothing, or matches a module that cannot be adapted, or none is named.
+    and those that PEFT keeps no adapter on).
+    Raises ModelError if a name matches nothing, or matches a module that cannot be adapted, or no name is given.
     """
     linear = [name for name, module in _linears(model) if module is not head]
     barred = _barred(model, {_ending(name) for name in linear})
@@ -256,27 +253,27 @@ def find_targets(model: nn.Module, targets: Sequence[str] | str, *, head: nn.Mod
     if targets == "all-linear" and linear:
         return linear
     choice = f"its linear layers end in: {', '.join(endings) or '(it has none)'}"
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    if not wanted or not linear:
+    endings_named = [targets] if isinstance(targets, str) else list(targets)
+    if not endings_named or not linear:
         raise ModelError(f"lora.target_modules: found no layer of {type(model).__name__} to adapt; {choice}")
     chosen: set[str] = set()
-    for target in wanted:
+    for target in endings_named:
         matches = [name for name, _ in model.named_modules() if name == target or name.endswith("." + target)]
         if not matches:
             raise ModelError(
                 f"lora.target_modules: '{target}' names no module of {type(model).__name__}{nearest(target, endings)}; "
                 f"{choice} (or use all-linear)"
             )
-        odd = [name for name in matches if name not in linear]
-        if odd and _ending(odd[0]) in barred:
+        other = [name for name in matches if name not in linear]
+        if other and _ending(other[0]) in barred:
             raise ModelError(
-                f"lora.target_modules: PEFT keeps no adapter on '{odd[0]}' of {type(model).__name__}, so none could be "
-                f"exported; {choice}"
+                f"lora.target_modules: PEFT keeps no adapter on '{other[0]}' of {type(model).__name__}, so none could "
+                f"be exported; {choice}"
             )
-        if odd:
-            kind = type(model.get_submodule(odd[0])).__name__
+        if other:
+            kind = type(model.get_submodule(other[0])).__name__
             raise ModelError(
-                f"lora.target_modules: '{odd[0]}' is a {kind}; adapters go on linear layers below the head"
+                f"lora.target_modules: '{other[0]}' is a {kind}; adapters go on linear layers below the head"
             )
         chosen.update(matches)
     return [name for name in linear if name in chosen]
@@ -295,7 +292,7 @@ def install(model: nn.Module, names: Sequence[str], stack: Stack) -> list[tuple[
     return shapes
 
 
-# In models with Mamba layers PEFT takes these for read by a fused kernel without being called.
+# In models with Mamba layers PEFT assumes that a fused kernel reads these without calling them.
 _MAMBA = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
 _NOT_IN_MAMBA = frozenset({"out_proj", "conv1d"})
 
@@ -303,17 +300,17 @@ _NOT_IN_MAMBA = frozenset({"out_proj", "conv1d"})
 def _barred(model: nn.Module, endings: Iterable[str]) -> frozenset[str]:
     """Return the endings of linear layers on which PEFT keeps no adapter.
 
-    In mixtures of experts it reads `gate_proj` as part of the fused experts even where it names a layer of its own.
+    In mixtures of experts it takes `gate_proj` as part of the fused experts even where it names a separate layer.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     barred = set(_NOT_IN_MAMBA if kind in _MAMBA else ())
     for ending in endings:
-        asked = LoraConfig(target_modules=[ending])
+        lora = LoraConfig(target_modules=[ending])
         try:
-            convert_peft_config_for_transformers(asked, model, None)
+            convert_peft_config_for_transformers(lora, model, None)
         except ValueError:  # only together with the layers it is fused with
             barred.add(ending)
-        if ending not in (asked.target_modules or ()):
+        if ending not in (lora.target_modules or ()):
             barred.add(ending)
     return frozenset(barred)
 
@@ -329,7 +326,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_linear(module: nn.Linear | Conv1D) -> bool:
-    """Some subclasses do W x + b in their own way (Falcon), others do more (routers): those are tried on one input."""
+    """Does it compute W x + b? Subclasses may in another way (Falcon), or do more (routers): these are tried."""
     if type(module).forward in (nn.Linear.forward, Conv1D.forward):
         return True
     weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
@@ -339,4 +336,5 @@ def _is_linear(module: nn.Linear | Conv1D) -> bool:
             y = module(x)
     except (TypeError, ValueError, RuntimeError):
         return False
-    return isinstance(y, Tensor) and torch.allclose(y, functional.linear(x, weight, module.bias), rtol=1e-2, atol=1e-3)
+    with torch.no_grad():
+        return isinstance(y, Tensor) and agree(y, functional.linear(x, weight, module.bias))

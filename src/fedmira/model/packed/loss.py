@@ -1,12 +1,12 @@
-"""Cross-entropy that touches the vocabulary only where there is a label, in chunks, gradient formed on the way.
+"""Cross-entropy at labelled tokens only, in chunks, its gradient computed in the same chunks.
 
 For hidden states h_i [d] at labelled positions, head W [V, d], target y_i and weight w_i:
 
     l_i = logsumexp(W h_i) - (W h_i)[y_i]
     loss = sum_i w_i l_i;   dloss/dh_i = w_i W^T (softmax(W h_i) - e_{y_i})
 
-Targets are given, or drawn from the model itself. Logits are never kept: [chunk, V] lives for one chunk, in float32 for
-the softmax.
+Targets are given, or drawn from the model itself. Logits are never stored: [chunk, V] is in memory for one chunk, in
+float32 for the softmax.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20  # float32 logits held at once
+CHUNK_BYTES = 64 * 2**20  # float32 logits in memory at once
 
 
 @dataclass(frozen=True)
 class Head:
     """The output projection and what some architectures do to its logits.
 
-    logits = cap * tanh(m / cap) with m = scale * (W h + b); cap None = no cap (Gemma 2 caps, Cohere and Granite scale).
+    logits = cap * tanh(m / cap) with m = scale * (W h + b); cap None: no cap (Gemma 2 caps, Cohere and Granite scale).
     """
 
     weight: Tensor
@@ -54,10 +54,10 @@ def weighted_loss(hidden: Tensor, targets: Tensor, weights: Tensor, head: Head) 
 
 
 def sampled_loss(hidden: Tensor, numbers: Tensor, weights: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """Return what weighted_loss does for targets y_i ~ softmax(logits_i), which are held fixed in the gradient.
+    """Return what weighted_loss does for targets y_i ~ softmax(logits_i), which are constants in the gradient.
 
-    y_i is the first token at which the cumulative probability exceeds numbers_i, so that numbers [n], even in [0, 1),
-    decide. hidden [n, d], weights [n].
+    y_i is the first token at which the cumulative probability exceeds numbers_i, so that numbers [n], uniform in
+    [0, 1), decide. hidden [n, d], weights [n].
     """
     return _WeightedLoss.apply(hidden, numbers, weights, head, True)  # type: ignore[no-untyped-call]
 
@@ -73,13 +73,13 @@ class _WeightedLoss(torch.autograd.Function):
         for start, stop in _chunks(len(targets), len(head.weight)):
             logits = head.logits(hidden[start:stop])
             push = torch.softmax(logits, dim=1)
-            wanted = targets[start:stop, None]
+            tokens = targets[start:stop, None]
             if drawn:
-                wanted = _draw(push, wanted)
+                tokens = _draw(push, tokens)
             # The largest probability is 1 / sum_v exp(logit_v - largest logit): no second pass of exponentials.
             total = logits.amax(1) - push.amax(1).log()
-            losses[start:stop] = total - logits.gather(1, wanted).squeeze(1)
-            push.scatter_add_(1, wanted, push.new_full((1, 1), -1.0).expand(len(wanted), 1))
+            losses[start:stop] = total - logits.gather(1, tokens).squeeze(1)
+            push.scatter_add_(1, tokens, push.new_full((1, 1), -1.0).expand(len(tokens), 1))
             if head.cap is not None:
                 push.mul_(1 - (logits / head.cap).square())
             push.mul_(weights[start:stop, None].to(push.dtype) * head.scale)
@@ -95,13 +95,13 @@ class _WeightedLoss(torch.autograd.Function):
 
 
 def _draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
-    """Return, for each row [n, V], the first place whose cumulative sum exceeds numbers [n, 1] times the whole sum.
+    """Return, for each of [n, V], the first token whose cumulative sum exceeds numbers [n, 1] times the whole sum.
 
-    Rounding may leave none, and where logits are not finite there is none: the last place then.
+    Rounding may leave none, and where logits are not finite there is none: the last token then.
     """
     sums = probabilities.cumsum(dim=1)
-    places = torch.searchsorted(sums, numbers.to(sums.dtype) * sums[:, -1:], right=True)
-    return places.clamp_(max=sums.shape[1] - 1)
+    tokens = torch.searchsorted(sums, numbers.to(sums.dtype) * sums[:, -1:], right=True)
+    return tokens.clamp_(max=sums.shape[1] - 1)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,16 +1,16 @@
-"""Packing: the examples of all clients laid end to end, so that no layer ever works on padding.
+"""Packing: the examples of all clients laid end to end, so that no layer ever computes padding.
 
-A pass sees one sequence of N tokens. Clients lie one after another, those with about as many tokens as a *segment*
-that a batched product can view as [clients, tokens, width]; what fills a client up to its segment's size stands as an
-example of its own, without label. Only attention needs to know where examples begin (attention.py). Positions restart
-at every example.
+A pass is one sequence of N tokens. Clients come one after another, those with about as many tokens as a *segment* that
+a batched product can view as [clients, tokens, width]; the filler that rounds a client up to its segment's size is a
+separate example without label. Only attention needs to know where examples begin (attention.py). Positions restart at
+every example.
 
-Examples of a client often begin alike, with the task's instruction. What they share is computed once: no later token
+Examples of a client often begin with the same prefix, the task's instruction. It is computed once: no later token
 changes it, and the gradients that come back to it from several examples add up. Losses and gradients stay the same.
 
-What a layer may see is what its attention mask says: all before it, a sliding window, a chunk. In a packed pass
-transformers hands over the rule of that mask instead of the mask (see `spans.Rule`), so a window longer than any
-text that a base was tried on is kept too.
+Which tokens a layer may see is what its attention mask says: all before it, a sliding window, a chunk. In a packed pass
+transformers passes the rule of that mask instead of the mask (see `seam.Rule`), so a window longer than any text of the
+trials is obeyed too.
 
 A base whose architecture cannot do this (no attention interface, ALiBi, ...) is found by measurement when it is loaded
 and gets padded batches instead; see trial.py.
@@ -22,21 +22,20 @@ import torch
 from torch import Tensor
 
 from fedmira.data.batches import NO_LOSS, Batch
-from fedmira.model.packed.attention import Attention
-from fedmira.model.packed.buckets import make_buckets
-from fedmira.model.packed.spans import make_spans
-from fedmira.model.packed.virtual import Places, find_places
+from fedmira.model.packed.buckets import Buckets, make_buckets
+from fedmira.model.packed.spans import Spans, make_spans
+from fedmira.model.packed.virtual import VirtualIndex, find_virtual
 
-SHARED = 8  # tokens at the start of a client's examples from which on they are computed once
-LONG_REST = 256  # tokens beyond what is shared from which on an example stands by itself
+PREFIX_TOKENS = 8  # a shorter prefix of a client's examples is not shared
+LONG_SUFFIX = 256  # an example with a longer suffix shares nothing
 SEGMENT_FILL = 0.92  # a segment takes clients with at least this share of its largest one's tokens
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Clients first..stop of the pass, each with `tokens` tokens, at start of the sequence.
+    """Clients first..stop of the pass, each with `tokens` tokens, the first of them at `start` of the sequence.
 
-    real: for each client, which of its tokens are its own and not there to fill the segment.
+    real: for each client, which of its tokens are not filler.
     """
 
     first: int
@@ -55,25 +54,25 @@ class Segment:
 class Pass:
     """One pass through the base. order [S']: the batch's clients that have tokens, in the order of the sequence.
 
-    ids and positions are [1, N] when packed; padded: ids [S*B, T], positions None. where [n]: rows of the flattened
-    hidden states that predict targets [n]; owner [n]: their client in the batch; counts [S]. labelled: the clients'
-    segments of those n rows alone (packed). virtual: where virtual tokens stand.
+    ids and positions are [1, N] when packed; padded: ids [S*B, T], positions None. labelled [n]: the tokens, counted
+    along the flattened hidden states, that predict targets [n]; owner [n]: their client in the batch; counts [S].
+    labelled_segments: the clients' segments of those n tokens alone (packed). virtual: where virtual tokens are.
     """
 
     ids: Tensor
     positions: Tensor | None
     order: Tensor
     segments: tuple[Segment, ...]
-    attention: Attention | None
-    where: Tensor
+    attention: Spans | Buckets | None
+    labelled: Tensor
     targets: Tensor
     owner: Tensor
     counts: Tensor
-    labelled: tuple[Segment, ...] = ()
-    virtual: Places | None = None
+    labelled_segments: tuple[Segment, ...] = ()
+    virtual: VirtualIndex | None = None
 
     def to(self, device: torch.device) -> "Pass":
-        """Move everything but `order` (which indexes rows on the host) to a device."""
+        """Move everything but `order` (which indexes clients on the host) to a device."""
         if device.type == "cpu":
             return self
         return replace(
@@ -81,7 +80,7 @@ class Pass:
             ids=self.ids.to(device),
             positions=None if self.positions is None else self.positions.to(device),
             attention=None if self.attention is None else self.attention.to(device),
-            where=self.where.to(device),
+            labelled=self.labelled.to(device),
             targets=self.targets.to(device),
             owner=self.owner.to(device),
             counts=self.counts.to(device),
@@ -90,127 +89,126 @@ class Pass:
 
 @dataclass(frozen=True)
 class Group:
-    """Examples of one client that begin alike: their first `shared` tokens stand in the sequence once."""
+    """Examples of one client that share a prefix of `prefix_length` tokens, which is in the sequence once."""
 
     client: int
     examples: tuple[int, ...]
-    shared: int
+    prefix_length: int
 
 
 def pack(batch: Batch, *, pad_id: int, fused: bool = False, share: bool = False) -> Pass:
     """Lay a batch end to end.
 
-    fused: for a device whose attention is (see buckets.py). share: what a client's examples have in common at their
-    start is computed once for several of them; for plainly causal attention in spans only.
+    fused: for a device whose attention is (see buckets.py). share: compute the prefix of a client's examples once for
+    several of them; for plainly causal attention in spans only.
     """
     lengths = batch.lengths
-    own = _groups(batch) if share and not fused else _ungrouped(lengths)
-    sizes = [[int(lengths[group.client, list(group.examples)].sum()) for group in groups] for groups in own]
-    totals = torch.tensor(
-        [
-            sum(size - (len(group.examples) - 1) * group.shared for size, group in zip(every, groups, strict=True))
-            for every, groups in zip(sizes, own, strict=True)
-        ]
-    )
+    client_groups = _groups(batch) if share and not fused else _ungrouped(lengths)
+    totals = torch.tensor([sum(_count_tokens(group, lengths) for group in groups) for groups in client_groups])
     longest = int(lengths.max())
     order = torch.argsort(totals, descending=True, stable=True)
     order = order[totals[order] > 0]
     segments = _segments(totals[order].tolist())
     ids: list[Tensor] = []
     predicted: list[Tensor] = []  # per token of the sequence, the label of the next one
-    owner: list[Tensor] = []
-    stretches: list[tuple[int, ...]] = []  # lengths: (shared, rest of each example), fillers included
+    owners: list[Tensor] = []
+    group_lengths: list[tuple[int, ...]] = []  # tokens of the prefix, of each suffix; fillers included
     for segment in segments:
-        for place in range(segment.first, segment.stop):
-            client = int(order[place])
-            for group in own[client]:
-                shared = group.shared
-                if shared:
-                    ids.append(batch.ids[client, group.examples[0], :shared])
-                    predicted.append(torch.full((shared,), NO_LOSS))
-                rests = []
+        for client in order[segment.first : segment.stop].tolist():
+            for group in client_groups[client]:
+                prefix = group.prefix_length
+                if prefix:
+                    ids.append(batch.ids[client, group.examples[0], :prefix])
+                    predicted.append(torch.full((prefix,), NO_LOSS))
+                suffix_lengths = []
                 for example in group.examples:
                     length = int(lengths[client, example])
-                    ids.append(batch.ids[client, example, shared:length])
-                    predicted.append(batch.labels[client, example, shared + 1 : length])
+                    ids.append(batch.ids[client, example, prefix:length])
+                    predicted.append(batch.labels[client, example, prefix + 1 : length])
                     predicted.append(torch.full((1,), NO_LOSS))
-                    rests.append(length - shared)
-                stretches.append((shared, *rests))
+                    suffix_lengths.append(length - prefix)
+                group_lengths.append((prefix, *suffix_lengths))
             filler = segment.tokens - int(totals[client])
             if filler:
                 ids.append(torch.full((filler,), pad_id))
                 predicted.append(torch.full((filler,), NO_LOSS))
                 # In pieces no longer than a real example: for these the base has positions.
-                stretches += [(0, longest)] * (filler // longest) + [(0, filler % longest)] * (filler % longest > 0)
-            owner.append(torch.full((segment.tokens,), client))
+                group_lengths += [(0, longest)] * (filler // longest) + [(0, filler % longest)] * (filler % longest > 0)
+            owners.append(torch.full((segment.tokens,), client))
     labels = torch.cat(predicted)
-    where = torch.nonzero(labels != NO_LOSS).squeeze(1)
-    owners = torch.cat(owner)[where]
-    counts = torch.bincount(owners, minlength=len(totals))
-    places = [torch.arange(shared) for shared, *_ in stretches]
-    positions = torch.cat(
-        [
-            part
-            for head, (shared, *rests) in zip(places, stretches, strict=True)
-            for part in (head, *(torch.arange(shared, shared + rest) for rest in rests))
-        ]
-    )
+    labelled = torch.nonzero(labels != NO_LOSS).squeeze(1)
+    owner = torch.cat(owners)[labelled]
+    counts = torch.bincount(owner, minlength=len(totals))
     flat = torch.cat(ids)
     return Pass(
         ids=flat[None],
-        positions=positions[None],
+        positions=_positions(group_lengths)[None],
         order=order,
         segments=tuple(segments),
-        attention=_attention(stretches, where, longest=longest, fused=fused),
-        where=where,
-        targets=labels[where],
-        owner=owners,
+        attention=_attention(group_lengths, labelled, longest=longest, fused=fused),
+        labelled=labelled,
+        targets=labels[labelled],
+        owner=owner,
         counts=counts,
-        labelled=_labelled(counts[order].tolist()),
-        virtual=find_places(flat),
+        labelled_segments=_labelled_segments(counts[order].tolist()),
+        virtual=find_virtual(flat),
     )
 
 
-def _attention(stretches: list[tuple[int, ...]], where: Tensor, *, longest: int, fused: bool) -> Attention:
+def _count_tokens(group: Group, lengths: Tensor) -> int:
+    """Count the tokens that a group takes in the sequence."""
+    total = int(lengths[group.client, list(group.examples)].sum())
+    return total - (len(group.examples) - 1) * group.prefix_length
+
+
+def _positions(group_lengths: list[tuple[int, ...]]) -> Tensor:
+    """Return the position of every token: suffixes continue from their prefix."""
+    pieces: list[Tensor] = []
+    for prefix, *suffixes in group_lengths:
+        pieces += [torch.arange(prefix), *(torch.arange(prefix, prefix + suffix) for suffix in suffixes)]
+    return torch.cat(pieces)
+
+
+def _attention(group_lengths: list[tuple[int, ...]], labelled: Tensor, *, longest: int, fused: bool) -> Spans | Buckets:
     if not fused:
-        return make_spans(stretches, where, longest=longest)
-    sizes = torch.tensor([rest for _, rest in stretches])
+        return make_spans(group_lengths, labelled, longest=longest)
+    sizes = torch.tensor([size for _, size in group_lengths])
     return make_buckets(sizes, torch.cumsum(sizes, 0) - sizes)
 
 
 def _ungrouped(lengths: Tensor) -> list[list[Group]]:
     return [
-        [Group(client, (example,), 0) for example, length in enumerate(own) if length]
-        for client, own in enumerate(lengths.tolist())
+        [Group(client, (example,), 0) for example, length in enumerate(example_lengths) if length]
+        for client, example_lengths in enumerate(lengths.tolist())
     ]
 
 
 def _groups(batch: Batch) -> list[list[Group]]:
-    """Put examples of a client that begin alike into groups, those in turn that do not go on for long.
+    """Put examples of a client that share a prefix into groups: those in turn whose suffixes are not long.
 
-    What is shared ends before the token that predicts an example's first label: that one belongs to its example.
+    A prefix ends before the token that predicts an example's first label: that one belongs to its example.
     """
     ids, lengths = batch.ids, batch.lengths
-    blank = lengths == 0
-    alike = ((ids == ids[:, :1]) | blank[..., None]).all(1).int().cumprod(1).sum(1)  # [S]
+    absent = lengths == 0
+    same = ((ids == ids[:, :1]) | absent[..., None]).all(1).int().cumprod(1).sum(1)  # [S]
     labelled = batch.labels != NO_LOSS
-    first = torch.where(labelled.any(2), labelled.int().argmax(2), lengths)  # [S, B]: place of the first label
-    room = torch.where(blank, ids.shape[2], torch.minimum(first, lengths) - 1).amin(1)
-    common = torch.minimum(alike, room).tolist()
-    groups: list[list[Group]] = []
-    for client, own in enumerate(lengths.tolist()):
-        shared = common[client] if common[client] >= SHARED else 0
-        short = [shared > 0 and length - shared <= LONG_REST for length in own]
-        found: list[Group] = []
-        for example, length in enumerate(own):
+    first_label = torch.where(labelled.any(2), labelled.int().argmax(2), lengths)  # [S, B]
+    room = torch.where(absent, ids.shape[2], torch.minimum(first_label, lengths) - 1).amin(1)
+    common = torch.minimum(same, room).tolist()
+    client_groups: list[list[Group]] = []
+    for client, example_lengths in enumerate(lengths.tolist()):
+        prefix = common[client] if common[client] >= PREFIX_TOKENS else 0
+        shares = [prefix > 0 and length - prefix <= LONG_SUFFIX for length in example_lengths]
+        groups: list[Group] = []
+        for example, length in enumerate(example_lengths):
             if not length:
                 continue
-            if short[example] and found and short[found[-1].examples[-1]]:
-                found[-1] = Group(client, (*found[-1].examples, example), shared)
+            if shares[example] and groups and shares[groups[-1].examples[-1]]:
+                groups[-1] = Group(client, (*groups[-1].examples, example), prefix)
             else:
-                found.append(Group(client, (example,), 0))
-        groups.append(found)
-    return groups
+                groups.append(Group(client, (example,), 0))
+        client_groups.append(groups)
+    return client_groups
 
 
 def pad(batch: Batch) -> Pass:
@@ -219,26 +217,26 @@ def pad(batch: Batch) -> Pass:
     labels = torch.full((clients * size, length), NO_LOSS)
     labels[:, :-1] = batch.labels.view(clients * size, length)[:, 1:]
     labels = labels.flatten()
-    where = torch.nonzero(labels != NO_LOSS).squeeze(1)
-    owners = where // (size * length)
+    labelled = torch.nonzero(labels != NO_LOSS).squeeze(1)
+    owner = labelled // (size * length)
     inside = torch.arange(length) < batch.lengths[:, :, None]
-    real = tuple(torch.nonzero(own.flatten()).squeeze(1) for own in inside)
+    real = tuple(torch.nonzero(client.flatten()).squeeze(1) for client in inside)
     return Pass(
         ids=batch.ids.view(clients * size, length),
         positions=None,
         order=torch.arange(clients),
         segments=(Segment(0, clients, 0, size * length, real),),
         attention=None,
-        where=where,
-        targets=labels[where],
-        owner=owners,
-        counts=torch.bincount(owners, minlength=clients),
-        virtual=find_places(batch.ids),
+        labelled=labelled,
+        targets=labels[labelled],
+        owner=owner,
+        counts=torch.bincount(owner, minlength=clients),
+        virtual=find_virtual(batch.ids),
     )
 
 
 def _segments(totals: list[int]) -> list[Segment]:
-    """Group clients, in descending order of their tokens, into segments that are filled well."""
+    """Put clients, in descending order of their tokens, into segments with little filler."""
     segments: list[Segment] = []
     first = start = 0
     while first < len(totals):
@@ -254,13 +252,13 @@ def _segments(totals: list[int]) -> list[Segment]:
 
 
 def _round_up(tokens: int) -> int:
-    """Round up by at most 3 %: a size that was seen before needs no product to be set up anew."""
+    """Round up by at most 3 %: a size that occurred before needs no product to be set up."""
     step = 1 << max(int(0.03 * tokens).bit_length() - 1, 0)
     return -(-tokens // step) * step
 
 
-def _labelled(counts: list[int]) -> tuple[Segment, ...]:
-    """Return segments of labelled rows: neighbours in the order of the sequence with equally many share one."""
+def _labelled_segments(counts: list[int]) -> tuple[Segment, ...]:
+    """Return segments of labelled tokens: neighbours in the order of the sequence with equally many share one."""
     segments = []
     first = start = 0
     while first < len(counts):

@@ -1,165 +1,157 @@
 """Attention on a CPU: the packed sequence in spans, each a few batched products over heads.
 
-The sequence is cut at examples into stretches, short examples together; products read queries, keys and values where
-they lie. A long stretch is taken a block of queries at a time, so that what causality forbids is mostly not computed.
-Examples that share their start come in fans instead (fans.py); the start itself is an example here.
+The sequence is cut at examples into spans, short examples together; products read queries, keys and values where they
+are. A long span is taken one block of queries at a time, so that most of what causality forbids is not computed.
+Suffixes come in fans instead (fans.py); their prefix is an example here.
 
 On two cores with bfloat16 products this takes less than half of the time of torch's fused CPU kernel, whose products
-are not made by the matrix units.
+do not use the matrix units.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fedmira.model.packed.fans import Example, Fan, Sums, attend, make_fans, push_back
+from fedmira.model.packed.fans import Fan, Suffix, Sums, attend, make_fans, push_back
+from fedmira.model.seam import Rule
 
 SPAN = 128  # tokens up to which short examples share a span
 BLOCK = 128  # queries taken together in spans of more than twice as many
 STEP = 32  # sizes are multiples of it where they can be: products of a new size have to be set up first
-KEPT = 512  # keys of a block or fan up to which its probabilities are kept for the backward pass; beyond, made again
+SAVED_KEYS = 512  # blocks and fans with more keys recompute their probabilities in the backward pass
 
-
-@dataclass(frozen=True, eq=False)
-class Rule:
-    """Which tokens the layers of one kind may see, as transformers defines it; stands where a mask would stand.
-
-    sees(batch, head, queries, keys) -> bool, by places in the packed sequence; reach: the length up to which an example
-    is plainly causal (a window, a chunk), None for any length.
-    """
-
-    sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    reach: int | None
-
-    def mask(self, places: Tensor) -> Tensor:
-        """Return which of these places [T] see which [T, T]."""
-        none = places.new_zeros(())
-        return self.sees(none, none, places[:, None], places[None, :])
+Bounds = tuple[int, int]  # first token, and the one behind the last
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
     """Queries start..stop of the sequence against keys first..stop; bias [stop - start, stop - first]: 0 or -inf.
 
-    The first `blank` queries belong to the stretch before: they make the number of rows a multiple of STEP, see nothing
-    and give 0, and what is written in their place is written again when that stretch has its turn, which comes later.
+    The first `padding` queries belong to the span before: they make the number of queries a multiple of STEP, see
+    nothing and give 0. What they write is overwritten when that span is computed, which comes later.
     """
 
     first: int
     start: int
     stop: int
-    blank: int
+    padding: int
     bias: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Spans:
-    """The sequence in stretches of whole examples, and those that share a start. example [N]: that of each token.
+    """The sequence in spans of whole examples, and the suffixes of its prefixes. example [N]: that of each token.
 
-    bounds: the tokens of every stretch; asked: of these, from the first with a label to the last, none where none has
-    one. sharing: examples that share a start; labelled: those of them with a label, from the first to the last.
+    bounds: the tokens of every span; needed: of these, from the first labelled one to the last, (0, 0) where there is
+    none. labelled_suffixes: the suffixes with a labelled token, from its first to its last.
     """
 
-    bounds: tuple[tuple[int, int], ...]
+    bounds: tuple[Bounds, ...]
     example: Tensor
     longest: int  # tokens of the longest example
-    asked: tuple[tuple[int, int], ...]
-    sharing: tuple[Example, ...] = ()
-    labelled: tuple[Example, ...] = ()
-    made: dict[object, tuple[tuple[Block, ...], ...]] = field(default_factory=dict)
-    dealt: dict[bool, tuple[Fan, ...]] = field(default_factory=dict)
+    needed: tuple[Bounds, ...]
+    suffixes: tuple[Suffix, ...] = ()
+    labelled_suffixes: tuple[Suffix, ...] = ()
+    block_memo: dict[object, tuple[tuple[Block, ...], ...]] = field(default_factory=dict)
+    fan_memo: dict[bool, tuple[Fan, ...]] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Spans":
-        return self if device.type == "cpu" else replace(self, example=self.example.to(device), made={}, dealt={})
+        if device.type == "cpu":
+            return self
+        return replace(self, example=self.example.to(device), block_memo={}, fan_memo={})
 
     def fans(self, *, labelled: bool = False) -> tuple[Fan, ...]:
-        """Return the examples that share a start, of them those with a label, in fans; dealt once for a pass."""
-        if labelled not in self.dealt:
-            self.dealt[labelled] = make_fans(self.labelled if labelled else self.sharing)
-        return self.dealt[labelled]
+        """Return the suffixes, or those with a labelled token, in fans; computed once for a pass."""
+        if labelled not in self.fan_memo:
+            self.fan_memo[labelled] = make_fans(self.labelled_suffixes if labelled else self.suffixes)
+        return self.fan_memo[labelled]
 
     def blocks(self, rule: Rule, dtype: torch.dtype, *, labelled: bool = False) -> tuple[tuple[Block, ...], ...]:
-        """Return the blocks of every span for layers of this rule; worked out once for a pass.
+        """Return the blocks of every span, the last span first, for layers of this rule; computed once for a pass.
 
-        labelled: only queries from a span's first label to its last.
+        labelled: only queries from a span's first labelled token to its last.
         """
-        plain = rule.reach is None or self.longest <= rule.reach
-        key = (None if plain else rule, dtype, labelled)
-        if key not in self.made:
-            wanted = self.asked if labelled else self.bounds
-            self.made[key] = tuple(
-                self._cut(*span, *some, None if plain else rule, dtype)
-                for span, some in reversed(list(zip(self.bounds, wanted, strict=True)))
-                if some[1] > some[0]
+        causal = rule.reach is None or self.longest <= rule.reach
+        key = (None if causal else rule, dtype, labelled)
+        if key not in self.block_memo:
+            spans = zip(self.bounds, self.needed if labelled else self.bounds, strict=True)
+            self.block_memo[key] = tuple(
+                self._cut(*span, *queries, None if causal else rule, dtype)
+                for span, queries in reversed(list(spans))
+                if queries[1] > queries[0]
             )
-        return self.made[key]
+        return self.block_memo[key]
 
     def _cut(
         self, first: int, stop: int, begin: int, end: int, rule: Rule | None, dtype: torch.dtype
     ) -> tuple[Block, ...]:
         """Cut queries begin..end of the span first..stop into blocks, the last one first."""
-        places = torch.arange(first, stop, device=self.example.device)
-        own = self.example[first:stop]
-        sees = (own[:, None] == own[None, :]) & (places[:, None] >= places[None, :])
+        index = torch.arange(first, stop, device=self.example.device)
+        examples = self.example[first:stop]
+        sees = (examples[:, None] == examples[None, :]) & (index[:, None] >= index[None, :])
         if rule is not None:
-            sees &= rule.mask(places)
+            sees &= rule.mask(index, index)
         step = end - begin if end - begin <= 2 * BLOCK else BLOCK
         blocks = []
         for start in range(begin, end, step):
             until = min(start + step, end)
             seen = sees[start - first : until - first, : until - first]
-            left = first + int(seen.any(0).int().argmax())  # the first key that any of them sees
-            rows = start - (start - until) % STEP
-            keys = min(left - (left - until) % STEP, rows)
-            if keys < 0:  # nothing before it to fill up with
-                rows, keys = start, left
-            hidden = torch.ones(until - rows, until - keys, dtype=torch.bool, device=seen.device)
-            inside = max(keys, first)
-            hidden[start - rows :, inside - keys :] = ~seen[:, inside - first :]
-            hidden[: start - rows] = False  # any number will do there that is one
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-            blocks.append(Block(keys, rows, until, start - rows, bias))
+            first_seen = first + int(seen.any(0).int().argmax())
+            first_query = start - (start - until) % STEP
+            first_key = min(first_seen - (first_seen - until) % STEP, first_query)
+            if first_key < 0:  # nothing before it to pad with
+                first_query, first_key = start, first_seen
+            masked = torch.ones(until - first_query, until - first_key, dtype=torch.bool, device=seen.device)
+            inside = max(first_key, first)
+            masked[start - first_query :, inside - first_key :] = ~seen[:, inside - first :]
+            masked[: start - first_query] = False  # a softmax needs a key to see; the result is set to 0
+            bias = torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, -torch.inf)
+            blocks.append(Block(first_key, first_query, until, start - first_query, bias))
         return tuple(reversed(blocks))
 
 
-def make_spans(stretches: Sequence[tuple[int, ...]], where: Tensor, *, longest: int) -> Spans:
+def make_spans(groups: Sequence[tuple[int, ...]], labelled: Tensor, *, longest: int) -> Spans:
     """Cut a sequence into spans.
 
-    stretches: (tokens shared, rest of each example that shares them), in order; where [n]: tokens that predict a label,
-    ascending; longest: tokens of the longest example, its shared ones included.
+    groups: (tokens of the prefix, of each suffix), in order, the prefix 0 for an example alone; labelled [n]: tokens
+    that predict a label, ascending; longest: tokens of the longest example, its prefix included.
     """
-    bounds: list[tuple[int, int]] = []
-    sharing: list[Example] = []
-    place = 0
-    for shared, *rests in stretches:
-        begin = place
-        for size in (shared,) if shared else rests:
-            if bounds and bounds[-1][1] == place and place + size - bounds[-1][0] <= SPAN:
-                bounds[-1] = (bounds[-1][0], place + size)
+    bounds: list[Bounds] = []
+    suffixes: list[Suffix] = []
+    token = 0
+    for prefix, *suffix_sizes in groups:
+        prefix_start = token
+        for size in (prefix,) if prefix else suffix_sizes:
+            if bounds and bounds[-1][1] == token and token + size - bounds[-1][0] <= SPAN:
+                bounds[-1] = (bounds[-1][0], token + size)
             else:
-                bounds.append((place, place + size))
-            place += size
-        for size in rests if shared else ():
-            sharing.append(Example(place, place + size, begin, shared, place))
-            place += size
-    sizes = torch.tensor([size for stretch in stretches for size in stretch])
-    labels = _asked([(one.first, one.stop) for one in sharing], where)
+                bounds.append((token, token + size))
+            token += size
+        for size in suffix_sizes if prefix else ():
+            suffixes.append(Suffix(token, token + size, prefix_start, prefix, token))
+            token += size
+    sizes = torch.tensor([size for group in groups for size in group])
+    needed = _labelled_bounds([(suffix.first, suffix.stop) for suffix in suffixes], labelled)
     return Spans(
         bounds=tuple(bounds),
         example=torch.repeat_interleave(torch.arange(len(sizes)), sizes),
         longest=longest,
-        asked=tuple(_asked(bounds, where)),
-        sharing=tuple(sharing),
-        labelled=tuple(replace(one, asked=a, stop=b) for one, (a, b) in zip(sharing, labels, strict=True) if b > a),
+        needed=tuple(_labelled_bounds(bounds, labelled)),
+        suffixes=tuple(suffixes),
+        labelled_suffixes=tuple(
+            replace(suffix, needed=first, stop=stop)
+            for suffix, (first, stop) in zip(suffixes, needed, strict=True)
+            if stop > first
+        ),
     )
 
 
-def _asked(bounds: Sequence[tuple[int, int]], where: Tensor) -> list[tuple[int, int]]:
-    """Return the first token with a label and the end of the last one within each of these bounds."""
-    ends = torch.searchsorted(where, torch.tensor(bounds, dtype=torch.int64).view(-1, 2)).tolist()
-    return [(int(where[a]), int(where[b - 1]) + 1) if b > a else (0, 0) for a, b in ends]
+def _labelled_bounds(bounds: Sequence[Bounds], labelled: Tensor) -> list[Bounds]:
+    """Return the first labelled token and the one behind the last within each of these bounds; (0, 0) without any."""
+    ends = torch.searchsorted(labelled, torch.tensor(bounds, dtype=torch.int64).view(-1, 2)).tolist()
+    return [(int(labelled[a]), int(labelled[b - 1]) + 1) if b > a else (0, 0) for a, b in ends]
 
 
 def attend_in_spans(
@@ -175,17 +167,17 @@ def attend_in_spans(
 ) -> Tensor:
     """Attend span by span. query [1, H, N, D], key and value [1, H', N, D]; returns [1, N, H, D].
 
-    labelled: only for queries from a span's first label to its last; the others' answers are 0.
+    labelled: only for queries from a span's first labelled token to its last; the results of others are 0.
     """
     spans, fans = plan.blocks(rule, query.dtype, labelled=labelled), plan.fans(labelled=labelled)
-    answer: Tensor = _Spans.apply(  # type: ignore[no-untyped-call]
+    states: Tensor = _SpanAttention.apply(  # type: ignore[no-untyped-call]
         query, key, value, spans, fans, labelled, scale, softcap
     )
-    return answer
+    return states
 
 
-class _Spans(torch.autograd.Function):
-    """Attention span by span, block by block; probabilities of short spans are kept, of long ones made again."""
+class _SpanAttention(torch.autograd.Function):
+    """Attention span by span, block by block; probabilities of short spans are saved, of long ones recomputed."""
 
     @staticmethod
     def forward(
@@ -195,35 +187,36 @@ class _Spans(torch.autograd.Function):
         value: Tensor,
         spans: tuple[tuple[Block, ...], ...],
         fans: tuple[Fan, ...],
-        some: bool,
+        partial: bool,
         scale: float,
         cap: float | None,
     ) -> Tensor:
+        """partial: spans and fans leave out tokens, whose results and gradients are 0."""
         q, k, v = query[0], key[0], value[0]
-        out = _states(q.shape[0], v, some)  # of tokens that nobody asks for, answers and gradients are 0
-        kept: list[Tensor] = []
-        keep = any(ctx.needs_input_grad[:3])  # type: ignore[attr-defined]
+        out = _new_states(q.shape[0], v, zero=partial)
+        saved: list[Tensor] = []
+        save = any(ctx.needs_input_grad[:3])  # type: ignore[attr-defined]
         for block in (block for blocks in spans for block in blocks):
-            chances = _chances(q, k, block, scale, cap)
-            _product(chances, v[:, block.first : block.stop], into=out[:, block.start : block.stop])
-            if keep and _is_kept(block, cap):
-                kept.append(chances)
-        for fan in fans:  # after the spans, whose blanks may lie here
-            chances = attend(fan, (q, k, v), into=out, scale=scale, cap=cap)
-            if keep and fan.keys.index.shape[1] <= KEPT:
-                kept.append(chances)
-        ctx.save_for_backward(query, key, value, *kept)  # type: ignore[attr-defined]
-        ctx.spans, ctx.fans, ctx.some = spans, fans, some  # type: ignore[attr-defined]
+            probabilities = _probabilities(q, k, block, scale, cap)
+            _product(probabilities, v[:, block.first : block.stop], into=out[:, block.start : block.stop])
+            if save and _is_saved(block, cap):
+                saved.append(probabilities)
+        for fan in fans:  # after the spans, whose padding may have been written here
+            probabilities = attend(fan, (q, k, v), into=out, scale=scale, cap=cap)
+            if save and fan.keys.index.shape[1] <= SAVED_KEYS:
+                saved.append(probabilities)
+        ctx.save_for_backward(query, key, value, *saved)  # type: ignore[attr-defined]
+        ctx.spans, ctx.fans, ctx.partial = spans, fans, partial  # type: ignore[attr-defined]
         ctx.scale, ctx.cap = scale, cap  # type: ignore[attr-defined]
         return out.transpose(0, 1)[None]
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
+        query, key, value, *tensors = ctx.saved_tensors  # type: ignore[attr-defined]
         scale, cap = ctx.scale, ctx.cap  # type: ignore[attr-defined]
         q, k, v, push = query[0], key[0], value[0], grads[0][0].transpose(0, 1)
-        dq, dk, dv = (_states(len(states), states, ctx.some) for states in (q, k, v))  # type: ignore[attr-defined]
-        stored = iter(kept)
+        dq, dk, dv = (_new_states(len(x), x, zero=ctx.partial) for x in (q, k, v))  # type: ignore[attr-defined]
+        saved = iter(tensors)
         for blocks in ctx.spans:  # type: ignore[attr-defined]
             first, stop = min(block.first for block in blocks), blocks[0].stop
             wide = torch.promote_types(k.dtype, torch.float32)  # several blocks add up to the gradient of one key
@@ -234,34 +227,38 @@ class _Spans(torch.autograd.Function):
             )
             for block in blocks:
                 keys = slice(block.first, block.stop)
-                chances = next(stored) if _is_kept(block, cap) else _chances(q, k, block, scale, cap)
-                asked = _fold(push[:, block.start : block.stop], len(k))
-                back = torch._softmax_backward_data(torch.bmm(asked, v[:, keys].mT), chances, -1, chances.dtype)
+                probabilities = next(saved) if _is_saved(block, cap) else _probabilities(q, k, block, scale, cap)
+                pushed = _fold(push[:, block.start : block.stop], len(k))
+                back = torch.bmm(pushed, v[:, keys].mT)
+                back = torch._softmax_backward_data(back, probabilities, -1, probabilities.dtype)
                 if cap is not None:
                     back *= 1 - torch.tanh(_scores(q, k, block, scale) / cap).square()
                 queries = _fold(q[:, block.start : block.stop], len(k))
                 _product(back, k[:, keys], into=dq[:, block.start : block.stop])
                 if sums is None:
                     torch.bmm(back.mT, queries, out=dk[:, keys])
-                    torch.bmm(chances.mT, asked, out=dv[:, keys])
+                    torch.bmm(probabilities.mT, pushed, out=dv[:, keys])
                 else:
-                    there = slice(block.first - first, block.stop - first)
-                    sums[0][:, there] += torch.bmm(back.mT, queries)
-                    sums[1][:, there] += torch.bmm(chances.mT, asked)
+                    inside = slice(block.first - first, block.stop - first)
+                    sums[0][:, inside] += torch.bmm(back.mT, queries)
+                    sums[1][:, inside] += torch.bmm(probabilities.mT, pushed)
             if sums is not None:
                 dk[:, first:stop], dv[:, first:stop] = sums
-        starts: tuple[Sums, Sums] = ({}, {})
+        prefix_sums: tuple[Sums, Sums] = ({}, {})
         for fan in ctx.fans:  # type: ignore[attr-defined]
-            chances = next(stored) if fan.keys.index.shape[1] <= KEPT else None
-            push_back(fan, (q, k, v), push, chances, into=(dq, dk, dv), starts=starts, scale=scale, cap=cap)
-        for gradient, totals in zip((dk, dv), starts, strict=True):
-            for begin, total in totals.items():
-                gradient[:, begin : begin + total.shape[1]] += total
+            fan_probabilities = next(saved) if fan.keys.index.shape[1] <= SAVED_KEYS else None
+            gradients = (dq, dk, dv)
+            push_back(
+                fan, (q, k, v), push, fan_probabilities, into=gradients, prefix_sums=prefix_sums, scale=scale, cap=cap
+            )
+        for gradient, totals in zip((dk, dv), prefix_sums, strict=True):
+            for start, total in totals.items():
+                gradient[:, start : start + total.shape[1]] += total
         return dq.mul_(scale)[None], dk.mul_(scale)[None], dv[None], None, None, None, None, None
 
 
-def _is_kept(block: Block, cap: float | None) -> bool:
-    return cap is None and block.stop - block.first <= KEPT
+def _is_saved(block: Block, cap: float | None) -> bool:
+    return cap is None and block.stop - block.first <= SAVED_KEYS
 
 
 def _scores(q: Tensor, k: Tensor, block: Block, scale: float) -> Tensor:
@@ -270,8 +267,8 @@ def _scores(q: Tensor, k: Tensor, block: Block, scale: float) -> Tensor:
     return torch.bmm(queries, k[:, block.first : block.stop].mT).mul_(scale)
 
 
-def _chances(q: Tensor, k: Tensor, block: Block, scale: float, cap: float | None) -> Tensor:
-    """Return the softmax of a block's scores [H', G * queries, keys], 0 for blank queries."""
+def _probabilities(q: Tensor, k: Tensor, block: Block, scale: float, cap: float | None) -> Tensor:
+    """Return the softmax of a block's scores [H', G * queries, keys], 0 for its padding."""
     groups = len(q) // len(k)
     bias = block.bias if groups == 1 else block.bias.repeat(groups, 1)
     if cap is None:
@@ -279,10 +276,10 @@ def _chances(q: Tensor, k: Tensor, block: Block, scale: float, cap: float | None
         scores = torch.baddbmm(bias, queries, k[:, block.first : block.stop].mT, alpha=scale)
     else:
         scores = torch.tanh(_scores(q, k, block, scale).div_(cap)).mul_(cap).add_(bias)
-    chances = torch.softmax(scores, -1)
-    if block.blank:
-        chances.view(len(k), groups, len(block.bias), -1)[:, :, : block.blank] = 0
-    return chances
+    probabilities = torch.softmax(scores, -1)
+    if block.padding:
+        probabilities.view(len(k), groups, len(block.bias), -1)[:, :, : block.padding] = 0
+    return probabilities
 
 
 def _fold(states: Tensor, heads: int) -> Tensor:
@@ -290,15 +287,15 @@ def _fold(states: Tensor, heads: int) -> Tensor:
     return states if len(states) == heads else states.reshape(heads, -1, states.shape[-1])
 
 
-def _product(chances: Tensor, states: Tensor, *, into: Tensor) -> None:
-    """Write chances [H', G * T, keys] x states [H', keys, D] to [H, T, D]."""
-    if len(chances) == len(into):
-        torch.bmm(chances, states, out=into)
+def _product(probabilities: Tensor, states: Tensor, *, into: Tensor) -> None:
+    """Write probabilities [H', G * T, keys] x states [H', keys, D] to [H, T, D]."""
+    if len(probabilities) == len(into):
+        torch.bmm(probabilities, states, out=into)
     else:
-        into.copy_(torch.bmm(chances, states).view(into.shape))
+        into.copy_(torch.bmm(probabilities, states).view(into.shape))
 
 
-def _states(heads: int, like: Tensor, blank: bool) -> Tensor:
-    """Return new states [heads, N, D], their memory as [N, heads, D] like that of the layers around; 0 if `blank`."""
+def _new_states(heads: int, like: Tensor, *, zero: bool) -> Tensor:
+    """Return new states [heads, N, D], in memory [N, heads, D] like those of layers around; undefined unless `zero`."""
     shape = (like.shape[1], heads, like.shape[2])
-    return (like.new_zeros(shape) if blank else like.new_empty(shape)).transpose(0, 1)
+    return (like.new_zeros(shape) if zero else like.new_empty(shape)).transpose(0, 1)
