@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fedmira.cli.method_facts import MethodFacts, method_facts
+from fedmira.config.strict import Strict
 from fedmira.methods import ALIASES, MethodModule, load, names
 from fedmira.methods.base import Settings
 
@@ -105,7 +106,7 @@ def _prose(text: str) -> str:
 # ---------------------------------------------------------------- settings
 
 
-def settings_rows(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+def settings_rows(kind: type[Strict], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """Yield (key, default, what it may be, meaning) for every setting, those of sections by their dotted key.
 
     Raises ValueError for a setting without a comment beside it.
@@ -115,7 +116,7 @@ def settings_rows(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str,
     for name, field in kind.model_fields.items():
         key = field.alias or name
         annotations = (field.annotation, *get_args(field.annotation))
-        inner = [one for one in annotations if isinstance(one, type) and issubclass(one, Settings)]
+        inner = [one for one in annotations if isinstance(one, type) and issubclass(one, Strict)]
         if inner:
             yield from settings_rows(inner[0], f"{prefix}{key}.")
             continue
@@ -126,11 +127,11 @@ def settings_rows(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str,
         yield tuple(cell.replace("|", "\\|") for cell in cells)  # type: ignore[misc]
 
 
-def comments(kind: type[Settings]) -> dict[str, str]:
+def comments(kind: type[Strict]) -> dict[str, str]:
     """Return what the source says beside each setting of a class and of those it is made from."""
     found: dict[str, str] = {}
     for one in reversed(kind.__mro__):
-        if not issubclass(one, Settings) or one is Settings:
+        if not issubclass(one, Strict) or one in (Strict, Settings):
             continue
         source = inspect.cleandoc("\n" + inspect.getsource(one))
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)

@@ -15,9 +15,10 @@ from pydantic import Field
 from tests.pages import ROOT, split_page
 
 import fedmira
+from fedmira.adapters.columns import factor_columns
 from fedmira.cli.method_facts import build_default, method_facts
 from fedmira.methods import names
-from fedmira.methods.base import Message, Settings
+from fedmira.methods.base import Client, Facts, Message, Settings
 
 FOLDER = ROOT / "docs" / "methods"
 
@@ -143,17 +144,29 @@ def test_the_facts_are_those_of_the_method_that_is_built() -> None:
         "nothing",
     ]
     assert described("fedptuning")["what is sent"] == "the prompt encoder"
-    assert described("fedavg", needs="each")["the server must see"] == "each upload"
+    assert described("fedavg", facts=Facts(needs="each"))["the server must see"] == "each upload"
 
 
 def test_what_travels_is_measured_on_the_messages() -> None:
     def finish(adapters: Any, memory: Any, given: Message, tools: Any) -> Any:
         assert len(tools.rng("noise")) == len(adapters)
-        rows = torch.cat([adapters.rows, given.rows[:, ::2]], dim=1)
-        return Message(rows, {"loss": torch.zeros(len(adapters))}), memory
+        return Message(adapters.rows, {"loss": torch.zeros(len(adapters))}, {"second": given.rows}), memory
 
-    travels = described("fedavg", finish=finish)["bytes that travel per round"]
-    assert travels == "S x 1.5 x P x 4 + S x 8 up, S x P x 4 down"
+    key = "bytes that travel per round"
+    client = Client(finish=finish)
+    assert described("fedavg", client=client)[key] == "S x 2 x P x 4 + S x 8 up, S x P x 4 down"
+    half: dict[str, Any] = {"travels": lambda layout, clock: factor_columns(layout, "A")}
+    assert described("fedavg", **half)[key] == "S x 0.5 x P x 4 up, S x 0.5 x P x 4 down"
+    assert described("fedavg", client=client, **half)[key] == "S x P x 4 + S x 8 up, S x 0.5 x P x 4 down"
+    trained: dict[str, Any] = {"trained": half["travels"]}
+    assert described("fedavg", **trained)[key] == "S x 0.5 x P x 4 up, S x P x 4 down"
+
+
+def test_what_does_not_travel_makes_the_view_personal() -> None:
+    half: dict[str, Any] = {"travels": lambda layout, clock: factor_columns(layout, "A")}
+    assert described("fedavg", **half)["each client gets"] == "an adapter of its own (`personal`)"
+    frozen = described("fedavg", trained=half["travels"], **half)
+    assert frozen["each client gets"] == "the shared one (`global`)"
 
 
 def row(label: str, up: list[int], down: list[int]) -> dict[str, Any]:

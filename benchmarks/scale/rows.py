@@ -14,16 +14,18 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
 from clients import status
 
-from fedmira.adapters import Adapters, lora_layout
-from fedmira.disk.folders import RunFolder
-from fedmira.disk.table import Rows
+from fedmira.adapters import lora_layout
+from fedmira.cli.method_facts import Idle
+from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger, commit, restore
-from fedmira.methods.base import Change, State
+from fedmira.methods import build
+from fedmira.methods.base import Change, Cohort, Method
 
 SHAPES = [(f"transformer.h.{layer}.attn.c_attn", 768, 2304) for layer in range(12)]
 RANK, SAMPLED = 8, 100
@@ -51,23 +53,24 @@ class Watch:
         return dict(self.peak)
 
 
-def begin(folder: RunFolder, clients: int) -> Ledger:
+def begin(folder: Path, clients: int) -> tuple[Ledger, Method]:
     """A run's state at the common start."""
-    layout = lora_layout(SHAPES, RANK)
-    rows = Rows(torch.zeros(1, layout.size), torch.zeros(clients, dtype=torch.int64), folder.path)
-    ranks = torch.full((clients,), RANK)
-    adapters = Adapters(layout, cast(torch.Tensor, rows), ranks, 16 / ranks)
-    return Ledger(State(adapters), torch.full((clients,), torch.nan, dtype=torch.float64), folder.path)
+    names = tuple(f"c{k}" for k in range(clients))
+    cohort = Cohort(names, (1,) * clients, ({},) * clients, (np.arange(SAMPLED),), 0)
+    method = build("mira", {"lambda": 0.1, "graph": {"kind": "random"}}, cohort)
+    federation = Federation(names, lora_layout(SHAPES, RANK), torch.full((clients,), RANK), 16)
+    validation = torch.full((clients,), torch.nan, dtype=torch.float64)
+    return Ledger(federation, federation.first_state(0, method, folder), validation), method
 
 
-def play(ledger: Ledger, folder: RunFolder, ids: torch.Tensor) -> float:
+def play(ledger: Ledger, folder: Path, ids: torch.Tensor) -> float:
     """A round without its training; return its seconds."""
-    rows = torch.rand(len(ids), ledger.state.adapters.layout.size)
+    rows = torch.rand(len(ids), ledger.federation.layout.size)
     began = time.monotonic()
     change = Change(ids, rows)
+    commit(folder, ledger, change, None)
     ledger.apply(change)
     ledger.round += 1
-    commit(folder, ledger, change, ids)
     return time.monotonic() - began
 
 
@@ -84,11 +87,11 @@ def main() -> None:
         print(f"{what}: {seconds:.1f} s, RssAnon +{anon:.0f} MB, RssFile +{mapped:.0f} MB", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="fedmira-scale-") as place:
-        folder = RunFolder(Path(place))
-        ledger = begin(folder, options.clients)
+        folder = Path(place)
+        ledger, _ = begin(folder, options.clients)
         watch = Watch()
         spent = [play(ledger, folder, ids) for ids in torch.arange(options.clients).split(SAMPLED)]
-        result["rows_bytes"] = len(ledger.touched) * ledger.state.adapters.layout.size * 4
+        result["rows_bytes"] = int(ledger.table.written.sum()) * ledger.table.row_bytes
         note(f"{len(spent)} rounds of {SAMPLED} new clients", sum(spent), watch)
         result["round_s"] = spent
         watch, count = Watch(), ledger.round
@@ -96,14 +99,14 @@ def main() -> None:
             seconds = play(ledger, folder, torch.arange(SAMPLED))
         note(f"a full checkpoint of {result['rows_bytes'] / 1e9:.1f} GB", seconds, watch)
         sample = torch.arange(0, options.clients, 97)
-        expected, number = ledger.state.adapters.rows[sample], ledger.round
+        expected, number = ledger.table[sample], ledger.round
         del ledger  # and with it its file of rows
         watch, began = Watch(), time.monotonic()
-        found = begin(folder, options.clients)
-        restore(folder, found)
+        found, method = begin(folder, options.clients)
+        restore(folder, found, Idle(found.federation, method))
         note("the way back from disk", time.monotonic() - began, watch)
         assert found.round == number
-        assert torch.equal(found.state.adapters.rows[sample], expected)
+        assert torch.equal(found.table[sample], expected)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

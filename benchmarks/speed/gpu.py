@@ -26,7 +26,8 @@ from yardstick import CLIP, PeftLoop
 from fedmira.adapters import lora_layout, start_adapters
 from fedmira.adapters.optim import adamw
 from fedmira.data.batches import ClientData, Encoded, Truncation
-from fedmira.engine.phase import Training, local_phase
+from fedmira.engine.phase import local_phase
+from fedmira.engine.tools import Training
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message
 from fedmira.model.base.load import load_base

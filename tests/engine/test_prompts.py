@@ -17,13 +17,11 @@ from fedmira.adapters import Layout, prompt_layout
 from fedmira.config.faults import check_config
 from fedmira.config.sections import Config
 from fedmira.engine import cost as plan
-from fedmira.engine import run as rounds
 from fedmira.engine.cost import Speeds
-from fedmira.engine.federation import Federation
 from fedmira.errors import ConfigError, MethodError, ModelError
 from fedmira.evaluation import measure
 from fedmira.methods import fedptuning
-from fedmira.methods.base import Method, own_rows, serve_own
+from fedmira.methods.base import Change, Method
 from fedmira.study import assemble as preparing
 from fedmira.study import dry_run as preview
 from fedmira.study.assemble import prepare
@@ -157,10 +155,10 @@ def test_a_personal_method_with_virtual_tokens_begins_where_these_put_it(
     real = fedptuning.build
 
     def personal(settings: Any, cohort: Any) -> Method:
-        return replace(real(settings, cohort), personal=True, send=own_rows, serve=serve_own, merge=keep)
+        return replace(real(settings, cohort), rows_of="each", merge=keep)
 
     def keep(state: Any, ids: Any, returned: Any, weights: Any, clock: Any) -> Any:
-        return rounds.Change(ids, returned.rows)
+        return Change(ids, returned.rows)
 
     monkeypatch.setattr(fedptuning, "build", personal)
     few = {"rounds": 1, "participation": 0.34}
@@ -205,12 +203,12 @@ def test_wrong_settings_are_a_config_error_from_python_too(home: Path) -> None:
 
 def test_a_row_has_low_rank_factors_or_one_encoder(home: Path) -> None:
     prepared = prepare(config(home, "z"), silent)
-    method = prepared.methods["local", 3]
+    method = prepared.built["local"].methods[3]
     lora, prompt = prepared.federation.layout.parts[0], LAYOUT.parts[0]
     for parts in ((lora, prompt), (prompt, prompt)):
         both = replace(method, layout=lambda layout, width, parts=parts: Layout(parts))
         with pytest.raises(MethodError, match="2 parts"):
-            prepared.federation.under(both)
+            prepared.under(both)
 
 
 def test_a_base_that_takes_no_embeddings_is_refused_where_they_are_needed(
@@ -231,7 +229,7 @@ def test_fewer_clients_share_a_pass_where_virtual_tokens_take_their_memory(
     monkeypatch.setattr(plan, "_free_bytes", lambda device: 2 * plan.CHUNK_BYTES + 1_000_000)
     everyone = {"participation": 1.0, "cohort": "auto"}
     widths = [
-        prepare(config(home, "z", methods=methods, federation=everyone), silent).federation.cohort
+        prepare(config(home, "z", methods=methods, federation=everyone), silent).workplace.cohort
         for methods in ([{"name": "fedavg"}], [{"name": "fedavg"}, {**PROMPTS, "virtual_tokens": 40}])
     ]
     assert widths[0] > widths[1] >= 1
@@ -239,13 +237,13 @@ def test_fewer_clients_share_a_pass_where_virtual_tokens_take_their_memory(
 
 def test_ranks_are_no_matter_of_a_method_without_them(home: Path) -> None:
     mixed = {"lora": {"r": 8, "ranks": [1, 2, 1, 2, 1, 2]}, "methods": [{"name": "fedavg"}, PROMPTS]}
-    notes = prepare(config(home, "z", **mixed), silent).notes
-    assert notes["fedavg"]
-    assert not notes["fedptuning"]
+    built = prepare(config(home, "z", **mixed), silent).built
+    assert built["fedavg"].notes
+    assert not built["fedptuning"].notes
 
 
 def test_a_dry_run_times_every_kind_of_rows_by_itself(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(federation: Federation, method: Method, ids: Any, *, seed: int) -> Speeds:
+    def measure(workplace: Any, federation: Any, *_: Any) -> Speeds:
         return Speeds(1e-3 if federation.layout.low_rank else 1.0, 1e-3, 1e-3)
 
     monkeypatch.setattr(preview, "measure_speeds", measure)

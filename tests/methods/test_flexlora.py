@@ -17,7 +17,7 @@ from torch import Tensor
 from fedmira.adapters import Adapters, Layout, lora_layout, start_adapters
 from fedmira.errors import ConfigError, MethodError
 from fedmira.methods import build, flexlora
-from fedmira.methods.base import Clock, Cohort, Message, Method, State
+from fedmira.methods.base import Clock, Cohort, Message, Method, State, use_what_was_sent
 
 FIRST = Clock(1)
 SQUARE = lora_layout([("m", 2, 2)], 2)  # A [2, 2], B [2, 2]
@@ -52,7 +52,15 @@ def after(of: Method, state: State, uploads: Tensor, weights: Sequence[float], i
     who = torch.tensor(ids or range(len(uploads)))
     change = of.merge(state, who, Message(uploads), torch.tensor(weights, dtype=torch.float64), FIRST)
     assert change.ids.tolist() == [0]
-    return State(state.adapters.with_rows(change.rows))
+    return State(state.adapters.take(change.ids, rows=change.rows))
+
+
+def serve(of: Method, state: State, ids: Sequence[int], ranks: Tensor, *, alpha: float = 16.0) -> Adapters:
+    """What these clients are sent, and use as it is."""
+    assert of.client.use is use_what_was_sent
+    own = ranks[torch.tensor(ids)]
+    rows = of.message(state, torch.tensor(ids), FIRST).rows
+    return Adapters(state.adapters.layout, rows, own, (alpha / own.double()).to(rows.dtype))
 
 
 def best(matrix: Tensor, rank: int) -> Tensor:
@@ -87,7 +95,7 @@ def test_two_clients_of_ranks_one_and_two() -> None:
     ranks, uploads = by_hand()
     flex = method(ranks, alpha=2.0)
     state = after(flex, begin(SQUARE, ranks, alpha=2.0), uploads, (1, 3))
-    served = flex.serve(state, {}, torch.tensor([0, 1]))
+    served = serve(flex, state, [0, 1], ranks, alpha=2.0)
     assert served.ranks.tolist() == [1, 2]
     assert served.scale.tolist() == [2, 1]
     assert served.product("m")[0].tolist() == [[0, 0], [0, 4.5]]
@@ -100,8 +108,8 @@ def test_uniform_weights_count_every_client_the_same() -> None:
     ranks, uploads = by_hand()
     flex = method(ranks, alpha=2.0, weights="uniform")
     state = after(flex, begin(SQUARE, ranks, alpha=2.0), uploads, (1, 3))
-    assert flex.serve(state, {}, torch.tensor([1])).product("m")[0].tolist() == [[1, 0], [0, 3]]
-    assert not flex.uses_weights
+    assert serve(flex, state, [1], ranks, alpha=2.0).product("m")[0].tolist() == [[1, 0], [0, 3]]
+    assert not flex.facts.weighs
 
 
 def test_the_mean_is_over_products_and_not_over_factors() -> None:
@@ -112,7 +120,7 @@ def test_the_mean_is_over_products_and_not_over_factors() -> None:
     ranks = torch.tensor([1, 1])
     flex = method(ranks, alpha=1.0)
     state = after(flex, begin(layout, ranks, alpha=1.0), uploads, (1, 1))
-    assert flex.serve(state, {}, torch.tensor([0])).product("m").item() == pytest.approx(5, rel=1e-6)
+    assert serve(flex, state, [0], ranks, alpha=1.0).product("m").item() == pytest.approx(5, rel=1e-6)
 
 
 def test_who_answered_says_whose_rank_and_scale_an_upload_has() -> None:
@@ -120,7 +128,7 @@ def test_who_answered_says_whose_rank_and_scale_an_upload_has() -> None:
     ranks, uploads = by_hand()
     flex = method(ranks, alpha=2.0)
     state = after(flex, begin(SQUARE, ranks, alpha=2.0), uploads[1:], (3,), ids=(1,))
-    assert flex.serve(state, {}, torch.tensor([1])).product("m")[0].tolist() == [[0, 0], [0, 6]]
+    assert serve(flex, state, [1], ranks, alpha=2.0).product("m")[0].tolist() == [[0, 0], [0, 6]]
 
 
 def test_weights_that_sum_to_zero_are_refused() -> None:
@@ -154,17 +162,11 @@ def test_every_client_is_served_the_dense_mean_cut_to_its_own_rank(
 ) -> None:
     flex, state, uploads = merged
     expected = best(dense(uploads, module, (5, 1, 2)), int(MIXED[client]))
-    served = flex.serve(state, {}, torch.tensor([client]))
+    served = serve(flex, state, [client], MIXED)
     assert served.rows.dtype == torch.float32
     torch.testing.assert_close(update(served, module)[0], expected, rtol=1e-5, atol=1e-5)
     assert float(expected.abs().max()) > 0.1
     assert not served.rows[~WIDE.rank_mask(MIXED[client : client + 1])].any()
-
-
-def test_what_is_sent_is_what_is_served(merged: tuple[Method, State, Adapters]) -> None:
-    flex, state, _ = merged
-    ids = torch.tensor([2, 0])
-    assert torch.equal(flex.send(state, ids, FIRST).rows, flex.serve(state, {}, ids).rows)
 
 
 def test_modules_decomposed_together_are_what_they_are_alone(
@@ -176,9 +178,8 @@ def test_modules_decomposed_together_are_what_they_are_alone(
     monkeypatch.setattr(flexlora, "BATCH", 1)
     assert len(list(flexlora._batches(WIDE.parts[0], uploads))) == 3
     alone = after(flex, begin(WIDE, MIXED), uploads.rows, (5, 1, 2))
-    everyone = torch.arange(3)
     for module in ("one", "two"):
-        one, other = (update(flex.serve(some, {}, everyone), module) for some in (state, alone))
+        one, other = (update(serve(flex, some, range(3), MIXED), module) for some in (state, alone))
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
@@ -189,7 +190,7 @@ def test_modules_of_one_client_may_differ_in_rank(most: tuple[int, int]) -> None
     ranks = torch.tensor([[3, 5], [most[0], 2], [1, 4]])
     flex, uploads = method(ranks), trained(layout, ranks, dtype=torch.float64)
     state = after(flex, begin(layout, ranks, dtype=torch.float64), uploads.rows, (1, 2, 3))
-    served = flex.serve(state, {}, torch.arange(3))
+    served = serve(flex, state, range(3), ranks)
     for place, module in enumerate(("attn", "mlp")):
         for k in range(3):
             expected = best(dense(uploads, module, (1, 2, 3)), int(ranks[k, place]))
@@ -206,7 +207,7 @@ def test_one_client_alone_keeps_its_update(client: int) -> None:
     flex, uploads = method(ranks), trained(layout, ranks, dtype=torch.float64)
     state = after(flex, begin(layout, ranks, dtype=torch.float64), uploads.rows[client][None], (4,), ids=(client,))
     for k in range(3):
-        served = flex.serve(state, {}, torch.tensor([k]))
+        served = serve(flex, state, [k], ranks)
         for module in ("m", "n"):
             whole = uploads.product(module)[client]
             torch.testing.assert_close(update(served, module)[0], best(whole, int(ranks[k])), rtol=1e-9, atol=1e-9)
@@ -219,7 +220,7 @@ def test_directions_that_nobody_learned_can_train() -> None:
     layout, ranks = lora_layout([("m", 40, 36)], 5), torch.tensor([3, 5])
     flex, uploads = method(ranks), trained(layout, ranks, dtype=torch.float64)
     state = after(flex, begin(layout, ranks, dtype=torch.float64), uploads.rows[:1], (1,), ids=(0,))
-    served = flex.serve(state, {}, torch.tensor([1]))
+    served = serve(flex, state, [1], ranks)
     first, second = layout.parts[0].leaves
     a, b = served.leaf(first)[0], served.leaf(second)[0]
     torch.testing.assert_close(a @ a.T, torch.eye(5, dtype=torch.float64))
@@ -232,7 +233,7 @@ def test_every_client_has_its_own_scale_and_the_same_alpha() -> None:
     layout = lora_layout([("m", 12, 9)], 4)
     flex, uploads = method(ranks), trained(layout, ranks)
     state = after(flex, begin(layout, ranks), uploads.rows, (1, 1, 1))
-    served = flex.serve(state, {}, torch.tensor([2, 0, 1]))
+    served = serve(flex, state, [2, 0, 1], ranks)
     assert served.ranks.tolist() == [4, 1, 2]
     assert (served.scale * served.ranks).tolist() == [16, 16, 16]
 
@@ -241,20 +242,19 @@ def test_every_client_has_its_own_scale_and_the_same_alpha() -> None:
 def test_clients_of_one_rank_cost_no_copy_of_the_shared_row(ranks: Tensor | None) -> None:
     state = begin(SQUARE, torch.tensor([2, 2, 2]))
     flex = method(ranks)
-    sent = flex.send(state, torch.arange(3), FIRST).rows
+    sent = flex.message(state, torch.arange(3), FIRST).rows
     assert sent.shape == (3, SQUARE.size)
-    assert sent.data_ptr() == state.adapters.rows.data_ptr()
-    assert flex.serve(state, {}, torch.arange(3)).ranks.tolist() == [2, 2, 2]
+    assert sent.untyped_storage().nbytes() == SQUARE.size * 4  # one row, looked at three times
 
 
-def test_serving_leaves_the_shared_row_as_it_is() -> None:
+def test_sending_leaves_the_shared_row_as_it_is() -> None:
     ranks, uploads = by_hand()
     flex = method(ranks, alpha=2.0)
     state = after(flex, begin(SQUARE, ranks, alpha=2.0), uploads, (1, 3))
-    before = state.adapters.rows.clone()
-    flex.serve(state, {}, torch.tensor([0, 1])).rows.zero_()
-    flex.send(state, torch.tensor([0, 1]), FIRST).rows.zero_()
-    assert torch.equal(state.adapters.rows, before)
+    one = torch.tensor([0])
+    before = state.adapters.rows[one].clone()
+    flex.message(state, torch.tensor([0, 1]), FIRST).rows.zero_()
+    assert torch.equal(state.adapters.rows[one], before)
 
 
 # ---------------------------------------------------------------- laws, with the clients' ranks told
@@ -295,19 +295,18 @@ def test_an_absent_client_has_no_influence(world: World, settings: dict[str, str
 
 def test_a_returning_client_starts_from_the_mean_of_products_cut_to_its_rank(world: World) -> None:
     flex = build("flexlora", {}, world.cohort)
-    ledger, ids = world.reach(flex), torch.tensor(NEXT)
-    returned, _ = world.train(flex, ids, flex.send(ledger.state, ids, laws.ROUND), ledger.recall(ids))
-    ledger.apply(flex.merge(ledger.state, ids, returned, world.weights(ids), laws.ROUND))
-    again = world.adapters(ids, flex.send(ledger.state, ids, Clock(4)).rows)
-    served = flex.serve(ledger.state, ledger.memory, ids)
-    assert torch.equal(again.rows, served.rows)
+    scene, ids = world.reach(flex), torch.tensor(NEXT)
+    returned = scene.phase(ids, scene.send(ids)).returned
+    scene.play(ids)
+    again = world.adapters(ids, flex.message(scene.ledger.state, ids, Clock(4)).rows)
+    used = world.adapters(ids, scene.used(ids))
+    assert torch.equal(again.rows, used.rows)
     uploads = world.adapters(ids, returned.rows)
     for first, _ in world.layout.parts[0].pairs():
         mean = dense(uploads, first.module, world.weights(ids).tolist())
         for place, k in enumerate(NEXT):
             expected = best(mean, int(world.ranks[k]))
-            for found in (again, served):
-                torch.testing.assert_close(found.product(first.module)[place], expected, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(again.product(first.module)[place], expected, rtol=1e-9, atol=1e-11)
 
 
 # ---------------------------------------------------------------- whole runs

@@ -20,7 +20,7 @@ from fedmira.methods import MethodModule
 from fedmira.methods.base import Clock, Cohort, Message, Method, Tools
 
 PARTS = {"lora": "the LoRA factors", "prompt": "the prompt encoder"}
-CLIENTS, RANK, WIDTH = 4, 2, 4  # of the federation whose messages are looked at
+CLIENTS, RANK, WIDTH = 4, 2, 16  # of the federation whose messages are looked at; each factor is whole sixteens
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,6 @@ def admit(uploads: Sequence[Upload], expected: Expected) -> tuple[Tensor, dict[i
 def check_change(change: Change, method: str) -> None:
     """Refuse a merge whose result is not finite, before it replaces anything."""
     values = [change.rows, *(change.shared or {}).values(), *change.tables.values()]
-    values += [] if change.base is None else [change.base.rows]
     for value in values:
         if value.is_floating_point() and not bool(torch.isfinite(norms(value.reshape(1, -1))).all()):
             raise WireError(

@@ -116,9 +116,8 @@ class State:
 class Change:
     """What a merge decided. rows [n, P] replace the rows `ids` [n] of State.adapters; shared replaces State.shared.
 
-    tables: name -> [n, ...], which replace the rows `ids` of State.tables. notes: numbers for the round's record. base:
-    low-rank pairs B A that are added to the base's weights for everybody, one row [1, P'] of any rank, with its scale.
-    Only the engine applies a Change, once it is durable.
+    tables: name -> [n, ...], which replace the rows `ids` of State.tables. notes: numbers for the round's record. Only
+    the engine applies a Change, once it is durable.
     """
 
     ids: Tensor
@@ -126,7 +125,6 @@ class Change:
     shared: Mapping[str, Tensor] | None = None
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
-    base: Adapters | None = None
 
 
 class Gradient(Protocol):
