@@ -1,43 +1,18 @@
 """What a method is, read off the messages it sends: for `fedmira methods` and the pages of docs/methods."""
 
 import re
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters, lora_layout, scales, start_adapters
+from fedmira.cli.method_list import MethodFacts
 from fedmira.methods import MethodModule
 from fedmira.methods.base import Clock, Cohort, Memory, Message, Method, Tools
 
 PARTS = {"lora": "the LoRA factors", "prompt": "the prompt encoder"}
 CLIENTS, RANK, WIDTH = 4, 2, 4  # of the federation whose messages are looked at
-
-
-@dataclass(frozen=True)
-class MethodFacts:
-    """What a method with its default settings is, needs and sends. bytes: a formula of S and P; empty: nothing."""
-
-    about: str
-    papers: list[str]
-    view: Literal["personal", "global"]
-    needs: Literal["each", "sum", "nothing"]
-    weighs: bool
-    sends: str
-    bytes_up: str
-    bytes_down: str
-
-    @property
-    def bytes(self) -> str:
-        return f"{self.bytes_up} up, {self.bytes_down} down" if self.bytes_up else "nothing"
-
-    @property
-    def line(self) -> str:
-        """All but what it does, on one line."""
-        travels = f"sends {self.sends}, {self.bytes}" if self.bytes_up else "sends nothing"
-        return f"{self.view}; server sees {self.needs}; {travels}; {', '.join(self.papers) or 'no paper'}"
 
 
 def method_facts(module: MethodModule, method: Method | None = None) -> MethodFacts:
