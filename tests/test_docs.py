@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fedmira.config.partitioners import PARTITIONERS
 from tests.laws import laws
 from tests.pages import (
     ROOT,
@@ -29,6 +28,7 @@ from tests.pages import (
 )
 
 import fedmira
+from fedmira.config.partitioners import PARTITIONERS
 from fedmira.config.sections import ClientsConfig, DataConfig, SplitConfig
 from fedmira.data.chats import ROLES
 from fedmira.data.formats import FORMATS

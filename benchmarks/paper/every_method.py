@@ -73,7 +73,7 @@ def entries(what: str) -> list[dict[str, Any]]:
         "fedsophia": [{"form": "public"}],  # then a learning rate means what it means to AdamW: the longest step
         "mira": [{"label": label, "lambda": COUPLING, **settings} for label, settings in near.items()],
     }
-    found = sorted(fedmira.methods(), key=lambda name: name != "local")  # the yardstick first
+    found = sorted(fedmira.method_names(), key=lambda name: name != "local")  # the yardstick first
     return [{"name": name, **settings} for name in found for settings in own.get(name, [{}])]
 
 
@@ -199,7 +199,7 @@ def against(one: MethodSummary) -> dict[str, Any] | None:
     return {key: getattr(one.against, key) for key in ("wins", "ties", "losses", "difference", "p_holm")}
 
 
-def costs(runs: Sequence[fedmira.study.face.Run]) -> dict[str, Any]:
+def costs(runs: Sequence[fedmira.Run]) -> dict[str, Any]:
     """What the runs of one entry, seed by seed, have in common: settings, bytes of a client and round."""
     facts, records = [run.facts for run in runs], [record for run in runs for record in run.rounds]
     first = facts[0]

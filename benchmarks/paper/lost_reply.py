@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from fedmira.config.faults import check_config
 
 import fedmira
+from fedmira.config.faults import check_config
 from fedmira.reports.stats import MethodSummary, summarise, summarise_base
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -18,10 +18,10 @@ from typing import Any, cast
 
 import torch
 from clients import status
-from fedmira.disk.table import Rows
 
 from fedmira.adapters import Adapters, lora_layout
 from fedmira.disk.folders import RunFolder
+from fedmira.disk.table import Rows
 from fedmira.engine.ledger import Ledger, commit, restore
 from fedmira.methods.base import Change, State
 

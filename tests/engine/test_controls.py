@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedmira.config.faults import check_config
 from tests import small_study, tiny
 from tests.small_study import CLIENTS, command, differences, outcome, run_folders
 from torch import Tensor
 
 import fedmira
 from fedmira.adapters import Adapters
+from fedmira.config.faults import check_config
 from fedmira.config.sections import Config
 from fedmira.data.batches import ClientData
 from fedmira.disk.folders import RunFolder

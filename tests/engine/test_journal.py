@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from fedmira.disk.table import Rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmira.adapters import Layout, lora_layout, start_adapters
 from fedmira.disk.checkpoints import checkpoint_rounds, load_chain
 from fedmira.disk.folders import RunFolder
+from fedmira.disk.table import Rows
 from fedmira.engine.ledger import Ledger, commit, restore
 from fedmira.errors import StoreError
 from fedmira.methods.base import Change, State
