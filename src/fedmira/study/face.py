@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmira import bundled
-from fedmira.config.faults import check_config
-from fedmira.config.sections import Config
-from fedmira.config.yaml_text import read_config
 from fedmira.disk.folders import RunFolder, StudyFolder, find_study
 from fedmira.errors import ConfigError, StoreError
 from fedmira.study.trackers import check_trackers
@@ -23,6 +20,7 @@ from fedmira.study.trackers import check_trackers
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fedmira.config.sections import Config
     from fedmira.export.merged_model import Merged
     from fedmira.methods import MethodModule
 
@@ -81,9 +79,11 @@ class Study:
     @property
     def results(self) -> pd.DataFrame:
         """All rows of results.csv: client, method, seed, round, view, split, metric, value."""
-        from fedmira.reports.stats import read_results
+        import pandas as pd
 
-        return read_results(self.path)
+        from fedmira.reports.results import read_results
+
+        return pd.DataFrame(read_results(self.path).rows)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -91,6 +91,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises one ConfigError that lists every fault, those of the methods' own settings included.
     """
+    from fedmira.config.yaml_text import read_config
+
     source = Path(path)
     preset = bundled.preset(str(path))
     if preset is not None and not source.is_file():  # a folder of that name is in nobody's way
@@ -100,6 +102,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def _checked(raw: Mapping[str, Any], source: str) -> Config:
     """Check a config and its methods' own settings."""
+    from fedmira.config.faults import check_config
     from fedmira.methods import entry_faults
 
     return check_config(raw, source, entry_faults)
