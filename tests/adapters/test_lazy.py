@@ -13,7 +13,8 @@ for room in ("config", "adapters", "graphs", "methods"):
     package = importlib.import_module(f"fedmira.{room}")
     for file in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{file.name}")
-print([name for name in ("torch", "scipy", "transformers", "peft", "datasets", "pandas") if name in sys.modules])
+heavy = ("torch", "numpy", "scipy", "transformers", "peft", "datasets", "pandas")
+print([name for name in heavy if name in sys.modules])
 """
 
 

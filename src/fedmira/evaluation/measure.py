@@ -77,7 +77,7 @@ def measure_answers(
             total = dict.fromkeys(metrics, 0.0)
             for place, (example, text) in enumerate(zip(own, said, strict=True)):
                 written(k, place, text)
-                scores = score_answer(text, example.answers)
+                scores = score_answer(text, example.answers, metrics)
                 for metric in metrics:
                     total[metric] += scores[metric]
             found[k] = {metric: value / len(own) for metric, value in total.items()}

@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
 from pydantic import ConfigDict
 
 from fedmira.adapters import Adapters, Layout
-from fedmira.adapters.lazy import Tensor, torch
+from fedmira.adapters.lazy import Tensor, np, torch
 from fedmira.config.strict import Strict
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import Graph

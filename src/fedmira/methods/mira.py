@@ -37,11 +37,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from fedmira.adapters import Adapters
-from fedmira.adapters.lazy import Tensor, torch
+from fedmira.adapters.lazy import Tensor, np, torch
 from fedmira.adapters.lowrank import mix_products
 from fedmira.adapters.mixing import mix_rows
 from fedmira.errors import MethodError

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +44,10 @@ class Results:
     def methods(self) -> list[str]:
         """Each method once, in order of appearance."""
         return list(dict.fromkeys(row.method for row in self.rows))
+
+    def where(self, keep: Callable[[Row], bool]) -> "Results":
+        """Keep some of the rows."""
+        return Results([row for row in self.rows if keep(row)])
 
     def of(self, *, metric: str, split: str) -> list[Row]:
         """Return the rows of one metric and split."""
