@@ -47,7 +47,7 @@ pretrain:
 	@test -e .venv/.installed-base || $(MAKE) --no-print-directory install-base
 	$(BIN)/python -m fedmira.bundled.pretrain
 
-# The pages of the methods, from their docstrings and settings; a test fails while they are stale.
+# The pages of the methods and the list of `fedmira methods`, from docstrings and settings; a test fails while stale.
 docs:
 	$(BIN)/python docs/make_methods.py
 

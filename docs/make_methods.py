@@ -1,7 +1,9 @@
-"""Write docs/methods: a page for every method, made from its docstring, its Config and what it builds.
+"""Write docs/methods, a page for every method, and the list that `fedmira methods` prints.
 
     python docs/make_methods.py
 
+Both are made from each method's docstring, its Config and what it builds; the list is kept in a file of the package, so
+that the command need not build anything.
 Bytes as measured are those of benchmarks/results, which benchmarks/paper/every_method.py stores. The pages are kept
 beside the source so that they can be read without building anything; a test fails where they differ from what this file
 makes now.
@@ -15,10 +17,13 @@ import re
 import textwrap
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from fedmira.cli.method_facts import MethodFacts, method_facts
+from fedmira.cli import method_list
+from fedmira.cli.method_facts import method_facts
+from fedmira.cli.method_list import MethodFacts
 from fedmira.config.strict import Strict
 from fedmira.methods import ALIASES, MethodModule, load, names
 from fedmira.methods.base import Settings
@@ -225,8 +230,14 @@ def _range(low: int, high: int) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def main(folder: Path = FOLDER) -> None:
-    """Write the pages, and remove those of methods that are no more."""
+def listed_facts() -> str:
+    """Return the text of the file that `fedmira methods` reads."""
+    return json.dumps({name: asdict(method_facts(load(name))) for name in names()}, indent=1) + "\n"
+
+
+def main(folder: Path = FOLDER, listed: Path = method_list.FILE) -> None:
+    """Write the pages and the list, and remove the pages of methods that are no more."""
+    listed.write_text(listed_facts(), encoding="utf-8")
     made = pages()
     for old in folder.glob("*.md"):
         if old.name not in made:

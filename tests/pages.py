@@ -253,9 +253,10 @@ def unknown_words(page: str) -> Iterator[str]:
 
 
 def command_options() -> dict[str, set[str]]:
-    """Return the options of every command of `fedmira`."""
+    """Return the options of every command of `fedmira`; those of `fedmira` itself stand for commands without any."""
     group: Any = typer.main.get_command(app)
-    return {name: {word for one in own.params for word in one.opts} for name, own in group.commands.items()}
+    alone: dict[str, set[str]] = {word: set() for one in group.params for word in one.opts}
+    return alone | {name: {word for one in own.params for word in one.opts} for name, own in group.commands.items()}
 
 
 def matches(shown: list[str], printed: list[str]) -> bool:

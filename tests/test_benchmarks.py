@@ -63,13 +63,26 @@ def test_every_script_says_how_it_is_called(
     assert run_script(script, "--help", monkeypatch=monkeypatch) == 0
     shown = capsys.readouterr().out
     assert f"python benchmarks/{script}" in shown
-    assert script == "bench.py" or script.startswith("paper/") or "--json" in shown
+    assert script == "bench.py" or writes_a_page(script) or "--json" in shown
+
+
+def writes_a_page(script: str) -> bool:
+    """Does a script write a page that is its alone?"""
+    return script.startswith("paper/") or script == "startup.py"
 
 
 def test_every_row_runs_a_script_that_is_there(bench: ModuleType) -> None:
-    pages = {script for script in SCRIPTS if script.startswith("paper/")}  # write pages of their own
+    pages = set(filter(writes_a_page, SCRIPTS))
     assert {row.script for row in bench.ROWS} == set(SCRIPTS) - {"bench.py"} - pages
     assert sorted(row.name for row in bench.ROWS) == sorted([*bench.CORE, *bench.FULL])
+
+
+def test_the_page_on_the_first_answer_shows_medians_in_units_of_the_first_row() -> None:
+    startup = importlib.import_module("startup")
+    seconds = {startup.YARDSTICK: [0.2, 0.1, 0.3], "fedmira --help": [0.5, 0.4, 9.0]}
+    text = startup.page({"machine": {"cpu": "a", "cores": 2, "python": "3"}, "seconds": seconds})
+    assert "| `fedmira --help` | 0.50 | 0.40 to 9.00 | 2.5 |" in text
+    assert "3 processes each" in text
 
 
 def test_the_gpu_script_runs_on_a_small_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

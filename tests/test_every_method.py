@@ -88,7 +88,7 @@ def count_numbers(path: Path) -> int:
 
 
 def test_bytes_as_counted_are_those_of_the_formula_on_the_page(study: fedmira.Study) -> None:
-    assert {run.facts["method"] for run in study.runs} == set(fedmira.methods())
+    assert {run.facts["method"] for run in study.runs} == set(fedmira.method_names())
     wrong = []
     for run in study.runs:
         wanted = [evaluate(one, clients=CLIENTS, numbers=numbers(run)) for one in formulas(run.facts["method"])]
@@ -134,7 +134,7 @@ def test_a_study_has_every_method_and_its_config_is_right(
     if what == "ni":
         monkeypatch.setattr(every, "SHARED", shared_file("data/natural_instructions/tasks.jsonl.gz").parents[2])
     config = every.load(what, 2, 3, tmp_path)
-    assert {entry.id for entry in config.methods} == set(fedmira.methods())
+    assert {entry.id for entry in config.methods} == set(fedmira.method_names())
     assert config.methods[0].id == "local"
     assert (config.federation.rounds, config.seeds) == (2, [0, 1, 2])
     assert list(config.evaluation.metrics) == list(every.METRICS[what])

@@ -16,8 +16,9 @@ from tests.pages import ROOT, split_page
 
 import fedmira
 from fedmira.adapters.columns import factor_columns
+from fedmira.cli import method_list
 from fedmira.cli.method_facts import build_default, method_facts
-from fedmira.methods import names
+from fedmira.methods import load, names
 from fedmira.methods.base import Client, Facts, Message, Settings
 
 FOLDER = ROOT / "docs" / "methods"
@@ -41,6 +42,12 @@ def test_the_pages_of_the_methods_are_what_the_source_says_today() -> None:
     assert stale == [], "these pages of docs/methods are not what the source says; run: python docs/make_methods.py"
 
 
+def test_the_list_of_the_command_is_what_the_source_says_today() -> None:
+    kept = method_list.FILE.read_text(encoding="utf-8")
+    assert kept == made.listed_facts(), "fedmira methods is stale; run: python docs/make_methods.py"
+    assert method_list.stored_facts() == {name: method_facts(load(name)) for name in names()}
+
+
 def test_the_config_that_a_page_shows_runs(tmp_path: Path) -> None:
     entries: dict[str, Any] = {}
     for name in names():
@@ -55,8 +62,9 @@ def test_the_config_that_a_page_shows_runs(tmp_path: Path) -> None:
 
 def test_pages_are_written_and_those_of_methods_that_are_no_more_go(tmp_path: Path) -> None:
     (tmp_path / "gone.md").write_text("old", encoding="utf-8")
-    made.main(tmp_path)
-    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == made.pages()
+    made.main(tmp_path, tmp_path / "list.json")
+    assert (tmp_path / "list.json").read_text(encoding="utf-8") == made.listed_facts()
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.md")} == made.pages()
 
 
 class Inner(Settings):

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import fedmira
+from fedmira.reports.results import read_results
 from fedmira.reports.stats import MethodSummary, summarise, summarise_base
 
 ROOT = Path(__file__).parents[2]
@@ -74,10 +75,10 @@ def main() -> None:
         f"{{name: mira, label: family-average, lambda: 0.25, normalise: none, {FAMILY}}}",
     ]
     done = study("table", SEEDS, methods, "[loss, word_accuracy, exact_match]")
-    frame = done.results
-    tables = {metric: summarise(frame, metric=metric) for metric in ("loss", "word_accuracy", "exact_match")}
+    results = read_results(done.path)
+    tables = {metric: summarise(results, metric=metric) for metric in ("loss", "word_accuracy", "exact_match")}
     lines = []
-    bases = [summarise_base(frame, metric=metric) for metric in tables]
+    bases = [summarise_base(results, metric=metric) for metric in tables]
     if all(bases):
         lines.append(row("untouched base", *[base for base in bases if base is not None]))
     names = {
@@ -89,7 +90,7 @@ def main() -> None:
     }
     for label, name in names.items():
         lines.append(row(name, *[next(one for one in table if one.method == label) for table in tables.values()]))
-    against = summarise(frame, metric="word_accuracy", baseline="family-average")
+    against = summarise(results, metric="word_accuracy", baseline="family-average")
     mira = next(one for one in against if one.method == "mira").against
     assert mira is not None
     commit = subprocess.run(

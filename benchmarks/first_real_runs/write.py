@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import fedmira
+from fedmira.reports.results import read_results
 from fedmira.reports.stats import MethodSummary, summarise, summarise_base
 
 HERE = Path(__file__).parent
@@ -24,18 +25,18 @@ def cell(one: MethodSummary | None) -> str:
 
 def section(study: fedmira.Study, title: str, config: str) -> str:
     """One data set: counts, results for all clients and for those ever sampled, costs."""
-    frame = study.results
+    results = read_results(study.path)
     runs = {run.facts["label"]: run for run in study.runs}
     first = next(iter(runs.values()))
     clients = json.loads((first.path / "clients.json").read_text(encoding="utf-8"))
     ever = {name for record in first.rounds for name in record["clients"]}
-    some = frame[frame["client"].isin(ever)]
+    some = results.where(lambda row: row.client in ever)
     examples = sum(sum(one["examples"].values()) + one["dropped"] for one in clients.values())
     lines = []
     for label in [None, *runs]:
         cells = []
         for metric in ("loss", "rouge_l"):
-            for part in (frame, some):
+            for part in (results, some):
                 if label is None:
                     cells.append(cell(summarise_base(part, metric=metric)))
                 else:

@@ -25,12 +25,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 import torch
 import typer
 import yaml
 
 import fedmira
+from fedmira.reports.results import Results, read_results
 from fedmira.reports.stats import MethodSummary, summarise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +73,7 @@ def entries(what: str) -> list[dict[str, Any]]:
         "fedsophia": [{"form": "public"}],  # then a learning rate means what it means to AdamW: the longest step
         "mira": [{"label": label, "lambda": COUPLING, **settings} for label, settings in near.items()],
     }
-    found = sorted(fedmira.methods(), key=lambda name: name != "local")  # the yardstick first
+    found = sorted(fedmira.method_names(), key=lambda name: name != "local")  # the yardstick first
     return [{"name": name, **settings} for name in found for settings in own.get(name, [{}])]
 
 
@@ -173,14 +173,15 @@ def describe() -> str:
 
 def summaries(study: fedmira.Study, metrics: Sequence[str]) -> list[dict[str, Any]]:
     """Return a row for every entry of a study, in its order."""
-    frame = study.results
-    seeds = sorted(int(seed) for seed in frame["seed"].unique())
-    whole = {metric: by_method(frame, metric) for metric in metrics}
-    alone = {(metric, seed): by_method(frame[frame["seed"] == seed], metric) for metric in metrics for seed in seeds}
+    results = read_results(study.path)
+    seeds = sorted({row.seed for row in results.rows})
+    by_seed = {seed: results.where(lambda row, seed=seed: row.seed == seed) for seed in seeds}
+    whole = {metric: by_method(results, metric) for metric in metrics}
+    alone = {(metric, seed): by_method(own, metric) for metric in metrics for seed, own in by_seed.items()}
     rows = []
     for label in dict.fromkeys(run.facts["label"] for run in study.runs):
         scores = {
-            metric: {"mean": whole[metric][label].mean, "seeds": [alone[metric, seed][label].mean for seed in seeds]}
+            metric: {"mean": whole[metric][label].mean, "seeds": [alone[metric, seed][label].mean for seed in by_seed]}
             for metric in metrics
         }
         own = [run for run in study.runs if run.facts["label"] == label]
@@ -188,8 +189,8 @@ def summaries(study: fedmira.Study, metrics: Sequence[str]) -> list[dict[str, An
     return rows
 
 
-def by_method(frame: pd.DataFrame, metric: str) -> dict[str, MethodSummary]:
-    return {one.method: one for one in summarise(frame, metric=metric)}
+def by_method(results: Results, metric: str) -> dict[str, MethodSummary]:
+    return {one.method: one for one in summarise(results, metric=metric)}
 
 
 def against(one: MethodSummary) -> dict[str, Any] | None:
@@ -199,7 +200,7 @@ def against(one: MethodSummary) -> dict[str, Any] | None:
     return {key: getattr(one.against, key) for key in ("wins", "ties", "losses", "difference", "p_holm")}
 
 
-def costs(runs: Sequence[fedmira.study.face.Run]) -> dict[str, Any]:
+def costs(runs: Sequence[fedmira.Run]) -> dict[str, Any]:
     """What the runs of one entry, seed by seed, have in common: settings, bytes of a client and round."""
     facts, records = [run.facts for run in runs], [record for run in runs for record in run.rounds]
     first = facts[0]

@@ -23,10 +23,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 import fedmira
 from fedmira.config.faults import check_config
+from fedmira.reports.results import Results, read_results
 from fedmira.reports.stats import MethodSummary, summarise, summarise_base
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -91,7 +90,7 @@ def dump(config: fedmira.Config) -> dict[str, Any]:
 
 def find(study: fedmira.Study) -> dict[str, Any]:
     """Return everything that the page says, as it is stored."""
-    frame, config = study.results, study.config
+    results, config = read_results(study.path), study.config
     runs = {(run.facts["label"], run.facts["seed"]): run for run in study.runs}
     records = {key: run.rounds for key, run in runs.items()}
     equal = [
@@ -107,29 +106,32 @@ def find(study: fedmira.Study) -> dict[str, Any]:
         "sampled": facts["sampled"],
         "pull_percent": statistics.mean(runs["mira", seed].facts["pull_percent"][1] for seed in config.seeds),
         "rounds_equal": [sum(equal), len(equal)],
-        "base": {metric: asdict(one) for metric in METRICS if (one := summarise_base(frame, metric=metric))},
-        "methods": {name: measured(frame, name) for name in NAMES},
+        "base": {metric: asdict(one) for metric in METRICS if (one := summarise_base(results, metric=metric))},
+        "methods": {name: measured(results, name) for name in NAMES},
         "around_the_merge": {name: around([records[name, seed] for seed in config.seeds]) for name in NAMES},
-        "pairs": [[name, other, compared(frame, name, other)] for name, other in PAIRS],
+        "pairs": [[name, other, compared(results, name, other)] for name, other in PAIRS],
     }
 
 
-def measured(frame: pd.DataFrame, name: str) -> dict[str, Any]:
+def measured(results: Results, name: str) -> dict[str, Any]:
     """Return a method's summary of each metric, and its mean over clients of each seed."""
     found = {}
     for metric in METRICS:
-        each = [summary(frame[frame["seed"] == seed], metric, name).mean for seed in sorted(frame["seed"].unique())]
-        found[metric] = {**asdict(summary(frame, metric, name)), "seed_means": each}
+        each = [
+            summary(results.where(lambda row, seed=seed: row.seed == seed), metric, name).mean
+            for seed in sorted({row.seed for row in results.rows})
+        ]
+        found[metric] = {**asdict(summary(results, metric, name)), "seed_means": each}
     return found
 
 
-def summary(frame: pd.DataFrame, metric: str, name: str, baseline: str = "local") -> MethodSummary:
-    return next(one for one in summarise(frame, metric=metric, baseline=baseline) if one.method == name)
+def summary(results: Results, metric: str, name: str, baseline: str = "local") -> MethodSummary:
+    return next(one for one in summarise(results, metric=metric, baseline=baseline) if one.method == name)
 
 
-def compared(frame: pd.DataFrame, name: str, other: str) -> dict[str, Any]:
+def compared(results: Results, name: str, other: str) -> dict[str, Any]:
     """Return the paired comparison of two methods, over clients, on each metric."""
-    some = frame[frame["method"].isin([name, other])]
+    some = results.where(lambda row: row.method in (name, other))
     return {metric: asdict(summary(some, metric, name, other))["against"] for metric in METRICS}
 
 

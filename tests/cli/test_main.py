@@ -11,7 +11,7 @@ from tests import small_study
 from tests.small_study import CLIENTS, Ended, command, has_traceback
 
 import fedmira
-from fedmira.cli.main import main as cli
+from fedmira.cli.main import main as cli_main
 
 LOCAL = [{"name": "local"}]
 
@@ -102,7 +102,7 @@ def terminal(*arguments: object, colour: bool) -> str:
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         sys.argv = ["fedmira", *map(str, arguments)]
         try:
-            cli.main()
+            cli_main()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -258,11 +258,11 @@ def test_help_goes_to_standard_output_and_ends_with_0(arguments: tuple[str, ...]
 def test_methods_lists_every_method_with_one_line_each() -> None:
     ended = command("methods")
     assert (ended.code, ended.err) == (0, "")
-    assert [line.split()[0] for line in ended.out.splitlines()] == fedmira.methods()
+    assert [line.split()[0] for line in ended.out.splitlines()] == fedmira.method_names()
 
 
 def test_methods_in_json_are_the_same_methods() -> None:
-    assert list(json.loads(command("methods", "--json").out)) == fedmira.methods()
+    assert list(json.loads(command("methods", "--json").out)) == fedmira.method_names()
 
 
 def test_export_writes_one_client_or_all_and_prints_where(finished: tuple[Path, Ended], tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def sections() -> list[Section]:
         clients = {"partitioner": {"name": name, **needed}}
         raw = {**VALID, "data": {**VALID["data"], "clients": clients}}
         found.append(Section(raw, ("data", "clients", "partitioner"), (model,)))
-    for name in fedmira.methods():
+    for name in fedmira.method_names():
         (_, own), *inner = nested(fedmira.load_method(name).Config)
         entry = {"name": name, **{str(place[0]): {} for place, _ in inner}}
         raw = {**VALID, "methods": [{"name": "local"}, {"label": "this", **entry}]}
@@ -152,7 +152,7 @@ def test_the_sections_are_all_that_a_config_can_have() -> None:
     assert {(key,) for key, value in whole.items() if isinstance(value, dict)} <= places
     assert {("data", "split"), ("data", "clients"), ("methods", 1, "graph")} <= places
     assert len([place for place in places if place == ("data", "clients", "partitioner")]) == 1
-    assert sum(section.place == ("methods", 1) for section in SECTIONS) == len(fedmira.methods()) >= 3
+    assert sum(section.place == ("methods", 1) for section in SECTIONS) == len(fedmira.method_names()) >= 3
     assert sum(section.place == ("data", "clients", "partitioner") for section in SECTIONS) == len(PARTITIONERS) == 9
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fedmira.config.faults import check_config
 from tests import small_study
 
+from fedmira.config.faults import check_config
 from fedmira.errors import ConfigError, MethodError
 from fedmira.methods import entry_faults, load
 

@@ -1,9 +1,8 @@
 """Hand-made study folders for the report tests."""
 
 import csv
-import gc
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,6 @@ from fedmira.disk.folders import RESULT_COLUMNS
 
 Row = tuple[object, ...]
 WriteRun = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True, scope="session")
-def quick_corrections() -> Iterator[None]:
-    """Let statsmodels, which collects garbage with each correction, look at the tests' own objects only."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from fedmira.disk.files import write_json
 
 import fedmira
+from fedmira.disk.files import write_json
 from fedmira.disk.folders import Result, RoundRecord, RunFolder, StudyFolder
 from fedmira.graphs.graph import Graph
 

@@ -3,37 +3,31 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmira.disk.folders import RESULT_COLUMNS
 from fedmira.errors import StoreError
-from fedmira.reports.stats import (
-    Comparison,
-    MethodSummary,
-    client_values,
-    curve,
-    find_runs,
-    gains,
-    read_results,
-    summarise,
-    summarise_base,
-)
+from fedmira.reports.results import Results, Row, find_runs, read_results
+from fedmira.reports.stats import Comparison, MethodSummary, client_values, curve, gains, summarise, summarise_base
 
 
-def table(*rows: tuple[object, ...]) -> pd.DataFrame:
+def table(*rows: tuple[Any, ...]) -> Results:
     """Rows (client, method, seed, round, value) of the test loss, personal view."""
-    return pd.DataFrame(
+    return Results(
         [
-            (client, method, seed, number, "personal", "test", "loss", value)
+            Row(client, method, seed, number, "personal", "test", "loss", value)
             for client, method, seed, number, value in rows
-        ],
-        columns=list(RESULT_COLUMNS),
+        ]
     )
+
+
+def changed(results: Results, **fields: str) -> Results:
+    """The same rows of another metric, split or view."""
+    return Results([row._replace(**fields) for row in results.rows])
 
 
 def losses(method: str, values: Sequence[float | None], seed: int = 0) -> list[tuple[object, ...]]:
@@ -41,16 +35,16 @@ def losses(method: str, values: Sequence[float | None], seed: int = 0) -> list[t
     return [(f"c{place}", method, seed, 1, math.nan if v is None else v) for place, v in enumerate(values)]
 
 
-def scores(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.assign(metric="rouge_l")
+def scores(frame: Results) -> Results:
+    return changed(frame, metric="rouge_l")
 
 
-def one(frame: pd.DataFrame, method: str = "mira", metric: str = "loss") -> MethodSummary:
+def one(frame: Results, method: str = "mira", metric: str = "loss") -> MethodSummary:
     return next(item for item in summarise(frame, metric=metric) if item.method == method)
 
 
 def compared(own: Sequence[float | None], local: Sequence[float | None], metric: str = "loss") -> Comparison:
-    frame = table(*losses("local", local), *losses("mira", own)).assign(metric=metric)
+    frame = changed(table(*losses("local", local), *losses("mira", own)), metric=metric)
     against = one(frame, metric=metric).against
     assert against is not None
     return against
@@ -126,13 +120,13 @@ def test_the_common_start_is_never_a_result():
 
 
 def test_the_personal_view_goes_before_the_global_one():
-    frame = table(("a", "mira", 0, 1, 9.0), ("a", "mira", 0, 1, 2.0))
-    frame["view"] = ["global", "personal"]
-    assert one(frame).mean == 2
+    shared = changed(table(("a", "mira", 0, 1, 9.0)), view="global")
+    own = table(("a", "mira", 0, 1, 2.0))
+    assert one(Results(shared.rows + own.rows)).mean == 2
 
 
 def test_the_global_view_stands_in_where_no_personal_one_is():
-    assert one(table(*losses("mira", [1, 3])).assign(view="global")).mean == 2
+    assert one(changed(table(*losses("mira", [1, 3])), view="global")).mean == 2
 
 
 def test_the_difference_is_method_minus_local():
@@ -257,8 +251,8 @@ def test_an_unmeasured_base_is_none():
 
 
 def test_the_view_that_was_measured_is_named():
-    shared = table(*losses("fedavg", [1])).assign(view="global")
-    frame = pd.concat([table(("a", "local", 0, 0, 9.0), *losses("local", [1])), shared])
+    shared = changed(table(*losses("fedavg", [1])), view="global")
+    frame = Results(table(("a", "local", 0, 0, 9.0), *losses("local", [1])).rows + shared.rows)
     base = summarise_base(frame, metric="loss")
     assert base is not None
     assert (one(frame, "local").views, one(frame, "fedavg").views, base.views) == (("personal",), ("global",), ())
@@ -266,49 +260,49 @@ def test_the_view_that_was_measured_is_named():
 
 def test_gain_is_positive_where_a_client_is_better_off():
     frame = table(*losses("local", [2, 2, 2]), *losses("mira", [1, 2, 5]))
-    assert gains(frame, metric="loss")[1]["mira"].tolist() == [1, 0, -3]
-    assert gains(scores(frame), metric="rouge_l")[1]["mira"].tolist() == [-1, 0, 3]
+    assert list(gains(frame, metric="loss")[1]["mira"].values()) == [1, 0, -3]
+    assert list(gains(scores(frame), metric="rouge_l")[1]["mira"].values()) == [-1, 0, 3]
 
 
 def test_gain_is_against_training_alone_which_has_none_itself():
     reference, found = gains(table(*losses("local", [2]), *losses("mira", [1])), metric="loss")
-    assert (reference, list(found.columns)) == ("local", ["mira"])
+    assert (reference, list(found)) == ("local", ["mira"])
 
 
 def test_without_training_alone_gain_is_against_the_untouched_base():
     reference, found = gains(table(("c0", "mira", 0, 0, 9.0), *losses("mira", [1])), metric="loss")
-    assert (reference, found["mira"].tolist()) == ("untouched base", [8])
+    assert (reference, list(found["mira"].values())) == ("untouched base", [8])
 
 
 def test_gain_without_a_value_on_one_side_is_not_available():
     found = gains(table(*losses("local", [2, None]), *losses("mira", [None, 1])), metric="loss")[1]
-    assert found["mira"].isna().all()
+    assert all(map(math.isnan, found["mira"].values()))
 
 
 def test_two_diverged_losses_are_no_gain_and_one_is_an_infinite_one():
     found = gains(table(*losses("local", [math.inf] * 2), *losses("mira", [math.inf, 1])), metric="loss")[1]
-    assert found["mira"].tolist() == [0, math.inf]
+    assert list(found["mira"].values()) == [0, math.inf]
 
 
 def test_gain_with_nothing_but_training_alone_is_an_empty_table():
-    assert gains(table(*losses("local", [2, 3])), metric="loss")[1].shape == (2, 0)
+    assert gains(table(*losses("local", [2, 3])), metric="loss")[1] == {}
 
 
 def test_client_values_keep_a_line_for_a_client_without_value():
     values = client_values(table(*losses("mira", [1, None])), metric="loss")
-    assert list(values.index) == ["c0", "c1"]
-    assert math.isnan(values.loc["c1", "mira"])
+    assert list(values["mira"]) == ["c0", "c1"]
+    assert math.isnan(values["mira"]["c1"])
 
 
 def test_the_curve_is_the_mean_over_clients_by_round():
     frame = table(
         ("a", "mira", 0, 0, 4.0), ("b", "mira", 0, 0, 6.0), ("a", "mira", 0, 2, 1.0), ("b", "mira", 0, 2, 2.0)
     )
-    assert curve(frame.assign(split="validation")) == {"mira": [(0, 5.0), (2, 1.5)]}
+    assert curve(changed(frame, split="validation")) == {"mira": [(0, 5.0), (2, 1.5)]}
 
 
 def test_the_curve_leaves_missing_values_out():
-    frame = table(("a", "mira", 0, 1, 4.0), ("b", "mira", 0, 1, math.nan)).assign(split="validation")
+    frame = changed(table(("a", "mira", 0, 1, 4.0), ("b", "mira", 0, 1, math.nan)), split="validation")
     assert curve(frame) == {"mira": [(1, 4.0)]}
 
 
@@ -331,36 +325,36 @@ def test_the_mean_lies_between_the_worst_tenth_and_the_best(values: list[float])
 
 def test_an_empty_value_is_read_as_not_available(study: Path, write_run):
     write_run("local", [("a", 1, "test", "loss", None), ("b", 1, "test", "loss", 2.5)])
-    assert read_results(study)["value"].isna().tolist() == [True, False]
+    assert [math.isnan(row.value) for row in read_results(study).rows] == [True, False]
 
 
 def test_client_names_stay_text(study: Path, write_run):
     write_run("local", [("007", 1, "test", "loss", 1), ("NA", 1, "test", "loss", 1)])
-    assert read_results(study)["client"].tolist() == ["007", "NA"]
+    assert [row.client for row in read_results(study).rows] == ["007", "NA"]
 
 
 def test_a_loss_that_is_not_a_number_is_read_as_infinite(study: Path, write_run):
     write_run("local", [("a", 1, "test", "loss", "nan")])
-    assert read_results(study)["value"].tolist() == [math.inf]
+    assert [row.value for row in read_results(study).rows] == [math.inf]
 
 
 def test_all_runs_are_read(study: Path, write_run):
     for seed in (0, 1):
         write_run("local", [("a", 1, "test", "loss", 1)], seed=seed)
         write_run("mira", [("a", 1, "test", "loss", 1)], seed=seed)
-    assert len(read_results(study)) == 4
+    assert len(read_results(study).rows) == 4
 
 
 def test_a_row_written_twice_counts_once_as_written_last(study: Path, write_run):
     write_run("local", [("a", 1, "test", "loss", 9), ("a", 1, "test", "loss", 2)])
-    assert read_results(study)["value"].tolist() == [2]
+    assert [row.value for row in read_results(study).rows] == [2]
 
 
 def test_a_line_that_a_crash_cut_short_is_left_out(study: Path, write_run):
     run = write_run("local", [("a", 1, "test", "loss", 2)])
     with (run / "results.csv").open("a") as file:
         file.write("b,local,0,1,per")
-    assert read_results(study)["client"].tolist() == ["a"]
+    assert [row.client for row in read_results(study).rows] == ["a"]
 
 
 def test_methods_come_in_the_order_of_the_config(study: Path, write_run):
@@ -377,13 +371,21 @@ def test_seeds_are_ordered_as_numbers(study: Path, write_run):
 
 
 def test_a_missing_study_is_refused(tmp_path: Path):
-    with pytest.raises(StoreError, match="is no folder"):
+    with pytest.raises(StoreError, match="is not a folder"):
         read_results(tmp_path / "nowhere")
 
 
 def test_a_study_without_results_is_refused(study: Path, write_run):
     write_run("local", [])
     with pytest.raises(StoreError, match="no results yet"):
+        read_results(study)
+
+
+def test_a_line_with_a_value_too_few_is_refused(study: Path, write_run):
+    run = write_run("local", [("a", 1, "test", "loss", 2)])
+    with (run / "results.csv").open("a") as file:
+        file.write("b,local,0\r\na,local,0,2,personal,test,loss,1\r\n")
+    with pytest.raises(StoreError, match="3 values under 8 columns"):
         read_results(study)
 
 
@@ -396,5 +398,5 @@ def test_a_table_without_a_column_is_refused_by_name(study: Path, write_run):
 
 def test_a_value_that_is_no_number_is_refused_with_its_file(study: Path, write_run):
     write_run("local", [("a", 1, "test", "loss", "low")])
-    with pytest.raises(StoreError, match=r"results\.csv' has a seed, round or value that is no number"):
+    with pytest.raises(StoreError, match=r"results\.csv' has a seed, round or value that is not a number"):
         read_results(study)

@@ -1,13 +1,13 @@
 """A whole study, for real: the folders it leaves, what stands in them, and going on with it later."""
 
 import csv
+import importlib
 import inspect
 import json
 import random
 import re
 import shutil
 import string
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -509,25 +509,37 @@ def test_overwriting_keeps_the_old_study_if_the_new_one_cannot_begin(make: Make)
 
 
 def test_the_contracts_names_are_there() -> None:
-    names = ["Config", "load_config", "run", "resume", "load_run", "load_method", "methods", "export", "report"]
+    names = ["Config", "load_config", "run", "resume", "load_run", "load_method", "method_names", "export", "report"]
     names += ["Adapters", "Layout", "Method"]
     assert set(names) <= set(fedmira.__all__)
     assert all(hasattr(fedmira, name) for name in fedmira.__all__)
     assert issubclass(fedmira.errors.FedMiraError, Exception)
     assert fedmira.FedMiraError is FedMiraError
+    assert set(fedmira.__all__) <= set(dir(fedmira))
+
+
+def test_the_package_of_the_methods_and_the_function_that_exports_keep_their_names() -> None:
+    assert importlib.import_module("fedmira.methods") is fedmira.methods
+    assert fedmira.methods.names() == fedmira.method_names()
+    importlib.import_module("fedmira.export.vllm")  # would set fedmira.export, were it the first of its package
+    assert inspect.isfunction(fedmira.export)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'fedmira' has no attribute 'no_such_name'"):
+        fedmira.no_such_name  # noqa: B018
 
 
 @pytest.mark.parametrize("name", [name for name in fedmira.__all__ if inspect.isfunction(getattr(fedmira, name))])
 def test_every_public_function_has_its_types_and_a_docstring(name: str) -> None:
     function = getattr(fedmira, name)
-    hints = typing.get_type_hints(function)
-    assert set(inspect.signature(function).parameters) | {"return"} == set(hints)
+    assert set(inspect.signature(function).parameters) | {"return"} == set(inspect.get_annotations(function))
     assert function.__doc__
 
 
 def test_methods_are_listed_by_their_file_names() -> None:
-    assert {"local", "fedavg", "mira"} <= set(fedmira.methods())
-    assert all(fedmira.load_method(name).Config for name in fedmira.methods())
+    assert {"local", "fedavg", "mira"} <= set(fedmira.method_names())
+    assert all(fedmira.load_method(name).Config for name in fedmira.method_names())
 
 
 def test_a_run_hands_out_its_adapters_by_client(study: Study) -> None:

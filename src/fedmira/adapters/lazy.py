@@ -1,4 +1,4 @@
-"""`torch` and `scipy.sparse`, imported when something of them is first used, and `Tensor` for annotations.
+"""`torch`, `numpy` and `scipy.sparse`, imported when something of them is first used, and `Tensor` for annotations.
 
 Method settings are checked, and help is printed, without waiting seconds for libraries that only computing needs.
 A module that uses `Tensor` from here begins with `from __future__ import annotations`.
@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import scipy.sparse as sparse
     import torch as torch
     from torch import Tensor as Tensor
@@ -28,6 +29,7 @@ else:
         vars(module)["__getattr__"] = load
         return module
 
+    np = _import_on_use("numpy")
     torch = _import_on_use("torch")
     sparse = _import_on_use("scipy.sparse")
 
@@ -39,4 +41,4 @@ else:
         """Stands for torch.Tensor in annotations and in isinstance()."""
 
 
-__all__ = ["Tensor", "sparse", "torch"]
+__all__ = ["Tensor", "np", "sparse", "torch"]

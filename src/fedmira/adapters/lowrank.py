@@ -17,10 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from fedmira.adapters import Adapters
-from fedmira.adapters.lazy import Tensor, torch
+from fedmira.adapters.lazy import Tensor, np, torch
 from fedmira.errors import ShapeError
 
 

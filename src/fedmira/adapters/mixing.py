@@ -16,11 +16,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from fedmira.adapters import RowTable
-from fedmira.adapters.lazy import Tensor, sparse, torch
+from fedmira.adapters.lazy import Tensor, np, sparse, torch
 from fedmira.adapters.mixing_compiled import ALIGN, TILE, addresses, find_loop
 from fedmira.errors import ShapeError
 
@@ -65,7 +64,7 @@ def mix_rows(
                 f"{columns} and neighbours from 0 to {known - 1}"
             )
     own = rows.numpy()
-    out = _memory.lend(own.shape, own.dtype)
+    out = _memory().lend(own.shape, own.dtype)
     weights = within.astype(own.dtype)
     pull = outside.astype(own.dtype) if gathered and outside is not None else np.empty((count, 0), own.dtype)
     held = own if stored is None else stored.numpy()  # an array, or the columns of a store
@@ -174,7 +173,10 @@ def _aligned(size: int) -> np.ndarray:
     return memory[start : start + size]
 
 
-_memory = _Memory()
+@functools.cache
+def _memory() -> _Memory:
+    """The one that all results share."""
+    return _Memory()
 
 
 @functools.cache

@@ -7,12 +7,14 @@ by memory. Here a tile of columns stays in registers while the neighbours are ad
 memory: what is written is not read before. Numba's own loops do neither, so a tile is written in LLVM's language.
 """
 
+from __future__ import annotations
+
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
+from fedmira.adapters.lazy import np
 
 LANE = 16  # float32 of a vector; on processors with shorter ones LLVM takes several
 TILE = 8 * LANE  # columns
@@ -21,7 +23,7 @@ ALIGN = 4 * LANE  # bytes: where tiles of the answer have to start
 
 log = logging.getLogger(__name__)
 
-Loop = Callable[[np.ndarray, np.ndarray, np.ndarray, int, int, int, int], None]
+Loop: TypeAlias = "Callable[[np.ndarray, np.ndarray, np.ndarray, int, int, int, int], None]"
 
 
 def addresses(rows: np.ndarray, ids: np.ndarray) -> np.ndarray | None:

@@ -20,9 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import TypeVar
 
-import numpy as np
-
-from fedmira.adapters.lazy import Tensor, torch
+from fedmira.adapters.lazy import Tensor, np, torch
 from fedmira.config.sections import MAX_RANK, RANK_TYPES
 from fedmira.errors import ConfigError, nearest
 

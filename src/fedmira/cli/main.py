@@ -1,7 +1,10 @@
 """The command line: parse, call one function, print.
 
-Results go to standard output, progress and logs to standard error; exit codes are the contract's.
+Results go to standard output, progress and logs to standard error; exit codes are the contract's. A command imports
+what it needs when it runs: help, lists, reports and refusals do not wait for torch.
 """
+
+from __future__ import annotations
 
 import json
 import logging
@@ -12,29 +15,19 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fedmira import bundled
-from fedmira.cli.chat import open_chat
-from fedmira.cli.doctor import describe_machine, examine
-from fedmira.cli.init import draft_config
-from fedmira.cli.method_facts import method_facts
-from fedmira.cli.progress import Watch
 from fedmira.cli.show import questions, show_examples, show_plan, side_by_side, visible
 from fedmira.errors import ConfigError, FedMiraError, Stopped
-from fedmira.export.merged_model import Merged
-from fedmira.export.vllm import serve_line, serve_merged_line
-from fedmira.reports.render import summary_tables
-from fedmira.study import dry_run as preview
-from fedmira.study import face as study
+
+if TYPE_CHECKING:
+    from fedmira.export.merged_model import Merged
+    from fedmira.study.face import Study
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Federated multi-task fine-tuning of language models with LoRA: one base, one personal adapter per client.",
@@ -63,6 +56,8 @@ def init(
     debug: Debug = False,
 ) -> None:
     """Write a commented config to begin with; it runs as it is."""
+    from fedmira.cli.init import draft_config
+
     found = draft_config(file, data=data, model=model)
     if as_json:
         print(json.dumps({"config": str(file), **found}))
@@ -88,11 +83,19 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a study: every method with every seed of a config."""
+    from fedmira.study import face as study
+
     checked = study.load_config(config, overrides or [])
+    from fedmira.cli.progress import Watch
+
     with Watch(quiet or as_json) as watch:
         if show_example:
+            from fedmira.study import dry_run as preview
+
             shown = list(preview.show_examples(checked, observer=watch))
         elif dry_run:
+            from fedmira.study import dry_run as preview
+
             plan = preview.plan_study(checked, overwrite=overwrite, observer=watch)
         else:
             done = study.run(checked, observer=watch, overwrite=overwrite)
@@ -114,6 +117,9 @@ def resume(
     debug: Debug = False,
 ) -> None:
     """Go on with a study that was stopped, or for more rounds (federation.rounds=N)."""
+    from fedmira.cli.progress import Watch
+    from fedmira.study import face as study
+
     with Watch(quiet or as_json) as watch:
         done = study.resume(path, overrides or [], observer=watch)
     _show(done, as_json)
@@ -126,6 +132,8 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Write report.html and summary.json again from what a study has on disk."""
+    from fedmira.study import face as study
+
     _show(study.Study(study.report(path).parent), as_json)
 
 
@@ -144,6 +152,8 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Copy clients' adapters out of a run, as PEFT folders or merged into the base, and tell how to serve them."""
+    from fedmira.study import face as study
+
     opened = study.load_run(run)
     if merge:
         models = study.merge(opened, client=client, out=out or Path("merged"), dtype=dtype)
@@ -151,6 +161,8 @@ def export(
         return
     if dtype is not None:
         raise ConfigError(["--dtype: only merged models have a type of their own; give --merge too"], "export")
+    from fedmira.export.vllm import serve_line
+
     settings, architecture = opened.config.model, opened.facts.get("architecture")
     copies = study.export(opened, client=client, out=out or Path("adapters"))
     line = visible(serve_line(settings.base_model, copies, revision=settings.revision, architecture=architecture))
@@ -176,6 +188,8 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Ask a client's adapter and the untouched base the same questions, side by side."""
+    from fedmira.cli.chat import open_chat
+
     opened = open_chat(
         run, client=client, folders=adapter or (), model=model, template=template, max_new_tokens=max_new_tokens
     )
@@ -191,10 +205,16 @@ def methods(as_json: AsJson = False, debug: Debug = False) -> None:
 
     Bytes are those of a round. S: its clients. P: numbers of a client's row. With default settings.
     """
-    found = {name: method_facts(study.load_method(name)) for name in study.methods()}
+    from fedmira.cli.method_list import stored_facts
+
+    found = stored_facts()
     if as_json:
         print(json.dumps({name: asdict(facts) for name, facts in found.items()}))
         return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console()
     if not console.is_terminal:  # a line for each, for grep and its like
         print("\n".join(f"{name:12s} {facts.about} {facts.line}" for name, facts in found.items()))
@@ -209,15 +229,21 @@ def methods(as_json: AsJson = False, debug: Debug = False) -> None:
 @app.command()
 def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     """Print versions, device, memory, disk and speed of this machine, for a bug report."""
+    from fedmira.cli.doctor import describe_machine, examine
+
     facts = examine(Path.cwd())
     print(json.dumps(facts, indent=2) if as_json else "\n".join(describe_machine(facts)))
 
 
-def _show(done: study.Study, as_json: bool) -> None:
+def _show(done: Study, as_json: bool) -> None:
     """Print the table of a study and where its results lie."""
     if as_json:
         print((done.path / "summary.json").read_text(encoding="utf-8").rstrip())
         return
+    from rich.console import Console
+
+    from fedmira.reports.render import summary_tables
+
     console = Console()
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
@@ -234,6 +260,8 @@ def _show_merged(models: Sequence[Merged], as_json: bool) -> None:
         differences = {one.client: one.difference for one in models}
         print(json.dumps({"models": [str(one.path) for one in models], "differences": differences}))
         return
+    from fedmira.export.vllm import serve_merged_line
+
     print("\n".join(str(one.path) for one in models))
     for one in models:
         blurred = "; rounding hides much of what the adapter does: --dtype float32 keeps it" if one.blurred else ""

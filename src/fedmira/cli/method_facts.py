@@ -2,8 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from fedmira.adapters import lora_layout
 from fedmira.adapters.columns import lay_over, pack
+from fedmira.cli.method_list import MethodFacts
 from fedmira.engine.clients import Asked, Reply, Scores, Send, everybody
 from fedmira.engine.federation import Federation
 from fedmira.engine.gate import Header
@@ -21,30 +20,6 @@ from fedmira.methods.base import Clock, Cohort, Message, Method, Tools
 
 PARTS = {"lora": "the LoRA factors", "prompt": "the prompt encoder"}
 CLIENTS, RANK, WIDTH = 4, 2, 16  # of the federation whose messages are looked at; each factor is whole sixteens
-
-
-@dataclass(frozen=True)
-class MethodFacts:
-    """What a method with its default settings is, needs and sends. bytes: a formula of S and P; empty: nothing."""
-
-    about: str
-    papers: list[str]
-    view: Literal["personal", "global"]
-    needs: Literal["each", "sum", "nothing"]
-    weighs: bool
-    sends: str
-    bytes_up: str
-    bytes_down: str
-
-    @property
-    def bytes(self) -> str:
-        return f"{self.bytes_up} up, {self.bytes_down} down" if self.bytes_up else "nothing"
-
-    @property
-    def line(self) -> str:
-        """All but what it does, on one line."""
-        travels = f"sends {self.sends}, {self.bytes}" if self.bytes_up else "sends nothing"
-        return f"{self.view}; server sees {self.needs}; {travels}; {', '.join(self.papers) or 'no paper'}"
 
 
 def method_facts(module: MethodModule, method: Method | None = None) -> MethodFacts:

@@ -1,8 +1,10 @@
 """What a user sees while FedMira works: live bars on a terminal, plain lines elsewhere, all on standard error."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -11,8 +13,10 @@ from fedmira.adapters.ranks import shown
 from fedmira.cli.show import plural, visible
 from fedmira.data.partition import shown_name
 from fedmira.data.rows import FAULTS_SHOWN
-from fedmira.engine.federation import Federation
-from fedmira.study.intake import Intake
+
+if TYPE_CHECKING:
+    from fedmira.engine.federation import Federation
+    from fedmira.study.intake import Intake
 
 UNKNOWN_SHARE = 0.01  # of the tokens; below it, rare characters
 
@@ -43,7 +47,7 @@ class Watch:
         self.name = ""  # of the run under way
         self.step = ""  # what the bar counts, if not rounds
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> Watch:
         self.bars.start()
         return self
 

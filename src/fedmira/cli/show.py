@@ -1,16 +1,19 @@
 """Results on standard output: examples as the model gets them, and what a study would cost."""
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
-from fedmira.data.partition import shown_name
-from fedmira.engine.cost import Plan
-from fedmira.study.dry_run import Shown
+if TYPE_CHECKING:
+    from fedmira.engine.cost import Plan
+    from fedmira.study.dry_run import Shown
 
 CLIENTS_SHOWN = 32  # more than this are in --json
 
@@ -20,6 +23,8 @@ def show_examples(shown: Sequence[Shown], as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(one) for one in shown]))
         return
+    from fedmira.data.partition import shown_name
+
     console = Console()
     for one in shown:
         title = f"--- {shown_name(one.client)}: {plural(one.tokens, 'token')}, loss on {one.labels}"
@@ -110,6 +115,8 @@ def questions() -> Iterator[str]:
 
 def side_by_side(replies: Mapping[str, str]) -> str:
     """Return answers under each other, every line after its speaker's name."""
+    from fedmira.data.partition import shown_name
+
     width = max(len(shown_name(name)) for name in replies) + 2
     lines = []
     for name, reply in replies.items():

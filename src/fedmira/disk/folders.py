@@ -4,6 +4,8 @@ STUDY/{config.yaml, summary.json, report.html} and STUDY/<method>/seed-<n>/ with
 graph.json, metrics.jsonl, results.csv, log.txt, checkpoints/ and adapters/.
 """
 
+from __future__ import annotations
+
 import csv
 import fcntl
 import io
@@ -16,13 +18,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from fedmira.config.faults import check_config
-from fedmira.config.sections import Config
-from fedmira.config.yaml_text import dump_config, read_config
 from fedmira.disk.files import append_lines, read_json, write_atomic, write_json
 from fedmira.errors import StoreError
+
+if TYPE_CHECKING:
+    from fedmira.config.sections import Config
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +98,7 @@ class RunFolder:
     def create(self, config: Config, facts: Mapping[str, Any], clients: Mapping[str, Any]) -> None:
         """Create the folder with config.yaml (can be run as it is), clients.json and run.json."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path / "config.yaml", dump_config(config).encode())
+        _write_config(self.path, config)
         write_json(self.path / "clients.json", dict(clients))
         write_atomic(self.path / "results.csv", (",".join(RESULT_COLUMNS) + "\n").encode())
         write_atomic(self.path / "metrics.jsonl", b"")
@@ -104,7 +106,7 @@ class RunFolder:
 
     def rewrite(self, config: Config) -> None:
         """Replace config.yaml when the number of rounds has grown."""
-        write_atomic(self.path / "config.yaml", dump_config(config).encode())
+        _write_config(self.path, config)
 
     def append(self, record: RoundRecord | None, results: Iterable[Result]) -> None:
         """Add one round: its results, then its line of metrics.jsonl."""
@@ -232,17 +234,20 @@ class StudyFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"output_dir '{self.path}' cannot be created: {error.strerror}") from error
-        write_atomic(self.path / "config.yaml", dump_config(config).encode())
+        _write_config(self.path, config)
 
     def rewrite(self, config: Config) -> None:
         """Replace config.yaml when the number of rounds has grown."""
-        write_atomic(self.path / "config.yaml", dump_config(config).encode())
+        _write_config(self.path, config)
 
     def config(self) -> Config:
         """Read back the study's config. Raises StoreError if this is not a study."""
         source = self.path / "config.yaml"
         if not source.is_file():
             raise StoreError(f"'{self.path}' is not a FedMira study: it has no config.yaml")
+        from fedmira.config.faults import check_config
+        from fedmira.config.yaml_text import read_config
+
         return check_config(read_config(source), str(source))
 
     def run(self, label: str, seed: int) -> RunFolder:
@@ -272,6 +277,12 @@ def _belongs(path: Path) -> bool:
         runs = list(path.iterdir())
         return bool(runs) and all(run.name.startswith("seed-") and (run / "config.yaml").is_file() for run in runs)
     return path.name.removeprefix(".").removesuffix(".tmp") in ("config.yaml", "summary.json", "report.html")
+
+
+def _write_config(folder: Path, config: Config) -> None:
+    from fedmira.config.yaml_text import dump_config
+
+    write_atomic(folder / "config.yaml", dump_config(config).encode())
 
 
 def find_study(path: Path) -> tuple[StudyFolder, RunFolder | None]:

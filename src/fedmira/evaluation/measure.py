@@ -77,7 +77,7 @@ def measure_answers(
             total = dict.fromkeys(metrics, 0.0)
             for index, (example, text) in enumerate(zip(own_examples, own_texts, strict=True)):
                 written(k, index, text)
-                scores = score_answer(text, example.answers)
+                scores = score_answer(text, example.answers, metrics)
                 for metric in metrics:
                     total[metric] += scores[metric]
             means[k] = {metric: value / len(own_examples) for metric, value in total.items()}

@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
-import numpy as np
-
-from fedmira.adapters.lazy import sparse
+from fedmira.adapters.lazy import np, sparse
 from fedmira.errors import MethodError
 
-Array = np.ndarray
+Array: TypeAlias = "np.ndarray"
 NORMALISATIONS = ("none", "row", "symmetric")
 _LISTED = 4_000_000  # entries; a graph of more is a rule, of which a round computes its own part
 _BLOCK = 256  # rows of a rule at a time

@@ -20,15 +20,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-
-import numpy as np
+from typing import TypeAlias
 
 from fedmira.adapters import Adapters, Layout, Stored
-from fedmira.adapters.lazy import Tensor, sparse, torch
+from fedmira.adapters.lazy import Tensor, np, sparse, torch
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import Graph
 
-Array = np.ndarray
+Array: TypeAlias = "np.ndarray"
 LEAST_SKETCH = 256  # numbers of a client's sketch, all its parts together
 _PAIRS = 2**22  # numbers of differences held at once
 _COLUMNS = 2**18  # of rows that are multiplied in float64 at once

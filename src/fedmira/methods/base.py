@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-import numpy as np
 from pydantic import ConfigDict
 
 from fedmira.adapters import Adapters, Layout, Stored, lora_layout
 from fedmira.adapters.columns import every_column
-from fedmira.adapters.lazy import Tensor, torch
+from fedmira.adapters.lazy import Tensor, np, torch
 from fedmira.config.strict import Strict
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import Graph

@@ -35,11 +35,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from fedmira.adapters import Stored
-from fedmira.adapters.lazy import Tensor, torch
+from fedmira.adapters.lazy import Tensor, np, torch
 from fedmira.adapters.lowrank import mix_products
 from fedmira.adapters.mixing import mix_rows
 from fedmira.graphs.graph import Graph

@@ -72,7 +72,7 @@ def mean_curves(record: StudyRecord) -> dict[str, list[tuple[int, float]]]:
     """Return stats.curve without its infinite points, which cannot be drawn."""
     finite = {
         label: [(turn, value) for turn, value in points if math.isfinite(value)]
-        for label, points in curve(record.frame).items()
+        for label, points in curve(record.results).items()
     }
     return {label: points for label, points in finite.items() if points}
 
@@ -128,7 +128,7 @@ def merging(record: StudyRecord, label: str) -> Merging | None:
     pairs = [(before, after) for track in tracks.values() for _, before, after in track]
     if run is None or all(before == after for before, after in pairs):
         return None
-    start = base_values(record.frame, metric="loss", split="validation", baseline=record.baseline).to_dict()
+    start = base_values(record.results, metric="loss", split="validation", baseline=record.baseline)
     order = _by_gain(record, label, list(tracks))
     chosen = [order[place] for place in spread_out(len(order), PANELS)]
     starts = {client: start.get(client, math.nan) for client in chosen}
@@ -171,8 +171,8 @@ def _by_gain(record: StudyRecord, label: str, clients: Sequence[str]) -> list[st
     """Order clients from the worst gain to the best; those without one come first, all in the table's order."""
     if record.judged is None:
         return list(clients)
-    _, table = gains(record.frame, metric=record.judged.name, baseline=record.baseline)
-    own = table[label].to_dict() if label in table.columns else {}
+    _, table = gains(record.results, metric=record.judged.name, baseline=record.baseline)
+    own = table.get(label, {})
     known = {client: value for client in clients if not math.isnan(value := own.get(client, math.nan))}
     return sorted(clients, key=lambda client: known.get(client, -math.inf))
 

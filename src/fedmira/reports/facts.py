@@ -65,9 +65,9 @@ def notices(record: StudyRecord) -> list[str]:
     if tested and untested:
         said.append(f"Not tested yet, and not in the tables: {listed(untested, NAMES_LISTED)}.")
     for metric in record.metrics:
-        values = client_values(record.frame, metric=metric.name)
-        for label in values.columns:
-            lost = sum(math.isinf(value) for value in values[label])
+        values = client_values(record.results, metric=metric.name)
+        for label, own in values.items():
+            lost = sum(map(math.isinf, own.values()))
             if lost:
                 said.append(
                     f"{clean(label)} diverged: {plural(lost, 'client')} without a finite {metric.title.lower()}."
@@ -104,9 +104,9 @@ def basis(record: StudyRecord) -> str:
     rounds = sorted({turn for item in items for turn in item.rounds})
     seeds = sorted({seed for item in items for seed in item.seeds})
     if not rounds:
-        return f"{plural(record.frame['client'].nunique(), 'client')}; not tested yet."
+        return f"{plural(len(record.results.clients), 'client')}; not tested yet."
     after = plural(rounds[0], "round") if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]} rounds"
-    said = f"Test split after {after}; {plural(record.frame['client'].nunique(), 'client')}; "
+    said = f"Test split after {after}; {plural(len(record.results.clients), 'client')}; "
     if len(seeds) == 1:
         return f"{said}one seed ({seeds[0]}): chance in training and sampling is not averaged out."
     return f"{said}{len(seeds)} seeds. A client counts once: its seeds are averaged first."
@@ -150,7 +150,7 @@ def sampling_facts(record: StudyRecord) -> list[tuple[str, str]]:
         run = max((run for run in record.runs if run.seed == seed), key=lambda run: len(run.rounds))
         if not run.rounds:
             continue
-        every = list(record.clients) or [str(name) for name in record.frame["client"].unique()]
+        every = list(record.clients) or record.results.clients
         times = [run.sampled.get(client, 0) for client in every]
         never = [client for client, often in zip(every, times, strict=True) if not often]
         said = (
@@ -225,18 +225,16 @@ def client_tables(record: StudyRecord) -> list[ClientTable]:
     """List each metric client by client, the judged one first; of many clients only the two ends."""
     tables = []
     for metric in sorted(record.metrics, key=lambda metric: metric is not record.judged):
-        values = client_values(record.frame, metric=metric.name)
-        methods = [str(label) for label in values.columns]
-        values.insert(0, "", base_values(record.frame, metric=metric.name, baseline=record.baseline))
-        note = ""
-        if len(values) > CLIENTS_LISTED:
-            kept, note = _ends(record, metric, [str(client) for client in values.index])
-            values = values.loc[kept]
-        lines = [
-            (str(client), _name(record, str(client)), [None if math.isnan(value) else float(value) for value in line])
-            for client, line in zip(values.index, values.to_numpy(dtype=float), strict=True)
-        ]
-        tables.append(ClientTable(metric, methods, lines, note))
+        values = client_values(record.results, metric=metric.name)
+        base = base_values(record.results, metric=metric.name, baseline=record.baseline)
+        clients, note = record.results.clients, ""
+        if len(clients) > CLIENTS_LISTED:
+            clients, note = _ends(record, metric, clients)
+        lines = []
+        for client in clients:
+            line = [own[client] for own in (base, *values.values())]
+            lines.append((client, _name(record, client), [None if math.isnan(value) else value for value in line]))
+        tables.append(ClientTable(metric, list(values), lines, note))
     return tables
 
 
@@ -244,11 +242,14 @@ def _ends(record: StudyRecord, metric: Metric, clients: Sequence[str]) -> tuple[
     """Choose the clients with the least and the greatest gain under the last method that has gains."""
     said = f"Of {len(clients):,} clients, "
     rest = "results.csv of each run has all."
-    reference, table = gains(record.frame, metric=metric.name, baseline=record.baseline)
-    if table.empty or table.isna().all().all():
+    reference, table = gains(record.results, metric=metric.name, baseline=record.baseline)
+    known = {
+        label: {client: gain for client, gain in own.items() if not math.isnan(gain)} for label, own in table.items()
+    }
+    label = next((label for label, own in reversed(known.items()) if own), None)
+    if label is None:
         return list(clients[: 2 * ENDS_LISTED]), f"{said}the first {2 * ENDS_LISTED}; {rest}"
-    label = [name for name in table.columns if not table[name].isna().all()][-1]
-    ranked = [str(client) for client in table[label].dropna().sort_values(kind="stable").index]
+    ranked = sorted(known[label], key=lambda client: known[label][client])
     kept = ranked[:ENDS_LISTED] + ranked[ENDS_LISTED:][-ENDS_LISTED:]
     return kept, (
         f"{said}those with the {ENDS_LISTED} smallest and the {ENDS_LISTED} greatest gains of {clean(label)} over "

@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import pandas as pd
-
 from fedmira.reports.axes import Axis, Box, balanced_axis, enclosing_axis, spread_out
 from fedmira.reports.record import Metric, StudyRecord
 from fedmira.reports.stats import MethodSummary, gains
@@ -72,9 +70,9 @@ class Dots:
 
 def gain_panels(record: StudyRecord, metric: Metric) -> Gains:
     """Lay out every method's gains on one metric."""
-    reference, table = gains(record.frame, metric=metric.name, baseline=record.baseline)
-    finite = [float(value) for value in table.to_numpy().ravel() if math.isfinite(value)]
-    panels = [_panel(str(label), table[label], finite, reference, metric) for label in table.columns]
+    reference, table = gains(record.results, metric=metric.name, baseline=record.baseline)
+    finite = [value for own in table.values() for value in own.values() if math.isfinite(value)]
+    panels = [_panel(label, own, finite, reference, metric) for label, own in table.items()]
     return Gains(metric, reference, panels)
 
 
@@ -93,10 +91,10 @@ def _span(item: MethodSummary) -> tuple[float, float, float, float]:
 
 
 def _panel(
-    label: str, series: "pd.Series[float]", finite: Sequence[float], reference: str, metric: Metric
+    label: str, gained: Mapping[str, float], finite: Sequence[float], reference: str, metric: Metric
 ) -> GainPanel:
-    known = series.dropna().sort_values(ascending=False, kind="stable")
-    ranked = [(str(client), float(value)) for client, value in known.items()]
+    known = [(client, value) for client, value in gained.items() if not math.isnan(value)]
+    ranked = sorted(known, key=lambda item: item[1], reverse=True)
     better, worse = sum(value > 0 for _, value in ranked), sum(value < 0 for _, value in ranked)
     few = len(ranked) <= BARS_SHOWN
     box = Box(WIDTH, 24 + ROW * max(len(ranked), 1), LEFT, RIGHT, 4, 20) if few else AREA
@@ -109,7 +107,7 @@ def _panel(
         better=better,
         equal=len(ranked) - better - worse,
         worse=worse,
-        missing=len(series) - len(ranked),
+        missing=len(gained) - len(ranked),
         best=ranked[0] if ranked else None,
         least=ranked[-1] if ranked else None,
         box=box,

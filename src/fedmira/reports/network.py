@@ -167,9 +167,8 @@ def _own_gains(record: StudyRecord, label: str) -> tuple[dict[str, float], str]:
     """Return each client's gain under a method, and what it is a gain of."""
     if record.judged is None:
         return {}, "gain (not measured)"
-    reference, table = gains(record.frame, metric=record.judged.name, baseline=record.baseline)
-    own = table[label].to_dict() if label in table.columns else {}
-    return {str(client): float(value) for client, value in own.items()}, f"gain over {clean(reference)}"
+    reference, table = gains(record.results, metric=record.judged.name, baseline=record.baseline)
+    return table.get(label, {}), f"gain over {clean(reference)}"
 
 
 def _clients(record: StudyRecord, graph: TaskGraph, own: Mapping[str, float]) -> _Nodes:

@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 
 DENSE = 0.5  # share of all pairs from which on a part is drawn as a circle: forces would make a knot of it
 STEPS = 150  # of the forces
@@ -19,16 +17,29 @@ def place_nodes(weights: np.ndarray, order: Sequence[int], *, aspect: float) -> 
     over height. Parts that nothing joins get discs of their own, packed in rows; within a part, forces (Fruchterman and
     Reingold 1991) start from a circle in that order, or the circle stays where most pairs are joined.
     """
-    _, labels = connected_components(csr_array(weights), directed=False)
+    labels = _components(weights)
     parts: dict[int, list[int]] = {}
     for node in order:
-        parts.setdefault(int(labels[node]), []).append(node)
+        parts.setdefault(labels[node], []).append(node)
     members = sorted(parts.values(), key=len, reverse=True)  # stable: equal parts keep the order
     discs = [(nodes, *_disc(weights[np.ix_(nodes, nodes)])) for nodes in members]
     places = np.zeros((len(weights), 2))
     for (nodes, own, radius), (x, y) in zip(discs, _packed([radius for *_, radius in discs], aspect), strict=True):
         places[nodes] = own * radius * 0.75 + (x, y)
     return _fitted(places, aspect)
+
+
+def _components(weights: np.ndarray) -> list[int]:
+    """Number the parts that nothing joins; return each node's."""
+    labels = [-1] * len(weights)
+    for start in range(len(weights)):
+        reached = [start] if labels[start] < 0 else []
+        while reached:
+            node = reached.pop()
+            if labels[node] < 0:
+                labels[node] = start
+                reached += np.flatnonzero(weights[node]).tolist()
+    return labels
 
 
 def _disc(weights: np.ndarray) -> tuple[np.ndarray, float]:

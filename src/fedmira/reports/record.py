@@ -7,14 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from fedmira.disk.files import read_json
 from fedmira.disk.folders import RunFolder
 from fedmira.errors import StoreError
 from fedmira.reports import wording
 from fedmira.reports.examples import Example, read_examples
-from fedmira.reports.stats import LOWER_IS_BETTER, MethodSummary, find_runs, read_results, summarise, summarise_base
+from fedmira.reports.results import LOWER_IS_BETTER, Results, find_runs, read_results
+from fedmira.reports.stats import MethodSummary, summarise, summarise_base
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class StudyRecord:
     path: Path
     name: str
     baseline: str
-    frame: pd.DataFrame
+    results: Results
     runs: list[RunRecord]
     metrics: list[Metric]
     clients: Mapping[str, Mapping[str, Any]]
@@ -106,25 +105,25 @@ class StudyRecord:
 
 def read_study(study: Path) -> StudyRecord:
     """Read a study. Raises StoreError if it has no results, or a file is damaged."""
-    frame = read_results(study)
+    results = read_results(study)
     runs = [_read_run(study, folder) for folder in find_runs(study)]
     # A study may give `local` another label; the runs know which method they are.
     baseline = next((run.label for run in runs if run.fields.get("method") == "local"), "local")
-    measured = frame[(frame["split"] == "test") & (frame["round"] > 0)]["metric"].unique()
-    names = sorted((str(name) for name in measured), key=lambda name: name != "loss")
+    measured = dict.fromkeys(row.metric for row in results.rows if row.split == "test" and row.round > 0)
+    names = sorted(measured, key=lambda name: name != "loss")
     return StudyRecord(
         path=study,
         name=study.resolve().name,
         baseline=baseline,
-        frame=frame,
+        results=results,
         runs=runs,
         metrics=[
             Metric(
                 name=name,
                 title=wording.title(name),
                 lower_is_better=name in LOWER_IS_BETTER,
-                base=summarise_base(frame, metric=name, baseline=baseline),
-                methods=summarise(frame, metric=name, baseline=baseline),
+                base=summarise_base(results, metric=name, baseline=baseline),
+                methods=summarise(results, metric=name, baseline=baseline),
             )
             for name in names
         ],

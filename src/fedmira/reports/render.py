@@ -121,7 +121,7 @@ def _summary_json(record: StudyRecord) -> str:
             }
             for metric in record.metrics
         },
-        "validation_loss": curve(record.frame),
+        "validation_loss": curve(record.results),
         "runs": [
             {"folder": run.folder, "label": run.label, "seed": run.seed, "state": run.state}
             | {"adapters": run.adapters, "never_sampled": run.never_sampled}

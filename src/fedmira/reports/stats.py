@@ -1,28 +1,20 @@
 """Statistics of a study over its clients, read from the runs' results.csv.
 
 The client is the unit: seeds are averaged within a client first, so n is the number of clients and repeating a seed
-never narrows an interval. Tests and corrections are scipy's and statsmodels', not ours.
+never narrows an interval.
 """
 
-import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import numpy as np
-import pandas as pd
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
+from fedmira.reports.averages import half_width, holm, mean, signed_rank_p
+from fedmira.reports.results import LOWER_IS_BETTER, Results, Row
 
-from fedmira.config.sections import MethodEntry
-from fedmira.config.yaml_text import parse_yaml
-from fedmira.disk.folders import RESULT_COLUMNS
-from fedmira.errors import FedMiraError, StoreError
-
-LOWER_IS_BETTER = frozenset({"loss"})
 UNTOUCHED_BASE = "untouched base"
 FEWEST_PAIRS = 6  # with 5 pairs the smallest two-sided p is 2 / 2^5 = 0.06: no outcome could be significant
+
+Values = dict[str, float]  # of every client of the study, NaN = n/a
 
 
 @dataclass(frozen=True)
@@ -75,203 +67,168 @@ class MethodSummary:
     against: Comparison | None = None
 
 
-def find_runs(study: Path) -> list[Path]:
-    """List the run folders STUDY/<method>/seed-<n>, methods in the order of STUDY/config.yaml, then by name and seed.
+def client_values(results: Results, *, metric: str, split: str = "test") -> dict[str, Values]:
+    """Return x_k of each method, for every client: the mean over seeds at each run's last round.
 
-    Raises StoreError if there is no such folder or it holds no run.
+    A method that was not yet measured after round 0 is left out.
     """
-    runs = [
-        run
-        for run in study.glob("*/seed-*")
-        if run.name.removeprefix("seed-").isdigit()
-        and ((run / "run.json").is_file() or (run / "results.csv").is_file())
-    ]
-    if not runs:
-        found = "holds no <method>/seed-<n>/ with results" if study.is_dir() else "is no folder"
-        raise StoreError(f"'{study}' {found}: a study is the output_dir of 'fedmira run'; give that folder")
-    order = _configured_order(study / "config.yaml")
-    return sorted(
-        runs,
-        key=lambda run: (
-            order.get(run.parent.name, len(order)),
-            run.parent.name,
-            int(run.name.removeprefix("seed-")),
-        ),
-    )
+    found = _by_method(_last_rounds(results, metric=metric, split=split))
+    return {method: _of_all(results, found[method]) for method in results.methods if method in found}
 
 
-def read_results(study: Path) -> pd.DataFrame:
-    """Read the results of all runs of a study into one table with RESULT_COLUMNS; value NaN = n/a.
-
-    A loss that was written as `nan` has diverged and is read as infinite: as n/a it would make its method look better.
-    A row that is written twice (a resumed run) counts once, as written last.
-    Raises StoreError if there are no results, or a file is damaged.
-    """
-    tables = [_read_table(run / "results.csv") for run in find_runs(study) if (run / "results.csv").is_file()]
-    if not any(len(table) for table in tables):
-        raise StoreError(f"'{study}' has no results yet: a run writes results.csv when it has been evaluated")
-    return pd.concat(tables, ignore_index=True)
-
-
-def client_values(frame: pd.DataFrame, *, metric: str, split: str = "test") -> pd.DataFrame:
-    """Return x_k as a table [clients, methods]: the mean over seeds at each run's last round, NaN = n/a.
-
-    A method that was not yet measured after round 0 has no column. Clients without any value keep their line.
-    """
-    rows = _last_rounds(frame, metric=metric, split=split)
-    means = rows.groupby(["client", "method"])["value"].mean().unstack("method")
-    methods = [name for name in frame["method"].unique() if name in means.columns]
-    return means.reindex(index=pd.Index(frame["client"].unique(), name="client"), columns=methods)
-
-
-def base_values(
-    frame: pd.DataFrame, *, metric: str, split: str = "test", baseline: str = "local"
-) -> "pd.Series[float]":
-    """Return the untouched base's value of each client [clients], NaN = n/a.
+def base_values(results: Results, *, metric: str, split: str = "test", baseline: str = "local") -> Values:
+    """Return the untouched base's value for every client.
 
     It is the common start, read from round 0 of the baseline's runs, or of the first method that has any.
     """
-    rows = _served(frame, metric=metric, split=split)
-    rows = rows[rows["round"] == 0]
-    measured = list(rows["method"].unique())
-    source = baseline if baseline in measured else next(iter(measured), baseline)
-    means = rows[rows["method"] == source].groupby("client")["value"].mean()
-    return means.reindex(pd.Index(frame["client"].unique(), name="client")).astype(float)
+    found = _by_method(row for row in _served(results, metric=metric, split=split) if row.round == 0)
+    source = baseline if baseline in found else next(iter(found), baseline)
+    return _of_all(results, found.get(source, {}))
 
 
-def summarise(frame: pd.DataFrame, *, metric: str, split: str = "test", baseline: str = "local") -> list[MethodSummary]:
+def summarise(results: Results, *, metric: str, split: str = "test", baseline: str = "local") -> list[MethodSummary]:
     """Summarise every method on one metric, in the table's order; MethodSummary and Comparison state the formulas.
 
     The personal view is read where a client has one, else the global view. Holm's adjustment runs over the methods
     that are compared on this metric. Empty if nothing was measured after round 0.
     """
-    values = client_values(frame, metric=metric, split=split)
-    rows = _last_rounds(frame, metric=metric, split=split)
+    values = client_values(results, metric=metric, split=split)
+    rows = _last_rounds(results, metric=metric, split=split)
     summaries = []
-    for method in values.columns:
-        own = rows[rows["method"] == method]
-        summary = _summary(values[method], method=str(method), metric=metric, split=split, runs=own)
-        if baseline in values.columns and method != baseline:
-            summary = replace(
-                summary, against=_compare(values[method], values[baseline], metric=metric, baseline=baseline)
-            )
+    for method, own in values.items():
+        runs = [row for row in rows if row.method == method]
+        summary = _summary(own, method=method, metric=metric, split=split, runs=runs)
+        if baseline in values and method != baseline:
+            summary = replace(summary, against=_compare(own, values[baseline], metric=metric, baseline=baseline))
         summaries.append(summary)
     return _adjust(summaries)
 
 
 def summarise_base(
-    frame: pd.DataFrame, *, metric: str, split: str = "test", baseline: str = "local"
+    results: Results, *, metric: str, split: str = "test", baseline: str = "local"
 ) -> MethodSummary | None:
     """Summarise the untouched base (round 0) on one metric; None if it was not measured."""
-    values = base_values(frame, metric=metric, split=split, baseline=baseline)
-    if values.isna().all():
+    values = base_values(results, metric=metric, split=split, baseline=baseline)
+    if all(map(math.isnan, values.values())):
         return None
-    return _summary(values, method=UNTOUCHED_BASE, metric=metric, split=split, runs=frame.head(0))
+    return _summary(values, method=UNTOUCHED_BASE, metric=metric, split=split, runs=[])
 
 
 def gains(
-    frame: pd.DataFrame, *, metric: str, split: str = "test", baseline: str = "local"
-) -> tuple[str, pd.DataFrame]:
-    """Return who the clients are compared with, and by how much each is better off [clients, methods], NaN = n/a.
+    results: Results, *, metric: str, split: str = "test", baseline: str = "local"
+) -> tuple[str, dict[str, Values]]:
+    """Return who the clients are compared with, and by how much each is better off under each method.
 
     gain_k = reference_k - x_k for a loss, x_k - reference_k for a score: positive is better. The reference is the
-    baseline, which then has no column, or the untouched base where the baseline was not measured.
+    baseline, which then has no gains, or the untouched base where the baseline was not measured.
     """
-    values = client_values(frame, metric=metric, split=split)
-    if baseline in values.columns:
+    values = client_values(results, metric=metric, split=split)
+    if baseline in values:
         reference, other = baseline, values.pop(baseline)
     else:
-        reference, other = UNTOUCHED_BASE, base_values(frame, metric=metric, split=split, baseline=baseline)
-    gained = {method: _gain(values[method], other, metric) for method in values.columns}
-    return reference, pd.DataFrame(gained, index=values.index)
-
-
-def curve(frame: pd.DataFrame, metric: str = "loss", split: str = "validation") -> dict[str, list[tuple[int, float]]]:
-    """Return for each method (round, mean over clients of their mean over seeds), rounds ascending, n/a left out."""
-    rows = _served(frame, metric=metric, split=split).dropna(subset=["value"])
-    clients = rows.groupby(["method", "round", "client"], as_index=False)["value"].mean()
-    means = clients.groupby(["method", "round"], as_index=False)["value"].mean()
-    return {
-        str(method): [(int(r), float(v)) for r, v in zip(own["round"], own["value"], strict=True)]
-        for method in frame["method"].unique()
-        if len(own := means[means["method"] == method].sort_values("round"))
+        reference, other = UNTOUCHED_BASE, base_values(results, metric=metric, split=split, baseline=baseline)
+    return reference, {
+        method: {client: _gain(value, other[client], metric) for client, value in own.items()}
+        for method, own in values.items()
     }
 
 
-def _gain(own: "pd.Series[float]", other: "pd.Series[float]", metric: str) -> "pd.Series[float]":
+def curve(results: Results, metric: str = "loss", split: str = "validation") -> dict[str, list[tuple[int, float]]]:
+    """Return for each method (round, mean over clients of their mean over seeds), rounds ascending, n/a left out."""
+    rounds: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for row in _served(results, metric=metric, split=split):
+        if not math.isnan(row.value):
+            rounds.setdefault((row.method, row.round), {}).setdefault(row.client, []).append(row.value)
+    points = {place: mean(map(mean, clients.values())) for place, clients in sorted(rounds.items())}
+    curves: dict[str, list[tuple[int, float]]] = {method: [] for method in results.methods}
+    for (method, turn), value in points.items():
+        curves[method].append((turn, value))
+    return {method: own for method, own in curves.items() if own}
+
+
+def _gain(own: float, other: float, metric: str) -> float:
     """own - other in the metric's own direction: positive is better."""
     # Two infinite losses are a tie; their difference as numbers would be NaN.
-    differences = (own - other).mask(own == other, 0.0)
-    return -differences if metric in LOWER_IS_BETTER else differences
+    difference = 0.0 if own == other else own - other
+    return -difference if metric in LOWER_IS_BETTER else difference
 
 
-def _half_width(values: "pd.Series[float]") -> float | None:
-    """Half of the 95 % t-interval of a mean over clients; None below two, or if one is infinite."""
-    count = len(values)
-    if count < 2 or not all(math.isfinite(value) for value in values):
-        return None
-    return float(stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / math.sqrt(count))
-
-
-def _served(frame: pd.DataFrame, *, metric: str, split: str) -> pd.DataFrame:
+def _served(results: Results, *, metric: str, split: str) -> list[Row]:
     """Keep the rows of one metric and split, for the adapter the client would use: its personal view if it has one."""
-    rows = frame[(frame["metric"] == metric) & (frame["split"] == split)]
-    personal_first = rows.sort_values("view", key=lambda view: view != "personal", kind="stable")
-    return personal_first.drop_duplicates(["client", "method", "seed", "round"]).sort_index()
+    rows = results.of(metric=metric, split=split)
+    chosen: dict[tuple[str, str, int, int], Row] = {}
+    for row in rows:
+        key = row[:4]
+        if key not in chosen or (row.view == "personal" and chosen[key].view != "personal"):
+            chosen[key] = row
+    return [row for row in rows if chosen[row[:4]] is row]
 
 
-def _last_rounds(frame: pd.DataFrame, *, metric: str, split: str) -> pd.DataFrame:
+def _last_rounds(results: Results, *, metric: str, split: str) -> list[Row]:
     """Keep the rows of one metric and split at the last round each run was measured; round 0 is never a result."""
-    rows = _served(frame, metric=metric, split=split)
-    rows = rows[rows["round"] > 0]
-    last = rows.groupby(["method", "seed"])["round"].transform("max")
-    return rows[rows["round"] == last]
+    rows = [row for row in _served(results, metric=metric, split=split) if row.round > 0]
+    last: dict[tuple[str, int], int] = {}
+    for row in rows:
+        last[row.method, row.seed] = max(row.round, last.get((row.method, row.seed), 0))
+    return [row for row in rows if row.round == last[row.method, row.seed]]
 
 
-def _summary(values: "pd.Series[float]", *, method: str, metric: str, split: str, runs: pd.DataFrame) -> MethodSummary:
-    """Summarise the values [clients] of one method; `runs` are the rows that name its seeds and rounds."""
-    worst_first = values.dropna().sort_values(ascending=metric not in LOWER_IS_BETTER, kind="stable")
-    count = len(worst_first)
+def _by_method(rows: Iterable[Row]) -> dict[str, Values]:
+    """Average the rows of each client under each method; only clients that have a row are there."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        found.setdefault(row.method, {}).setdefault(row.client, []).append(row.value)
+    return {method: {client: mean(values) for client, values in own.items()} for method, own in found.items()}
+
+
+def _of_all(results: Results, values: Values) -> Values:
+    return {client: values.get(client, math.nan) for client in results.clients}
+
+
+def _summary(values: Values, *, method: str, metric: str, split: str, runs: Sequence[Row]) -> MethodSummary:
+    """Summarise the values of one method; `runs` are the rows that name its seeds and rounds."""
+    known = [(client, value) for client, value in values.items() if not math.isnan(value)]
+    worst_first = sorted(known, key=lambda item: item[1], reverse=metric in LOWER_IS_BETTER)
+    ordered = [value for _, value in worst_first]
+    count = len(ordered)
     return MethodSummary(
         method=method,
         metric=metric,
         split=split,
-        seeds=tuple(sorted({int(seed) for seed in runs["seed"]})),
-        rounds=tuple(sorted({int(number) for number in runs["round"]})),
+        seeds=tuple(sorted({row.seed for row in runs})),
+        rounds=tuple(sorted({row.round for row in runs})),
         clients=count,
         missing=len(values) - count,
-        mean=float(worst_first.mean()) if count else None,
-        half_width=_half_width(worst_first),
-        worst_client=str(worst_first.index[0]) if count else None,
-        worst=float(worst_first.iloc[0]) if count else None,
-        lowest_tenth=float(worst_first.head(math.ceil(count / 10)).mean()) if count else None,
-        views=tuple(sorted({str(view) for view in runs["view"]})),
+        mean=mean(ordered) if count else None,
+        half_width=half_width(ordered),
+        worst_client=worst_first[0][0] if count else None,
+        worst=ordered[0] if count else None,
+        lowest_tenth=mean(ordered[: math.ceil(count / 10)]) if count else None,
+        views=tuple(sorted({row.view for row in runs})),
     )
 
 
-def _compare(own: "pd.Series[float]", other: "pd.Series[float]", *, metric: str, baseline: str) -> Comparison:
-    """Compare the values [clients] of a method with the baseline's; Holm's p is filled in later."""
-    both = pd.DataFrame({"own": own, "other": other}).dropna()
-    gains = _gain(both["own"], both["other"], metric)
-    differences = -gains if metric in LOWER_IS_BETTER else gains
+def _compare(own: Values, other: Values, *, metric: str, baseline: str) -> Comparison:
+    """Compare the values of a method with the baseline's; Holm's p is filled in later."""
+    pairs = [(value, other[client]) for client, value in own.items()]
+    gained = [_gain(*pair, metric) for pair in pairs if not any(map(math.isnan, pair))]
+    differences = [-gain if metric in LOWER_IS_BETTER else gain for gain in gained]
     p: float | None = None
     reason = ""
-    if len(both) < FEWEST_PAIRS:
-        reason = f"{len(both)} pairs: the signed-rank test needs {FEWEST_PAIRS}"
-    elif not differences.any():
+    if len(gained) < FEWEST_PAIRS:
+        reason = f"{len(gained)} pairs: the signed-rank test needs {FEWEST_PAIRS}"
+    elif not any(differences):
         reason = "all differences are zero"
     else:
-        p = float(stats.wilcoxon(differences.to_numpy()).pvalue)
-    with np.errstate(invalid="ignore"):  # infinite both ways: the mean is no number, and that is meant
-        difference = float(differences.mean()) if len(both) else None
+        p = signed_rank_p(differences)
     return Comparison(
         baseline=baseline,
-        pairs=len(both),
-        difference=difference,
-        half_width=_half_width(differences),
-        wins=int((gains > 0).sum()),
-        ties=int((gains == 0).sum()),
-        losses=int((gains < 0).sum()),
+        pairs=len(gained),
+        difference=mean(differences) if gained else None,
+        half_width=half_width(differences),
+        wins=sum(gain > 0 for gain in gained),
+        ties=sum(gain == 0 for gain in gained),
+        losses=sum(gain < 0 for gain in gained),
         p=p,
         p_holm=None,
         reason=reason,
@@ -280,53 +237,8 @@ def _compare(own: "pd.Series[float]", other: "pd.Series[float]", *, metric: str,
 
 def _adjust(summaries: list[MethodSummary]) -> list[MethodSummary]:
     """Fill in Holm's p over all comparisons that have one."""
-    raw = {item.method: item.against.p for item in summaries if item.against and item.against.p is not None}
-    adjusted: Mapping[str, float] = {}
-    if raw:
-        adjusted = dict(zip(raw, multipletests(list(raw.values()), method="holm")[1].tolist(), strict=True))
+    adjusted = holm({item.method: item.against.p for item in summaries if item.against and item.against.p is not None})
     return [
         replace(item, against=replace(item.against, p_holm=adjusted.get(item.method))) if item.against else item
         for item in summaries
     ]
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    """Read one results.csv. Raises StoreError with the file and what is wrong in it."""
-    try:
-        # Text first: a client may be called "007", "nan" or "NA".
-        table = pd.read_csv(io.StringIO(_whole_lines(path)), dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-        raise StoreError(f"'{path}' cannot be read as CSV ({error}): resume the run to write it again") from None
-    missing = [name for name in RESULT_COLUMNS if name not in table.columns]
-    if missing:
-        raise StoreError(f"'{path}' has no column {', '.join(missing)}: results.csv has {', '.join(RESULT_COLUMNS)}")
-    written = table["value"].str.strip()
-    try:
-        table["seed"] = pd.to_numeric(table["seed"]).astype("int64")
-        table["round"] = pd.to_numeric(table["round"]).astype("int64")
-        table["value"] = [float(text) if text else math.nan for text in written]
-    except (ValueError, TypeError) as error:
-        raise StoreError(
-            f"'{path}' has a seed, round or value that is no number ({error}): n/a is written as an empty value"
-        ) from None
-    diverged = (written != "") & table["value"].isna() & table["metric"].isin(list(LOWER_IS_BETTER))
-    table.loc[diverged, "value"] = math.inf
-    return table[list(RESULT_COLUMNS)].drop_duplicates(
-        [name for name in RESULT_COLUMNS if name != "value"], keep="last"
-    )
-
-
-def _whole_lines(path: Path) -> str:
-    """Read a CSV file without a last line that a crash left short; resuming writes that line again."""
-    text = path.read_text(encoding="utf-8")
-    head, newline, last = text.rpartition("\n")
-    return head + newline if last.count(",") < len(RESULT_COLUMNS) - 1 else text
-
-
-def _configured_order(path: Path) -> dict[str, int]:
-    """Return the place of each method folder in a study's config; empty if the config is absent or unreadable."""
-    try:
-        entries = parse_yaml(path.read_text(encoding="utf-8"), str(path))["methods"]
-        return {MethodEntry.model_validate(entry).folder: place for place, entry in enumerate(entries)}
-    except (OSError, ValueError, TypeError, KeyError, FedMiraError):
-        return {}  # only the order of the lines depends on it

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from fedmira.reports.record import Metric, StudyRecord, read_study
+from fedmira.reports.record import StudyRecord, read_study
 from fedmira.reports.stats import MethodSummary, client_values
 from fedmira.reports.wording import counts, interval, number
 
@@ -21,7 +21,7 @@ def summary_tables(study: Path) -> list[Table]:
     Raises StoreError if the study has no results.
     """
     record = read_study(study)
-    clients = _client_table(record) if record.frame["client"].nunique() <= CLIENTS_SHOWN else None
+    clients = _client_table(record) if len(record.results.clients) <= CLIENTS_SHOWN else None
     return [table for table in (clients, _method_table(record)) if table is not None]
 
 
@@ -39,9 +39,9 @@ def _client_table(record: StudyRecord) -> Table | None:
     table.add_column("client")
     for label in labels:
         table.add_column(Text(label), justify="right")
-    values = {metric.name: _by_client(record, metric) for metric in record.metrics}
+    values = {metric.name: client_values(record.results, metric=metric.name) for metric in record.metrics}
     baseline = values[judged.name].get(record.baseline)
-    for client in record.frame["client"].unique():
+    for client in record.results.clients:
         cells = []
         for label in labels:
             numbers = " ".join(number(values[metric.name][label][client]) for metric in record.metrics)
@@ -49,16 +49,8 @@ def _client_table(record: StudyRecord) -> Table | None:
             if baseline is not None and label != record.baseline:
                 mark = _mark(values[judged.name][label][client], baseline[client], judged.lower_is_better)
             cells.append(Text(f"{numbers} {mark}".rstrip()))
-        table.add_row(Text(str(client)), *cells)
+        table.add_row(Text(client), *cells)
     return table
-
-
-def _by_client(record: StudyRecord, metric: Metric) -> dict[str, dict[str, float]]:
-    """Return method -> client -> value, NaN = n/a."""
-    table = client_values(record.frame, metric=metric.name).astype(float)
-    return {
-        str(label): {str(client): float(value) for client, value in table[label].items()} for label in table.columns
-    }
 
 
 def _mark(own: float, other: float, lower_is_better: bool) -> str:

@@ -6,6 +6,8 @@ show`). What a run has tracked is written anew from metrics.jsonl when it goes o
 nothing is there twice and nothing is missing. A tracker that fails is told of once, and the run goes on without it.
 """
 
+from __future__ import annotations
+
 import fcntl
 import importlib.util
 import json
@@ -19,11 +21,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fedmira.disk.folders import TRACKIO_FOLDER, RunFolder
-from fedmira.engine.run import Observer
 from fedmira.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedmira.engine.run import Observer
 
 log = logging.getLogger(__name__)
 

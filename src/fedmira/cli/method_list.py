@@ -1,0 +1,38 @@
+"""What `fedmira methods` says of each method of the tree, read from a file that docs/make_methods.py writes."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+FILE = Path(__file__).with_name("method_list.json")
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """What a method with its default settings is, needs and sends. bytes: a formula of S and P; empty: nothing."""
+
+    about: str
+    papers: list[str]
+    view: Literal["personal", "global"]
+    needs: Literal["each", "sum", "nothing"]
+    weighs: bool
+    sends: str
+    bytes_up: str
+    bytes_down: str
+
+    @property
+    def bytes(self) -> str:
+        return f"{self.bytes_up} up, {self.bytes_down} down" if self.bytes_up else "nothing"
+
+    @property
+    def line(self) -> str:
+        """All but what it does, on one line."""
+        travels = f"sends {self.sends}, {self.bytes}" if self.bytes_up else "sends nothing"
+        return f"{self.view}; server sees {self.needs}; {travels}; {', '.join(self.papers) or 'no paper'}"
+
+
+def stored_facts() -> dict[str, MethodFacts]:
+    """Return the facts of every method by its id."""
+    stored = json.loads(FILE.read_text(encoding="utf-8"))
+    return {name: MethodFacts(**facts) for name, facts in stored.items()}

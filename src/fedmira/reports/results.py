@@ -1,0 +1,159 @@
+"""The results.csv of a study's runs, read into one table of rows."""
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from fedmira.disk.folders import RESULT_COLUMNS
+from fedmira.errors import StoreError
+
+LOWER_IS_BETTER = frozenset({"loss"})
+
+
+class Row(NamedTuple):
+    """One line of results.csv; value NaN = n/a. The fields are RESULT_COLUMNS, in that order."""
+
+    client: str
+    method: str
+    seed: int
+    round: int
+    view: str
+    split: str
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """The rows of all runs of a study, methods in the order of its config."""
+
+    rows: list[Row]
+
+    @cached_property
+    def clients(self) -> list[str]:
+        """Each client once, in order of appearance."""
+        return list(dict.fromkeys(row.client for row in self.rows))
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """Each method once, in order of appearance."""
+        return list(dict.fromkeys(row.method for row in self.rows))
+
+    def where(self, keep: Callable[[Row], bool]) -> "Results":
+        """Keep some of the rows."""
+        return Results([row for row in self.rows if keep(row)])
+
+    def of(self, *, metric: str, split: str) -> list[Row]:
+        """Return the rows of one metric and split."""
+        return self._sorted.get((metric, split), [])
+
+    @cached_property
+    def _sorted(self) -> dict[tuple[str, str], list[Row]]:
+        found: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            found.setdefault((row.metric, row.split), []).append(row)
+        return found
+
+
+def find_runs(study: Path) -> list[Path]:
+    """List the run folders STUDY/<method>/seed-<n>, methods in the order of STUDY/config.yaml, then by name and seed.
+
+    Raises StoreError if there is no such folder or it holds no run.
+    """
+    runs = [
+        run
+        for run in study.glob("*/seed-*")
+        if run.name.removeprefix("seed-").isdigit()
+        and ((run / "run.json").is_file() or (run / "results.csv").is_file())
+    ]
+    if not runs:
+        found = "holds no <method>/seed-<n>/ with results" if study.is_dir() else "is not a folder"
+        raise StoreError(f"'{study}' {found}: a study is the output_dir of 'fedmira run'; give that folder")
+    order = _configured_order(study / "config.yaml")
+    return sorted(
+        runs,
+        key=lambda run: (
+            order.get(run.parent.name, len(order)),
+            run.parent.name,
+            int(run.name.removeprefix("seed-")),
+        ),
+    )
+
+
+def read_results(study: Path) -> Results:
+    """Read the results of all runs of a study.
+
+    A loss that was written as `nan` has diverged and is read as infinite: as n/a it would make its method look better.
+    A row that is written twice (a resumed run) counts once, as written last.
+    Raises StoreError if there are no results, or a file is damaged.
+    """
+    files = [run / "results.csv" for run in find_runs(study) if (run / "results.csv").is_file()]
+    rows = [row for file in files for row in _read_file(file)]
+    if not rows:
+        raise StoreError(f"'{study}' has no results yet: a run writes results.csv when it has been evaluated")
+    return Results(rows)
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    """Read one results.csv. Raises StoreError with the file and what is wrong in it."""
+    try:
+        header, *lines = list(csv.reader(_whole_lines(path).splitlines(keepends=True), strict=True)) or [[]]
+    except (OSError, ValueError, csv.Error) as error:
+        raise StoreError(f"'{path}' cannot be read as CSV ({error}): resume the run to write it again") from None
+    missing = [name for name in RESULT_COLUMNS if name not in header]
+    if missing:
+        raise StoreError(f"'{path}' has no column {', '.join(missing)}: results.csv has {', '.join(RESULT_COLUMNS)}")
+    places = [header.index(name) for name in RESULT_COLUMNS]
+    last: dict[tuple[Any, ...], Row] = {}
+    for line in filter(None, lines):
+        if len(line) != len(header):
+            raise StoreError(
+                f"'{path}' cannot be read as CSV ({len(line)} values under {len(header)} columns): resume the run to "
+                "write it again"
+            )
+        row = _read_row(path, [line[place] for place in places])
+        last.pop(row[:-1], None)  # its place is that of the last one too
+        last[row[:-1]] = row
+    yield from last.values()
+
+
+def _read_row(path: Path, line: list[str]) -> Row:
+    client, method, seed, number, view, split, metric, written = line
+    try:
+        value = float(written) if written.strip() else None
+        row = Row(client, method, int(seed), int(number), view, split, metric, math.nan if value is None else value)
+    except ValueError as error:
+        raise StoreError(
+            f"'{path}' has a seed, round or value that is not a number ({error}): n/a is written as an empty value"
+        ) from None
+    diverged = value is not None and math.isnan(value) and metric in LOWER_IS_BETTER
+    return row._replace(value=math.inf) if diverged else row
+
+
+def _whole_lines(path: Path) -> str:
+    """Read a CSV file without a last line that a crash left short; resuming writes that line again."""
+    text = path.read_text(encoding="utf-8")
+    head, newline, last = text.rpartition("\n")
+    return head + newline if last.count(",") < len(RESULT_COLUMNS) - 1 else text
+
+
+def _configured_order(path: Path) -> dict[str, int]:
+    """Return the place of each method folder in a study's config; empty if the config is absent or unreadable."""
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["methods"]
+        return {_folder(entry): place for place, entry in enumerate(entries)}
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return {}  # only the order of the lines depends on it
+
+
+def _folder(entry: str | Mapping[str, Any]) -> str:
+    """Return the folder of an entry of `methods:`, which is its name or a mapping."""
+    if isinstance(entry, str):
+        return entry.replace("-", "_")
+    return str(entry.get("label") or str(entry["name"]).replace("-", "_"))

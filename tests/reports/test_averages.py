@@ -1,0 +1,75 @@
+"""Means, intervals and tests are those of numpy, scipy and statsmodels."""
+
+import math
+import random
+import warnings
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fedmira.reports.averages import T_975, half_width, holm, mean, signed_rank_p, t_quantile
+
+
+def draw(seed: int, count: int) -> list[float]:
+    stream = random.Random(seed)
+    return [stream.gauss(0.1, 1) for _ in range(count)]
+
+
+def scipys_p(differences: list[float]) -> float:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ties, for which it counts or approximates as we do
+        return float(stats.wilcoxon(np.array(differences, dtype=float)).pvalue)
+
+
+def test_a_mean_leaves_out_what_is_not_a_number() -> None:
+    assert mean([1.0, math.nan, 2.0]) == 1.5
+    assert math.isnan(mean([]))
+
+
+def test_a_mean_with_an_infinite_value_is_infinite_and_of_both_infinities_not_a_number() -> None:
+    assert mean([1.0, math.inf]) == math.inf
+    assert math.isnan(mean([-math.inf, math.inf]))
+
+
+def test_a_mean_does_not_depend_on_the_order() -> None:
+    values = draw(0, 1000)
+    assert mean(values) == mean(sorted(values)) == pytest.approx(np.mean(values), rel=1e-13)
+
+
+def test_the_table_of_t_is_scipys_and_goes_on_without_a_break() -> None:
+    assert [t_quantile(freedom) for freedom in (*range(1, 40), 1999)] == pytest.approx(
+        [float(stats.t.ppf(0.975, freedom)) for freedom in (*range(1, 40), 1999)], rel=1e-12
+    )
+    assert len(T_975) == 30
+
+
+@pytest.mark.parametrize("count", [2, 3, 16, 31, 32, 300])
+def test_the_interval_is_scipys(count: int) -> None:
+    values = draw(count, count)
+    expected = stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count)
+    assert half_width(values) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [6, 7, 13, 14, 31, 50, 51, 300])
+def test_the_signed_rank_test_is_scipys(count: int) -> None:
+    plain = draw(count, count)
+    tied = [float(round(2 * value)) for value in plain]
+    diverged = [math.inf, *plain[1:]]
+    for differences in (plain, [abs(value) for value in plain], tied, diverged, [0.0, *plain[1:]]):
+        assert signed_rank_p(differences) == pytest.approx(scipys_p(differences), rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_holms_correction_is_that_of_statsmodels(count: int) -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    for seed in range(20):
+        stream = random.Random(seed)
+        found = {f"method {place}": stream.random() ** 3 for place in range(count)}
+        expected = multitest.multipletests(list(found.values()), method="holm")[1]
+        adjusted = holm(found)
+        assert [adjusted[name] for name in found] == pytest.approx(expected.tolist(), rel=1e-12)
+
+
+def test_nothing_is_corrected_where_nothing_was_tested() -> None:
+    assert holm({}) == {}
