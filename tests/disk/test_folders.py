@@ -143,12 +143,12 @@ def test_cutting_back_twice_changes_nothing_more(run: RunFolder) -> None:
 
 def test_an_update_changes_its_keys_and_keeps_the_others(run: RunFolder) -> None:
     run.update(state="complete", bytes_up=7)
-    assert run.facts == {"schema": 1, **FACTS, "state": "complete", "bytes_up": 7}
+    assert run.facts == {"schema": 2, **FACTS, "state": "complete", "bytes_up": 7}
 
 
 def test_a_run_of_another_schema_is_refused(run: RunFolder) -> None:
     (run.path / "run.json").write_text(json.dumps({"schema": 99}))
-    with pytest.raises(StoreError, match="schema 99, this version reads 1"):
+    with pytest.raises(StoreError, match="schema 99, this version reads 1 and 2"):
         _ = run.facts
 
 

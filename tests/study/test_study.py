@@ -169,7 +169,7 @@ def test_a_runs_own_config_needs_no_change_to_run_again(study: Study) -> None:
 
 def test_run_json_says_what_the_run_was(study: Study, base: Path) -> None:
     facts = find(study, "mira").facts
-    assert (facts["schema"], facts["state"], facts["seed"]) == (1, "complete", 3)
+    assert (facts["schema"], facts["state"], facts["seed"]) == (2, "complete", 3)
     assert (facts["method"], facts["settings"]["lambda"]) == ("mira", 0.25)
     assert (facts["cohort"], facts["threads"], facts["dtype"]) == (2, 1, "float32")
     assert re.fullmatch(r"[0-9a-f]{64}", facts["base_fingerprint"])
@@ -367,6 +367,15 @@ def test_another_graph_is_refused_on_resume(make: Make, tmp_path: Path) -> None:
 def test_keeping_the_optimizer_makes_a_difference(study: Study, make: Make) -> None:
     kept = fedmira.run(make(training={"keep_optimizer": True}, methods=[{"name": "local"}]))
     assert not equal(tensors(kept.runs[0], "007"), tensors(find(study, "local"), "007"))
+
+
+def test_a_study_that_an_earlier_version_began_is_refused_with_the_way_out_and_still_reported(make: Make) -> None:
+    study = fedmira.run(make("earlier", methods=[{"name": "local"}]))
+    path = study.runs[0].path / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 1}))
+    assert fedmira.report(study.path).is_file()
+    with pytest.raises(StoreError, match=r"checkpoints of schema 1.*finish it with the version that began it"):
+        fedmira.resume(study.path, ["federation.rounds=5"])
 
 
 def test_resuming_a_finished_study_changes_nothing_in_its_runs(make: Make) -> None:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)  # a run of schema 1 is reported and exported, and not continued: its checkpoints are of another form
 View = Literal["personal", "global"]  # each client's own adapter, or the shared one
 State = Literal["running", "complete", "interrupted", "failed"]
 TRACKIO_FOLDER = ".trackio"  # of a study; a method's label never starts with a dot
@@ -87,8 +88,9 @@ class RunFolder:
     def facts(self) -> dict[str, Any]:
         """Read run.json. Raises StoreError if it is missing or of another schema."""
         facts = read_json(self.path / "run.json")
-        if facts.get("schema") != SCHEMA:
-            raise StoreError(f"'{self.path}': run.json has schema {facts.get('schema')}, this version reads {SCHEMA}")
+        if facts.get("schema") not in READABLE:
+            known = " and ".join(map(str, READABLE))
+            raise StoreError(f"'{self.path}': run.json has schema {facts.get('schema')}, this version reads {known}")
         return dict(facts)
 
     def update(self, **changes: Any) -> None:

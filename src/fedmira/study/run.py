@@ -16,7 +16,7 @@ import torch
 
 from fedmira.config.sections import Config
 from fedmira.disk.files import read_json, write_json
-from fedmira.disk.folders import RunFolder, StudyFolder
+from fedmira.disk.folders import SCHEMA, RunFolder, StudyFolder
 from fedmira.engine.clients import Scores
 from fedmira.engine.run import Course, Observer, run_rounds
 from fedmira.engine.scoring import score_start
@@ -49,11 +49,23 @@ def start(folder: StudyFolder, config: Config, observer: Observer, *, overwrite:
 def go_on(folder: StudyFolder, config: Config, observer: Observer, *, only: RunFolder | None, rewrite: bool) -> None:
     """Carry a stored study, or `only` one of its runs, to its end. rewrite: `config` has changed and is stored."""
     with folder.held(), tracking(config.report_to, folder.path, observer) as watched:
+        _check_schema(folder, config)
         prepared = prepare(config, observer, saved=_saved_facts(folder))
         _check_clients(folder, prepared)
         if rewrite:
             folder.rewrite(config)
         _run_all(folder, prepared, watched, only=only)
+
+
+def _check_schema(folder: StudyFolder, config: Config) -> None:
+    """Refuse to go on with a run whose checkpoints an earlier version wrote."""
+    for run in folder.runs():
+        if run.facts["schema"] < SCHEMA and not _is_complete(run, config):
+            raise StoreError(
+                f"'{run.path}' was begun by FedMira {run.facts['versions']['fedmira']} with checkpoints of schema "
+                f"{run.facts['schema']}, and this version continues schema {SCHEMA}: finish it with the version that "
+                "began it ('fedmira resume' there), or run its config.yaml anew"
+            )
 
 
 def _saved_facts(folder: StudyFolder) -> dict[str, Any] | None:
