@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 # Tests never reach a model hub, and two workers with one thread each do not fight for the cores.
 QUIET_HUB := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: install install-base demo check test test-slow pretrain docs bench bench-full clean
+.PHONY: install install-base demo check test test-slow test-newest pretrain docs bench bench-full clean
 
 install: .venv/.installed-dev
 
@@ -39,6 +39,15 @@ check:
 test:
 	@$(MAKE) --no-print-directory install
 	@$(MAKE) --no-print-directory check
+
+# The newest versions that pip finds, in an environment of its own that is made anew each time. torch comes with CUDA and
+# takes gigabytes; for its CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-newest
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check -e ".[dev]"
+	.venv-newest/bin/python -m pip list | grep -iE "^(torch|transformers|peft|datasets|numpy) "
+	@$(MAKE) --no-print-directory check BIN=.venv-newest/bin
 
 test-slow:
 	$(QUIET_HUB) $(BIN)/python -m pytest -m slow

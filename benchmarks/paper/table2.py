@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 from fedmira.adapters import Adapters, Layout, lora_layout, scales
 from fedmira.adapters.optim import adamw
 from fedmira.methods import build, load
-from fedmira.methods.base import Clock, Cohort, Method, Tools
+from fedmira.methods.base import Clock, Cohort, Message, Method, Tools, all_columns
 from fedmira.model.packed.lora import Stack, find_targets, install
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "table2.md"
@@ -155,11 +155,18 @@ def padding(layout: Layout) -> int:
 def sent(name: str, layout: Layout) -> tuple[int, int]:
     """Return bytes down and up of a client in a round, of the messages that a method makes; padding is sent too."""
     method, ids = make(name), torch.arange(CLIENTS)
-    rows = torch.empty(CLIENTS if method.personal else 1, layout.size, device="meta")
-    given = method.send(method.init(hold(layout, rows), Clock(0)), ids, Clock(1))
-    tools = Tools(Clock(1), grad=no_training, update=no_training, rng=no_training, curvature=no_training)
-    returned, _ = method.finish(hold(layout, given.rows), {}, given, tools)
-    return given.bytes_each, returned.bytes_each
+    clock = Clock(1)
+    rows = torch.empty(method.count_rows(CLIENTS), layout.size, device="meta")
+    given = method.message(method.init(hold(layout, rows), Clock(0)), ids, clock)
+    tools = Tools(clock, no_training, no_training, rng=no_training, curvature=no_training, loss=no_training)
+    returned, _ = method.client.finish(hold(layout, given.rows), {}, given, tools)
+    assert method.travels is method.trained is all_columns, "whole rows are counted"
+    return payload(given), payload(returned)
+
+
+def payload(message: Message) -> int:
+    """Return bytes of a client's message: whole rows, and 8 for each scalar."""
+    return (1 + len(message.more)) * message.rows[0].nbytes + 8 * len(message.scalars)
 
 
 def hold(layout: Layout, rows: torch.Tensor) -> Adapters:

@@ -127,7 +127,7 @@ def copy_of(here: Path, place: Path, **changes: Any) -> Path:
         ({"modules_to_save": ["lm_head"]}, "not modules_to_save"),
         ({"num_virtual_tokens": 0}, "only plain LoRA and P-tuning are known here"),
         ({"num_virtual_tokens": None}, "is damaged, or neither a LoRA adapter's nor a P-tuned prompt's"),
-        ({"num_virtual_tokens": 4}, r"'prompt_embeddings' is \(5, 16\), and \(4, 16\) is needed"),
+        ({"num_virtual_tokens": 4}, r"'prompt_embeddings' is \(5, 16\), but must be \(4, 16\)"),
         ({"peft_type": "LORA", "r": 2, "lora_alpha": 4}, "only plain LoRA and P-tuning are known here"),
         ({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}, "no tensor 'base_model"),
     ],

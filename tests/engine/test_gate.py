@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapters, Layout, lora_layout
+from fedmira.adapters import Layout, lora_layout
 from fedmira.engine.federation import Federation
 from fedmira.engine.gate import MAX_NORM, SCHEMA, Expected, Header, Upload, admit, check_change, refusal
 from fedmira.errors import WireError
@@ -252,13 +252,11 @@ def test_a_merge_that_gave_a_number_that_is_not_finite_replaces_nothing() -> Non
 def test_everything_that_a_merge_decides_is_looked_at() -> None:
     ids, broken = torch.tensor(IDS), rows()
     broken[0, 3] = math.inf
-    pair = Adapters(LAYOUT, broken[:1], torch.tensor([2]), torch.ones(1))
     counts = {"seen": torch.tensor([1, 2, 3]), "known": torch.tensor([True, False, True])}
-    check_change(Change(ids, rows(), shared={"m": rows()}, tables={"sketch": rows(), **counts}, base=None), "mira")
+    check_change(Change(ids, rows(), shared={"m": rows()}, tables={"sketch": rows(), **counts}), "mira")
     for change in (
         Change(ids, rows(), shared={"m": broken}),
         Change(ids, rows(), tables={"sketch": broken, **counts}),
-        Change(ids, rows(), base=pair),
     ):
         with pytest.raises(WireError, match="not_finite: the merge of 'mira'"):
             check_change(change, "mira")

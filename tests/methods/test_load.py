@@ -9,8 +9,9 @@ import pytest
 from tests import small_study
 
 from fedmira.config.faults import check_config
+from fedmira.config.sections import MethodEntry
 from fedmira.errors import ConfigError, MethodError
-from fedmira.methods import entry_faults, load
+from fedmira.methods import entry_faults, load, recipe_of
 
 GOOD = '''"""A method that is local training under another name."""
 
@@ -194,3 +195,20 @@ def test_the_command_finds_a_method_in_the_folder_it_is_called_in(write: Write) 
     assert ended.code == 2
     assert f"{package}/halfway.py:1: SyntaxError" in ended.err
     assert not small_study.has_traceback(ended.err)
+
+
+def test_faults_of_wrappers_are_listed_with_their_place_and_what_is_allowed_there() -> None:
+    wrappers = [{"name": "clipp", "norm": 1}, {"name": "proximal", "mu": -1}, {"name": "only", "train": "B"}]
+    entry = MethodEntry.model_validate({"name": "fedavg", "with": wrappers})
+    assert entry_faults(2, entry) == [
+        "methods.2.with.0.name: unknown wrapper 'clipp' (did you mean 'clipped'?); known: proximal, only, "
+        "server_optimizer, tuned_after, accepting, lost_reply, clipped, noised",
+        "methods.2.with.1.mu: found -1: input should be greater than or equal to 0",
+        "methods.2.with.2.train: unknown key (did you mean 'trained'?); allowed here: name, trained, travels",
+    ]
+
+
+def test_wrappers_are_applied_in_order_and_an_alias_is_read() -> None:
+    wrappers = [{"name": "only", "trained": "B"}, {"name": "clip", "norm": 1}]
+    recipe = recipe_of(MethodEntry.model_validate({"name": "fedavg", "with": wrappers}))
+    assert [name for name, _ in recipe.wrappers] == ["only", "clipped"]

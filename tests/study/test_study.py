@@ -369,6 +369,21 @@ def test_keeping_the_optimizer_makes_a_difference(study: Study, make: Make) -> N
     assert not equal(tensors(kept.runs[0], "007"), tensors(find(study, "local"), "007"))
 
 
+def test_the_settings_of_a_method_are_checked_once_in_a_study(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Any] = []
+    module = fedmira.load_method("mira")
+    real = module.Config.model_validate
+
+    def count(settings: Any) -> Any:
+        checked.append(settings)
+        return real(settings)
+
+    config = make("once", methods=[{"name": "mira", "lambda": 0.1, "graph": {"kind": "uniform"}}], seeds=[0, 1])
+    monkeypatch.setattr(module.Config, "model_validate", count)
+    fedmira.run(config)
+    assert len(checked) == 1
+
+
 def test_a_study_that_an_earlier_version_began_is_refused_with_the_way_out_and_still_reported(make: Make) -> None:
     study = fedmira.run(make("earlier", methods=[{"name": "local"}]))
     path = study.runs[0].path / "run.json"

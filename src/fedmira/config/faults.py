@@ -50,7 +50,8 @@ def describe_fault(fault: Any, model: type[BaseModel], raw: Any, prefix: str = "
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         owner = _section(model, loc[:-1], raw)
-        beside = MethodEntry.model_fields if prefix and len(loc) == 1 else ()  # a method's own settings stand by these
+        beside = _keys(MethodEntry) if prefix and len(loc) == 1 else []  # beside a method's own settings
+        beside = ["name"] if beside and ".with." in prefix else beside
         allowed = sorted({*_keys(owner), *beside})
         return f"{where}: unknown key{nearest(str(loc[-1]), allowed)}; allowed here: {', '.join(allowed)}"
     if fault["type"] == "missing":
