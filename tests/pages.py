@@ -253,9 +253,9 @@ def unknown_words(page: str) -> Iterator[str]:
 
 
 def command_options() -> dict[str, set[str]]:
-    """Return the options of every command of `fedmira`; those of `fedmira` itself stand for commands without any."""
+    """Return the options of every command of `fedmira`; those of `fedmira` itself are there too."""
     group: Any = typer.main.get_command(app)
-    alone: dict[str, set[str]] = {word: set() for one in group.params for word in one.opts}
+    alone = {word: {word} for word in ("--help", *(word for one in group.params for word in one.opts))}
     return alone | {name: {word for one in own.params for word in one.opts} for name, own in group.commands.items()}
 
 

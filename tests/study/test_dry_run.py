@@ -1,5 +1,6 @@
 """Looking before running: --dry-run, --show-example, init and doctor write nothing and tell the truth."""
 
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,7 +248,7 @@ def test_the_doctor_tells_versions_device_memory_and_disk() -> None:
     for word in ("python", "torch", "transformers", "peft", "device", "memory", "disk", "GFLOP/s", "cores"):
         assert word in ended.out, word
     facts = json.loads(command("doctor", "--json").out)
-    assert facts["versions"]["fedmira"] == study.importlib.metadata.version("fedmira")
+    assert facts["versions"]["fedmira"] == importlib.metadata.version("fedmira")
     assert facts["disk_free_bytes"] > 0
 
 
