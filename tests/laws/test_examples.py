@@ -1,17 +1,30 @@
 """Example methods: columns, further rows, a second trained row and the client's own loss, under all laws."""
 
+import functools
+
 import pytest
 import torch
 from tests.laws import laws
 from tests.laws.examples import EXAMPLES, ditto, fed_sa, ffa, rolora, scaffold
-from tests.laws.worlds import ALL, BEFORE, WORLDS
+from tests.laws.worlds import ALL, BEFORE, WORLDS, World
 
 from fedmira.adapters.columns import factor_columns
 from fedmira.engine.round import play
 from fedmira.methods import build
+from fedmira.methods.base import Method
 
 # These two hand a merge rows alone, and SCAFFOLD's needs a second one.
 ROWS_ALONE = {"law_a_client_of_weight_zero_has_no_influence", "law_equal_clients_stay_equal"}
+
+
+@functools.cache
+def example(name: str) -> Method:
+    return EXAMPLES[name]()
+
+
+@functools.cache
+def world_of(kind: str) -> World:
+    return WORLDS[kind]()
 
 
 @pytest.mark.parametrize("kind", WORLDS)
@@ -19,13 +32,13 @@ ROWS_ALONE = {"law_a_client_of_weight_zero_has_no_influence", "law_equal_clients
 @pytest.mark.parametrize("law", laws.LAWS)
 def test_examples_obey(law: str, name: str, kind: str) -> None:
     if name != "scaffold" or law not in ROWS_ALONE:
-        laws.LAWS[law](EXAMPLES[name](), WORLDS[kind]())
+        laws.LAWS[law](example(name), world_of(kind))
 
 
 @pytest.mark.parametrize("kind", WORLDS)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_absent_client_has_no_influence(name: str, kind: str) -> None:
-    laws.law_an_absent_client_has_no_influence(EXAMPLES[name](), WORLDS[kind]())
+    laws.law_an_absent_client_has_no_influence(example(name), world_of(kind))
 
 
 @pytest.mark.parametrize("kind", WORLDS)

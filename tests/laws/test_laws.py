@@ -1,5 +1,6 @@
 """Every method obeys the laws, on quadratic losses and on a tiny transformer through the engine's local phase."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -23,14 +24,25 @@ GROUPS = [variant for variant in VARIANTS if variant.settings == UNIFORM]
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}: {case[1]}")
 def case(request: pytest.FixtureRequest) -> tuple[World, Variant]:
     kind, variant = request.param
-    return WORLDS[kind](), variant
+    return world_of(kind), variant
+
+
+@functools.cache
+def world_of(kind: str) -> World:
+    return WORLDS[kind]()
+
+
+BUILT: dict[tuple[int, str], tuple[Method, World]] = {}  # so that two rounds are trained once for all laws of a case
 
 
 def at_home(case: tuple[World, Variant], folder: Path) -> tuple[Method, World]:
     """A method, and the world with the rows that it carries."""
     world, variant = case
-    method = variant.build(world, folder)
-    return method, world.under(method)
+    key = (id(world), str(variant))
+    if key not in BUILT:
+        method = variant.build(world, folder)
+        BUILT[key] = method, world.under(method)
+    return BUILT[key]
 
 
 @pytest.mark.parametrize("law", laws.LAWS)

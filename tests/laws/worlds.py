@@ -5,6 +5,7 @@ first two rounds, so that a law sees trained, returning and first-time clients a
 the same `play`, table of rows, memory of clients and gate as in a study.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from fedmira.data.batches import ClientData, Truncation
 from fedmira.data.partition import client_key
 from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger
+from fedmira.engine.memory import ClientMemory
 from fedmira.engine.phase import PhaseResult
 from fedmira.engine.round import Sender, play
 from fedmira.engine.simulated import Simulated
@@ -78,6 +80,18 @@ class Scene:
     def used(self, ids: Tensor = ALL) -> Tensor:
         """The rows that clients would use now [n, P]."""
         return self.clients.adapters(ids, Sender(self.method, self.ledger, self.clock)).rows
+
+    def copy(self) -> "Scene":
+        """The same scene, of which nothing is shared that a round changes."""
+        ledger, clients = copy.copy(self.ledger), copy.copy(self.clients)
+        state = ledger.state
+        stored = replace(state.adapters, rows=copy.deepcopy(state.adapters.rows))
+        tables = {name: value.clone() for name, value in state.tables.items()}
+        ledger.state = replace(state, adapters=stored, shared=dict(state.shared), tables=tables)
+        ledger.validation = ledger.validation.clone()
+        memory = clients.memory
+        clients.memory = ClientMemory(memory.clients, None, copy.deepcopy(memory.tables), set(memory.remembered))
+        return Scene(self.method, ledger, clients)
 
     @property
     def rows(self) -> Tensor:
@@ -144,12 +158,21 @@ class World:
         ledger = Ledger(self.federation, state, torch.zeros(CLIENTS, dtype=torch.float64))
         return Scene(method, ledger, self.people(method, self.federation, self.cohort.ids, self.disturbed))
 
-    def reach(self, method: Method) -> Scene:
-        """The scene after two trained rounds with half of the clients each."""
-        scene = self.start(method)
-        for ids in self.cohort.schedule[: len(BEFORE)]:
-            scene.play(torch.from_numpy(ids))
-        return scene
+    def reach(self, method: Method, *, again: bool = False) -> Scene:
+        """The scene after two trained rounds with half of the clients each.
+
+        It is reached once for a method and copied, unless `again`.
+        """
+        key = (id(method), self.disturbed, self.cohort.ids, self.federation.layout_hash)
+        if again or key not in REACHED:
+            scene = self.start(method)
+            for ids in self.cohort.schedule[: len(BEFORE)]:
+                scene.play(torch.from_numpy(ids))
+            REACHED[key] = scene
+        return REACHED[key].copy()
+
+
+REACHED: dict[tuple[Any, ...], Scene] = {}  # scenes hold their methods, so that ids stay theirs
 
 
 def world(

@@ -1,11 +1,13 @@
 """Settings of a task graph, as YAML has them, and the graph that they describe."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
+from fedmira.adapters.lazy import np
 from fedmira.config.strict import Strict
 from fedmira.graphs.graph import Graph, make_graph
 from fedmira.graphs.learned import LEAST_SKETCH, LearnedGraph, knn_graph, shuffled
@@ -37,7 +39,7 @@ class GraphConfig(Strict):
     shuffled: bool = False  # the same graph with its clients permuted: a control
 
     @model_validator(mode="after")
-    def _complete(self) -> "GraphConfig":
+    def _complete(self) -> GraphConfig:
         if self.kind == "groups" and not self.column:
             raise ValueError("graph kind 'groups' needs 'column', the data column that names a client's group")
         if self.kind == "file" and not self.path:

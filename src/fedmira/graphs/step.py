@@ -6,10 +6,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from fedmira.adapters import Adapters, Stored
-from fedmira.adapters.lazy import sparse, torch
+from fedmira.adapters.lazy import np, sparse, torch
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import Array, Graph
 

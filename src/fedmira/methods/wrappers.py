@@ -18,12 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from fedmira.adapters import Adapters, Layout, Stored, norms
 from fedmira.adapters.columns import every_column, factor_columns
-from fedmira.adapters.lazy import Tensor, torch
+from fedmira.adapters.lazy import Tensor, np, torch
 from fedmira.errors import MethodError
 from fedmira.methods.base import (
     Change,
