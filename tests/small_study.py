@@ -1,8 +1,10 @@
 """A study small enough to be run for real in a second: a random two-layer Llama, six clients, two groups."""
 
+import importlib
 import itertools
 import json
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -18,8 +20,16 @@ import torch
 import yaml
 from tests import tiny
 
+import fedmira
 from fedmira.cli.main import main as cli_main
 from fedmira.disk.folders import RunFolder
+
+# Commands import what they need when they run. A forked one finds it here, and need not wait for it again.
+for _room in pkgutil.walk_packages(fedmira.__path__, "fedmira."):
+    if not _room.name.endswith(("_program", "__main__", "pretrain")):
+        importlib.import_module(_room.name)
+for _library in ("datasets", "jinja2", "pandas", "rouge_score.rouge_scorer", "scipy.stats"):
+    importlib.import_module(_library)
 
 CLIENTS = ("ada", "bo", "cy", "007", "no", "eve")  # of which YAML 1.1 would make a number and a truth value
 ROUNDS = 4

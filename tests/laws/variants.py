@@ -138,7 +138,9 @@ VARIANTS = [variant for name in names() for variant in TABLE.get(name, [Variant(
 FEW = [variant for variant in VARIANTS if variant.name != "mira"] + [MIRA[place] for place in (1, 6, 17, 22, 24)]
 FEW += BEYOND
 VARIANTS += WRAPPED
-FEW += WRAPPED
+FEW += [
+    one for one in WRAPPED if one.settings["with"][0]["name"] in ("proximal", "only", "clip", "noise")
+]  # local half
 
 
 def similarities(variant: Variant, graph: Graph) -> np.ndarray:
