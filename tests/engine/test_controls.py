@@ -283,6 +283,13 @@ def test_clients_fine_tuned_in_smaller_passes_end_close_to_where_they_end_in_one
     torch.testing.assert_close(found.rows, tuned.rows, rtol=1e-3, atol=1e-4)
 
 
+def test_a_pool_that_stands_for_the_first_client_alone_is_measured_as_any_other(tmp_path: Path) -> None:
+    """It answers in the name of client 0: whom the server asks is then whom it sampled."""
+    found = play("pooled", tmp_path / "run", schedule=((0,), (0,), (0,)))
+    assert [record["loss_before"] for record in found.records] == [record["loss_after"] for record in found.records]
+    assert all(record["loss_before"] != [None] for record in found.records)
+
+
 def test_groups_of_one_are_training_alone_whatever_the_ranks(tmp_path: Path) -> None:
     """A shared row is used as it was trained: cut to the client's rank, at its own alpha / rank."""
     alone, grouped = (

@@ -28,11 +28,12 @@ class Send(Protocol):
 class Asked:
     """Whom the server asks in a round. ids [n]: to these it sends; of [S]: who of them answers for each sampled client.
 
-    -1 = nobody answers for that client.
+    -1 = nobody answers for that client. pooled: one answers for all, and what it returned is what everyone has.
     """
 
     ids: Tensor
     of: Tensor
+    pooled: bool = False
 
 
 @dataclass(frozen=True, eq=False)

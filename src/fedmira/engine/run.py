@@ -233,8 +233,8 @@ def _measure(run: Run, facts: Mapping[str, Any], sampled: Tensor, *, began: floa
         after = validate(run.clients, run.method, ledger, run.sender, sampled, due=due)
     else:
         note(ledger, sampled, after)
-    if not torch.equal(asked.ids, sampled):  # one answers for all, and what it returned is what everyone has now
-        facts["loss_before"] = after if facts["answered"] or not len(asked.ids) else [None] * len(sampled)
+    if asked.pooled:
+        facts["loss_before"] = after if facts["answered"] else [None] * len(sampled)
     everyone = known(ledger.validation)
     measured = [value for value in everyone if value is not None]
     earlier = 0.0 if began is not None else facts["seconds_training"] + facts["seconds_merge"]

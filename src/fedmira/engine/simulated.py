@@ -271,7 +271,7 @@ class Pool:
 
     def ask(self, sampled: Tensor) -> Asked:
         self.sampled = sampled
-        return Asked(HOLDER, torch.zeros_like(sampled))
+        return Asked(HOLDER, torch.zeros_like(sampled), pooled=True)
 
     def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
         steps = self.trainer.method.regime.pool_steps
