@@ -12,7 +12,7 @@ import torch
 from tests import tiny
 from torch import Tensor
 
-from fedmira.adapters import Layout
+from fedmira.adapters import Adapters, Layout
 from fedmira.config.sections import Config
 from fedmira.data.batches import ClientData
 from fedmira.disk.folders import RunFolder
@@ -136,6 +136,7 @@ class Ran:
 
     house: House
     folder: RunFolder
+    clients: Simulated | Pool
     ended: Ended
     sent: list[Tensor] = field(default_factory=list)
     phases: list[PhaseResult] = field(default_factory=list)
@@ -144,7 +145,11 @@ class Ran:
 
     @property
     def rows(self) -> Tensor:
-        return self.ended.serve(torch.arange(len(self.house))).rows
+        return self.serve(torch.arange(len(self.house))).rows
+
+    def serve(self, ids: Tensor) -> Adapters:
+        """The adapters that the clients `ids` use in the end."""
+        return self.clients.adapters(ids, self.ended.send)
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -172,7 +177,8 @@ def run(
     folder = RunFolder(path)
     if not path.exists():
         folder.create(of.config, {"label": label or method.name, "seed": SEED}, {})
-    found = Ran(of, folder, None)  # type: ignore[arg-type]
+    clients = make_clients(of.workplace, federation, method, of.training, scratch=folder.path)
+    found = Ran(of, folder, clients, None)  # type: ignore[arg-type]
     merge = method.merge
 
     def watched_merge(state: State, ids: Tensor, uploads: Message, weights: Tensor, clock: Clock) -> Change:
@@ -180,7 +186,6 @@ def run(
         return merge(state, ids, uploads, weights, clock)
 
     method = replace(method, merge=watched_merge)
-    clients = make_clients(of.workplace, federation, method, of.training, scratch=folder.path)
     trainer = clients.trainer if isinstance(clients, Pool) else clients
     work = trainer.work
 

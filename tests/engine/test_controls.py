@@ -125,7 +125,7 @@ def test_a_round_of_the_untouched_base_is_a_record_of_nothing(tmp_path: Path) ->
         assert record["loss_before"] == record["loss_after"]
     start = found.house.start()
     assert found.records[1]["loss_after"] == [start.validation[k] for k in SCHEDULE[1]]
-    served = found.ended.serve(torch.arange(4))
+    served = found.serve(torch.arange(4))
     assert all(not served.leaf(second).any() for _, second in found.house.layout.parts[0].pairs())
 
 
@@ -184,7 +184,7 @@ def test_everyone_is_served_and_scored_with_what_the_pool_returned(tmp_path: Pat
     assert torch.equal(found.rows, found.rows[:1].expand_as(found.rows))
     everyone = range(4)
     expected = {
-        split: measure_loss(base(), found.ended.serve, found.house.clients, everyone, split=split, cohort=8)
+        split: measure_loss(base(), found.serve, found.house.clients, everyone, split=split, cohort=8)
         for split in ("validation", "test")
     }
     last = {(row["client"], row["split"]): float(row["value"]) for row in found.results if row["round"] == "3"}
@@ -241,12 +241,12 @@ def test_every_client_ends_where_it_gets_alone_from_the_shared_row(tuned: Ran, s
     training = replace(of.training, local_epochs=2)
     for k in range(4):
         one = torch.tensor([k])
-        given = shared.ended.serve(one).rows
+        given = shared.serve(one).rows
         blank = Adapters(of.layout, given, of.ranks[one], 3 / of.ranks[one].float())
         local = build("local", {}, Cohort(("c0",), (1,), ({},), (), 0))
         last: Any = {"training": training, "clock": Clock(4), "cohort": 1}
         alone = local_phase(base(), local, [of.clients[k]], blank, Message(given), {}, **last)
-        served = tuned.ended.serve(one)
+        served = tuned.serve(one)
         torch.testing.assert_close(served.rows, alone.returned.rows, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(served.rows, blank.with_rows(given.clone()).mask_().rows, atol=1e-3)
         assert (served.ranks.tolist(), served.scale.tolist()) == ([RANKS[k]], [3 / RANKS[k]])
@@ -254,7 +254,7 @@ def test_every_client_ends_where_it_gets_alone_from_the_shared_row(tuned: Ran, s
 
 
 def test_final_scores_are_of_each_clients_own_adapter_and_called_personal(tuned: Ran, shared: Ran) -> None:
-    expected = measure_loss(base(), tuned.ended.serve, tuned.house.clients, range(4), split="test", cohort=8)
+    expected = measure_loss(base(), tuned.serve, tuned.house.clients, range(4), split="test", cohort=8)
     last = [row for row in tuned.results if row["split"] == "test" and row["round"] == "3"]
     assert [row["view"] for row in last] == ["personal"] * 4
     assert [float(row["value"]) for row in last] == pytest.approx(expected)
@@ -297,7 +297,7 @@ def test_groups_of_one_are_training_alone_whatever_the_ranks(tmp_path: Path) -> 
         play("groupavg", tmp_path / "grouped", families="wxyz", column="family"),
     )
     for k in range(4):
-        mine, theirs = (found.ended.serve(torch.tensor([k])) for found in (alone, grouped))
+        mine, theirs = (found.serve(torch.tensor([k])) for found in (alone, grouped))
         assert torch.equal(mine.rows, theirs.rows)
         assert torch.equal(mine.ranks, theirs.ranks)
         assert torch.equal(mine.scale, theirs.scale)
@@ -352,7 +352,7 @@ def test_a_group_is_moved_by_its_own_clients_alone_and_rests_without_them(tmp_pa
     """x: 0 and 2; y: 1 and 3. Only x is sampled: y stays at the start, where B = 0."""
     found = play("groupavg", tmp_path / "run", schedule=[(0,), (2,), (0, 2)], column="family")
     module = found.house.layout.parts[0].leaves[0].module
-    moved = [bool(found.ended.serve(torch.tensor([k])).product(module).any()) for k in range(4)]
+    moved = [bool(found.serve(torch.tensor([k])).product(module).any()) for k in range(4)]
     assert moved == [True, False, True, False]
     assert torch.equal(found.rows[0], found.rows[2])
     assert [record["notes"] for record in found.records] == [{"groups": 1}] * 3

@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from tests import tiny
-from tests.engine.house import RANKS, House, base, house, run
+from tests.engine.house import RANKS, House, Ran, base, house, run
 
 from fedmira.data.batches import ClientData
 from fedmira.disk.folders import RunFolder
-from fedmira.engine.run import Ended
 from fedmira.errors import MethodError
 from fedmira.evaluation.embed import embed_prompts
 from fedmira.methods import build
@@ -22,8 +21,8 @@ from fedmira.study.assemble import count_values
 SETTINGS: dict[str, Any] = {"lambda": 0.3, "neighbours": "stored", "graph": {"kind": "learned", "degree": 2}}
 
 
-def go(of: House, path: Path, settings: dict[str, Any], *, rounds: int) -> Ended:
-    return run(of, build("mira", settings, of.cohort()), path, rounds=rounds).ended
+def go(of: House, path: Path, settings: dict[str, Any], *, rounds: int) -> Ran:
+    return run(of, build("mira", settings, of.cohort()), path, rounds=rounds)
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, {**SETTINGS, "space": "product"}, {**SETTINGS, "solver": "exact"}])
@@ -37,14 +36,14 @@ def test_a_run_that_was_stopped_learns_the_same_graph_and_rows(
     parts = go(some, tmp_path / "parts", settings, rounds=3)
     everyone = torch.arange(len(some))
     assert torch.equal(parts.serve(everyone).rows, whole.serve(everyone).rows)
-    assert parts.graph is not None
-    assert whole.graph is not None
-    assert parts.graph.fingerprint == whole.graph.fingerprint
+    assert parts.ended.graph is not None
+    assert whole.ended.graph is not None
+    assert parts.ended.graph.fingerprint == whole.ended.graph.fingerprint
 
 
 def test_the_learned_graph_joins_those_that_took_part_and_nobody_else(tmp_path: Path) -> None:
     some = house()
-    found = go(some, tmp_path / "run", SETTINGS, rounds=3).graph
+    found = go(some, tmp_path / "run", SETTINGS, rounds=3).ended.graph
     assert found is not None
     dense = found.weights.toarray()
     assert dense[:3, :3].any()

@@ -1,7 +1,6 @@
 """What a method is, read off the messages it sends: for `fedmira methods` and the pages of docs/methods."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from fedmira.adapters import lora_layout
 from fedmira.adapters.columns import lay_over, pack
 from fedmira.cli.method_list import MethodFacts
-from fedmira.engine.clients import Asked, Reply, Scores, Send, everybody
+from fedmira.engine.clients import Reply
 from fedmira.engine.federation import Federation
 from fedmira.engine.gate import Header
 from fedmira.engine.ledger import Ledger
@@ -55,9 +54,6 @@ class Idle:
         self.given: Message | None = None
         self.returned: Message | None = None
 
-    def ask(self, sampled: Tensor) -> Asked:
-        return everybody(sampled)
-
     def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
         layout, half = self.federation.layout, self.method.client
         travels = self.method.travels(layout, clock)
@@ -84,18 +80,6 @@ class Idle:
         ]
         ones = torch.ones(len(ids))
         return Reply(ids, self.returned, tuple(headers), ones, ones.long(), [None] * len(ids))
-
-    def losses(self, ids: Tensor, send: Send) -> list[float | None]:
-        return [None] * len(ids)
-
-    def test(self, ids: Sequence[int], send: Send, progress: Callable[[int], None]) -> Scores:
-        return Scores([None] * len(ids), {})
-
-    def keep(self, ids: Tensor) -> None:
-        return None
-
-    def restore(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-        return None
 
 
 def exchange(method: Method) -> tuple[str, str, str]:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fedmira.adapters import Adapters
 from fedmira.disk.checkpoints import Tensors
 from fedmira.engine.gate import Header
 from fedmira.methods.base import Clock, Message
@@ -64,6 +65,14 @@ class Scores:
     texts: Mapping[tuple[int, int], str] = field(default_factory=dict)  # (client, place in its test split) -> answer
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What came of fine-tuning. refused: client -> why it keeps what it was sent."""
+
+    tokens: int
+    refused: Mapping[int, str]
+
+
 class Kept(Protocol):
     """What clients remember of a round, once it counts; in a simulation a checkpoint holds it."""
 
@@ -82,15 +91,19 @@ class Kept(Protocol):
         ...
 
 
-class Clients(Protocol):
-    """The clients of a federation, by position 0 ... K - 1."""
-
-    def ask(self, sampled: Tensor) -> Asked:
-        """Say whom the server asks where the clients `sampled` [S] are drawn."""
-        ...
+class Trainers(Protocol):
+    """All that a round needs of the clients."""
 
     def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
         """Let the clients `ids` [n] carry out their half of a round from what they are sent, as it travels."""
+        ...
+
+
+class Clients(Trainers, Protocol):
+    """The clients of a federation, by position 0 ... K - 1: all that a run needs of them."""
+
+    def ask(self, sampled: Tensor) -> Asked:
+        """Say whom the server asks where the clients `sampled` [S] are drawn."""
         ...
 
     def losses(self, ids: Tensor, send: Send) -> list[float | None]:
@@ -104,12 +117,27 @@ class Clients(Protocol):
         """
         ...
 
+    def tune(self, send: Send, progress: Callable[[int], None]) -> Tuned:
+        """Let every client train alone, from what it would be sent now; from then on each uses its own adapter.
+
+        progress: called with the number of clients that have.
+        """
+        ...
+
     def keep(self, ids: Tensor) -> Kept | None:
         """Count the last round of the clients `ids`, whose uploads were admitted; None = nothing is kept here."""
         ...
 
     def restore(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take back what a checkpoint holds of clients; called for each checkpoint of a chain in turn."""
+        ...
+
+
+class AtHand(Clients, Protocol):
+    """Clients whose adapters the user of this machine may have: those of a simulation, wherever it is computed."""
+
+    def adapters(self, ids: Tensor, send: Send) -> Adapters:
+        """Return the adapters that the clients `ids` use now, at their ranks."""
         ...
 
 

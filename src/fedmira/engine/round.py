@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters.columns import count_columns, lay_over, pack
-from fedmira.engine.clients import Clients, Reply
+from fedmira.engine.clients import Reply, Trainers
 from fedmira.engine.gate import Expected, Upload, admit, check_change
 from fedmira.engine.ledger import Ledger
 from fedmira.methods.base import Change, Clock, Message, Method, State
@@ -37,7 +37,7 @@ class Round:
     seconds_merge: float
 
 
-def play(method: Method, ledger: Ledger, clients: Clients, ids: Tensor, clock: Clock) -> Round:
+def play(method: Method, ledger: Ledger, clients: Trainers, ids: Tensor, clock: Clock) -> Round:
     """Carry out one round of the clients `ids` [n]; the ledger is only read."""
     began = time.monotonic()
     federation = ledger.federation

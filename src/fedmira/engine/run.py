@@ -14,14 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapters
 from fedmira.disk.folders import RoundRecord, RunFolder
-from fedmira.engine.clients import Asked, Scores
+from fedmira.engine.clients import Asked, Clients, Scores
 from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger, commit, restore
 from fedmira.engine.round import Round, Sender, mask_change, play
-from fedmira.engine.scoring import examples_of, final_scores, known, note, results_of, validate, view_of
-from fedmira.engine.simulated import Pool, Simulated
+from fedmira.engine.scoring import final_scores, known, note, results_of, validate, view_of
 from fedmira.graphs.graph import Graph
 from fedmira.methods.base import Clock, Method
 
@@ -46,10 +44,14 @@ class Course:
 
 @dataclass(frozen=True, eq=False)
 class Ended:
-    """What a run has come to: the adapters of any clients, and the graph that was learned on the way, if one was."""
+    """What a run has come to. send: what any clients would be sent now; graph: what was learned on the way, if one was.
 
-    serve: Callable[[Tensor], Adapters]
+    test: of every client with the adapter that it uses now.
+    """
+
+    send: Sender
     graph: Graph | None
+    test: Scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,7 @@ class Run:
 
     federation: Federation
     method: Method
-    clients: Simulated | Pool
+    clients: Clients
     course: Course
     folder: RunFolder
     ledger: Ledger
@@ -82,7 +84,7 @@ class Run:
 def run_rounds(
     federation: Federation,
     method: Method,
-    clients: Simulated | Pool,
+    clients: Clients,
     schedule: Sequence[np.ndarray],
     folder: RunFolder,
     *,
@@ -121,10 +123,8 @@ def run_rounds(
     final = final_scores(clients, method, ledger, send, ever, start, run.progress(count))
     last = [row for row in results_of(federation.names, ledger.round, view, final) if row.split == "test"]
     folder.append(None, last)
-    if clients.workplace.evaluation.examples:
-        folder.write_examples(examples_of(clients.workplace, start, final))
     learned = method.facts.learned
-    return Ended(lambda ids: clients.adapters(ids, send), None if learned is None else learned(ledger.state))
+    return Ended(send, None if learned is None else learned(ledger.state), final)
 
 
 def _one_round(run: Run, sampled: np.ndarray) -> RoundRecord:
@@ -142,7 +142,8 @@ def _one_round(run: Run, sampled: np.ndarray) -> RoundRecord:
         log.warning("round %d: the upload of client '%s' was refused: %s", ledger.round + 1, name, reason)
     kept = clients.keep(played.answered)
     commit(run.folder.checkpoints, ledger, played.change, kept, facts)
-    kept.apply()
+    if kept is not None:
+        kept.apply()
     ledger.apply(played.change)
     ledger.round += 1
     return _measure(run, facts, ids, began=began)
@@ -251,22 +252,14 @@ def _measure(run: Run, facts: Mapping[str, Any], sampled: Tensor, *, began: floa
 
 
 def _tune(run: Run) -> None:
-    """Let every client fine-tune what it would be sent now, in passes of clients with about as many examples.
+    """Let every client fine-tune what it would be sent now.
 
     Nothing of it enters the ledger: after a kill it is done again, to the same bits, and more rounds later go on from
     what the server has.
     """
-    clients = run.clients
-    assert isinstance(clients, Simulated)
-    began, tokens = time.monotonic(), 0
-    alike = sorted(range(len(run.federation)), key=lambda k: len(clients.workplace.clients[k].train))
-    cohort = clients.workplace.cohort
-    for first in range(0, len(alike), cohort):
-        ids = torch.tensor(alike[first : first + cohort])
-        trained, unfit = clients.tune(ids, run.sender, run.folder.path)
-        tokens += trained
-        for k, reason in unfit.items():
-            name = run.federation.names[k]
-            log.warning("what client '%s' fine-tuned was refused (%s): it keeps what it was sent", name, reason)
-        run.observer("tuning", {"done": first + len(ids), "clients": len(alike)})
-    run.folder.update(seconds_tuning=time.monotonic() - began, tokens_tuning=tokens)
+    began, clients = time.monotonic(), len(run.federation)
+    tuned = run.clients.tune(run.sender, lambda done: run.observer("tuning", {"done": done, "clients": clients}))
+    for k, reason in tuned.refused.items():
+        name = run.federation.names[k]
+        log.warning("what client '%s' fine-tuned was refused (%s): it keeps what it was sent", name, reason)
+    run.folder.update(seconds_tuning=time.monotonic() - began, tokens_tuning=tuned.tokens)

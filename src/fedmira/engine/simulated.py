@@ -17,7 +17,7 @@ from fedmira.adapters.columns import lay_over, pack
 from fedmira.data.batches import local_batches
 from fedmira.data.partition import client_key
 from fedmira.disk.table import Table
-from fedmira.engine.clients import Asked, Reply, Scores, Send, everybody, nobody
+from fedmira.engine.clients import Asked, Reply, Scores, Send, Tuned, everybody, nobody
 from fedmira.engine.federation import Federation
 from fedmira.engine.gate import MAX_NORM, Header
 from fedmira.engine.memory import ClientMemory, Staged
@@ -172,14 +172,29 @@ class Simulated:
     def test(self, ids: Sequence[int], send: Send, progress: Callable[[int], None]) -> Scores:
         return score_test_split(self.workplace, lambda some: self.adapters(some, send), ids, progress)
 
-    def tune(self, ids: Tensor, send: Send, scratch: Path | None = None) -> tuple[int, dict[int, str]]:
-        """Let the clients `ids` fine-tune what they would be sent now; return tokens, and client -> why it was refused.
+    def tune(self, send: Send, progress: Callable[[int], None]) -> Tuned:
+        """Fine-tune in passes of clients with about as many examples."""
+        rows, kinds = self.federation.start_rows(self.training.seed)
+        tuned = Table(rows, kinds, self.memory.scratch)
+        tokens = 0
+        refused: dict[int, str] = {}
+        alike = sorted(range(len(self.federation)), key=lambda k: len(self.workplace.clients[k].train))
+        cohort = self.workplace.cohort
+        for first in range(0, len(alike), cohort):
+            ids = torch.tensor(alike[first : first + cohort])
+            trained, tokens_of_pass, unfit = self._tune_together(ids, send)
+            tuned.write(ids, trained)
+            tokens += tokens_of_pass
+            refused |= unfit
+            progress(first + len(ids))
+        self.tuned = tuned
+        return Tuned(tokens, refused)
 
-        From then on each uses its own. A client whose row is refused keeps what it was sent.
+    def _tune_together(self, ids: Tensor, send: Send) -> tuple[Tensor, int, dict[int, str]]:
+        """Return the rows [n, P] that the clients `ids` use from now on, tokens, and client -> why it was refused.
+
+        A client whose row is refused keeps what it was sent.
         """
-        if self.tuned is None:
-            rows, kinds = self.federation.start_rows(self.training.seed)
-            self.tuned = Table(rows, kinds, scratch)
         assert self.method.regime.tune is not None
         kind, length = self.method.regime.tune
         steps, epochs = (length, None) if kind == "steps" else (None, length)
@@ -189,8 +204,7 @@ class Simulated:
         rows = self.federation.adapters(ids, whole.rows.clone()).mask_().rows
         fit = torch.tensor([k not in unfit for k in ids.tolist()])
         rows[fit] = phase.returned.rows[fit]
-        self.tuned.write(ids, rows)
-        return phase.tokens, unfit
+        return rows, phase.tokens, unfit
 
     def keep(self, ids: Tensor) -> Staged:
         chosen = {k: n for n, k in enumerate(self.staged.ids.tolist())}
@@ -289,6 +303,9 @@ class Pool:
 
     def test(self, ids: Sequence[int], send: Send, progress: Callable[[int], None]) -> Scores:
         return score_test_split(self.workplace, lambda some: self.adapters(some, send), ids, progress)
+
+    def tune(self, send: Send, progress: Callable[[int], None]) -> Tuned:
+        raise NotImplementedError("clients of a pool do not fine-tune: a Method that says so is refused")
 
     def keep(self, ids: Tensor) -> Staged:
         return self.trainer.keep(ids)

@@ -6,10 +6,12 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ import torch
 from fedmira.config.sections import Config
 from fedmira.disk.files import read_json, write_json
 from fedmira.disk.folders import SCHEMA, RunFolder, StudyFolder
-from fedmira.engine.clients import Scores
+from fedmira.engine.clients import AtHand, Scores
+from fedmira.engine.federation import Federation
 from fedmira.engine.run import Course, Observer, run_rounds
-from fedmira.engine.scoring import score_start
+from fedmira.engine.scoring import examples_of, score_start
 from fedmira.engine.simulated import make_clients
 from fedmira.errors import FedMiraError, MethodError, Stopped, StoreError, WireError
 from fedmira.graphs.graph import Graph
@@ -35,7 +38,19 @@ LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy"
 MAX_GRAPH_EDGES = 1_000_000  # a larger graph is described in graph.json, not listed
 
 
-def start(folder: StudyFolder, config: Config, observer: Observer, *, overwrite: bool) -> None:
+# (study, entry of `methods`, seed, the federation with that method's rows, the run's folder) -> its clients
+Where = Callable[[Prepared, Built, int, Federation, Path], AtHand]
+
+
+def in_this_process(prepared: Prepared, built: Built, seed: int, federation: Federation, folder: Path) -> AtHand:
+    """Simulate the clients of one run here; what is too large for RAM goes to `folder`."""
+    training = training_of(prepared.config, seed)
+    return make_clients(prepared.workplace, federation, built.methods[seed], training, scratch=folder)
+
+
+def start(
+    folder: StudyFolder, config: Config, observer: Observer, *, overwrite: bool, where: Where = in_this_process
+) -> None:
     """Run a new study. overwrite: what is in the folder is removed once all that can be wrong has been checked."""
     prepared = prepare(config, observer)
     if overwrite and folder.path.is_dir():
@@ -43,10 +58,18 @@ def start(folder: StudyFolder, config: Config, observer: Observer, *, overwrite:
             folder.clear()
     folder.create(config)
     with folder.held(), tracking(config.report_to, folder.path, observer) as watched:
-        _run_all(folder, prepared, watched)
+        _run_all(folder, prepared, watched, where)
 
 
-def go_on(folder: StudyFolder, config: Config, observer: Observer, *, only: RunFolder | None, rewrite: bool) -> None:
+def go_on(
+    folder: StudyFolder,
+    config: Config,
+    observer: Observer,
+    *,
+    only: RunFolder | None,
+    rewrite: bool,
+    where: Where = in_this_process,
+) -> None:
     """Carry a stored study, or `only` one of its runs, to its end. rewrite: `config` has changed and is stored."""
     with folder.held(), tracking(config.report_to, folder.path, observer) as watched:
         _check_schema(folder, config)
@@ -54,7 +77,7 @@ def go_on(folder: StudyFolder, config: Config, observer: Observer, *, only: RunF
         _check_clients(folder, prepared)
         if rewrite:
             folder.rewrite(config)
-        _run_all(folder, prepared, watched, only=only)
+        _run_all(folder, prepared, watched, where, only=only)
 
 
 def _check_schema(folder: StudyFolder, config: Config) -> None:
@@ -89,7 +112,9 @@ def _check_clients(folder: StudyFolder, prepared: Prepared) -> None:
             )
 
 
-def _run_all(folder: StudyFolder, prepared: Prepared, observer: Observer, *, only: RunFolder | None = None) -> None:
+def _run_all(
+    folder: StudyFolder, prepared: Prepared, observer: Observer, where: Where, *, only: RunFolder | None = None
+) -> None:
     """Run what is not complete yet (of one run, if `only` is given), seed by seed, then write the report."""
     config = prepared.config
     start: Scores | None = None
@@ -107,7 +132,7 @@ def _run_all(folder: StudyFolder, prepared: Prepared, observer: Observer, *, onl
                 if start is None:
                     observer("start", {"what": "scoring the untouched base"})
                     start = score_start(prepared.workplace, prepared.federation, written)
-                _run_one(run_folder, prepared, built, seed, start, observer)
+                _run_one(run_folder, prepared, built, seed, start, observer, where)
     observer("report", {})
     write_report(folder.path)
 
@@ -119,7 +144,9 @@ def _is_complete(folder: RunFolder, config: Config) -> bool:
     return facts["state"] == "complete" and facts["rounds"] >= config.federation.rounds
 
 
-def _run_one(folder: RunFolder, prepared: Prepared, built: Built, seed: int, start: Scores, observer: Observer) -> None:
+def _run_one(
+    folder: RunFolder, prepared: Prepared, built: Built, seed: int, start: Scores, observer: Observer, where: Where
+) -> None:
     """Carry one run to its last round, then write its adapters."""
     method, cohort = built.methods[seed], prepared.cohorts[seed]
     federation = replace(prepared.under(method), run=f"{built.label}/seed-{seed}")
@@ -137,14 +164,16 @@ def _run_one(folder: RunFolder, prepared: Prepared, built: Built, seed: int, sta
         with folder.logging():
             for note in built.notes:
                 log.warning(note)
-            training = training_of(config, seed)
-            clients = make_clients(prepared.workplace, federation, method, training, scratch=folder.path)
-            course = Course(config.federation.rounds, config.evaluation.every, seed, training.learning_rate)
+            clients = where(prepared, built, seed, federation, folder.path)
+            course = Course(config.federation.rounds, config.evaluation.every, seed, config.training.learning_rate)
             ended = run_rounds(
                 federation, method, clients, cohort.schedule, folder, course=course, start=start, observer=observer
             )
+            if prepared.workplace.evaluation.examples:
+                folder.write_examples(examples_of(prepared.workplace, start, ended.test))
             _write_graph(folder, ended.graph, cohort)
-            write_adapters(folder, prepared, federation, method, ended.serve, observer)
+            serve = partial(clients.adapters, send=ended.send)
+            write_adapters(folder, prepared, federation, method, serve, observer)
         records = folder.records()
         refused = sum(len(record["refused"]) for record in records)
         folder.update(

@@ -1,68 +1,8 @@
-"""One round for simulation and reality: clients in other processes, and a server without base, data or config."""
+"""The server's half of a round: without base, data or config, in a process where they cannot be imported."""
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
-
-import pytest
-import torch
-from tests.engine.elsewhere import NAMES, Elsewhere, federation, training, workplace
-from torch import Tensor
-
-from fedmira.engine.clients import Clients
-from fedmira.engine.ledger import Ledger
-from fedmira.engine.round import Sender, play
-from fedmira.engine.simulated import Simulated
-from fedmira.methods import build
-from fedmira.methods.base import Clock, Cohort, Method
-
-ROUNDS = ((0, 1), (1, 2), (0, 2))
-EVERYONE = torch.arange(len(NAMES))
-METHODS: list[tuple[str, dict[str, Any]]] = [
-    ("mira", {"lambda": 0.3, "neighbours": "stored", "graph": {"kind": "uniform"}}),
-    ("fedavg", {"with": [{"name": "only", "travels": "A"}]}),
-    ("fedsophia", {"tau": 2}),
-    ("local", {}),
-]
-
-
-def carry_out(method: Method, clients: Clients) -> tuple[Tensor, list[list[float | None]], list[float]]:
-    """Three rounds; the server's rows, the losses after each, and the training losses."""
-    ledger = Ledger(federation(NAMES), federation(NAMES).first_state(3, method), torch.zeros(len(NAMES)))
-    losses, trained = [], []
-    for number, ids in enumerate(ROUNDS, 1):
-        clock = Clock(number, learning_rate=0.02)
-        played = play(method, ledger, clients, torch.tensor(ids), clock)
-        kept = clients.keep(played.answered)
-        if kept is not None:
-            kept.apply()
-        ledger.apply(played.change)
-        ledger.round = number
-        losses.append(clients.losses(EVERYONE, Sender(method, ledger, Clock(number + 1))))
-        trained += played.reply.losses.tolist()
-        assert not played.refused
-    return ledger.table[torch.arange(len(ledger.table))], losses, trained
-
-
-@pytest.fixture(scope="module")
-def elsewhere() -> Iterator[Elsewhere]:
-    sites = Elsewhere()
-    yield sites
-    sites.close()
-
-
-@pytest.mark.parametrize(("name", "settings"), METHODS, ids=[name for name, _ in METHODS])
-def test_clients_in_other_processes_give_the_bits_of_a_simulation_one_client_at_a_time(
-    name: str, settings: dict[str, Any], elsewhere: Elsewhere
-) -> None:
-    method = build(name, settings, Cohort(NAMES, (5, 2, 3), ({},) * 3, (), 3))
-    here = carry_out(method, Simulated(workplace(NAMES), federation(NAMES), method, training()))
-    elsewhere.begin(name, settings)
-    there = carry_out(method, elsewhere)
-    assert torch.equal(here[0], there[0])
-    assert here[1:] == there[1:]
-
 
 SERVER = """
 import sys
