@@ -1,6 +1,7 @@
 """Small methods that use what the tree's methods do not: columns, further rows, a second trained row, own losses."""
 
 import torch
+from tests.laws.fedex import fedex
 from torch import Tensor
 
 from fedmira.adapters import Adapters
@@ -112,4 +113,4 @@ def careful() -> Method:
     return Method("careful", merge_mean("examples"), client=client, facts=Facts(weighs=True))
 
 
-EXAMPLES = {make.__name__: make for make in (fed_sa, ffa, rolora, scaffold, ditto, careful)}
+EXAMPLES = {make.__name__: make for make in (fed_sa, ffa, rolora, scaffold, ditto, careful, fedex)}

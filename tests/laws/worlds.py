@@ -73,6 +73,7 @@ class Scene:
         """Carry out a whole round as the engine does; return what was applied."""
         played = play(self.method, self.ledger, self.clients, ids, self.clock)
         self.clients.keep(played.answered).apply()
+        self.ledger.received(played.reply.ids)
         self.ledger.apply(played.change)
         self.ledger.round += 1
         return played.change
@@ -88,7 +89,7 @@ class Scene:
         stored = replace(state.adapters, rows=copy.deepcopy(state.adapters.rows))
         tables = {name: value.clone() for name, value in state.tables.items()}
         ledger.state = replace(state, adapters=stored, shared=dict(state.shared), tables=tables)
-        ledger.validation = ledger.validation.clone()
+        ledger.validation, ledger.known = ledger.validation.clone(), ledger.known.clone()
         memory = clients.memory
         clients.memory = ClientMemory(memory.clients, None, copy.deepcopy(memory.tables), set(memory.remembered))
         return Scene(self.method, ledger, clients)

@@ -58,7 +58,7 @@ def site(pipe: Connection, config: Config, client: ClientData, federation: Feder
                 "losses": lambda send=send: clients.losses(ME, send),
                 "test": lambda send=send: clients.test([0], send, lambda done: None),
                 "tune": lambda send=send: clients.tune(send, lambda done: None),
-                "adapters": lambda send=send: clients.adapters(ME, send).rows,
+                "adapters": lambda send=send: clients.adapters(ME, send),
             }
             pipe.send(answers[order]())
 
@@ -135,7 +135,9 @@ class Elsewhere:
         return Tuned(sum(tuned.tokens for tuned in found), {})
 
     def adapters(self, ids: Tensor, send: Send) -> Adapters:
-        return self.federation.adapters(ids, torch.cat(self.order("adapters", ids.tolist(), send)))
+        found: list[Adapters] = self.order("adapters", ids.tolist(), send)
+        rows = torch.cat([adapters.rows for adapters in found])
+        return replace(self.federation.adapters(ids, rows), added=found[0].added)
 
     def keep(self, ids: Tensor) -> None:
         for k in ids.tolist():

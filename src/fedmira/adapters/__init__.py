@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from fedmira.adapters.lazy import Tensor, torch
@@ -202,17 +202,22 @@ def _of_module(values: Tensor, place: int) -> Tensor:
     return values if values.ndim == 1 else values[:, place]
 
 
+Pairs = Mapping[str, tuple["Tensor", "Tensor"]]  # module -> A [q, in] and B [out, q] of an update B A of its weight
+
+
 @dataclass(frozen=True, eq=False)
 class Adapters:
     """One flat row per client: rows [K, P] float32, ranks [K] int64 (each <= the layout's), scale [K] = alpha / r_k.
 
-    Where the modules of a client differ in rank, ranks and scale are [K, modules], in the layout's order.
+    Where the modules of a client differ in rank, ranks and scale are [K, modules], in the layout's order. added: what
+    the base of all these clients has beside its frozen weights.
     """
 
     layout: Layout
     rows: Tensor
     ranks: Tensor
     scale: Tensor
+    added: Pairs = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.rows.shape[1] != self.layout.size:
@@ -231,11 +236,12 @@ class Adapters:
 
     def take(self, ids: Tensor, *, rows: Tensor | None = None) -> Adapters:
         """Copy the rows of `ids` [n] in that order; `rows` [n, P], where given, stand in their place as they are."""
-        return Adapters(self.layout, self.rows[ids] if rows is None else rows, self.ranks[ids], self.scale[ids])
+        taken = self.rows[ids] if rows is None else rows
+        return Adapters(self.layout, taken, self.ranks[ids], self.scale[ids], self.added)
 
     def head(self, count: int) -> Adapters:
         """View the first `count` clients; writing to the view writes to these rows."""
-        return Adapters(self.layout, self.rows[:count], self.ranks[:count], self.scale[:count])
+        return Adapters(self.layout, self.rows[:count], self.ranks[:count], self.scale[:count], self.added)
 
     def with_rows(self, rows: Tensor) -> Adapters:
         return replace(self, rows=rows)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedmira.adapters import norms
+from fedmira.adapters import Layout, norms
+from fedmira.adapters.added import check_pairs
 from fedmira.engine.federation import Federation
 from fedmira.errors import WireError
 from fedmira.methods.base import Change, Message
@@ -104,11 +105,13 @@ def admit(uploads: Sequence[Upload], expected: Expected) -> tuple[Tensor, dict[i
     return torch.tensor(places, dtype=torch.int64), refused
 
 
-def check_change(change: Change, method: str) -> None:
-    """Refuse a merge whose result is not finite, before it replaces anything."""
+def check_change(change: Change, method: str, layout: Layout) -> None:
+    """Refuse a merge whose result is not finite, or does not fit the base, before it replaces anything."""
     values = [change.rows, *(change.shared or {}).values(), *change.tables.values()]
     for value in values:
         if value.is_floating_point() and not bool(torch.isfinite(norms(value.reshape(1, -1))).all()):
             raise WireError(
                 "not_finite", f"the merge of '{method}' gave rows that are not finite; nothing was replaced"
             )
+    if change.base is not None:
+        check_pairs(change.base, layout)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmira.adapters import Pairs
+from fedmira.adapters.added import from_named, named
 from fedmira.disk.checkpoints import Tensors, load_chain, prune, save_checkpoint
 from fedmira.disk.table import Overlay, Picked, Table
 from fedmira.engine.clients import Clients, Kept
@@ -23,7 +25,7 @@ class Ledger:
     """The server's side of a run between rounds; only the engine writes it. It knows no client's data or memory.
 
     state: of the method. validation [K]: the newest validation loss of every client, nan where none is known; saved
-    [K]: as the newest checkpoint has it.
+    [K]: as the newest checkpoint has it. known [K]: how many changes of the base each client has received.
     """
 
     federation: Federation
@@ -33,9 +35,11 @@ class Ledger:
     delta_bytes: int = 0  # of the deltas since the last full checkpoint
     last_full: int = 0
     saved: Tensor = field(init=False)
+    known: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.saved = self.validation.clone()
+        self.known = torch.zeros(len(self.federation), dtype=torch.int64)
 
     @property
     def table(self) -> Table:
@@ -51,15 +55,23 @@ class Ledger:
         tables = dict(self.state.tables)
         for name, value in change.tables.items():
             tables[name] = tables[name].index_copy(0, change.ids, value)
-        return State(stored, shared, tables)
+        return State(stored, shared, tables, _base_after(self.state, change))
+
+    def received(self, ids: Tensor) -> None:
+        """Note that the clients `ids` have the base as it is now."""
+        self.known[ids] = len(self.state.base)
 
     def apply(self, change: Change) -> None:
         """Carry out what a merge decided."""
         self.table.write(change.ids, change.rows)
         for name, value in change.tables.items():
             self.state.tables[name][change.ids] = value
-        if change.shared is not None:
-            self.state = replace(self.state, shared=dict(change.shared))
+        shared = self.state.shared if change.shared is None else dict(change.shared)
+        self.state = replace(self.state, shared=shared, base=_base_after(self.state, change))
+
+
+def _base_after(state: State, change: Change) -> tuple[Pairs, ...]:
+    return state.base if change.base is None else (*state.base, change.base)
 
 
 def commit(
@@ -82,9 +94,12 @@ def commit(
     state = ledger.after(change)
     shared = {f"shared.{name}": value for name, value in state.shared.items()}
     tables = {f"table.{name}": Picked(value, ids) for name, value in state.tables.items()}
+    base = named(state.base if full else state.base[len(ledger.state.base) :], 0 if full else len(ledger.state.base))
+    known = {"known": ledger.known} if state.base else {}
     files: dict[str, Tensors] = {
         "state": {"ids": ids, "rows": Picked(state.adapters.rows, ids), **shared, **tables},
-        "engine": {"validation": ledger.validation} if full else _measured(ledger),
+        "engine": {**({"validation": ledger.validation} if full else _measured(ledger)), **known},
+        **({} if not base else {"base": base}),
         **({} if kept is None else kept.files(full=full)),
     }
     save_checkpoint(checkpoints, number, files, full=full, facts=facts or {})
@@ -117,8 +132,11 @@ def restore(checkpoints: Path, ledger: Ledger, clients: Clients) -> Mapping[str,
             for kind in ("shared.", "table.")
         )
         ledger.apply(Change(state["ids"], state["rows"], shared or None, tables))
+        for _, pairs in sorted(from_named(checkpoint.files.get("base", {})).items()):
+            ledger.state = replace(ledger.state, base=(*ledger.state.base, pairs))
         engine = checkpoint.files["engine"]
         ledger.validation[engine.get("ids", slice(None))] = engine["validation"]  # without ids: everybody's
+        ledger.known = engine.get("known", ledger.known)
         clients.restore(checkpoint.files)
         ledger.round, facts = checkpoint.round, checkpoint.facts
         if checkpoint.full:

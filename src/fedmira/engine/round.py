@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedmira.adapters.added import BaseVersions
 from fedmira.adapters.columns import count_columns, lay_over, pack
 from fedmira.engine.clients import Reply, Trainers
 from fedmira.engine.gate import Expected, Upload, admit, check_change
@@ -44,7 +45,7 @@ def play(method: Method, ledger: Ledger, clients: Trainers, ids: Tensor, clock: 
     layout = federation.layout
     down = method.travels(layout, clock)
     up = down & method.trained(layout, clock)
-    given = method.message(ledger.state, ids, clock)
+    given = message_of(method, ledger, ledger.state, ids, clock)
     sent = given.map(lambda rows: pack(rows, down))
     asked = time.monotonic()
     reply = clients.train(ids, sent, clock)
@@ -84,7 +85,7 @@ def merge_admitted(
     if not len(ids):
         return Change(ids, returned.rows)
     change = method.merge(ledger.state, ids, returned, weights, clock)
-    check_change(change, method.name)
+    check_change(change, method.name, ledger.federation.layout)
     return mask_change(method, ledger, change)
 
 
@@ -108,10 +109,20 @@ class Sender:
     def __call__(self, ids: Tensor) -> Message:
         travels = self.method.travels(self.ledger.federation.layout, self.clock)
         state = self.ledger.state if self.state is None else self.state
-        return self.method.message(state, ids, self.clock).map(lambda rows: pack(rows, travels))
+        return message_of(self.method, self.ledger, state, ids, self.clock).map(lambda rows: pack(rows, travels))
+
+
+def message_of(method: Method, ledger: Ledger, state: State, ids: Tensor, clock: Clock) -> Message:
+    """Return what a method sends the clients `ids`, whole rows, with the changes of the base up to a state."""
+    message = method.message(state, ids, clock)
+    return message if not state.base else replace(message, base=BaseVersions(state.base, ledger.known[ids]))
 
 
 def _payload(message: Message, counts: Tensor) -> int:
-    """Bytes of messages: each client's numbers of the columns that travel, for every row, and 8 for each scalar."""
+    """Bytes of messages: each client's numbers of the columns that travel, for every row, and 8 for each scalar.
+
+    Beside them the changes of the base that a client does not have yet.
+    """
     rows = (1 + len(message.more)) * int(counts.sum()) * message.rows.element_size()
-    return rows + 8 * len(message.scalars) * len(counts)
+    base = 0 if message.base is None else message.base.bytes_missing
+    return rows + 8 * len(message.scalars) * len(counts) + base

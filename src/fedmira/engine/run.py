@@ -141,6 +141,7 @@ def _one_round(run: Run, sampled: np.ndarray) -> RoundRecord:
     for name, reason in facts["refused"].items():
         log.warning("round %d: the upload of client '%s' was refused: %s", ledger.round + 1, name, reason)
     kept = clients.keep(played.answered)
+    ledger.received(played.reply.ids)
     commit(run.folder.checkpoints, ledger, played.change, kept, facts)
     if kept is not None:
         kept.apply()

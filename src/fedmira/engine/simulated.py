@@ -4,6 +4,7 @@ Each is one value of the Protocol `Clients`. At a real site the same code has on
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapters, norms
+from fedmira.adapters import Adapters, Pairs, norms
+from fedmira.adapters.added import BaseVersions, join_pairs
 from fedmira.adapters.columns import lay_over, pack
 from fedmira.data.batches import local_batches
 from fedmira.data.partition import client_key
@@ -48,6 +50,8 @@ class Simulated:
         self.memory = ClientMemory(len(federation), scratch)
         self.staged = Staged(self.memory, torch.empty(0, dtype=torch.int64), {})
         self.tuned: Table | None = None  # rows that every client fine-tuned after the last round
+        self.versions: tuple[Pairs, ...] = ()  # changes of the base that were received
+        self.added: Pairs = {}  # their sum
 
     def ask(self, sampled: Tensor) -> Asked:
         return everybody(sampled)
@@ -114,7 +118,7 @@ class Simulated:
         training, plans: other than those of a round.
         """
         whole = self._whole(ids, given, clock)
-        start = self.federation.adapters(ids, whole.rows)
+        start = self._adapters(ids, whole.rows)
         memory = self.memory.recall("method", ids, first=self.method.client.start(start))
         names = {name.split("/")[1] for name in self.memory.tables if name.startswith("moments/")}
         moments = {of: self.memory.recall(f"moments/{of}", ids) for of in sorted(names)}
@@ -159,9 +163,9 @@ class Simulated:
     def adapters(self, ids: Tensor, send: Send) -> Adapters:
         """Return the adapters that the clients `ids` would use now, at their ranks."""
         if self.tuned is not None:
-            return self.federation.adapters(ids, self.tuned[ids])
+            return self._adapters(ids, self.tuned[ids])
         given = self._whole(ids, send(ids), send.clock)
-        start = self.federation.adapters(ids, given.rows)
+        start = self._adapters(ids, given.rows)
         if start.is_padded or start.layout.gaps or not given.rows.is_contiguous():
             start = start.with_rows(given.rows.clone(memory_format=torch.contiguous_format)).mask_()
         if self.method.client.use is use_what_was_sent:
@@ -224,8 +228,20 @@ class Simulated:
             self.memory.add("row", Table(rows, kinds, self.memory.scratch))
         return self.memory.tables["row"]
 
+    def _adapters(self, ids: Tensor, rows: Tensor) -> Adapters:
+        """Return rows [n, P] as adapters of the clients `ids`, on the base as it is now."""
+        return replace(self.federation.adapters(ids, rows), added=self.added)
+
+    def _receive(self, base: BaseVersions | None) -> None:
+        """Bring the base to the newest version."""
+        versions = () if base is None else base.after(self.versions)
+        same = len(versions) == len(self.versions) and all(map(operator.is_, versions, self.versions))
+        if not same:
+            self.versions, self.added = versions, join_pairs(versions)
+
     def _whole(self, ids: Tensor, given: Message, clock: Clock) -> Message:
-        """Lay what was sent over each client's own row."""
+        """Lay what was sent over each client's own row, and bring the base up to date."""
+        self._receive(given.base)
         travels = self.method.travels(self.federation.layout, clock)
         if bool(travels.all()):
             return given
@@ -246,7 +262,7 @@ class Simulated:
 
         def serve(some: Tensor) -> Adapters:
             index = torch.tensor([where[k] for k in some.tolist()])
-            adapters = self.federation.adapters(some, returned.rows[index])
+            adapters = self._adapters(some, returned.rows[index])
             if self.method.client.use is use_what_was_sent:
                 return adapters
             memory = {name: value[places[index]] for name, value in phase.memory.items()}

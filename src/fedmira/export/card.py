@@ -46,6 +46,7 @@ class Card(TypedDict, total=False):
     layers: int
     rank: int
     alpha: float
+    added: int  # of the rank, what the method added to the base of everybody
     virtual_tokens: int  # of a prompt, instead of rank, alpha, targets and layers
     hidden: int  # width of the MLP that computed them
     examples: int
@@ -161,7 +162,8 @@ def _facts(base: str, card: Card) -> dict[str, str]:
         facts["base sha256"] = f"{card['base_sha256']} (config.json, tokenizer and weights)"
     if "rank" in card:
         layers = f" on {card['layers']} layers ({', '.join(sorted(card['targets']))})" if "layers" in card else ""
-        facts["LoRA"] = f"rank {card['rank']}, alpha {card['alpha']:g}{layers}"
+        added = f"; up to {card['added']} of the rank is what the method added to the base" if "added" in card else ""
+        facts["LoRA"] = f"rank {card['rank']}, alpha {card['alpha']:g}{layers}{added}"
     if "virtual_tokens" in card:
         by = f", made by an MLP of width {card['hidden']}" if "hidden" in card else ""
         facts["virtual tokens"] = f"{card['virtual_tokens']}{by}"

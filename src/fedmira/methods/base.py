@@ -7,12 +7,13 @@ one paper, a small `Settings` and `build(settings, cohort) -> Method`; nothing i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from pydantic import ConfigDict
 
-from fedmira.adapters import Adapters, Layout, Stored, lora_layout
+from fedmira.adapters import Adapters, Layout, Pairs, Stored, lora_layout
+from fedmira.adapters.added import BaseVersions
 from fedmira.adapters.columns import every_column
 from fedmira.adapters.lazy import Tensor, np, torch
 from fedmira.config.strict import Strict
@@ -84,6 +85,7 @@ class Message:
     rows: Tensor
     scalars: Mapping[str, Tensor] = field(default_factory=dict)
     more: Mapping[str, Tensor] = field(default_factory=dict)
+    base: BaseVersions | None = None  # down only: what was added to the base, from the engine
 
     def take(self, index: Tensor | slice) -> Message:
         """Return the messages of some clients, by position."""
@@ -91,11 +93,12 @@ class Message:
             self.rows[index],
             {name: value[index] for name, value in self.scalars.items()},
             {name: value[index] for name, value in self.more.items()},
+            None if self.base is None else self.base.take(index),
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Message:
         """Return the same message with `change` applied to every tensor of rows."""
-        return Message(change(self.rows), self.scalars, {name: change(value) for name, value in self.more.items()})
+        return replace(self, rows=change(self.rows), more={name: change(value) for name, value in self.more.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,19 +106,22 @@ class State:
     """What the server keeps between rounds. adapters: a row of each client, one row for all, or a row of each group.
 
     shared: tensors that are common to all, written whole in every checkpoint. tables: [K, ...] each, something about
-    every client; a round changes, and a checkpoint holds, the rows of its own clients.
+    every client; a round changes, and a checkpoint holds, the rows of its own clients. base: pairs that were added to
+    the base so far, a version each.
     """
 
     adapters: Stored
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     tables: Mapping[str, Tensor] = field(default_factory=dict)
+    base: tuple[Pairs, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
     """What a merge decided. rows [n, P] replace the rows `ids` [n] of State.adapters; shared replaces State.shared.
 
-    tables: name -> [n, ...], which replace the rows `ids` of State.tables. notes: numbers for the round's record. Only
+    tables: name -> [n, ...], which replace the rows `ids` of State.tables. base: low-rank pairs that are added to the
+    base of everybody, module -> A [q, in], B [out, q], in the rows' type. notes: numbers for the round's record. Only
     the engine applies a Change, once it is durable.
     """
 
@@ -124,6 +130,7 @@ class Change:
     shared: Mapping[str, Tensor] | None = None
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
+    base: Pairs | None = None
 
 
 class Gradient(Protocol):

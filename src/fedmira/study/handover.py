@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters
+from fedmira.adapters.added import fold
 from fedmira.adapters.ranks import is_mixed
 from fedmira.disk.files import write_atomic
 from fedmira.disk.folders import RunFolder
@@ -53,7 +54,8 @@ def write_adapters(
     pool = (sum(len(client.train) for client in clients), sum(client.trained_tokens for client in clients))
     common: dict[tuple[tuple[int, ...], str], Path] = {}  # ranks and sha256 of a row that others may have -> its folder
     for position, client in enumerate(clients):
-        served = serve(torch.tensor([position]))
+        used = serve(torch.tensor([position]))
+        served = fold(used)
         place = folder.adapters / client.id
         card: Card = {
             "client": client.id,
@@ -71,6 +73,8 @@ def write_adapters(
         if not prompts:
             card["targets"] = sorted({name.rsplit(".", 1)[-1] for name, _, _ in base.shapes})
             card["layers"] = len(base.shapes)
+        if used.added:
+            card["added"] = max(len(a) for a, _ in used.added.values())
         if trainees != "nobody":
             trained = pool if trainees == "pool" else (len(client.train), client.trained_tokens)
             card["examples"], card["trained_tokens"] = trained

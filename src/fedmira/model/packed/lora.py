@@ -2,6 +2,7 @@
 
     y_k = W x_k + b + s_k B_k (A_k x_k)          for every client k of the stack, s_k = alpha / r_k
 
+Where a method has added pairs to the base, W x is W x + B (A x), the same for all clients.
 Clients come one after another in the pass; a segment of clients with equally many tokens is viewed as [clients, tokens,
 in] and the low-rank part is a `bmm` over the leading client axis. Gradients of A and B are written straight into
 gradient rows [S, P]; the rows themselves never enter the autograd graph, because each slice of a row would zero-fill a
@@ -86,9 +87,13 @@ class Pair:
 
 @dataclass
 class Stack:
-    """What the stacked layers of one base read in a pass, and its virtual tokens; empty: the base alone."""
+    """What the stacked layers of one base read in a pass, and its virtual tokens; empty: the base alone.
+
+    added: module -> factors A [q, in] and B [out, q] that are added to its weight.
+    """
 
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
+    added: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     virtual: VirtualTokens | None = None
     segments: tuple[Segment, ...] | None = None  # None: the batch is split evenly among the clients
     clients: int = 0
@@ -124,6 +129,10 @@ class Stack:
                     pair.grad_a, pair.grad_b = into.leaf(first), into.leaf(second)
                 self.pairs.setdefault(first.module, []).append(pair)
         del local  # on a device it is a copy of all rows
+        self.added = {
+            module: (a.to(device=device, dtype=dtype), b.to(device=device, dtype=dtype))
+            for module, (a, b) in adapters.added.items()
+        }
         self.segments, self.clients = segments, len(adapters)
         self.dropout = dropout if dropout is not None and dropout.rate > 0 else None
         self.anchor = None if gradient is None else torch.zeros((), requires_grad=True, device=device)
@@ -134,7 +143,7 @@ class Stack:
             if trained and self.virtual is not None and encoder is not None and into is not None:
                 self.virtual.write(encoder, into)
         finally:
-            self.pairs, self.virtual, self.segments, self.clients = {}, None, None, 0
+            self.pairs, self.added, self.virtual, self.segments, self.clients = {}, {}, None, None, 0
             self.dropout = self.anchor = None
 
     def owners(self, tokens: int) -> Tensor:
@@ -165,7 +174,20 @@ class StackedLinear(nn.Module):
         self.stack, self.name, self.slot = stack, name, slot
 
     def plain(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+        """Compute the base's layer, with what was added to it."""
+        y = functional.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+        if self.name in self.stack.added:
+            a, b = self.stack.added[self.name]
+            y = y + functional.linear(functional.linear(x, a), b)
+        return y
+
+    def plain_backward(self, dy: Tensor, added: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return the gradient of the input [tokens, in] of `plain` from that of its output [tokens, out]."""
+        dx = dy @ (self.weight.t() if self.transposed else self.weight)
+        if added is not None:
+            a, b = added
+            dx.addmm_(dy @ b, a)
+        return dx
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = self.stack.pairs.get(self.name)
@@ -206,6 +228,7 @@ class _StackedLinear(torch.autograd.Function):
                 inner.append(z)
         ctx.save_for_backward(inputs, *inner, *keeps)  # type: ignore[attr-defined]
         ctx.layer, ctx.pairs, ctx.segments, ctx.shape = layer, pairs, segments, x.shape  # type: ignore[attr-defined]
+        ctx.added = layer.stack.added.get(layer.name)  # type: ignore[attr-defined]
         return y
 
     @staticmethod
@@ -218,7 +241,7 @@ class _StackedLinear(torch.autograd.Function):
         dy = grads[0].reshape(len(inputs), -1)
         dx = None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            dx = dy @ (layer.weight.t() if layer.transposed else layer.weight)
+            dx = layer.plain_backward(dy, ctx.added)  # type: ignore[attr-defined]
         for number, (segment, keep) in enumerate(zip(segments, keeps, strict=True)):
             push, ins = segment.view(dy), segment.view(inputs)
             ins = ins if keep is None else ins * keep
