@@ -242,21 +242,21 @@ def test_somebody_who_was_not_asked_is_only_left_out() -> None:
 
 def test_a_merge_that_gave_a_number_that_is_not_finite_replaces_nothing() -> None:
     ids = torch.tensor(IDS)
-    check_change(Change(ids, rows()), "mira")
+    check_change(Change(ids, rows()), "mira", LAYOUT)
     broken = rows()
     broken[2, 0] = math.nan
     with pytest.raises(WireError, match="not_finite: the merge of 'mira'"):
-        check_change(Change(ids, broken), "mira")
+        check_change(Change(ids, broken), "mira", LAYOUT)
 
 
 def test_everything_that_a_merge_decides_is_looked_at() -> None:
     ids, broken = torch.tensor(IDS), rows()
     broken[0, 3] = math.inf
     counts = {"seen": torch.tensor([1, 2, 3]), "known": torch.tensor([True, False, True])}
-    check_change(Change(ids, rows(), shared={"m": rows()}, tables={"sketch": rows(), **counts}), "mira")
+    check_change(Change(ids, rows(), shared={"m": rows()}, tables={"sketch": rows(), **counts}), "mira", LAYOUT)
     for change in (
         Change(ids, rows(), shared={"m": broken}),
         Change(ids, rows(), tables={"sketch": broken, **counts}),
     ):
         with pytest.raises(WireError, match="not_finite: the merge of 'mira'"):
-            check_change(change, "mira")
+            check_change(change, "mira", LAYOUT)
