@@ -88,7 +88,7 @@ class Layout:
 
     @property
     def virtual_tokens(self) -> int:
-        """How many virtual tokens n stand before every text: the rows of the prompt encoder's embedding."""
+        """The number n of virtual tokens before every text: the rows of the prompt encoder's embedding."""
         return sum(part.leaves[0].shape[0] for part in self.parts if part.kind == "prompt")
 
     @property
@@ -118,11 +118,11 @@ class Layout:
         """
         total = torch.zeros(len(ranks), dtype=torch.int64)
         for part in self.parts:
-            own = torch.full_like(total, 0 if part.kind == "lora" else sum(leaf.size for leaf in part.leaves))
-            for place, (first, second) in enumerate(part.pairs()):
+            sizes = torch.full_like(total, 0 if part.kind == "lora" else sum(leaf.size for leaf in part.leaves))
+            for index, (first, second) in enumerate(part.pairs()):
                 rank, fan_in = first.shape
-                own += _of_module(ranks, place).clamp(max=rank) * (fan_in + second.shape[0])
-            total += -(-own // ALIGN) * ALIGN
+                sizes += _of_module(ranks, index).clamp(max=rank) * (fan_in + second.shape[0])
+            total += -(-sizes // ALIGN) * ALIGN
         return total
 
     def rank_mask(self, ranks: Tensor) -> Tensor:
@@ -135,9 +135,9 @@ class Layout:
             if part.kind == "prompt":
                 for leaf in part.leaves:
                     mask[:, leaf.start : leaf.stop] = True
-            for place, (first, second) in enumerate(part.pairs()):
-                own = torch.arange(first.shape[0]) < _of_module(ranks, place)[:, None]  # [K, r]
-                for leaf, keep in ((first, own[:, :, None]), (second, own[:, None, :])):
+            for index, (first, second) in enumerate(part.pairs()):
+                has = torch.arange(first.shape[0]) < _of_module(ranks, index)[:, None]  # [K, r]
+                for leaf, keep in ((first, has[:, :, None]), (second, has[:, None, :])):
                     mask[:, leaf.start : leaf.stop] = keep.expand(-1, *leaf.shape).reshape(len(ranks), -1)
         return mask
 
@@ -193,13 +193,13 @@ def soft_layout(width: int, tokens: int) -> Layout:
 
 
 def scales(ranks: Tensor, alpha: float) -> Tensor:
-    """Return alpha / r in float32; where there is no rank, which nothing reads, alpha."""
+    """Return alpha / r in float32; alpha where there is no rank (nothing reads it)."""
     return alpha / ranks.clamp(min=1).to(torch.float32)
 
 
-def _of_module(values: Tensor, place: int) -> Tensor:
+def _of_module(values: Tensor, index: int) -> Tensor:
     """Of values per client [K], or per client and module [K, modules], those of one module [K]."""
-    return values if values.ndim == 1 else values[:, place]
+    return values if values.ndim == 1 else values[:, index]
 
 
 Pairs = Mapping[str, tuple["Tensor", "Tensor"]]  # module -> A [q, in] and B [out, q] of an update B A of its weight
@@ -235,7 +235,7 @@ class Adapters:
         return len(self.rows)
 
     def take(self, ids: Tensor, *, rows: Tensor | None = None) -> Adapters:
-        """Copy the rows of `ids` [n] in that order; `rows` [n, P], where given, stand in their place as they are."""
+        """Copy the rows of `ids` [n] in that order; `rows` [n, P], where given, replace them and are not copied."""
         taken = self.rows[ids] if rows is None else rows
         return Adapters(self.layout, taken, self.ranks[ids], self.scale[ids], self.added)
 
@@ -250,19 +250,19 @@ class Adapters:
         """View one tensor of all clients: a factor [K, r, in] or [K, out, r], a weight or bias [K, ...]."""
         return self.rows[:, leaf.start : leaf.stop].view(len(self), *leaf.shape)
 
-    def ranks_of(self, place: int) -> Tensor:
-        """Every client's rank [K] in one module; place: its number among a part's pairs."""
-        return _of_module(self.ranks, place)
+    def ranks_of(self, index: int) -> Tensor:
+        """Every client's rank [K] in one module, the part's pair number `index`."""
+        return _of_module(self.ranks, index)
 
-    def scale_of(self, place: int) -> Tensor:
-        """Every client's scale [K] in one module; place: its number among a part's pairs."""
-        return _of_module(self.scale, place)
+    def scale_of(self, index: int) -> Tensor:
+        """Every client's scale [K] in one module, the part's pair number `index`."""
+        return _of_module(self.scale, index)
 
     def product(self, module: str, part: str = "lora") -> Tensor:
         """Return the update of one module, scale_k B_k A_k, as [K, out, in]."""
-        for place, (first, second) in enumerate(self.layout.part(part).pairs()):
+        for index, (first, second) in enumerate(self.layout.part(part).pairs()):
             if first.module == module:
-                return self.scale_of(place)[:, None, None] * (self.leaf(second) @ self.leaf(first))
+                return self.scale_of(index)[:, None, None] * (self.leaf(second) @ self.leaf(first))
         raise ShapeError(f"module '{module}' has no adapter in this layout")
 
     def mask_(self) -> Adapters:

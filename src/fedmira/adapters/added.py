@@ -99,10 +99,10 @@ def fold(adapters: Adapters) -> Adapters:
     factors: list[tuple[Tensor, Tensor]] = []
     shapes: list[tuple[str, int, int]] = []
     (part,) = adapters.layout.parts
-    for place, (first, second) in enumerate(part.pairs()):
-        rank = int(adapters.ranks_of(place)[0])
+    for index, (first, second) in enumerate(part.pairs()):
+        rank = int(adapters.ranks_of(index)[0])
         a = adapters.leaf(first)[0, :rank]
-        b = adapters.leaf(second)[0, :, :rank] * adapters.scale_of(place)[0].to(adapters.rows.dtype)
+        b = adapters.leaf(second)[0, :, :rank] * adapters.scale_of(index)[0].to(adapters.rows.dtype)
         if first.module in adapters.added:
             more_a, more_b = adapters.added[first.module]
             a, b = torch.cat([a, more_a.to(a)]), torch.cat([b, more_b.to(b)], dim=1)

@@ -6,7 +6,7 @@
     sum = (Q_B U) S (Q_A V)^T                                              the singular value decomposition of the sum
 
 The cost is O((d + v) R^2). Where R is not below min(d, v) the QR no longer makes the matrix smaller: the dense sum of
-the modules handed over, [d, v] each, is then decomposed, which is no dearer; hand over one module at a time.
+the modules, [d, v] each, is then decomposed, which does not cost more; pass one module at a time.
 Letters: d outputs, v inputs, r rank, R sum of ranks.
 
 Source: FlexLoRA (arXiv:2402.11505), the server's redistribution by SVD, section 3; the route through QR is ours.
@@ -45,7 +45,7 @@ def decompose_sum(lefts: Sequence[Tensor], rights: Sequence[Tensor], weights: Te
     _check(lefts, rights, weights)
     with torch.no_grad():
         scaled = [float(weight) * left.double() for weight, left in zip(weights, lefts, strict=True)]
-        left, right = torch.cat(scaled, dim=-1), torch.cat([one.double() for one in rights], dim=-2)
+        left, right = torch.cat(scaled, dim=-1), torch.cat([right.double() for right in rights], dim=-2)
         if left.shape[-1] >= min(left.shape[-2], right.shape[-1]):
             u, values, v = torch.linalg.svd(left @ right, full_matrices=False)
         else:
@@ -69,12 +69,12 @@ def factors(found: Decomposition, rank: int, scale: float, *, dtype: torch.dtype
     """
     if rank < 1 or not scale > 0:
         raise ShapeError(f"rank {rank} and scale {scale:g}: need rank >= 1 and scale > 0 (alpha / rank)")
-    held = min(rank, found.values.shape[-1])
-    values, right = found.values[..., :held], found.right[..., :held, :]
+    kept_rank = min(rank, found.values.shape[-1])
+    values, right = found.values[..., :kept_rank], found.right[..., :kept_rank, :]
     noise = max(found.left.shape[-2], found.right.shape[-1]) * torch.finfo(torch.float64).eps
     real = values > noise * found.values[..., :1]
-    left = found.left[..., :held] * (values * real / scale)[..., None, :]
-    missing = rank - held
+    left = found.left[..., :kept_rank] * (values * real / scale)[..., None, :]
+    missing = rank - kept_rank
     if missing:
         left = torch.nn.functional.pad(left, (0, missing))
         right = torch.cat([right, _more_rows(right, missing)], dim=-2)
@@ -94,14 +94,14 @@ def mix_products(within: np.ndarray, own: Adapters, outside: np.ndarray, others:
     taken = [np.flatnonzero(row) for row in weights]
     moved = [k for k, some in enumerate(taken) if some.tolist() != [k] or weights[k, k] != 1]
     for part in own.layout.parts:
-        for place, (first, second) in enumerate(part.pairs()):
+        for index, (first, second) in enumerate(part.pairs()):
             a, b = (torch.cat([side.leaf(leaf) for side in sides]) for leaf in (first, second))
-            scales = torch.cat([side.scale_of(place) for side in sides]).double()
-            rank, scale = own.ranks_of(place), own.scale_of(place)
+            scales = torch.cat([side.scale_of(index) for side in sides]).double()
+            rank, scale = own.ranks_of(index), own.scale_of(index)
             for k in moved:
-                some = torch.from_numpy(taken[k])
+                sources = torch.from_numpy(taken[k])
                 found = decompose_sum(
-                    list(b[some]), list(a[some]), torch.from_numpy(weights[k, taken[k]]) * scales[some]
+                    list(b[sources]), list(a[sources]), torch.from_numpy(weights[k, taken[k]]) * scales[sources]
                 )
                 left, right = factors(found, int(rank[k]), float(scale[k]), dtype=rows.dtype)
                 rows[k, first.start : first.stop] = _padded(right, first.shape).flatten()

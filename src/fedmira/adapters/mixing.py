@@ -167,7 +167,7 @@ class _Memory:
 
 
 def _aligned(size: int) -> np.ndarray:
-    """Return so many bytes that start where a tile may start."""
+    """Return `size` bytes, aligned as a tile has to be."""
     memory = np.empty(size + ALIGN, dtype=np.uint8)  # numpy asks for large pages
     start = -memory.ctypes.data % ALIGN
     return memory[start : start + size]

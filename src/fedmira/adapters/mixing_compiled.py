@@ -2,7 +2,7 @@
 
     out_i[c] = sum_n weight_in row_in[c]          over the rows n that row i is mixed of
 
-BLAS multiplies all pairs of rows and copies them into an order of its own first; a product of a few neighbours is bound
+BLAS multiplies all pairs of rows and first copies them into another order; a product of a few neighbours is bound
 by memory. Here a tile of columns stays in registers while the neighbours are added up, and goes past the cache to
 memory: what is written is not read before. Numba's own loops do neither, so a tile is written in LLVM's language.
 """

@@ -24,7 +24,7 @@ from fedmira.adapters.lazy import Tensor, np, torch
 from fedmira.config.sections import MAX_RANK, RANK_TYPES
 from fedmira.errors import ConfigError, nearest
 
-Wanted = Sequence[int | str] | Mapping[str, str] | str | None  # lora.ranks of the config
+Setting = Sequence[int | str] | Mapping[str, str] | str | None  # lora.ranks of the config
 Value = TypeVar("Value")
 
 TYPES = {"T1": (8, 8), "T2": (30, 30), "T3": (30, 200), "T4": (200, 200)}  # rank in attention, in feed-forward
@@ -38,7 +38,7 @@ STREAM = 0x52414E4B  # keeps the draw of ranks apart from what else is drawn fro
 
 
 def client_ranks(
-    wanted: Wanted,
+    setting: Setting,
     *,
     usual: int,
     ids: Sequence[str],
@@ -49,12 +49,12 @@ def client_ranks(
 ) -> Tensor:
     """Return every client's rank [K] int64; [K, modules] where the modules of some client differ.
 
-    usual: lora.r, where `wanted` is None. columns: of each client, the data columns with one value; keys:
-    64 bits that stand for its id. modules: gives the names of the adapted modules, and is asked only for T3.
+    usual: lora.r, where `setting` is None. columns: of each client, the data columns with one value; keys:
+    64 bits of its id. modules: gives the names of the adapted modules, and is asked only for T3.
     Raises ConfigError if a list is not as long as there are clients, or a column does not give every client a rank.
     """
-    named = _name_ranks(wanted, usual=usual, ids=ids, columns=columns, keys=keys, seed=seed)
-    pairs = torch.tensor([TYPES[one] if isinstance(one, str) else (one, one) for one in named])  # [K, 2]
+    named = _name_ranks(setting, usual=usual, ids=ids, columns=columns, keys=keys, seed=seed)
+    pairs = torch.tensor([TYPES[rank] if isinstance(rank, str) else (rank, rank) for rank in named])  # [K, 2]
     if torch.equal(pairs[:, 0], pairs[:, 1]):
         return pairs[:, 0]
     kinds = torch.tensor([0 if is_attention(name) else 1 for name in modules()])
@@ -68,7 +68,7 @@ def is_attention(module: str) -> bool:
 
 
 def _name_ranks(
-    wanted: Wanted,
+    setting: Setting,
     *,
     usual: int,
     ids: Sequence[str],
@@ -77,25 +77,25 @@ def _name_ranks(
     seed: int,
 ) -> Sequence[int | str]:
     """Give every client a rank or the name of a type."""
-    if wanted is None:
+    if setting is None:
         return [usual] * len(ids)
-    if isinstance(wanted, str):
-        return [_draw(wanted, seed, key) for key in keys]
-    if isinstance(wanted, Mapping):
-        return _read_column(wanted["column"], ids, columns)
-    if len(wanted) != len(ids):
+    if isinstance(setting, str):
+        return [_draw(setting, seed, key) for key in keys]
+    if isinstance(setting, Mapping):
+        return _read_column(setting["column"], ids, columns)
+    if len(setting) != len(ids):
         shown = ", ".join(ids[:8]) + (", ..." if len(ids) > 8 else "")
         raise ConfigError(
             [
-                f"lora.ranks: found {len(wanted)} ranks, and there are {len(ids)} clients; give one for each in their "
+                f"lora.ranks: found {len(setting)} ranks, and there are {len(ids)} clients; give one for each in their "
                 f"order ({shown}), a column ({{column: NAME}}) or a draw ({', '.join(SHARES)})"
             ]
         )
-    return wanted
+    return setting
 
 
 def _draw(shares: str, seed: int, key: int) -> str:
-    """Draw the type of the client that `key` stands for."""
+    """Draw the type of the client with this key."""
     drawn = np.random.default_rng([seed, STREAM, key]).random()
     return next((name for name, up_to in zip(TYPES, accumulate(SHARES[shares]), strict=True) if drawn < up_to), "T4")
 
@@ -104,7 +104,7 @@ def _read_column(column: str, ids: Sequence[str], columns: Sequence[Mapping[str,
     """Read every client's rank, or type, from a data column that has one value for it."""
     lacking = [name for name, own in zip(ids, columns, strict=True) if column not in own]
     if lacking:
-        shared = sorted(set.intersection(*(set(own) for own in columns)))
+        shared = sorted(set.intersection(*(set(client) for client in columns)))
         raise ConfigError(
             [
                 f"lora.ranks.column: found '{column}'{nearest(column, shared)}, which has no single value for "
@@ -112,7 +112,7 @@ def _read_column(column: str, ids: Sequence[str], columns: Sequence[Mapping[str,
                 f"{', '.join(shared) or 'none'}"
             ]
         )
-    values = [own[column].strip() for own in columns]
+    values = [client[column].strip() for client in columns]
     odd = [place for place, value in enumerate(values) if not _is_rank(value)]
     if odd:
         raise ConfigError(

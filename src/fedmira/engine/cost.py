@@ -50,22 +50,23 @@ def plan_cohort(
     The bytes that autograd keeps for the backward pass are counted exactly by hooks; rows, gradient and moments are
     5 x P x 4 bytes. sampled: clients of a round, the most a cohort can use.
     """
-    longest = sorted((one for client in clients for one in client.train), key=lambda one: -len(one.ids))[:batch_size]
+    examples = (example for client in clients for example in client.train)
+    longest = sorted(examples, key=lambda example: -len(example.ids))[:batch_size]
     batch = collate([longest], pad_id=base.pad_id)
     adapters = start_adapters(layout, torch.tensor([layout.parts[0].rank]), 1.0, torch.Generator().manual_seed(0))
     adapters = adapters.with_rows(adapters.rows.to(base.device))
-    own = {parameter.untyped_storage().data_ptr() for parameter in base.model.parameters()}
-    kept: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in base.model.parameters()}
+    saved: dict[int, int] = {}  # address -> bytes
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         gradients(base, adapters, batch, into=torch.zeros_like(adapters.rows))
-    each = sum(kept.values()) + 5 * layout.size * 4
+    each = sum(saved.values()) + 5 * layout.size * 4
     free = _free_bytes(base.device) - 2 * CHUNK_BYTES
     cohort = max(1, min(sampled, int(SHARE * free) // each))
     log.info("cohort %d of %d sampled: %.1f MB a client, %.1f GB free", cohort, sampled, each / 1e6, free / 1e9)
@@ -90,7 +91,7 @@ class Work:
         return Work(self.trained + other.trained, self.scored + other.scored, self.answers + other.answers)
 
     def times(self, count: int) -> "Work":
-        """The same work so many times."""
+        """Return the work of `count` repetitions."""
         return Work(self.trained * count, self.scored * count, self.answers * count)
 
 
@@ -126,7 +127,7 @@ def count_run(
     max_examples: int | None,
 ) -> Work:
     """Count one run: the local phases of a schedule, the sampled clients' losses before and after each merge, what is
-    due of the curve, what clients fine-tune in the end, and the test of everyone who was ever sampled (of all, where
+    due for the curve, what clients fine-tune at the end, and the test of everyone who was ever sampled (of all, where
     one model is shared or all fine-tune). Where nobody trains, the scores are those of the start."""
     regime = method.regime
     if regime.trainees == "nobody":
@@ -148,9 +149,9 @@ def count_run(
             trained += sum(examples[k] for k in ids) * mean
         else:
             trained += regime.pool_steps * min(batch_size, pool) * mean
-        own = sum(validation[k] for k in ids)
+        sampled = sum(validation[k] for k in ids)
         due = number % every == 0 or number == len(schedule)
-        scored += (0 if pooled else own) + (everyone if due and not method.has_row_of_each else own)
+        scored += (0 if pooled else sampled) + (everyone if due and not method.has_row_of_each else sampled)
     tested: Sequence[int] = range(len(clients))
     if regime.tune is not None:
         kind, length = regime.tune
@@ -166,7 +167,7 @@ def count_run(
 
 
 def _tokens(examples: Sequence[Encoded]) -> int:
-    return sum(len(one.ids) for one in examples)
+    return sum(len(example.ids) for example in examples)
 
 
 def _answers(clients: Sequence[ClientData], ids: Sequence[int], max_examples: int | None) -> int:
@@ -218,7 +219,7 @@ def _score(workplace: Workplace, start: Adapters, ids: Tensor) -> float | None:
     began = time.monotonic()
     measure_loss(
         workplace.base,
-        lambda some: start.take(torch.zeros_like(some)),
+        lambda some_ids: start.take(torch.zeros_like(some_ids)),
         workplace.clients,
         ids.tolist(),
         split=split,
@@ -237,7 +238,7 @@ def _write(workplace: Workplace, start: Adapters, ids: Tensor) -> float | None:
     began = time.monotonic()
     measure_answers(
         workplace.base,
-        lambda some: start.take(torch.zeros_like(some)),
+        lambda some_ids: start.take(torch.zeros_like(some_ids)),
         workplace.clients,
         ids.tolist(),
         split="test",

@@ -94,10 +94,10 @@ def admit(uploads: Sequence[Upload], expected: Expected) -> tuple[Tensor, dict[i
     """
     places: list[int] = []
     refused: dict[int, str] = {}
-    for place, upload in enumerate(uploads):
+    for index, upload in enumerate(uploads):
         reason = refusal(upload, expected)
         if reason is None:
-            places.append(place)
+            places.append(index)
             expected.answered.add(upload.header.client)
             expected.nonces.add(upload.header.nonce)
         elif upload.header.client in expected.clients and upload.header.client not in expected.answered:

@@ -77,7 +77,7 @@ def _base_after(state: State, change: Change) -> tuple[Pairs, ...]:
 def commit(
     checkpoints: Path, ledger: Ledger, change: Change, kept: Kept | None, facts: Mapping[str, Any] | None = None
 ) -> None:
-    """Make the next round durable before it is applied: a delta, or the whole state where that is no dearer.
+    """Make the next round durable before it is applied: a delta, or the whole state where that is not larger.
 
     kept: what a simulation's clients remember of the round. facts: of the round, as JSON.
     """

@@ -28,18 +28,18 @@ class ClientMemory:
 
     def recall(self, owner: str, ids: Tensor, *, first: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Copy what the clients `ids` [n] keep under an owner. first [n, ...]: for those that never trained."""
-        found = {
+        recalled = {
             name.removeprefix(f"{owner}/"): table[ids]
             for name, table in self.tables.items()
             if name.startswith(f"{owner}/")
         }
         new = torch.tensor([k not in self.remembered for k in ids.tolist()], dtype=torch.bool)
         for name, value in (first or {}).items():
-            found.setdefault(name, value.clone())[new] = value[new]
-        return found
+            recalled.setdefault(name, value.clone())[new] = value[new]
+        return recalled
 
     def add(self, name: str, table: Table) -> None:
-        """Keep a name in a table that has a start of its own."""
+        """Keep a name in this table, whose rows have a start other than 0."""
         self.tables[name] = table
 
     def stage(self, ids: Tensor, values: Mapping[str, Tensor]) -> "Staged":

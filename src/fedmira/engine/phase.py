@@ -1,7 +1,7 @@
 """The local phase of a cohort: all sampled clients take their local steps together, in one pass per step.
 
 Clients are ordered by their number of steps, so that those still at work are a prefix: a client that has finished keeps
-its row and its moments untouched, because it is no longer in any batch.
+its row and its moments untouched, because it is not in any later batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -78,15 +78,15 @@ def local_phase(
     for first in range(0, len(order), cohort):
         chosen = order[first : first + cohort]
         index = torch.tensor(chosen)
-        own = given.take(index)
+        given_here = given.take(index)
         pieces.append(
             _train_together(
                 base,
                 method,
                 [clients[position] for position in chosen],
                 [plans[position] for position in chosen],
-                start.take(index, rows=own.rows),
-                own,
+                start.take(index, rows=given_here.rows),
+                given_here,
                 {name: value[index] for name, value in memory.items()},
                 {of: {name: value[index] for name, value in some.items()} for of, some in moments.items()},
                 training=training,
@@ -188,10 +188,10 @@ def _at_own_ranks(given: Message, adapters: Adapters) -> Message:
     return replace(moved, scalars={name: value.to(adapters.rows.device) for name, value in moved.scalars.items()})
 
 
-def _write_back(place: Tensor, value: Tensor) -> None:
-    """Keep what a step returned; a step that worked in place returns the place itself."""
-    if value.data_ptr() != place.data_ptr():
-        place.copy_(value)
+def _write_back(target: Tensor, value: Tensor) -> None:
+    """Keep what a step returned; a step that worked in place returns the target itself."""
+    if value.data_ptr() != target.data_ptr():
+        target.copy_(value)
 
 
 def _remember(memory: Memory, after: Memory, *, working: int, count: int, method: str) -> Memory:
@@ -203,11 +203,11 @@ def _remember(memory: Memory, after: Memory, *, working: int, count: int, method
     for name, value in after.items():
         if name not in memory:
             memory = {**memory, name: torch.zeros(count, *value.shape[1:], dtype=value.dtype, device=value.device)}
-        place = memory[name][:working]
-        if place.shape != value.shape or place.dtype != value.dtype:
+        target = memory[name][:working]
+        if target.shape != value.shape or target.dtype != value.dtype:
             raise MethodError(
-                f"method '{method}': memory '{name}' was {place.dtype} {tuple(place.shape)}, and a step returned "
+                f"method '{method}': memory '{name}' was {target.dtype} {tuple(target.shape)}, and a step returned "
                 f"{value.dtype} {tuple(value.shape)}: a tensor keeps its type and shape"
             )
-        _write_back(place, value)
+        _write_back(target, value)
     return memory

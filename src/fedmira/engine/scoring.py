@@ -119,7 +119,7 @@ def score_test_split(workplace: Workplace, serve: Serve, ids: Sequence[int], pro
             progress=progress,
             written=written,
         )
-        scores |= {metric: [one[metric] for one in answers] for metric in evaluation.metrics}
+        scores |= {metric: [scores_of[metric] for scores_of in answers] for metric in evaluation.metrics}
     return Scores([None] * len(ids), scores, texts)
 
 

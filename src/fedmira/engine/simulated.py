@@ -153,12 +153,13 @@ class Simulated:
         )
 
     def losses(self, ids: Tensor, send: Send) -> list[float | None]:
-        return self.measure(ids, lambda some: self.adapters(some, send))
+        return self.measure(ids, lambda some_ids: self.adapters(some_ids, send))
 
     def measure(self, ids: Tensor, serve: Serve) -> list[float | None]:
         """Return validation losses of the clients `ids` with adapters that `serve` gives by position."""
-        place = self.workplace
-        return measure_loss(place.base, serve, place.clients, ids.tolist(), split="validation", cohort=place.cohort)
+        workplace = self.workplace
+        base, clients, cohort = workplace.base, workplace.clients, workplace.cohort
+        return measure_loss(base, serve, clients, ids.tolist(), split="validation", cohort=cohort)
 
     def adapters(self, ids: Tensor, send: Send) -> Adapters:
         """Return the adapters that the clients `ids` would use now, at their ranks."""
@@ -174,7 +175,7 @@ class Simulated:
         return self._used(ids, start, memory, given, send.clock)
 
     def test(self, ids: Sequence[int], send: Send, progress: Callable[[int], None]) -> Scores:
-        return score_test_split(self.workplace, lambda some: self.adapters(some, send), ids, progress)
+        return score_test_split(self.workplace, lambda some_ids: self.adapters(some_ids, send), ids, progress)
 
     def tune(self, send: Send, progress: Callable[[int], None]) -> Tuned:
         """Fine-tune in passes of clients with about as many examples."""
@@ -245,8 +246,8 @@ class Simulated:
         travels = self.method.travels(self.federation.layout, clock)
         if bool(travels.all()):
             return given
-        own = self._own_rows()[ids]
-        return given.map(lambda rows: lay_over(own, travels, rows))
+        own_rows = self._own_rows()[ids]
+        return given.map(lambda rows: lay_over(own_rows, travels, rows))
 
     def _used(self, ids: Tensor, start: Adapters, memory: Memory, given: Message, clock: Clock) -> Adapters:
         clients = [self.workplace.clients[k] for k in ids.tolist()]
@@ -311,14 +312,14 @@ class Pool:
         return replace(reply, headers=tuple(replace(header, client=name) for header in reply.headers))
 
     def losses(self, ids: Tensor, send: Send) -> list[float | None]:
-        return self.scorer.measure(ids, lambda some: self.adapters(some, send))
+        return self.scorer.measure(ids, lambda some_ids: self.adapters(some_ids, send))
 
     def adapters(self, ids: Tensor, send: Send) -> Adapters:
         """Return the pool's row for each of the clients `ids`, at the largest ranks."""
         return self.trainer.adapters(HOLDER, send).take(torch.zeros_like(ids))
 
     def test(self, ids: Sequence[int], send: Send, progress: Callable[[int], None]) -> Scores:
-        return score_test_split(self.workplace, lambda some: self.adapters(some, send), ids, progress)
+        return score_test_split(self.workplace, lambda some_ids: self.adapters(some_ids, send), ids, progress)
 
     def tune(self, send: Send, progress: Callable[[int], None]) -> Tuned:
         raise NotImplementedError("clients of a pool do not fine-tune: a Method that says so is refused")

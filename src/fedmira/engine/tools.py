@@ -1,4 +1,4 @@
-"""What a client half may use: gradients and losses of its own data, its optimizer, random streams of its own."""
+"""What a client half may use: gradients and losses of the client's data, its optimizer, its random streams."""
 
 import functools
 from collections.abc import Sequence
