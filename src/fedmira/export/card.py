@@ -25,8 +25,8 @@ openrail osl-3.0 pddl postgresql unlicense wtfpl zlib
 LICENCES = frozenset(_KNOWN.split())
 USE = "## How to load it"
 NO_CACHE = (
-    "Generate with `use_cache=False`: PEFT 0.21.2 with transformers 5.24 writes other answers after virtual tokens if it "
-    "keeps a cache. Earlier releases of transformers write the same either way."
+    "Generate with `use_cache=False`: PEFT 0.21.2 with transformers 5.24 writes other answers after virtual tokens "
+    "if it keeps a cache. Earlier releases of transformers write the same either way."
 )
 _UNITS = {"loss": "loss (nats per token)"}
 _FOLDERS = re.compile(r"(?:(?<=^)|(?<=[\s\"'=,(\[{]))~?/(?:[^/\s\"',\]})]+/)*(?=[^/\s\"',\]})]*)")
