@@ -34,7 +34,7 @@ check:
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(QUIET_HUB) $(BIN)/python -m pytest -n 2 -m "not slow"
+	$(QUIET_HUB) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test:
 	@$(MAKE) --no-print-directory install

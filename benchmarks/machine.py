@@ -43,9 +43,11 @@ def describe() -> dict[str, Any]:
     }
 
 
-def matmul_rate(dtype: torch.dtype, *, seconds: float = 1.0, device: str = "cpu") -> float:
-    """Return FLOP/s of products 4096 x 768 x 3072."""
-    rows, first, second = PRODUCT
+def matmul_rate(
+    dtype: torch.dtype, *, seconds: float = 1.0, device: str = "cpu", product: tuple[int, int, int] = PRODUCT
+) -> float:
+    """Return FLOP/s of products of `product`: 4096 x 768 x 3072."""
+    rows, first, second = product
     left = torch.randn(rows, first, device=device).to(dtype)
     right = torch.randn(first, second, device=device).to(dtype)
     left @ right

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from tests.pages import save_base
 
+# its fixtures take long: one worker makes them
+pytestmark = pytest.mark.xdist_group("lost_reply")
+
 PAPER = Path(__file__).resolve().parent.parent / "benchmarks" / "paper"
 
 

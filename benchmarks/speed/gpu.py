@@ -33,7 +33,7 @@ from fedmira.methods.base import Clock, Cohort, Message
 from fedmira.model.base.load import load_base
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from machine import describe, matmul_rate, wait
+from machine import PRODUCT, describe, matmul_rate, wait
 
 CLIENTS, STEPS, BATCH, RANK = 8, 2, 8, 16
 SHAPES = {
@@ -109,7 +109,7 @@ def measure(name: str, *, pairs: int, device: str, tiny: bool) -> dict[str, Any]
                 times[what].append(tokens / (time.perf_counter() - began))
             if device != "cpu":
                 peaks[what] = max(peaks[what], torch.cuda.max_memory_allocated() / 2**30)
-    rate = matmul_rate(torch.bfloat16, device=device)
+    rate = matmul_rate(torch.bfloat16, device=device, product=(64, 64, 64) if tiny else PRODUCT)
     useful = useful_flops(base, clients) / tokens * statistics.median(times["fedmira bf16"])
     ratio = [one / other for one, other in zip(times["fedmira bf16"], times["plain bf16"], strict=True)]
     return {

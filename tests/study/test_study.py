@@ -28,6 +28,9 @@ from fedmira.engine.schedule import draw_schedule
 from fedmira.errors import ConfigError, DataError, FedMiraError, MethodError, ModelError, Stopped, StoreError
 from fedmira.study.face import Run, Study
 
+# its fixtures take long: one worker makes them
+pytestmark = pytest.mark.xdist_group("study")
+
 Make = Callable[..., Config]
 FILES = {
     "config.yaml",
