@@ -30,8 +30,10 @@ import typer
 import yaml
 
 import fedmira
+from fedmira.engine.events import Event
 from fedmira.reports.results import Results, read_results
 from fedmira.reports.stats import MethodSummary, summarise
+from fedmira.study.events import RunBegun
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("FEDMIRA_TEST_DATA") or ROOT.parent / "shared")
@@ -130,10 +132,10 @@ def load(what: str, rounds: int, seeds: int, folder: Path, *, mixed: bool = Fals
     return fedmira.load_config(ROOT / "benchmarks/first_real_runs/natural_instructions.yaml", overrides)
 
 
-def tell(event: str, facts: Mapping[str, Any]) -> None:
+def tell(event: Event) -> None:
     """Say which run has begun."""
-    if event == "run":
-        print(f"{facts['facts']['label']}, seed {facts['facts']['seed']}", file=sys.stderr, flush=True)
+    if isinstance(event, RunBegun):
+        print(f"{event.facts['label']}, seed {event.facts['seed']}", file=sys.stderr, flush=True)
 
 
 def measure(what: str, rounds: int, seeds: int, folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 import logging
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,11 @@ from tests.engine.house import (
     SCHEDULE,
     TRAIN,
     House,
-    Observe,
     Ran,
     base,
     house,
     run,
     spoil,
-    unobserved,
     without_seconds,
 )
 from tests.small_study import CLIENTS, command, differences, outcome, run_folders
@@ -36,6 +34,7 @@ from fedmira.disk.folders import RunFolder
 from fedmira.engine import scoring, simulated, tools
 from fedmira.engine.clients import Scores
 from fedmira.engine.cost import Work
+from fedmira.engine.events import ClientsTuned, Event, Observer, RoundDone, silent
 from fedmira.engine.phase import local_phase, plan_steps
 from fedmira.engine.simulated import plan_pool
 from fedmira.errors import MethodError
@@ -64,7 +63,7 @@ def play(
     of: House | None = None,
     schedule: Sequence[Sequence[int]] = SCHEDULE,
     families: str = "xyxy",
-    observer: Observe = unobserved,
+    observer: Observer = silent,
     change: Callable[[Method], Method] = lambda method: method,
     start: Scores | None = None,
     **settings: Any,
@@ -80,12 +79,12 @@ class Interrupted(Exception):
     """What stops a run in a test."""
 
 
-def stop_at(event: str, count: int = 1) -> Observe:
+def stop_at(kind: type[Event], count: int = 1) -> Observer:
     left = [count]
 
-    def observer(found: str, facts: Mapping[str, Any]) -> None:
-        left[0] -= found == event
-        if found == event and left[0] == 0:
+    def observer(event: Event) -> None:
+        left[0] -= isinstance(event, kind)
+        if isinstance(event, kind) and left[0] == 0:
             raise Interrupted
 
     return observer
@@ -200,7 +199,7 @@ def test_the_pool_has_moments_of_its_own_that_outlive_a_stop(tmp_path: Path, kee
     whole = play("pooled", tmp_path / "whole", of=of)
     assert [steps for phase in whole.phases for steps in phase.moments["main"]["steps"].tolist()] == taken
     with pytest.raises(Interrupted):
-        play("pooled", tmp_path / "run", of=of, observer=stop_at("round", 2))
+        play("pooled", tmp_path / "run", of=of, observer=stop_at(RoundDone, 2))
     assert torch.equal(play("pooled", tmp_path / "run", of=of).rows, whole.rows)
 
 
@@ -274,9 +273,9 @@ def test_steps_are_counted_where_they_are_asked_for(tmp_path: Path) -> None:
 def test_clients_fine_tuned_in_smaller_passes_end_close_to_where_they_end_in_one(tmp_path: Path, tuned: Ran) -> None:
     seen: list[int] = []
 
-    def observer(event: str, facts: Mapping[str, Any]) -> None:
-        if event == "tuning":
-            seen.append(facts["done"])
+    def observer(event: Event) -> None:
+        if isinstance(event, ClientsTuned):
+            seen.append(event.done)
 
     found = play("fedavg_ft", tmp_path / "run", of=federation(cohort=3), observer=observer, epochs=2)
     assert seen == [3, 4]
@@ -309,7 +308,7 @@ def test_a_stop_amid_fine_tuning_leads_to_the_same_bits(tmp_path: Path) -> None:
     of = federation(cohort=2, keep_optimizer=True)
     whole = play("fedavg_ft", tmp_path / "whole", of=of)
     with pytest.raises(Interrupted):
-        play("fedavg_ft", tmp_path / "run", of=of, observer=stop_at("tuning"))
+        play("fedavg_ft", tmp_path / "run", of=of, observer=stop_at(ClientsTuned))
     found = play("fedavg_ft", tmp_path / "run", of=of)
     assert torch.equal(found.rows, whole.rows)
     assert found.results == whole.results
@@ -361,7 +360,7 @@ def test_a_group_is_moved_by_its_own_clients_alone_and_rests_without_them(tmp_pa
 def test_groups_stopped_after_a_round_go_on_with_the_same_bits(tmp_path: Path) -> None:
     whole = play("groupavg", tmp_path / "whole", column="family")
     with pytest.raises(Interrupted):
-        play("groupavg", tmp_path / "run", column="family", observer=stop_at("round", 2))
+        play("groupavg", tmp_path / "run", column="family", observer=stop_at(RoundDone, 2))
     assert torch.equal(play("groupavg", tmp_path / "run", column="family").rows, whole.rows)
 
 
@@ -376,7 +375,7 @@ def test_what_a_client_keeps_is_as_it_was_after_a_refused_upload_and_a_stop(tmp_
     whole = play("mira", tmp_path / "whole", **lost)
     assert whole.records[2]["refused"] == {"c2": "not_finite"}
     with pytest.raises(Interrupted):
-        play("mira", tmp_path / "run", observer=stop_at("round", 3), **lost)
+        play("mira", tmp_path / "run", observer=stop_at(RoundDone, 3), **lost)
     assert torch.equal(play("mira", tmp_path / "run", **lost).rows, whole.rows)
 
 

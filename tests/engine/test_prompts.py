@@ -18,6 +18,7 @@ from fedmira.config.faults import check_config
 from fedmira.config.sections import Config
 from fedmira.engine import cost as plan
 from fedmira.engine.cost import Speeds
+from fedmira.engine.events import silent
 from fedmira.errors import ConfigError, MethodError, ModelError
 from fedmira.evaluation import measure
 from fedmira.methods import fedptuning
@@ -25,7 +26,6 @@ from fedmira.methods.base import Change, Method
 from fedmira.study import assemble as preparing
 from fedmira.study import dry_run as preview
 from fedmira.study.assemble import prepare
-from fedmira.study.face import silent
 
 TOKENS, HIDDEN, WIDTH = 5, 3, 16
 LAYOUT = prompt_layout(WIDTH, TOKENS, HIDDEN)

@@ -11,10 +11,11 @@ from tests.study.elsewhere import Elsewhere, elsewhere
 
 from fedmira.config.faults import check_config
 from fedmira.disk.folders import StudyFolder
+from fedmira.engine.events import silent
 from fedmira.engine.federation import Federation
 from fedmira.study import run
 from fedmira.study.assemble import Built, Prepared
-from fedmira.study.face import Study, silent
+from fedmira.study.face import Study
 
 METHODS: list[Mapping[str, Any]] = [
     {

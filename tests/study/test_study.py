@@ -24,8 +24,10 @@ from fedmira.config.faults import check_config
 from fedmira.config.sections import Config
 from fedmira.config.yaml_text import read_config
 from fedmira.disk.folders import RESULT_COLUMNS
+from fedmira.engine.events import Event, RoundDone
 from fedmira.engine.schedule import draw_schedule
 from fedmira.errors import ConfigError, DataError, FedMiraError, MethodError, ModelError, Stopped, StoreError
+from fedmira.study.events import AdaptersWritten, ClientsEncoded
 from fedmira.study.face import Run, Study
 
 Make = Callable[..., Config]
@@ -391,6 +393,29 @@ def test_a_study_that_an_earlier_version_began_is_refused_with_the_way_out_and_s
     assert fedmira.report(study.path).is_file()
     with pytest.raises(StoreError, match=r"checkpoints of schema 1.*finish it with the version that began it"):
         fedmira.resume(study.path, ["federation.rounds=5"])
+
+
+def test_an_observer_gets_what_happens_in_its_order(make: Make) -> None:
+    events: list[Event] = []
+    done = fedmira.run(make(methods=[{"name": "fedavg_ft", "steps": 1}]), observer=events.append)
+    assert [kind.__name__ for kind in dict.fromkeys(map(type, events))] == [
+        "ClientsEncoded",
+        "DataRead",
+        "StudyPrepared",
+        "StepBegun",
+        "AnswersWritten",
+        "RunBegun",
+        "RoundDone",
+        "ClientsTuned",
+        "AdaptersWritten",
+        "RunDone",
+        "ReportBegun",
+    ]
+    records = [event.record for event in events if isinstance(event, RoundDone)]
+    assert [record.round for record in records] == [line["round"] for line in done.runs[0].rounds] == [1, 2, 3, 4]
+    for kind in (ClientsEncoded, AdaptersWritten):
+        counts = [(event.done, event.clients) for event in events if isinstance(event, kind)]
+        assert counts == [(count, len(CLIENTS)) for count in range(1, len(CLIENTS) + 1)]
 
 
 def test_resuming_a_finished_study_changes_nothing_in_its_runs(make: Make) -> None:

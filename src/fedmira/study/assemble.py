@@ -23,8 +23,8 @@ from fedmira.config.sections import Config
 from fedmira.data.batches import ClientData
 from fedmira.data.partition import client_key
 from fedmira.engine.cost import plan_cohort
+from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
-from fedmira.engine.run import Observer
 from fedmira.engine.schedule import draw_schedule
 from fedmira.engine.tools import Training
 from fedmira.engine.workplace import Evaluation, Workplace
@@ -34,6 +34,7 @@ from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort, Method
 from fedmira.model.base.load import Base, choose_device, load_base
 from fedmira.model.base.trial import check_embeddings
+from fedmira.study.events import StudyPrepared
 from fedmira.study.intake import Intake, take_in
 
 # Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
@@ -94,6 +95,11 @@ class Prepared:
     def intake(self) -> Intake:
         return self.materials.intake
 
+    @property
+    def sampled(self) -> int:
+        """Clients of one round."""
+        return len(next(iter(self.cohorts.values())).schedule[0])
+
     def under(self, method: Method) -> Federation:
         """The federation with the rows that a method carries."""
         return self.federation.under(method, self.workplace.base.width)
@@ -147,7 +153,7 @@ def prepare(
     check_virtual_tokens(config, prepared, kinds)
     cohort = width_of_passes(config, workplace, list(kinds), sampled, saved)
     prepared = replace(prepared, workplace=replace(workplace, cohort=cohort))
-    observer("model", {"prepared": prepared, "kinds": list(kinds.values()), "sampled": sampled})
+    observer(StudyPrepared(prepared))
     return prepared
 
 

@@ -17,12 +17,13 @@ from fedmira.adapters.added import fold
 from fedmira.adapters.ranks import is_mixed
 from fedmira.disk.files import write_atomic
 from fedmira.disk.folders import RunFolder
+from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
-from fedmira.engine.run import Observer
 from fedmira.export.card import Card, licence_of, model_card
 from fedmira.export.peft_folder import count_exported, depth_of, describe, export_adapter, short_targets
 from fedmira.methods.base import Method
 from fedmira.study.assemble import Prepared
+from fedmira.study.events import AdaptersWritten
 
 LINK_BYTES = 1 << 30  # adapters that are more than this together share one file where they are equal
 
@@ -103,7 +104,7 @@ def write_adapters(
         else:
             linked: Card = {**card, **describe(served)}
             write_atomic(place / "README.md", model_card(model.base_model, linked, revision=model.revision).encode())
-        observer("export", {"done": position + 1, "clients": len(federation)})
+        observer(AdaptersWritten(position + 1, len(federation)))
 
 
 def count_drawn(method: Method, records: Sequence[Mapping[str, Any]], clients: Sequence[str]) -> Mapping[str, int]:

@@ -20,8 +20,9 @@ from fedmira.config.sections import Config
 from fedmira.disk.files import read_json, write_json
 from fedmira.disk.folders import SCHEMA, RunFolder, StudyFolder
 from fedmira.engine.clients import AtHand, Scores
+from fedmira.engine.events import AnswersWritten, Observer
 from fedmira.engine.federation import Federation
-from fedmira.engine.run import Course, Observer, run_rounds
+from fedmira.engine.run import Course, run_rounds
 from fedmira.engine.scoring import examples_of, score_start
 from fedmira.engine.simulated import make_clients
 from fedmira.errors import FedMiraError, MethodError, Stopped, StoreError, WireError
@@ -29,6 +30,7 @@ from fedmira.graphs.graph import Graph
 from fedmira.methods.base import Cohort
 from fedmira.reports.render import write_report
 from fedmira.study.assemble import Built, Prepared, client_table, prepare, training_of, using_threads
+from fedmira.study.events import ReportBegun, RunBegun, RunDone, StepBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.trackers import tracking
 
@@ -120,7 +122,7 @@ def _run_all(
     start: Scores | None = None
 
     def written(done: int) -> None:
-        observer("scoring", {"done": done, "clients": len(prepared.federation)})
+        observer(AnswersWritten(done, len(prepared.federation)))
 
     with using_threads(prepared.threads):
         for seed in config.seeds:
@@ -130,10 +132,10 @@ def _run_all(
                 if other or _is_complete(run_folder, config):
                     continue
                 if start is None:
-                    observer("start", {"what": "scoring the untouched base"})
+                    observer(StepBegun("scoring the untouched base"))
                     start = score_start(prepared.workplace, prepared.federation, written)
                 _run_one(run_folder, prepared, built, seed, start, observer, where)
-    observer("report", {})
+    observer(ReportBegun())
     write_report(folder.path)
 
 
@@ -160,7 +162,7 @@ def _run_one(
         else:
             folder.create(config, facts, client_table(prepared.workplace, federation))
         _write_graph(folder, method.facts.graph, cohort)
-        observer("run", {"folder": folder.path, "facts": facts})
+        observer(RunBegun(folder.path, facts))
         with folder.logging():
             for note in built.notes:
                 log.warning(note)
@@ -186,7 +188,7 @@ def _run_one(
             refused_uploads=refused,
             refused_replies=sum(int(record["notes"].get("refused_replies", 0)) for record in records),
         )
-    observer("complete", {"folder": folder.path, "refused": refused})
+    observer(RunDone(folder.path, refused))
 
 
 def _reopen(folder: RunFolder, config: Config, facts: Mapping[str, Any]) -> None:
@@ -258,7 +260,7 @@ def _facts(prepared: Prepared, built: Built, seed: int) -> dict[str, Any]:
         "seed": seed,
         "rounds": config.federation.rounds,
         "clients": len(federation),
-        "sampled": len(cohort.schedule[0]),
+        "sampled": prepared.sampled,
         "personal": method.personal,
         "base_model": config.model.base_model,
         "template": prepared.intake.template,
