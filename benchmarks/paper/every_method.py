@@ -135,7 +135,7 @@ def load(what: str, rounds: int, seeds: int, folder: Path, *, mixed: bool = Fals
 def tell(event: Event) -> None:
     """Say which run has begun."""
     if isinstance(event, RunBegun):
-        print(f"{event.facts['label']}, seed {event.facts['seed']}", file=sys.stderr, flush=True)
+        print(f"{event.facts.label}, seed {event.facts.seed}", file=sys.stderr, flush=True)
 
 
 def measure(what: str, rounds: int, seeds: int, folder: Path) -> dict[str, Any]:
@@ -153,7 +153,10 @@ def measure(what: str, rounds: int, seeds: int, folder: Path) -> dict[str, Any]:
         "seeds": list(range(seeds)),
         "base": config.model.base_model.removeprefix(f"{SHARED}/"),
         "training": config.training.model_dump(include={"local_steps", "batch_size", "optimizer", "learning_rate"}),
-        **{key: facts[key] for key in ("clients", "sampled", "dtype", "threads")},
+        "clients": facts.clients,
+        "sampled": facts.sampled,
+        "dtype": facts.dtype,
+        "threads": facts.threads,
         "rows": summaries(study, METRICS[what]),
     }
     if what == "demo":
@@ -181,12 +184,12 @@ def summaries(study: fedmira.Study, metrics: Sequence[str]) -> list[dict[str, An
     whole = {metric: by_method(results, metric) for metric in metrics}
     alone = {(metric, seed): by_method(own, metric) for metric in metrics for seed, own in by_seed.items()}
     rows = []
-    for label in dict.fromkeys(run.facts["label"] for run in study.runs):
+    for label in dict.fromkeys(run.facts.label for run in study.runs):
         scores = {
             metric: {"mean": whole[metric][label].mean, "seeds": [alone[metric, seed][label].mean for seed in by_seed]}
             for metric in metrics
         }
-        own = [run for run in study.runs if run.facts["label"] == label]
+        own = [run for run in study.runs if run.facts.label == label]
         rows.append({**costs(own), "scores": scores, "against": against(whole["loss"][label])})
     return rows
 
@@ -208,13 +211,13 @@ def costs(runs: Sequence[fedmira.Run]) -> dict[str, Any]:
     first = facts[0]
     sent = {key: [record[key] // len(record["clients"]) for record in records] for key in ("bytes_up", "bytes_down")}
     return {
-        "label": first["label"],
-        "method": first["method"],
-        "settings": first["settings"],
-        "view": "personal" if first["personal"] else "global",
-        "parameters": first["parameters"],
+        "label": first.label,
+        "method": first.method,
+        "settings": first.settings,
+        "view": "personal" if first.personal else "global",
+        "parameters": first.parameters,
         **{key: [min(values), max(values)] for key, values in sent.items()},
-        "seeds": [one["seed"] for one in facts],
+        "seeds": [one.seed for one in facts],
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from tests import tiny
+from tests.run_facts import run_facts
 from torch import Tensor
 
 from fedmira.adapters import Adapters, Layout
@@ -172,7 +173,7 @@ def run(
     federation = of.federation.under(method, of.workplace.base.width)
     folder = RunFolder(path)
     if not path.exists():
-        folder.create(of.config, {"label": label or method.name, "seed": SEED}, {})
+        folder.create(of.config, run_facts(label=label or method.name, seed=SEED), {})
     clients = make_clients(of.workplace, federation, method, of.training, scratch=folder.path)
     found = Ran(of, folder, clients, None)  # type: ignore[arg-type]
     merge = method.merge

@@ -260,14 +260,14 @@ def test_final_scores_are_of_each_clients_own_adapter_and_called_personal(tuned:
     assert [row["value"] for row in last] != [
         row["value"] for row in shared.results if row["split"] == "test" and row["round"] == "3"
     ]
-    assert tuned.folder.facts["tokens_tuning"] == 2 * sum(client.tokens for client in tuned.house.clients)
+    assert tuned.folder.facts.tokens_tuning == 2 * sum(client.tokens for client in tuned.house.clients)
 
 
 def test_steps_are_counted_where_they_are_asked_for(tmp_path: Path) -> None:
     """Texts of three tokens, two to a batch: 5 steps on 5, 2, 3 and 4 texts take 9, 10, 8 and 10 of them."""
     of = federation(clients=[tiny.client(f"c{k}", train=size, longest=3) for k, size in enumerate(TRAIN)])
     found = play("fedavg_ft", tmp_path / "run", of=of, steps=5)
-    assert found.folder.facts["tokens_tuning"] == 3 * (9 + 10 + 8 + 10)
+    assert found.folder.facts.tokens_tuning == 3 * (9 + 10 + 8 + 10)
 
 
 def test_clients_fine_tuned_in_smaller_passes_end_close_to_where_they_end_in_one(tmp_path: Path, tuned: Ran) -> None:
@@ -417,7 +417,7 @@ def test_controls_that_are_killed_go_on_to_the_same_bits(
     ended = command("resume", study)
     assert ended.code == 0, ended.err
     assert differences(outcome(study), outcome(undisturbed)) == []
-    assert {RunFolder(run).facts["state"] for run in run_folders(study)} == {"complete"}
+    assert {RunFolder(run).facts.state for run in run_folders(study)} == {"complete"}
 
 
 def test_more_rounds_later_equal_as_many_from_the_start(make: Callable[..., Config], undisturbed: Path) -> None:
@@ -451,13 +451,13 @@ def test_the_plan_counts_the_work_and_the_disk_of_the_controls(
 ) -> None:
     plan = preview.plan_study(make("planned"))
     for one in fedmira.Study(undisturbed).runs:
-        label = one.facts["label"]
+        label = one.facts.label
         assert {line["bytes_up"] + line["bytes_down"] for line in one.rounds} == {plan.bytes_per_round[label]}
-        trained = sum(line["tokens"] for line in one.rounds) + one.facts.get("tokens_tuning", 0)
+        trained = sum(line["tokens"] for line in one.rounds) + (one.facts.tokens_tuning or 0)
         assert plan.work[label].trained == pytest.approx(trained)  # every text of this study has the same length
     assert plan.work["untouched"] == Work(0, 0, 0)
     assert plan.run_seconds["untouched"] == 0
-    ever, row = fedmira.Study(undisturbed).runs[0].facts["ever_sampled"], 4 * plan.parameters
+    ever, row = fedmira.Study(undisturbed).runs[0].facts.ever_sampled, 4 * plan.parameters
     kept = {"untouched": 0, "pooled": 1 + 2, "fedavg_ft": 1 + 2 * ever, "groupavg": 2 + 2 * ever}  # rows and moments
     assert plan.disk["checkpoints"] == preview.COPIES * row * sum(kept.values())
     assert plan.memory["rows"] == row * (kept["fedavg_ft"] + len(CLIENTS))
@@ -469,7 +469,7 @@ def test_the_plan_counts_the_work_and_the_disk_of_the_controls(
     done = fedmira.run(make("linked"))
     assert differences(outcome(done.path), outcome(undisturbed)) == []
     files = {
-        run.facts["label"]: {path.stat().st_ino for path in run.path.glob("adapters/*/adapter_model.safetensors")}
+        run.facts.label: {path.stat().st_ino for path in run.path.glob("adapters/*/adapter_model.safetensors")}
         for run in done.runs
     }
     assert {label: len(own) for label, own in files.items()} == {
@@ -484,7 +484,7 @@ def test_the_plan_counts_the_work_and_the_disk_of_the_controls(
 def test_a_group_column_that_changed_is_no_way_to_go_on(make: Callable[..., Config], tmp_path: Path) -> None:
     """Rows of groups would go to others: the run knows its groups by their graph."""
     folder = RunFolder(fedmira.run(make(methods=STUDIED[-1:])).path / "groupavg" / "seed-3")
-    assert folder.facts["graph_sha256"]
-    folder.update(graph_sha256="0" * 64)
+    assert folder.facts.graph_sha256
+    folder.update(replace(folder.facts, graph_sha256="0" * 64))
     with pytest.raises(MethodError, match="not the one this run began with"):
         fedmira.resume(tmp_path / "study", ["federation.rounds=5"])

@@ -53,7 +53,7 @@ def play(
 
 def returned(ran: Ran, number: int) -> Tensor:
     """What the clients of a round ended with: rows that reached the merge, or their own where nothing travels."""
-    return ran.phases[number].rows if ran.folder.facts["label"] == "local" else ran.merged[number]
+    return ran.phases[number].rows if ran.folder.facts.label == "local" else ran.merged[number]
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -173,7 +173,7 @@ def test_clients_in_smaller_passes_end_close_to_where_they_end_in_one(tmp_path: 
 
 
 def test_a_run_repeats_its_bits(tmp_path: Path, ran: Ran) -> None:
-    name = ran.folder.facts["label"]
+    name = ran.folder.facts.label
     assert torch.equal(play(name, tmp_path / "run").rows, ran.rows)
 
 

@@ -67,6 +67,6 @@ def test_a_study_through_clients_in_other_processes_has_the_bits_of_the_simulati
         clients.close()
     here = study("here", run.in_this_process)
     assert len(opened) == len(METHODS)
-    assert [found.facts["state"] for found in there.runs] == ["complete"] * len(METHODS)
+    assert [found.facts.state for found in there.runs] == ["complete"] * len(METHODS)
     assert (there.path / "report.html").is_file()
     assert differences(outcome(here.path), outcome(there.path)) == []

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -18,6 +17,7 @@ from fedmira.study.events import AdaptersWritten, ClientsEncoded, DataRead, RunB
 
 if TYPE_CHECKING:
     from fedmira.disk.folders import RoundRecord
+    from fedmira.disk.run_facts import RunFacts
     from fedmira.engine.federation import Federation
     from fedmira.study.assemble import Prepared
     from fedmira.study.intake import Intake
@@ -154,12 +154,12 @@ class Watch:
             if not any(getattr(client, split) for client in workplace.clients):
                 self.say(f"warning: no client has a {split} example (data.split, split_column): its scores are n/a")
 
-    def _show_run(self, facts: Mapping[str, Any]) -> None:
-        self.name = f"{facts['label']}, seed {facts['seed']}"
-        pull = facts["pull_percent"]
+    def _show_run(self, facts: RunFacts) -> None:
+        self.name = f"{facts.label}, seed {facts.seed}"
+        pull = facts.pull_percent
         coupled = f": pull per round {pull[1]:.3g} % (from {pull[0]:.3g} to {pull[2]:.3g})" if pull else ""
         self.say(f"{self.name}{coupled}")
-        self._bar(self.name, facts["rounds"])
+        self._bar(self.name, facts.rounds)
 
     def _show_round(self, record: RoundRecord, rounds: int) -> None:
         loss = "" if record.validation_loss is None else f", validation loss {record.validation_loss:.4f}"

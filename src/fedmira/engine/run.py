@@ -262,4 +262,5 @@ def _tune(run: Run) -> None:
     for k, reason in tuned.refused.items():
         name = run.federation.names[k]
         log.warning("what client '%s' fine-tuned was refused (%s): it keeps what it was sent", name, reason)
-    run.folder.update(seconds_tuning=time.monotonic() - began, tokens_tuning=tuned.tokens)
+    seconds = time.monotonic() - began
+    run.folder.update(replace(run.folder.facts, seconds_tuning=seconds, tokens_tuning=tuned.tokens))

@@ -22,6 +22,7 @@ from fedmira.adapters.ranks import by_ending, client_ranks, is_mixed, shown
 from fedmira.config.sections import Config
 from fedmira.data.batches import ClientData
 from fedmira.data.partition import client_key
+from fedmira.disk.run_facts import RunFacts
 from fedmira.engine.cost import plan_cohort
 from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
@@ -111,7 +112,7 @@ class Prepared:
 
 
 def prepare(
-    config: Config, observer: Observer, saved: Mapping[str, Any] | None = None, *, materials: Materials | None = None
+    config: Config, observer: Observer, saved: RunFacts | None = None, *, materials: Materials | None = None
 ) -> Prepared:
     """Read data, check the methods, load the base and settle the cohort; nothing is written.
 
@@ -123,7 +124,7 @@ def prepare(
     config = keep_positions(config, recipes)
     if materials is None:
         materials = Materials(*take_in(config, observer))
-    dtype = config.model.dtype if saved is None else saved["dtype"]
+    dtype = config.model.dtype if saved is None else saved.dtype
     clients = materials.intake.clients
     ranks = client_ranks(
         config.lora.ranks,
@@ -235,20 +236,20 @@ def rank_notes(label: str, method: Method, ranks: Tensor) -> list[str]:
     ]
 
 
-def count_threads(base: Base, saved: Mapping[str, Any] | None) -> int:
+def count_threads(base: Base, saved: RunFacts | None) -> int:
     """Return how many threads a study computes on: those it began with, one for a small base, else torch's."""
     if saved is not None:
-        return int(saved["threads"])
+        return saved.threads
     small = sum(parameter.numel() for parameter in base.model.parameters()) < SMALL_BASE
     return 1 if small else torch.get_num_threads()
 
 
-def check_base(config: Config, base: Base, saved: Mapping[str, Any] | None) -> None:
+def check_base(config: Config, base: Base, saved: RunFacts | None) -> None:
     """Raise ModelError if a study goes on with another base than it began with."""
-    if saved is not None and saved["base_fingerprint"] != base.fingerprint:
+    if saved is not None and saved.base_fingerprint != base.fingerprint:
         raise ModelError(
             f"model.base_model '{config.model.base_model}' is not the base this study began with (sha256 "
-            f"{base.fingerprint[:12]}, began with {saved['base_fingerprint'][:12]}); put the old one back"
+            f"{base.fingerprint[:12]}, began with {saved.base_fingerprint[:12]}); put the old one back"
         )
 
 
@@ -268,11 +269,11 @@ def check_virtual_tokens(config: Config, prepared: Prepared, kinds: Mapping[Layo
 
 
 def width_of_passes(
-    config: Config, workplace: Workplace, layouts: Sequence[Layout], sampled: int, saved: Mapping[str, Any] | None
+    config: Config, workplace: Workplace, layouts: Sequence[Layout], sampled: int, saved: RunFacts | None
 ) -> int:
     """Return how many clients train in one pass: as saved, as the config says, or as many as fit."""
     if saved is not None:
-        return int(saved["cohort"])
+        return saved.cohort
     if config.federation.cohort != "auto":
         return config.federation.cohort
     batch = config.training.batch_size

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedmira.engine.events import ClientsDone, Event
 
 if TYPE_CHECKING:
+    from fedmira.disk.run_facts import RunFacts
     from fedmira.study.assemble import Prepared
     from fedmira.study.intake import Intake
 
@@ -45,7 +45,7 @@ class RunBegun(Event):
     """One method with one seed begins or goes on. facts: run.json, as this start would write it."""
 
     folder: Path
-    facts: Mapping[str, Any]
+    facts: RunFacts
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fedmira.config.sections import Config
+    from fedmira.disk.run_facts import RunFacts
     from fedmira.export.merged_model import Merged
     from fedmira.methods import MethodModule
 
@@ -33,7 +34,7 @@ class Run:
     path: Path
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> RunFacts:
         """run.json: state, method, settings, seed, versions, base fingerprint, cohort, threads, bytes, seconds."""
         return RunFolder(self.path).facts
 

@@ -61,15 +61,15 @@ def write_adapters(
         card: Card = {
             "client": client.id,
             "group": client.group,
-            "method": facts["method"],
-            "settings": facts["settings"],
-            "rounds": facts["rounds"],
-            "seed": facts["seed"],
-            "base_sha256": facts["base_fingerprint"],
+            "method": facts.method,
+            "settings": facts.settings,
+            "rounds": facts.rounds,
+            "seed": facts.seed,
+            "base_sha256": facts.base_fingerprint,
             "licence": licence_of(client.columns),
             "scores": scores.get(client.id, {}),
-            "version": facts["versions"]["fedmira"],
-            "date": facts["started"][:10],
+            "version": facts.versions["fedmira"],
+            "date": facts.started[:10],
         }
         if not prompts:
             card["targets"] = sorted({name.rsplit(".", 1)[-1] for name, _, _ in base.shapes})

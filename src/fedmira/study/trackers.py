@@ -29,6 +29,7 @@ from fedmira.errors import ConfigError
 from fedmira.study.events import RunBegun, RunDone
 
 if TYPE_CHECKING:
+    from fedmira.disk.run_facts import RunFacts
     from fedmira.engine.events import Event, Observer
 
 log = logging.getLogger(__name__)
@@ -174,9 +175,9 @@ class Trackio:
     and would follow the name of a Space or server in the environment. None of that reaches this process so.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        about = {"method": facts["method"], "seed": facts["seed"], "rounds": facts["rounds"]}
-        request = json.dumps([PROJECT, f"{facts['label']}/seed-{facts['seed']}", facts["label"], about])
+    def __init__(self, folder: Path, facts: RunFacts) -> None:
+        about = {"method": facts.method, "seed": facts.seed, "rounds": facts.rounds}
+        request = json.dumps([PROJECT, f"{facts.label}/seed-{facts.seed}", facts.label, about])
         kept = {name: value for name, value in os.environ.items() if not name.startswith(_REMOTE)}
         quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN_PATH": os.devnull, "SYSTEM": ""}
         folder.mkdir(exist_ok=True)
