@@ -178,7 +178,7 @@ def _run_one(
                 folder.write_examples(examples_of(prepared.workplace, start, ended.test))
             _write_graph(folder, ended.graph, cohort)
             serve = partial(clients.adapters, send=ended.send)
-            write_adapters(folder, prepared, federation, method, serve, observer)
+            write_adapters(folder, prepared, federation, method, serve, observer, start=start, test=ended.test)
         records = folder.records()
         refused = sum(len(record["refused"]) for record in records)
         folder.update(
