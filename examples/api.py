@@ -42,12 +42,12 @@ def main(folder: Path) -> pd.DataFrame:
     study = fedmira.run(config, overwrite=True)
     for run in study.runs:
         seconds = sum(record["seconds"] for record in run.rounds)
-        print(f"{run.facts['label']}: {run.facts['state']} after {run.facts['rounds']} rounds, {seconds:.1f} s")
+        print(f"{run.facts.label}: {run.facts.state} after {run.facts.rounds} rounds, {seconds:.1f} s")
 
     scores = scores_of(study, "word_accuracy")
     print(scores.round(3))
 
-    mira = next(run for run in study.runs if run.facts["method"] == "mira")
+    mira = next(run for run in study.runs if run.facts.method == "mira")
     print("north-1 answers:", answer(mira.adapters("north-1"), "translate sime zovu dugu :"))
 
     longer = fedmira.resume(study.path, ["federation.rounds=5"])

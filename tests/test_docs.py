@@ -34,7 +34,9 @@ from fedmira.data.chats import ROLES
 from fedmira.data.formats import FORMATS
 from fedmira.data.sources import EXTENSIONS
 from fedmira.data.templates import NAMES
+from fedmira.engine import events as run_events
 from fedmira.methods.base import Change, Clock, Method, State, Tools
+from fedmira.study import events as study_events
 
 DOCS = ROOT / "docs"
 PAGES = sorted(path.stem for path in DOCS.glob("*.md"))  # those of the methods are made: test_make_methods.py
@@ -245,6 +247,15 @@ def test_the_page_on_python_has_every_public_name_with_the_arguments_that_it_tak
         for name, value in public.items()
     }
     assert table == given
+
+
+def test_the_page_on_python_has_every_event_with_its_fields() -> None:
+    kinds = {kind for module in (run_events, study_events) for kind in vars(module).values() if inspect.isclass(kind)}
+    events = [kind for kind in kinds if issubclass(kind, run_events.Event) and kind is not run_events.Event]
+    lines = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| (.*)\|$", read("docs/python-api.md"), re.MULTILINE))
+    assert {kind.__name__: [one.name for one in dataclasses.fields(kind)] for kind in events} == {
+        name: re.findall(r"`(\w+)`", fields) for name, fields in lines.items()
+    }
 
 
 def test_the_page_on_adding_a_method_names_every_law_and_every_field() -> None:

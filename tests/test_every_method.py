@@ -76,8 +76,8 @@ def padded(count: int) -> int:
 
 def numbers(run: Run) -> int:
     """P, counted on what a client is handed and, for a prompt encoder, from the widths in its settings."""
-    if run.facts["method"] == "fedptuning":
-        settings = fedmira.load_method("fedptuning").Config.model_validate(run.facts["settings"])
+    if run.facts.method == "fedptuning":
+        settings = fedmira.load_method("fedptuning").Config.model_validate(run.facts.settings)
         tokens, hidden = settings.virtual_tokens, settings.hidden  # type: ignore[attr-defined]
         width = json.loads((MODEL_PATH / "config.json").read_text(encoding="utf-8"))["hidden_size"]
         return padded(tokens * width + 2 * width * hidden + hidden**2 + 2 * hidden + width)
@@ -91,17 +91,17 @@ def count_numbers(path: Path) -> int:
 
 
 def test_bytes_as_counted_are_those_of_the_formula_on_the_page(study: fedmira.Study) -> None:
-    assert {run.facts["method"] for run in study.runs} == set(fedmira.method_names())
+    assert {run.facts.method for run in study.runs} == set(fedmira.method_names())
     wrong = []
     for run in study.runs:
-        wanted = [evaluate(one, clients=CLIENTS, numbers=numbers(run)) for one in formulas(run.facts["method"])]
+        wanted = [evaluate(one, clients=CLIENTS, numbers=numbers(run)) for one in formulas(run.facts.method)]
         wrong += [
-            (run.facts["label"], record["bytes_up"], record["bytes_down"], wanted)
+            (run.facts.label, record["bytes_up"], record["bytes_down"], wanted)
             for record in run.rounds
             if [record["bytes_up"], record["bytes_down"]] != wanted
         ]
     assert wrong == []
-    assert any(run.facts["bytes_up"] for run in study.runs)
+    assert any(run.facts.bytes_up for run in study.runs)
 
 
 def test_with_a_rank_per_client_each_row_is_counted_at_its_own(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_with_a_rank_per_client_each_row_is_counted_at_its_own(tmp_path: Path) -
         (record,) = run.rounds
         sizes = [4 * padded(count_numbers(path)) for path in run.path.glob("adapters/*/adapter_model.safetensors")]
         assert len(set(sizes)) == CLIENTS
-        assert (run.facts["method"], record["bytes_up"]) == (run.facts["method"], sum(sizes))
+        assert (run.facts.method, record["bytes_up"]) == (run.facts.method, sum(sizes))
         assert record["bytes_down"] == record["bytes_up"]
 
 
@@ -166,13 +166,13 @@ def test_without_the_shared_data_it_is_said_where_they_were_looked_for(
 
 def test_a_row_holds_the_means_of_results_csv(study: fedmira.Study) -> None:
     rows = {row["label"]: row for row in every.summaries(study, ["loss"])}
-    assert list(rows) == list(dict.fromkeys(run.facts["label"] for run in study.runs))
+    assert list(rows) == list(dict.fromkeys(run.facts.label for run in study.runs))
     by_seed: dict[str, list[float]] = {}
     for run in study.runs:
         with (run.path / "results.csv").open(encoding="utf-8", newline="") as file:
             lines = [line for line in csv.DictReader(file) if (line["split"], line["round"]) == ("test", "1")]
         assert len(lines) == CLIENTS
-        by_seed.setdefault(run.facts["label"], []).append(statistics.mean(float(line["value"]) for line in lines))
+        by_seed.setdefault(run.facts.label, []).append(statistics.mean(float(line["value"]) for line in lines))
     for label, means in by_seed.items():
         assert rows[label]["scores"]["loss"]["seeds"] == pytest.approx(means)
         assert rows[label]["scores"]["loss"]["mean"] == pytest.approx(statistics.mean(means))

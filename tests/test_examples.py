@@ -74,8 +74,8 @@ def test_an_example_config_runs_to_a_report_and_an_adapter_per_client(name: str,
     study = fedmira.run(config)
     assert (study.path / "report.html").is_file()
     for run in study.runs:
-        assert run.facts["state"] == "complete"
-        assert len(list((run.path / "adapters").iterdir())) == run.facts["clients"]
+        assert run.facts.state == "complete"
+        assert len(list((run.path / "adapters").iterdir())) == run.facts.clients
 
 
 def test_the_bundled_configs_are_valid() -> None:

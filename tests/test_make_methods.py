@@ -57,7 +57,7 @@ def test_the_config_that_a_page_shows_runs(tmp_path: Path) -> None:
     small = ["data.clients.first=3", "federation.rounds=1", "training.local_steps=1", "evaluation.metrics=[loss]"]
     shown = f"methods={yaml.safe_dump(list(entries.values()), default_flow_style=True)}"
     config = fedmira.load_config("demo", [f"output_dir={tmp_path / 'study'}", *small, shown])
-    assert [run.facts["state"] for run in fedmira.run(config).runs] == ["complete"] * len(entries)
+    assert [run.facts.state for run in fedmira.run(config).runs] == ["complete"] * len(entries)
 
 
 def test_pages_are_written_and_those_of_methods_that_are_no_more_go(tmp_path: Path) -> None:

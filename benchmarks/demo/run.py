@@ -96,7 +96,7 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    pulls = {run.facts["label"]: run.facts["pull_percent"] for run in done.runs}
+    pulls = {run.facts.label: run.facts.pull_percent for run in done.runs}
     facts = {
         "command": f"python {Path(__file__).relative_to(ROOT)}",
         "where": f"commit {commit.stdout.strip()}; {platform.machine()}, Python {platform.python_version()}, "

@@ -26,7 +26,7 @@ def cell(one: MethodSummary | None) -> str:
 def section(study: fedmira.Study, title: str, config: str) -> str:
     """One data set: counts, results for all clients and for those ever sampled, costs."""
     results = read_results(study.path)
-    runs = {run.facts["label"]: run for run in study.runs}
+    runs = {run.facts.label: run for run in study.runs}
     first = next(iter(runs.values()))
     clients = json.loads((first.path / "clients.json").read_text(encoding="utf-8"))
     ever = {name for record in first.rounds for name in record["clients"]}
@@ -56,7 +56,7 @@ def section(study: fedmira.Study, title: str, config: str) -> str:
         each = rounds[0]["bytes_up"] / len(rounds[0]["clients"]) / 1e6
         before = [value for record in rounds for value in record["loss_before"] if value is not None]
         after = [value for record in rounds for value in record["loss_after"] if value is not None]
-        pull = facts["pull_percent"]
+        pull = facts.pull_percent
         pulled = f"{pull[1]:.1f} ({pull[0]:.0f} to {pull[2]:.0f})" if pull else ""
         costs.append(
             f"| {label} | {sum(record['seconds'] for record in rounds) / 60:.1f} | {training / 60:.1f} "
@@ -74,7 +74,7 @@ def section(study: fedmira.Study, title: str, config: str) -> str:
 {sum(one["trained_tokens"] for one in clients.values())} trained tokens). Truncation at 512 tokens: \
 {sum(one["prompts_cut"] for one in clients.values())} prompts cut at their start, \
 {sum(one["answers_cut"] for one in clients.values())} answers cut at their end, \
-{sum(one["dropped"] for one in clients.values())} dropped. {facts["sampled"]} clients a round; {len(ever)} of \
+{sum(one["dropped"] for one in clients.values())} dropped. {facts.sampled} clients a round; {len(ever)} of \
 {len(clients)} were ever sampled. Test split, mean ± half of the 95 % t-interval over clients, one seed.
 
 | method | loss, all {len(clients)} | loss, ever sampled | ROUGE-L, all | ROUGE-L, ever sampled | \
@@ -87,9 +87,9 @@ loss against local, ever sampled (better / equal / worse) |
 |---|---|---|---|---|---|---|
 {chr(10).join(costs)}
 
-Base {facts["base_model"]} in {facts["dtype"]}, rank 8 on all linear layers ({facts["parameters"]:,} parameters a \
-client), {facts["threads"]} threads, \
-torch {facts["versions"]["torch"]}, transformers {facts["versions"]["transformers"]}.
+Base {facts.base_model} in {facts.dtype}, rank 8 on all linear layers ({facts.parameters:,} parameters a \
+client), {facts.threads} threads, \
+torch {facts.versions["torch"]}, transformers {facts.versions["transformers"]}.
 """
 
 

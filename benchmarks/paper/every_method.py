@@ -30,8 +30,10 @@ import typer
 import yaml
 
 import fedmira
+from fedmira.engine.events import Event
 from fedmira.reports.results import Results, read_results
 from fedmira.reports.stats import MethodSummary, summarise
+from fedmira.study.events import RunBegun
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("FEDMIRA_TEST_DATA") or ROOT.parent / "shared")
@@ -130,10 +132,10 @@ def load(what: str, rounds: int, seeds: int, folder: Path, *, mixed: bool = Fals
     return fedmira.load_config(ROOT / "benchmarks/first_real_runs/natural_instructions.yaml", overrides)
 
 
-def tell(event: str, facts: Mapping[str, Any]) -> None:
+def tell(event: Event) -> None:
     """Say which run has begun."""
-    if event == "run":
-        print(f"{facts['facts']['label']}, seed {facts['facts']['seed']}", file=sys.stderr, flush=True)
+    if isinstance(event, RunBegun):
+        print(f"{event.facts.label}, seed {event.facts.seed}", file=sys.stderr, flush=True)
 
 
 def measure(what: str, rounds: int, seeds: int, folder: Path) -> dict[str, Any]:
@@ -151,7 +153,10 @@ def measure(what: str, rounds: int, seeds: int, folder: Path) -> dict[str, Any]:
         "seeds": list(range(seeds)),
         "base": config.model.base_model.removeprefix(f"{SHARED}/"),
         "training": config.training.model_dump(include={"local_steps", "batch_size", "optimizer", "learning_rate"}),
-        **{key: facts[key] for key in ("clients", "sampled", "dtype", "threads")},
+        "clients": facts.clients,
+        "sampled": facts.sampled,
+        "dtype": facts.dtype,
+        "threads": facts.threads,
         "rows": summaries(study, METRICS[what]),
     }
     if what == "demo":
@@ -179,12 +184,12 @@ def summaries(study: fedmira.Study, metrics: Sequence[str]) -> list[dict[str, An
     whole = {metric: by_method(results, metric) for metric in metrics}
     alone = {(metric, seed): by_method(own, metric) for metric in metrics for seed, own in by_seed.items()}
     rows = []
-    for label in dict.fromkeys(run.facts["label"] for run in study.runs):
+    for label in dict.fromkeys(run.facts.label for run in study.runs):
         scores = {
             metric: {"mean": whole[metric][label].mean, "seeds": [alone[metric, seed][label].mean for seed in by_seed]}
             for metric in metrics
         }
-        own = [run for run in study.runs if run.facts["label"] == label]
+        own = [run for run in study.runs if run.facts.label == label]
         rows.append({**costs(own), "scores": scores, "against": against(whole["loss"][label])})
     return rows
 
@@ -206,13 +211,13 @@ def costs(runs: Sequence[fedmira.Run]) -> dict[str, Any]:
     first = facts[0]
     sent = {key: [record[key] // len(record["clients"]) for record in records] for key in ("bytes_up", "bytes_down")}
     return {
-        "label": first["label"],
-        "method": first["method"],
-        "settings": first["settings"],
-        "view": "personal" if first["personal"] else "global",
-        "parameters": first["parameters"],
+        "label": first.label,
+        "method": first.method,
+        "settings": first.settings,
+        "view": "personal" if first.personal else "global",
+        "parameters": first.parameters,
         **{key: [min(values), max(values)] for key, values in sent.items()},
-        "seeds": [one["seed"] for one in facts],
+        "seeds": [one.seed for one in facts],
     }
 
 

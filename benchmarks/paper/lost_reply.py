@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> fedmira.Study:
         study = fedmira.Study(options.study)
         if dump(study.config) != dump(config):
             raise SystemExit(f"{options.study}: a study with other settings; remove it, or give another --study")
-        states = [one.facts["state"] for one in study.runs]
+        states = [one.facts.state for one in study.runs]
         whole = states == ["complete"] * len(config.methods) * len(config.seeds)
         return study if whole else fedmira.resume(options.study)
 
@@ -91,7 +91,7 @@ def dump(config: fedmira.Config) -> dict[str, Any]:
 def find(study: fedmira.Study) -> dict[str, Any]:
     """Return everything that the page says, as it is stored."""
     results, config = read_results(study.path), study.config
-    runs = {(run.facts["label"], run.facts["seed"]): run for run in study.runs}
+    runs = {(run.facts.label, run.facts.seed): run for run in study.runs}
     records = {key: run.rounds for key, run in runs.items()}
     equal = [
         alone["train_loss"] == lost["train_loss"] and alone["loss_before"] == lost["loss_before"]
@@ -102,9 +102,9 @@ def find(study: fedmira.Study) -> dict[str, Any]:
     return {
         "name": "lost-reply",
         "settings": dump(config),
-        "clients": facts["clients"],
-        "sampled": facts["sampled"],
-        "pull_percent": statistics.mean(runs["mira", seed].facts["pull_percent"][1] for seed in config.seeds),
+        "clients": facts.clients,
+        "sampled": facts.sampled,
+        "pull_percent": statistics.mean(runs["mira", seed].facts.pull_percent[1] for seed in config.seeds),
         "rounds_equal": [sum(equal), len(equal)],
         "base": {metric: asdict(one) for metric in METRICS if (one := summarise_base(results, metric=metric))},
         "methods": {name: measured(results, name) for name in NAMES},

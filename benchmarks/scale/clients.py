@@ -94,6 +94,8 @@ def child(config: str) -> None:
     """Run a study and print when each thing happened; with an empty name, load nothing but the base."""
     import fedmira
     from fedmira.engine import run as rounds
+    from fedmira.engine.events import Event, RoundDone
+    from fedmira.study.events import RunBegun, RunDone, StepBegun
 
     def say(what: str, **facts: Any) -> None:
         print(json.dumps({"what": what, "time": time.monotonic(), **facts}), flush=True)
@@ -117,26 +119,29 @@ def child(config: str) -> None:
 
     rounds.commit = timed  # a round's record has the seconds of its checkpoint, and does not tell them apart
 
-    def observer(event: str, facts: Mapping[str, Any]) -> None:
-        if event == "run":
-            run["folder"] = facts["folder"]
-        if event == "round":
-            record = facts["record"]
-            place = run["folder"] / "checkpoints" / f"round-{record.round:06d}"
-            size = sum(path.stat().st_size for path in place.iterdir())
-            say(
-                "round",
-                training=record.seconds_training,
-                merge=record.seconds_merge,
-                cpu=time.process_time(),
-                saving=saving[-1],
-                whole=record.seconds,
-                checkpoint_bytes=size,
-                full=json.loads((place / "manifest.json").read_bytes())["full"],
-                answered=len(record.answered),
-            )
-        elif event not in ("encoding", "export", "scoring"):
-            say(event)
+    def observer(event: Event) -> None:
+        match event:
+            case StepBegun():
+                say("start")
+            case RunBegun():
+                run["folder"] = event.folder
+                say("run")
+            case RoundDone(record=record):
+                place = run["folder"] / "checkpoints" / f"round-{record.round:06d}"
+                size = sum(path.stat().st_size for path in place.iterdir())
+                say(
+                    "round",
+                    training=record.seconds_training,
+                    merge=record.seconds_merge,
+                    cpu=time.process_time(),
+                    saving=saving[-1],
+                    whole=record.seconds,
+                    checkpoint_bytes=size,
+                    full=json.loads((place / "manifest.json").read_bytes())["full"],
+                    answered=len(record.answered),
+                )
+            case RunDone():
+                say("complete")
 
     say("begin")
     fedmira.run(loaded, observer=observer)

@@ -19,10 +19,11 @@ from fedmira.adapters.ranks import SHARES, TYPES, by_ending, client_ranks, is_at
 from fedmira.config.faults import check_config
 from fedmira.config.sections import RANK_DRAWS, RANK_TYPES
 from fedmira.data.partition import client_key
+from fedmira.engine.events import silent
 from fedmira.errors import ConfigError
 from fedmira.study import dry_run as preview
 from fedmira.study.assemble import prepare, take_in
-from fedmira.study.face import Study, silent
+from fedmira.study.face import Study
 
 LLAMA = [
     f"model.layers.{layer}.{name}"
@@ -270,7 +271,7 @@ def shapes_of(study: Study, label: str, client: str) -> dict[str, int]:
 
 def peft_losses(study: Study, label: str) -> dict[str, float]:
     """What PEFT makes of each exported adapter on its client's own test examples, in nats per token."""
-    _, intake = take_in(study.config, lambda event, facts: None)
+    _, intake = take_in(study.config, silent)
     losses = {}
     for client in intake.clients:
         base = AutoModelForCausalLM.from_pretrained(study.config.model.base_model, dtype=torch.float32)
@@ -358,7 +359,7 @@ def test_the_types_of_a_study_are_drawn_from_its_datas_seed_whatever_the_runs_se
     raw = small_study.settings(here / "base", here / "data.jsonl", here / "none", **changes)
     expected = ranks_of("uniform", CLIENTS, seed=5, modules=lambda: ["self_attn.q_proj"])
     assert expected.tolist() != ranks_of("uniform", CLIENTS, seed=3, modules=lambda: ["self_attn.q_proj"]).tolist()
-    prepared = prepare(check_config(raw), lambda event, facts: None)
+    prepared = prepare(check_config(raw), silent)
     assert prepared.federation.ranks.tolist() == expected.tolist()
     known = prepared.cohorts[3]
     assert known.ranks is not None

@@ -86,7 +86,7 @@ def test_quiet_silences_progress_and_keeps_the_results(config: Path) -> None:
 def test_overrides_on_the_command_line_change_the_run(config: Path, tmp_path: Path) -> None:
     ended = command("run", config, "federation.rounds=1", "methods.0.label=alone", f"output_dir={tmp_path / 'other'}")
     assert ended.code == 0
-    assert fedmira.load_run(tmp_path / "other" / "alone" / "seed-3").facts["rounds"] == 1
+    assert fedmira.load_run(tmp_path / "other" / "alone" / "seed-3").facts.rounds == 1
 
 
 def terminal(*arguments: object, colour: bool) -> str:

@@ -3,18 +3,20 @@
 import csv
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests import small_study
+from tests.run_facts import run_facts
 
 from fedmira.config.faults import check_config
 from fedmira.config.sections import Config
 from fedmira.disk.folders import RESULT_COLUMNS, Result, RoundRecord, RunFolder, StudyFolder, find_study
 from fedmira.errors import StoreError
 
-FACTS = {"state": "running", "label": "local", "seed": 3}
+FACTS = run_facts()
 
 
 def config() -> Config:
@@ -141,9 +143,54 @@ def test_cutting_back_twice_changes_nothing_more(run: RunFolder) -> None:
     assert [(run.path / name).read_bytes() for name in ("metrics.jsonl", "results.csv")] == once
 
 
-def test_an_update_changes_its_keys_and_keeps_the_others(run: RunFolder) -> None:
-    run.update(state="complete", bytes_up=7)
-    assert run.facts == {"schema": 2, **FACTS, "state": "complete", "bytes_up": 7}
+def test_facts_come_back_as_they_were(run: RunFolder) -> None:
+    assert run.facts == FACTS
+    ended = replace(FACTS, state="complete", bytes_up=7, resumed=[{"device": "cpu"}])
+    run.update(ended)
+    assert run.facts == ended
+
+
+def test_what_is_not_known_yet_is_not_in_the_file_and_what_does_not_exist_is_null(run: RunFolder) -> None:
+    written = json.loads((run.path / "run.json").read_text())
+    assert list(written)[:4] == ["schema", "state", "method", "label"]
+    assert written["graph_sha256"] is None
+    assert not {"bytes_up", "finished", "seconds_tuning", "resumed"} & written.keys()
+
+
+def test_what_an_earlier_end_wrote_is_there_until_it_is_written_again(run: RunFolder) -> None:
+    run.update(replace(FACTS, state="complete", bytes_up=7))
+    run.update(replace(FACTS, rounds=9))
+    assert (run.facts.state, run.facts.rounds, run.facts.bytes_up) == ("running", 9, 7)
+
+
+def test_keys_of_a_newer_version_are_left_alone(run: RunFolder) -> None:
+    path = run.path / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "watts": 3}))
+    assert run.facts == FACTS
+    run.update(replace(run.facts, state="failed"))
+    assert json.loads(path.read_text())["watts"] == 3
+
+
+def test_a_run_of_an_earlier_version_is_read(run: RunFolder) -> None:
+    path = run.path / "run.json"
+    earlier = {**json.loads(path.read_text()), "schema": 1}
+    del earlier["template"], earlier["architecture"]
+    path.write_text(json.dumps(earlier))
+    assert run.facts == replace(FACTS, schema=1, template=None, architecture=None)
+
+
+@pytest.mark.parametrize("key", ["label", "base_fingerprint", "graph_sha256"])
+def test_a_run_without_a_key_that_all_have_is_refused(key: str, run: RunFolder) -> None:
+    path = run.path / "run.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+    with pytest.raises(StoreError, match=rf"run\.json' is damaged: it has no {key}; restore it from a copy"):
+        _ = run.facts
+
+
+def test_a_run_whose_facts_are_something_else_is_refused(run: RunFolder) -> None:
+    (run.path / "run.json").write_text("[1]")
+    with pytest.raises(StoreError, match=r"run\.json' holds a list"):
+        _ = run.facts
 
 
 def test_a_run_of_another_schema_is_refused(run: RunFolder) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from tests import tiny
+from tests.run_facts import run_facts
 from torch import Tensor
 
 from fedmira.adapters import Adapters, Layout
@@ -17,6 +18,7 @@ from fedmira.config.sections import Config
 from fedmira.data.batches import ClientData
 from fedmira.disk.folders import RunFolder
 from fedmira.engine.clients import Scores
+from fedmira.engine.events import Event, Observer, RoundDone, silent
 from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger, restore
 from fedmira.engine.phase import PhaseResult
@@ -34,17 +36,12 @@ TRAIN = (5, 2, 3, 4)  # in batches of two: 3, 1, 2 and 2 steps
 SCHEDULE = ((0, 1), (1, 2), (0, 1))  # client 3 never; 2 once; 0 pauses; 1 always
 SEED = 3
 
-Observe = Callable[[str, Mapping[str, Any]], None]
 Sampled = Sequence[Sequence[int]]
 
 
 @functools.cache
 def base() -> Base:
     return tiny.base("gpt2", targets=["c_attn"], dtype=torch.float32)
-
-
-def unobserved(event: str, facts: Mapping[str, Any]) -> None:
-    """Observe nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,14 +166,14 @@ def run(
     schedule: Sampled = SCHEDULE,
     rounds: int | None = None,
     start: Scores | None = None,
-    observer: Observe = unobserved,
+    observer: Observer = silent,
     label: str = "",
 ) -> Ran:
     """Run a method from what is at `path`, or from the start. start: scores of the untouched base, if known."""
     federation = of.federation.under(method, of.workplace.base.width)
     folder = RunFolder(path)
     if not path.exists():
-        folder.create(of.config, {"label": label or method.name, "seed": SEED}, {})
+        folder.create(of.config, run_facts(label=label or method.name, seed=SEED), {})
     clients = make_clients(of.workplace, federation, method, of.training, scratch=folder.path)
     found = Ran(of, folder, clients, None)  # type: ignore[arg-type]
     merge = method.merge
@@ -196,10 +193,10 @@ def run(
 
     trainer.work = watched_work  # type: ignore[method-assign]
 
-    def observe(event: str, facts: Mapping[str, Any]) -> None:
-        if event == "round":
+    def observe(event: Event) -> None:
+        if isinstance(event, RoundDone):
             found.stored.append(stored_rows(of, method, folder))
-        observer(event, facts)
+        observer(event)
 
     ended = run_rounds(
         federation,

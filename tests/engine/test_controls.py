@@ -3,7 +3,7 @@
 import json
 import logging
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,11 @@ from tests.engine.house import (
     SCHEDULE,
     TRAIN,
     House,
-    Observe,
     Ran,
     base,
     house,
     run,
     spoil,
-    unobserved,
     without_seconds,
 )
 from tests.small_study import CLIENTS, command, differences, outcome, run_folders
@@ -36,6 +34,7 @@ from fedmira.disk.folders import RunFolder
 from fedmira.engine import scoring, simulated, tools
 from fedmira.engine.clients import Scores
 from fedmira.engine.cost import Work
+from fedmira.engine.events import ClientsTuned, Event, Observer, RoundDone, silent
 from fedmira.engine.phase import local_phase, plan_steps
 from fedmira.engine.simulated import plan_pool
 from fedmira.errors import MethodError
@@ -64,7 +63,7 @@ def play(
     of: House | None = None,
     schedule: Sequence[Sequence[int]] = SCHEDULE,
     families: str = "xyxy",
-    observer: Observe = unobserved,
+    observer: Observer = silent,
     change: Callable[[Method], Method] = lambda method: method,
     start: Scores | None = None,
     **settings: Any,
@@ -80,12 +79,12 @@ class Interrupted(Exception):
     """What stops a run in a test."""
 
 
-def stop_at(event: str, count: int = 1) -> Observe:
+def stop_at(kind: type[Event], count: int = 1) -> Observer:
     left = [count]
 
-    def observer(found: str, facts: Mapping[str, Any]) -> None:
-        left[0] -= found == event
-        if found == event and left[0] == 0:
+    def observer(event: Event) -> None:
+        left[0] -= isinstance(event, kind)
+        if isinstance(event, kind) and left[0] == 0:
             raise Interrupted
 
     return observer
@@ -200,7 +199,7 @@ def test_the_pool_has_moments_of_its_own_that_outlive_a_stop(tmp_path: Path, kee
     whole = play("pooled", tmp_path / "whole", of=of)
     assert [steps for phase in whole.phases for steps in phase.moments["main"]["steps"].tolist()] == taken
     with pytest.raises(Interrupted):
-        play("pooled", tmp_path / "run", of=of, observer=stop_at("round", 2))
+        play("pooled", tmp_path / "run", of=of, observer=stop_at(RoundDone, 2))
     assert torch.equal(play("pooled", tmp_path / "run", of=of).rows, whole.rows)
 
 
@@ -261,22 +260,22 @@ def test_final_scores_are_of_each_clients_own_adapter_and_called_personal(tuned:
     assert [row["value"] for row in last] != [
         row["value"] for row in shared.results if row["split"] == "test" and row["round"] == "3"
     ]
-    assert tuned.folder.facts["tokens_tuning"] == 2 * sum(client.tokens for client in tuned.house.clients)
+    assert tuned.folder.facts.tokens_tuning == 2 * sum(client.tokens for client in tuned.house.clients)
 
 
 def test_steps_are_counted_where_they_are_asked_for(tmp_path: Path) -> None:
     """Texts of three tokens, two to a batch: 5 steps on 5, 2, 3 and 4 texts take 9, 10, 8 and 10 of them."""
     of = federation(clients=[tiny.client(f"c{k}", train=size, longest=3) for k, size in enumerate(TRAIN)])
     found = play("fedavg_ft", tmp_path / "run", of=of, steps=5)
-    assert found.folder.facts["tokens_tuning"] == 3 * (9 + 10 + 8 + 10)
+    assert found.folder.facts.tokens_tuning == 3 * (9 + 10 + 8 + 10)
 
 
 def test_clients_fine_tuned_in_smaller_passes_end_close_to_where_they_end_in_one(tmp_path: Path, tuned: Ran) -> None:
     seen: list[int] = []
 
-    def observer(event: str, facts: Mapping[str, Any]) -> None:
-        if event == "tuning":
-            seen.append(facts["done"])
+    def observer(event: Event) -> None:
+        if isinstance(event, ClientsTuned):
+            seen.append(event.done)
 
     found = play("fedavg_ft", tmp_path / "run", of=federation(cohort=3), observer=observer, epochs=2)
     assert seen == [3, 4]
@@ -309,7 +308,7 @@ def test_a_stop_amid_fine_tuning_leads_to_the_same_bits(tmp_path: Path) -> None:
     of = federation(cohort=2, keep_optimizer=True)
     whole = play("fedavg_ft", tmp_path / "whole", of=of)
     with pytest.raises(Interrupted):
-        play("fedavg_ft", tmp_path / "run", of=of, observer=stop_at("tuning"))
+        play("fedavg_ft", tmp_path / "run", of=of, observer=stop_at(ClientsTuned))
     found = play("fedavg_ft", tmp_path / "run", of=of)
     assert torch.equal(found.rows, whole.rows)
     assert found.results == whole.results
@@ -361,7 +360,7 @@ def test_a_group_is_moved_by_its_own_clients_alone_and_rests_without_them(tmp_pa
 def test_groups_stopped_after_a_round_go_on_with_the_same_bits(tmp_path: Path) -> None:
     whole = play("groupavg", tmp_path / "whole", column="family")
     with pytest.raises(Interrupted):
-        play("groupavg", tmp_path / "run", column="family", observer=stop_at("round", 2))
+        play("groupavg", tmp_path / "run", column="family", observer=stop_at(RoundDone, 2))
     assert torch.equal(play("groupavg", tmp_path / "run", column="family").rows, whole.rows)
 
 
@@ -376,7 +375,7 @@ def test_what_a_client_keeps_is_as_it_was_after_a_refused_upload_and_a_stop(tmp_
     whole = play("mira", tmp_path / "whole", **lost)
     assert whole.records[2]["refused"] == {"c2": "not_finite"}
     with pytest.raises(Interrupted):
-        play("mira", tmp_path / "run", observer=stop_at("round", 3), **lost)
+        play("mira", tmp_path / "run", observer=stop_at(RoundDone, 3), **lost)
     assert torch.equal(play("mira", tmp_path / "run", **lost).rows, whole.rows)
 
 
@@ -418,7 +417,7 @@ def test_controls_that_are_killed_go_on_to_the_same_bits(
     ended = command("resume", study)
     assert ended.code == 0, ended.err
     assert differences(outcome(study), outcome(undisturbed)) == []
-    assert {RunFolder(run).facts["state"] for run in run_folders(study)} == {"complete"}
+    assert {RunFolder(run).facts.state for run in run_folders(study)} == {"complete"}
 
 
 def test_more_rounds_later_equal_as_many_from_the_start(make: Callable[..., Config], undisturbed: Path) -> None:
@@ -452,13 +451,13 @@ def test_the_plan_counts_the_work_and_the_disk_of_the_controls(
 ) -> None:
     plan = preview.plan_study(make("planned"))
     for one in fedmira.Study(undisturbed).runs:
-        label = one.facts["label"]
+        label = one.facts.label
         assert {line["bytes_up"] + line["bytes_down"] for line in one.rounds} == {plan.bytes_per_round[label]}
-        trained = sum(line["tokens"] for line in one.rounds) + one.facts.get("tokens_tuning", 0)
+        trained = sum(line["tokens"] for line in one.rounds) + (one.facts.tokens_tuning or 0)
         assert plan.work[label].trained == pytest.approx(trained)  # every text of this study has the same length
     assert plan.work["untouched"] == Work(0, 0, 0)
     assert plan.run_seconds["untouched"] == 0
-    ever, row = fedmira.Study(undisturbed).runs[0].facts["ever_sampled"], 4 * plan.parameters
+    ever, row = fedmira.Study(undisturbed).runs[0].facts.ever_sampled, 4 * plan.parameters
     kept = {"untouched": 0, "pooled": 1 + 2, "fedavg_ft": 1 + 2 * ever, "groupavg": 2 + 2 * ever}  # rows and moments
     assert plan.disk["checkpoints"] == preview.COPIES * row * sum(kept.values())
     assert plan.memory["rows"] == row * (kept["fedavg_ft"] + len(CLIENTS))
@@ -470,7 +469,7 @@ def test_the_plan_counts_the_work_and_the_disk_of_the_controls(
     done = fedmira.run(make("linked"))
     assert differences(outcome(done.path), outcome(undisturbed)) == []
     files = {
-        run.facts["label"]: {path.stat().st_ino for path in run.path.glob("adapters/*/adapter_model.safetensors")}
+        run.facts.label: {path.stat().st_ino for path in run.path.glob("adapters/*/adapter_model.safetensors")}
         for run in done.runs
     }
     assert {label: len(own) for label, own in files.items()} == {
@@ -485,7 +484,7 @@ def test_the_plan_counts_the_work_and_the_disk_of_the_controls(
 def test_a_group_column_that_changed_is_no_way_to_go_on(make: Callable[..., Config], tmp_path: Path) -> None:
     """Rows of groups would go to others: the run knows its groups by their graph."""
     folder = RunFolder(fedmira.run(make(methods=STUDIED[-1:])).path / "groupavg" / "seed-3")
-    assert folder.facts["graph_sha256"]
-    folder.update(graph_sha256="0" * 64)
+    assert folder.facts.graph_sha256
+    folder.update(replace(folder.facts, graph_sha256="0" * 64))
     with pytest.raises(MethodError, match="not the one this run began with"):
         fedmira.resume(tmp_path / "study", ["federation.rounds=5"])

@@ -18,6 +18,7 @@ from fedmira.config.faults import check_config
 from fedmira.config.sections import Config
 from fedmira.engine import cost as plan
 from fedmira.engine.cost import Speeds
+from fedmira.engine.events import silent
 from fedmira.errors import ConfigError, MethodError, ModelError
 from fedmira.evaluation import measure
 from fedmira.methods import fedptuning
@@ -25,7 +26,6 @@ from fedmira.methods.base import Change, Method
 from fedmira.study import assemble as preparing
 from fedmira.study import dry_run as preview
 from fedmira.study.assemble import prepare
-from fedmira.study.face import silent
 
 TOKENS, HIDDEN, WIDTH = 5, 3, 16
 LAYOUT = prompt_layout(WIDTH, TOKENS, HIDDEN)
@@ -55,18 +55,18 @@ def study(home: Path) -> fedmira.Study:
 
 
 def of_prompts(study: fedmira.Study) -> Any:
-    return next(run for run in study.runs if run.facts["method"] == "fedptuning")
+    return next(run for run in study.runs if run.facts.method == "fedptuning")
 
 
 def test_it_runs_beside_methods_with_lora(study: fedmira.Study) -> None:
     facts = of_prompts(study).facts
-    assert facts["state"] == "complete"
-    assert facts["parameters"] == LAYOUT.parameters
-    assert facts["layout_fingerprint"] == LAYOUT.fingerprint
-    assert not facts["personal"]
+    assert facts.state == "complete"
+    assert facts.parameters == LAYOUT.parameters
+    assert facts.layout_fingerprint == LAYOUT.fingerprint
+    assert not facts.personal
     table = json.loads((of_prompts(study).path / "clients.json").read_text())
     assert {row["rank"] for row in table.values()} == {0}
-    lora = next(run for run in study.runs if run.facts["method"] == "local")
+    lora = next(run for run in study.runs if run.facts.method == "local")
     assert {row["rank"] for row in json.loads((lora.path / "clients.json").read_text()).values()} == {2}
 
 

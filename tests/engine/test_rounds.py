@@ -13,13 +13,11 @@ from tests.engine.house import (
     SCHEDULE,
     TRAIN,
     House,
-    Observe,
     Ran,
     base,
     house,
     run,
     spoil,
-    unobserved,
     without_seconds,
 )
 from torch import Tensor
@@ -28,6 +26,7 @@ from fedmira.adapters import Adapters
 from fedmira.adapters.columns import count_columns, factor_columns
 from fedmira.disk.folders import RunFolder
 from fedmira.engine import run as rounds
+from fedmira.engine.events import Event, Observer, RoundDone, silent
 from fedmira.evaluation.measure import measure_loss
 from fedmira.methods import build
 from fedmira.methods.base import Change, Clock, Message, Method, State
@@ -46,7 +45,7 @@ def play(
     *,
     of: House | None = None,
     change: Callable[[Method], Method] = lambda m: m,
-    observer: Observe = unobserved,
+    observer: Observer = silent,
 ) -> Ran:
     of = of or house()
     return run(of, change(build(name, METHODS[name], of.cohort())), path, label=name, observer=observer)
@@ -54,7 +53,7 @@ def play(
 
 def returned(ran: Ran, number: int) -> Tensor:
     """What the clients of a round ended with: rows that reached the merge, or their own where nothing travels."""
-    return ran.phases[number].rows if ran.folder.facts["label"] == "local" else ran.merged[number]
+    return ran.phases[number].rows if ran.folder.facts.label == "local" else ran.merged[number]
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -174,7 +173,7 @@ def test_clients_in_smaller_passes_end_close_to_where_they_end_in_one(tmp_path: 
 
 
 def test_a_run_repeats_its_bits(tmp_path: Path, ran: Ran) -> None:
-    name = ran.folder.facts["label"]
+    name = ran.folder.facts.label
     assert torch.equal(play(name, tmp_path / "run").rows, ran.rows)
 
 
@@ -235,8 +234,8 @@ def test_only_what_travels_is_merged_and_counted(shared_first_factors: Ran) -> N
 def test_what_stays_with_clients_outlives_a_stop(shared_first_factors: Ran, tmp_path: Path) -> None:
     stopped: dict[str, Any] = {"of": house(), "change": lambda method: only(method, travels="A")}
 
-    def stop(event: str, facts: Any) -> None:
-        if event == "round" and facts["record"].round == 2:
+    def stop(event: Event) -> None:
+        if isinstance(event, RoundDone) and event.record.round == 2:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from peft import LoraModel, PeftModel
 from safetensors.torch import load_file, save_file
 from tests import small_study, tiny
 from tests.model import hub
+from tests.run_facts import run_facts
 from tests.small_study import command, has_traceback
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedmira
 from fedmira import bundled
 from fedmira.adapters import lora_layout
+from fedmira.disk.run_facts import RunFacts
 from fedmira.errors import ConfigError, ModelError, StoreError
 from fedmira.export import merged_model as merge
 from fedmira.export.merged_model import TOLERANCES, Merged, merge_adapters
@@ -76,8 +79,8 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max())
 
 
-def make_adapter(base: Path | str, folder: Path, *, size: float = 0.2, revision: str | None = None) -> dict[str, Any]:
-    """Write a random adapter for a base into a folder; return run.json as far as merging reads it."""
+def make_adapter(base: Path | str, folder: Path, *, size: float = 0.2, revision: str | None = None) -> RunFacts:
+    """Write a random adapter for a base into a folder; return the facts of a run that could have."""
     loaded = load_base(bundled.resolve(str(base)), dtype="float32", device="cpu", revision=revision)
     layout = lora_layout(loaded.shapes, 2)
     rows = tiny.adapters(layout, [2], dtype=torch.float32)
@@ -89,7 +92,7 @@ def make_adapter(base: Path | str, folder: Path, *, size: float = 0.2, revision:
         fan_in_fan_out=loaded.transposed,
         card={"client": folder.name},
     )
-    return {"base_model": str(base), "base_fingerprint": loaded.fingerprint, "dtype": "float32"}
+    return run_facts(base_model=str(base), base_fingerprint=loaded.fingerprint)
 
 
 # ---------------------------------------------------------------- what is written
@@ -217,10 +220,10 @@ def test_a_disk_with_too_little_room_is_refused(
 
 def test_another_base_instead_of_the_old_one_is_refused(here: Path, run: Run, tmp_path: Path, loads: list[str]) -> None:
     other = small_study.save_base(tmp_path / "other", seed=9)
-    facts = {**run.facts, "base_model": str(other)}
+    facts = replace(run.facts, base_model=str(other))
     with pytest.raises(ModelError, match="is not the base this run was trained on"):
         merge_adapters([run.adapters("ada")], [tmp_path / "out"], facts=facts)
-    gone = {**run.facts, "base_model": str(tmp_path / "nowhere")}
+    gone = replace(run.facts, base_model=str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match="no such folder"):
         merge_adapters([run.adapters("ada")], [tmp_path / "out"], facts=gone)
     assert loads == []
@@ -231,7 +234,7 @@ def test_a_damaged_base_is_refused(here: Path, run: Run, tmp_path: Path, loads: 
     shutil.copytree(here / "base", own)
     (own / "model.safetensors").write_bytes(b"x" * 99)
     with pytest.raises(ModelError, match="cannot be read"):
-        merge_adapters([run.adapters("ada")], [tmp_path / "out"], facts={**run.facts, "base_model": str(own)})
+        merge_adapters([run.adapters("ada")], [tmp_path / "out"], facts=replace(run.facts, base_model=str(own)))
     assert loads == []
 
 

@@ -481,4 +481,4 @@ def test_without_out_the_copies_are_in_a_folder_adapters(here: Path, tmp_path: P
 
 
 def test_run_json_names_the_class_of_the_base(run: Run) -> None:
-    assert run.facts["architecture"] == "LlamaForCausalLM"
+    assert run.facts.architecture == "LlamaForCausalLM"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import prompted, small_study, tiny
+from tests.run_facts import run_facts
 from tests.small_study import CLIENTS, command, has_traceback
 from transformers import AutoModelForCausalLM
 
@@ -149,7 +150,7 @@ def test_a_prompt_is_not_merged_and_no_weights_are_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights are loaded"))
-    facts = {"base_model": str(tmp_path / "nowhere"), "base_fingerprint": "0", "dtype": "float32"}
+    facts = run_facts(base_model=str(tmp_path / "nowhere"))
     with pytest.raises(StoreError, match=r"ada' is a prompt of virtual tokens.* cannot be merged.* without --merge"):
         merge_adapters([folder], [tmp_path / "out"], facts=facts)
     assert kind_of(folder) == "P_TUNING"

@@ -57,7 +57,7 @@ def go_on(study: Path, config: Path) -> None:
 
 
 def states(study: Path) -> set[str]:
-    return {RunFolder(run).facts["state"] for run in run_folders(study)}
+    return {RunFolder(run).facts.state for run in run_folders(study)}
 
 
 def wait_for_round(study: Path, process: Command | subprocess.Popen[bytes]) -> None:

@@ -394,7 +394,7 @@ def test_a_crash_in_the_middle_of_a_run_shows_where_it_was_and_not_what_a_librar
     assert ("phase.py" in ended.err) == (code == 1 or "--debug" in options)
     assert_silent(ended)
     run = RunFolder(tmp_path / "study" / "local" / "seed-3")
-    assert run.facts["state"] == state
+    assert run.facts.state == state
     assert f"{state}: {kind.__name__}" in ended.err
     resumed = command("resume", tmp_path / "study")
     assert resumed.code == 0, resumed.err

@@ -1,13 +1,16 @@
 """Studies of any size, written by the project's own folders; the figures are drawn, not trained."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from tests.run_facts import run_facts
 
 import fedmira
 from fedmira.disk.files import write_json
 from fedmira.disk.folders import Result, RoundRecord, RunFolder, StudyFolder
+from fedmira.disk.run_facts import State
 from fedmira.graphs.graph import Graph
 
 LEVELS = {"local": 0.62, "fedavg": 0.45, "mira": 0.70}  # mean final score
@@ -22,7 +25,7 @@ def make_study(
     sampled: int = 4,
     graph: Graph | None = None,
     methods: Sequence[str] = ("local", "fedavg", "mira"),
-    state: str = "complete",
+    state: State = "complete",
 ) -> Path:
     """Write a study: loss and word accuracy of every client, a schedule, merges, and mira's graph."""
     folder = StudyFolder(path)
@@ -41,13 +44,20 @@ def make_study(
     }
     for label in methods:
         run = folder.run(label, 0)
-        facts = {"state": "running", "method": label, "label": label, "seed": 0, "rounds": rounds}
-        facts |= {"clients": len(clients), "sampled": sampled, "personal": label != "fedavg"}
+        facts = run_facts(
+            method=label,
+            label=label,
+            seed=0,
+            rounds=rounds,
+            clients=len(clients),
+            sampled=sampled,
+            personal=label != "fedavg",
+        )
         run.create(folder.config(), facts, table)
         if label == "mira" and graph is not None:
             _write_graph(run, graph, clients)
         _write_rounds(run, label, clients, rounds=rounds, sampled=sampled)
-        run.update(state=state)
+        run.update(replace(facts, state=state))
     return path
 
 

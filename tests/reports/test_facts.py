@@ -2,14 +2,16 @@
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.reports.hand_made import page, rows, six
 
+from fedmira.disk.run_facts import RunFacts
 from fedmira.reports import facts, wording
-from fedmira.reports.record import read_study
+from fedmira.reports.record import ShownFacts, read_study
 
 
 def write_rounds(run: Path, *rounds: list[str], **more: Any) -> None:
@@ -20,6 +22,10 @@ def write_rounds(run: Path, *rounds: list[str], **more: Any) -> None:
 
 def client(train: int, test: int = 1, **more: Any) -> dict[str, Any]:
     return {"examples": {"train": train, "validation": 1, "test": test}, "trained_tokens": 10 * train, **more}
+
+
+def test_a_report_asks_run_json_for_keys_that_it_has() -> None:
+    assert {field.name for field in fields(ShownFacts)} <= {field.name for field in fields(RunFacts)}
 
 
 # ---------------------------------------------------------------- notices

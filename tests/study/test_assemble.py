@@ -9,9 +9,9 @@ import pytest
 from tests import small_study
 
 from fedmira.config.faults import check_config
+from fedmira.engine.events import silent
 from fedmira.errors import ConfigError, DataError, MethodError
 from fedmira.study.assemble import Intake, prepare, take_in
-from fedmira.study.face import silent
 
 KINDS = ("red", "green", "blue")
 
@@ -42,7 +42,7 @@ def take(base: Path, rows: Path, /, **data: Any) -> Intake:
     options: dict[str, Any] = {"split": {"validation": 0, "test": 0}, "clients": {"by": "kind"}, **data}
     raw = small_study.settings(base, rows, rows.parent / "study")
     raw["data"] = {"path": str(rows), "max_length": 12, **options}
-    return take_in(check_config(raw), lambda event, facts: None)[1]
+    return take_in(check_config(raw), silent)[1]
 
 
 def sizes(intake: Intake) -> list[int]:
@@ -134,11 +134,11 @@ def test_plain_text_takes_no_template_and_no_written_answers(base: Path, tmp_pat
     raw = small_study.settings(base, path, tmp_path / "study", evaluation={"metrics": ["loss", "rouge_l"]})
     raw["data"] = {"path": str(path), "max_length": 12, "template": "alpaca", "clients": {"by": "kind"}}
     with pytest.raises(ConfigError) as caught:
-        take_in(check_config(raw), lambda event, facts: None)
+        take_in(check_config(raw), silent)
     assert "data.template: found 'alpaca'" in str(caught.value)
     assert "evaluation.metrics: found rouge_l" in str(caught.value)
     raw["data"]["template"], raw["evaluation"]["metrics"] = "auto", ["loss"]
-    _, intake = take_in(check_config(raw), lambda event, facts: None)
+    _, intake = take_in(check_config(raw), silent)
     [client] = intake.clients
     assert client.train[0].prompt_length == 1  # there is one token to predict from
     assert client.train[0].labels == 4  # three words and the end

@@ -50,15 +50,15 @@ def test_the_plan_counts_the_work_that_the_runs_then_do(
     for run in done.runs:
         records = RunFolder(run.path).records()
         assert {record["bytes_up"] + record["bytes_down"] for record in records} == {
-            plan.bytes_per_round[run.facts["label"]]
+            plan.bytes_per_round[run.facts.label]
         }
         trained = sum(record["tokens"] for record in records)
-        assert plan.work[run.facts["label"]].trained == pytest.approx(
+        assert plan.work[run.facts.label].trained == pytest.approx(
             trained, rel=1e-9 if "local_epochs" in length else 0.05
         )
     facts = done.runs[0].facts
-    assert (plan.clients, plan.sampled, plan.cohort) == (facts["clients"], facts["sampled"], facts["cohort"])
-    assert plan.parameters == facts["parameters"]
+    assert (plan.clients, plan.sampled, plan.cohort) == (facts.clients, facts.sampled, facts.cohort)
+    assert plan.parameters == facts.parameters
     adapters = sum(path.stat().st_size for path in (tmp_path / "study").glob("*/*/adapters/*/*.safetensors"))
     assert plan.disk["adapters"] <= adapters <= plan.disk["adapters"] + 2000 * len(CLIENTS) * plan.runs  # and headers
     checkpoints = sum(path.stat().st_size for path in (tmp_path / "study").glob("*/*/checkpoints/*/state.safetensors"))

@@ -11,10 +11,11 @@ from tests.study.elsewhere import Elsewhere, elsewhere
 
 from fedmira.config.faults import check_config
 from fedmira.disk.folders import StudyFolder
+from fedmira.engine.events import silent
 from fedmira.engine.federation import Federation
 from fedmira.study import run
 from fedmira.study.assemble import Built, Prepared
-from fedmira.study.face import Study, silent
+from fedmira.study.face import Study
 
 METHODS: list[Mapping[str, Any]] = [
     {
@@ -66,6 +67,6 @@ def test_a_study_through_clients_in_other_processes_has_the_bits_of_the_simulati
         clients.close()
     here = study("here", run.in_this_process)
     assert len(opened) == len(METHODS)
-    assert [found.facts["state"] for found in there.runs] == ["complete"] * len(METHODS)
+    assert [found.facts.state for found in there.runs] == ["complete"] * len(METHODS)
     assert (there.path / "report.html").is_file()
     assert differences(outcome(here.path), outcome(there.path)) == []

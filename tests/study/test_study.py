@@ -9,6 +9,7 @@ import re
 import shutil
 import string
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ import fedmira
 from fedmira.config.faults import check_config
 from fedmira.config.sections import Config
 from fedmira.config.yaml_text import read_config
-from fedmira.disk.folders import RESULT_COLUMNS
+from fedmira.disk.folders import RESULT_COLUMNS, RunFolder
+from fedmira.engine.events import Event, RoundDone
 from fedmira.engine.schedule import draw_schedule
 from fedmira.errors import ConfigError, DataError, FedMiraError, MethodError, ModelError, Stopped, StoreError
+from fedmira.study.events import AdaptersWritten, ClientsEncoded
 from fedmira.study.face import Run, Study
 
 # its fixtures take long: one worker makes them
@@ -139,7 +142,7 @@ def test_a_label_names_the_folder_and_the_method_column(make: Make) -> None:
     assert [run.path.relative_to(done.path).as_posix() for run in done.runs] == ["plain/seed-3", "plain/seed-4"]
     assert set(done.results["method"]) == {"plain"}
     assert set(done.results["seed"]) == {3, 4}
-    assert done.runs[0].facts["method"] == "fedavg"
+    assert done.runs[0].facts.method == "fedavg"
 
 
 def test_the_studys_config_comes_back_as_it_was(study: Study) -> None:
@@ -172,12 +175,12 @@ def test_a_runs_own_config_needs_no_change_to_run_again(study: Study) -> None:
 
 def test_run_json_says_what_the_run_was(study: Study, base: Path) -> None:
     facts = find(study, "mira").facts
-    assert (facts["schema"], facts["state"], facts["seed"]) == (2, "complete", 3)
-    assert (facts["method"], facts["settings"]["lambda"]) == ("mira", 0.25)
-    assert (facts["cohort"], facts["threads"], facts["dtype"]) == (2, 1, "float32")
-    assert re.fullmatch(r"[0-9a-f]{64}", facts["base_fingerprint"])
-    assert {"fedmira", "torch", "transformers", "peft", "python"} <= facts["versions"].keys()
-    assert facts["base_model"] == str(base)
+    assert (facts.schema, facts.state, facts.seed) == (2, "complete", 3)
+    assert (facts.method, facts.settings["lambda"]) == ("mira", 0.25)
+    assert (facts.cohort, facts.threads, facts.dtype) == (2, 1, "float32")
+    assert re.fullmatch(r"[0-9a-f]{64}", facts.base_fingerprint)
+    assert {"fedmira", "torch", "transformers", "peft", "python"} <= facts.versions.keys()
+    assert facts.base_model == str(base)
 
 
 def test_clients_json_counts_every_example_once(study: Study) -> None:
@@ -214,7 +217,7 @@ def test_results_csv_has_the_contracts_columns_and_every_number_once(study: Stud
 
 
 def test_the_view_tells_whose_adapter_was_measured(study: Study) -> None:
-    views = {run.facts["label"]: {row["view"] for row in table(run)} for run in study.runs}
+    views = {run.facts.label: {row["view"] for row in table(run)} for run in study.runs}
     assert views == {"local": {"personal"}, "fedavg": {"global"}, "mira": {"personal"}}
 
 
@@ -269,7 +272,7 @@ def test_bytes_are_clients_times_parameters_times_four_each_way(study: Study) ->
     ):  # who trains alone sends nothing
         run = find(study, method)
         assert {(line["bytes_up"], line["bytes_down"]) for line in run.rounds} == {(each, each)}
-        assert (run.facts["bytes_up"], run.facts["bytes_down"]) == (ROUNDS * each, ROUNDS * each)
+        assert (run.facts.bytes_up, run.facts.bytes_down) == (ROUNDS * each, ROUNDS * each)
 
 
 def test_the_first_round_of_every_method_starts_from_the_same_adapter(study: Study) -> None:
@@ -288,7 +291,7 @@ def test_a_client_that_was_never_sampled_is_at_the_common_start_and_scored_like_
         values = {row["round"]: row["value"] for row in table(run) if _is_test_loss(row, absent[0])}
         assert values["0"] == values[str(ROUNDS)]
     assert equal(tensors(find(study, "local"), absent[0]), tensors(find(study, "mira"), absent[0]))
-    assert find(study, "local").facts["ever_sampled"] == len(drawn)
+    assert find(study, "local").facts.ever_sampled == len(drawn)
 
 
 def _is_test_loss(row: dict[str, str], client: str) -> bool:
@@ -328,7 +331,7 @@ def test_more_rounds_later_equal_as_many_from_the_start(keep: bool, make: Make) 
     grown = fedmira.resume(short.path, [f"federation.rounds={ROUNDS}"])
     assert differences(outcome(grown.path), outcome(whole.path)) == []
     assert grown.config.federation.rounds == ROUNDS
-    assert {run.facts["rounds"] for run in grown.runs} == {ROUNDS}
+    assert {run.facts.rounds for run in grown.runs} == {ROUNDS}
 
 
 def test_a_run_that_has_grown_reads_like_one_that_was_longer_from_the_start(make: Make) -> None:
@@ -344,17 +347,17 @@ def test_resuming_one_run_leaves_the_others_alone(make: Make) -> None:
     study = fedmira.run(make(federation={"rounds": 2}))
     first, *others = study.runs
     fedmira.resume(first.path, [f"federation.rounds={ROUNDS}"])
-    assert first.facts["rounds"] == ROUNDS
-    assert {run.facts["rounds"] for run in others} == {2}
+    assert first.facts.rounds == ROUNDS
+    assert {run.facts.rounds for run in others} == {2}
 
 
 def test_a_resumed_run_keeps_when_and_with_what_it_began(make: Make) -> None:
     study = fedmira.run(make(federation={"rounds": 2}, methods=[{"name": "local"}]))
-    began = study.runs[0].facts["started"]
+    began = study.runs[0].facts.started
     fedmira.resume(study.path, [f"federation.rounds={ROUNDS}"])
     facts = study.runs[0].facts
-    assert facts["started"] == began
-    assert [set(one) for one in facts["resumed"]] == [{"started", "versions", "device", "command"}]
+    assert facts.started == began
+    assert [set(one) for one in facts.resumed] == [{"started", "versions", "device", "command"}]
 
 
 def test_another_graph_is_refused_on_resume(make: Make, tmp_path: Path) -> None:
@@ -394,6 +397,29 @@ def test_a_study_that_an_earlier_version_began_is_refused_with_the_way_out_and_s
     assert fedmira.report(study.path).is_file()
     with pytest.raises(StoreError, match=r"checkpoints of schema 1.*finish it with the version that began it"):
         fedmira.resume(study.path, ["federation.rounds=5"])
+
+
+def test_an_observer_gets_what_happens_in_its_order(make: Make) -> None:
+    events: list[Event] = []
+    done = fedmira.run(make(methods=[{"name": "fedavg_ft", "steps": 1}]), observer=events.append)
+    assert [kind.__name__ for kind in dict.fromkeys(map(type, events))] == [
+        "ClientsEncoded",
+        "DataRead",
+        "StudyPrepared",
+        "StepBegun",
+        "AnswersWritten",
+        "RunBegun",
+        "RoundDone",
+        "ClientsTuned",
+        "AdaptersWritten",
+        "RunDone",
+        "ReportBegun",
+    ]
+    records = [event.record for event in events if isinstance(event, RoundDone)]
+    assert [record.round for record in records] == [line["round"] for line in done.runs[0].rounds] == [1, 2, 3, 4]
+    for kind in (ClientsEncoded, AdaptersWritten):
+        counts = [(event.done, event.clients) for event in events if isinstance(event, kind)]
+        assert counts == [(count, len(CLIENTS)) for count in range(1, len(CLIENTS) + 1)]
 
 
 def test_resuming_a_finished_study_changes_nothing_in_its_runs(make: Make) -> None:
@@ -455,8 +481,7 @@ def test_a_damaged_newest_checkpoint_costs_one_round_and_not_the_result(
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-        facts = {**run.facts, "state": "running"}
-        (run.path / "run.json").write_text(json.dumps(facts))
+        RunFolder(run.path).update(replace(run.facts, state="running"))
     fedmira.resume(done.path)
     assert sum("resuming from round 3" in record.getMessage() for record in caplog.records) == 3
     assert differences(outcome(done.path), outcome(study.path)) == []

@@ -10,6 +10,7 @@ import os
 import shutil
 import sqlite3
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.small_study import CLIENTS, ROUNDS, command
 import fedmira
 from fedmira.config.faults import check_config
 from fedmira.config.sections import Config
-from fedmira.disk.folders import StudyFolder
+from fedmira.disk.folders import RunFolder, StudyFolder
 from fedmira.errors import ConfigError
 from fedmira.study.trackers import check_trackers, measures
 
@@ -206,10 +207,10 @@ def test_trackio_gets_every_round_of_every_run_as_metrics_jsonl_has_it(
         (f"{label}/seed-{seed}", label) for label in ("local", "avg") for seed in (3, 4)
     }
     for run in done.runs:
-        own = [line for line in lines if line["run"] == f"{run.facts['label']}/seed-{run.facts['seed']}"]
+        own = [line for line in lines if line["run"] == f"{run.facts.label}/seed-{run.facts.seed}"]
         assert [line["step"] for line in own] == [1, 2, 3, 4]
         assert [line["values"] for line in own] == [measures(record) for record in run.rounds]
-        assert own[0]["config"] == {"method": run.facts["method"], "seed": run.facts["seed"], "rounds": ROUNDS}
+        assert own[0]["config"] == {"method": run.facts.method, "seed": run.facts.seed, "rounds": ROUNDS}
     assert capfd.readouterr().out == ""
 
 
@@ -286,7 +287,7 @@ def test_a_round_that_is_done_again_is_tracked_once(raw: dict[str, Any], tmp_pat
     study = fedmira.run(tracked(raw, "trackio")).path
     run = study / "local" / "seed-3"
     shutil.rmtree(run / "checkpoints" / f"round-{ROUNDS:06d}")
-    (run / "run.json").write_text(json.dumps({**fedmira.load_run(run).facts, "state": "running"}))
+    RunFolder(run).update(replace(fedmira.load_run(run).facts, state="running"))
     fedmira.resume(study)
     assert steps(study) == [1, 2, 3, 4]
 
@@ -325,7 +326,7 @@ def test_a_tracker_that_fails_is_told_of_and_does_not_stop_the_run(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     done = fedmira.run(tracked(raw, "trackio"))
-    assert done.runs[0].facts["state"] == "complete"
+    assert done.runs[0].facts.state == "complete"
     told = [record.getMessage() for record in caplog.records if record.name == "fedmira.study.trackers"]
     assert len(told) == 1
     assert words in told[0]

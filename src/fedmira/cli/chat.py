@@ -113,25 +113,27 @@ def open_chat(
     if faults:
         raise ConfigError(faults, "chat")
     opened = None if run is None else Run(run)
-    facts: dict[str, Any] = {} if opened is None else RunFolder(opened.path).facts
+    facts = None if opened is None else opened.facts
     chosen = ([] if opened is None or client is None else [(client, opened.adapters(client))]) + [
         (_name(folder), folder) for folder in folders
     ]
     configs = [_read_config(folder) for _, folder in chosen]
-    wanted = bundled.resolve(model or facts.get("base_model") or str(configs[0].get("base_model_name_or_path")))
+    usual_base = str(configs[0].get("base_model_name_or_path")) if facts is None else facts.base_model
+    wanted = bundled.resolve(model or usual_base)
     settings = None if opened is None else opened.config
     revision = settings.model.revision if settings is not None and model is None else None
     tokenizer = load_tokenizer(wanted, revision=revision)
     usual = "chat" if getattr(tokenizer, "chat_template", None) else "none"
-    named = template or (facts.get("template") if opened is not None else None) or usual
+    named = template or (None if facts is None else facts.template) or usual
     shown = make_template(named, usual=usual, tokenizer=tokenizer)
     usual_targets = "auto" if settings is None else settings.lora.target_modules  # which prompts say nothing of
     targets = next((config["target_modules"] for config in configs if not _tokens(config)), usual_targets)
-    base = load_base(wanted, revision=revision, dtype=facts.get("dtype", "auto"), targets=targets, tokenizer=tokenizer)
-    if model is None and facts and facts["base_fingerprint"] != base.fingerprint:
+    dtype = "auto" if facts is None else facts.dtype
+    base = load_base(wanted, revision=revision, dtype=dtype, targets=targets, tokenizer=tokenizer)
+    if model is None and facts is not None and facts.base_fingerprint != base.fingerprint:
         raise ModelError(
-            f"model.base_model '{facts['base_model']}' is not the base this run was trained on (sha256 "
-            f"{base.fingerprint[:12]}, trained on {facts['base_fingerprint'][:12]}); put that one back"
+            f"model.base_model '{facts.base_model}' is not the base this run was trained on (sha256 "
+            f"{base.fingerprint[:12]}, trained on {facts.base_fingerprint[:12]}); put that one back"
         )
     names = [BASE, *(name for name, _ in chosen)]
     distinct = tuple(name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names))
@@ -180,7 +182,7 @@ def _name(folder: Path) -> str:
     run = RunFolder(folder.absolute().parent.parent)
     if folder.absolute().parent.name != "adapters" or not (run.path / "run.json").is_file():
         return folder.name
-    return f"{folder.name} of {run.facts['label']}"
+    return f"{folder.name} of {run.facts.label}"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def export(
         raise ConfigError(["--dtype: only merged models have a type of their own; give --merge too"], "export")
     from fedmira.export.vllm import serve_line
 
-    settings, architecture = opened.config.model, opened.facts.get("architecture")
+    settings, architecture = opened.config.model, opened.facts.architecture
     copies = study.export(opened, client=client, out=out or Path("adapters"))
     line = visible(serve_line(settings.base_model, copies, revision=settings.revision, architecture=architecture))
     if as_json:

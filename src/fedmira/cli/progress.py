@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -13,9 +12,14 @@ from fedmira.adapters.ranks import shown
 from fedmira.cli.show import plural, visible
 from fedmira.data.partition import shown_name
 from fedmira.data.rows import FAULTS_SHOWN
+from fedmira.engine.events import AnswersWritten, ClientsDone, ClientsTuned, Event, RoundDone
+from fedmira.study.events import AdaptersWritten, ClientsEncoded, DataRead, RunBegun, RunDone, StepBegun, StudyPrepared
 
 if TYPE_CHECKING:
+    from fedmira.disk.folders import RoundRecord
+    from fedmira.disk.run_facts import RunFacts
     from fedmira.engine.federation import Federation
+    from fedmira.study.assemble import Prepared
     from fedmira.study.intake import Intake
 
 UNKNOWN_SHARE = 0.01  # of the tokens; below it, rare characters
@@ -54,17 +58,36 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
-    def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
-        show = getattr(self, f"on_{event}", None)
-        if show is not None:
-            show(facts)
+    def __call__(self, event: Event) -> None:
+        match event:
+            case DataRead():
+                self._show_data(event.intake)
+            case StudyPrepared():
+                self._show_study(event.prepared)
+            case StepBegun():
+                self.say(f"{event.what} ...")
+            case RunBegun():
+                self._show_run(event.facts)
+            case RoundDone():
+                self._show_round(event.record, event.rounds)
+            case ClientsEncoded():
+                self._move_step("tokenising clients", event)
+            case AnswersWritten():
+                self._move_step(f"{self.name or 'base'}: writing test answers", event)
+            case ClientsTuned():
+                self._move_step(f"{self.name}: fine-tuning client by client", event)
+            case AdaptersWritten():
+                self._move_step(f"{self.name}: writing adapters", event)
+            case RunDone():
+                self._drop()
+                if event.refused:
+                    self.say(f"warning: {self.name}: {event.refused} uploads were refused; log.txt says which and why")
 
     def say(self, text: str) -> None:
         self.console.print(visible(text), highlight=False, markup=False, soft_wrap=True)
 
-    def on_data(self, facts: Mapping[str, Any]) -> None:
+    def _show_data(self, intake: Intake) -> None:
         self._drop()
-        intake: Intake = facts["intake"]
         clients, cut = intake.clients, intake.truncation
         counts = [len(client.train) for client in clients]
         keys = f" ({', '.join(intake.keys.values())})" if intake.keys else ""
@@ -118,32 +141,27 @@ class Watch:
                 "give it away"
             )
 
-    def on_model(self, facts: Mapping[str, Any]) -> None:
-        prepared, workplace = facts["prepared"], facts["prepared"].workplace
+    def _show_study(self, prepared: Prepared) -> None:
+        workplace = prepared.workplace
         base = workplace.base
-        adapters = " or ".join(_adapter(kind, len(base.shapes)) for kind in facts["kinds"])
+        adapters = " or ".join(_adapter(kind, len(base.shapes)) for kind in prepared.kinds().values())
         self.say(
             f"base: {prepared.config.model.base_model}, {str(base.dtype).removeprefix('torch.')} on {base.device}; "
-            f"adapters: {adapters}; {facts['sampled']} clients a round, {workplace.cohort} in one pass"
+            f"adapters: {adapters}; {prepared.sampled} clients a round, {workplace.cohort} in one pass"
         )
 
         for split in ("validation", "test"):
             if not any(getattr(client, split) for client in workplace.clients):
                 self.say(f"warning: no client has a {split} example (data.split, split_column): its scores are n/a")
 
-    def on_start(self, facts: Mapping[str, Any]) -> None:
-        self.say(f"{facts['what']} ...")
-
-    def on_run(self, facts: Mapping[str, Any]) -> None:
-        run = facts["facts"]
-        self.name = f"{run['label']}, seed {run['seed']}"
-        pull = run["pull_percent"]
+    def _show_run(self, facts: RunFacts) -> None:
+        self.name = f"{facts.label}, seed {facts.seed}"
+        pull = facts.pull_percent
         coupled = f": pull per round {pull[1]:.3g} % (from {pull[0]:.3g} to {pull[2]:.3g})" if pull else ""
         self.say(f"{self.name}{coupled}")
-        self._bar(self.name, run["rounds"])
+        self._bar(self.name, facts.rounds)
 
-    def on_round(self, facts: Mapping[str, Any]) -> None:
-        record = facts["record"]
+    def _show_round(self, record: RoundRecord, rounds: int) -> None:
         loss = "" if record.validation_loss is None else f", validation loss {record.validation_loss:.4f}"
         trained = sum(record.train_loss) / len(record.train_loss)
         learned = "nobody trains" if math.isnan(trained) else f"train loss {trained:.4f}"
@@ -151,31 +169,14 @@ class Watch:
         if self.console.is_terminal:
             self._move(record.round, f"{self.name}: {line}")
         else:
-            self.say(f"{self.name}: round {record.round}/{facts['rounds']}: {line}")
+            self.say(f"{self.name}: round {record.round}/{rounds}: {line}")
 
-    def on_encoding(self, facts: Mapping[str, Any]) -> None:
-        self._step("tokenising clients", facts)
-
-    def on_scoring(self, facts: Mapping[str, Any]) -> None:
-        self._step(f"{self.name or 'base'}: writing test answers", facts)
-
-    def on_tuning(self, facts: Mapping[str, Any]) -> None:
-        self._step(f"{self.name}: fine-tuning client by client", facts)
-
-    def on_export(self, facts: Mapping[str, Any]) -> None:
-        self._step(f"{self.name}: writing adapters", facts)
-
-    def on_complete(self, facts: Mapping[str, Any]) -> None:
-        self._drop()
-        if facts["refused"]:
-            self.say(f"warning: {self.name}: {facts['refused']} uploads were refused; log.txt says which and why")
-
-    def _step(self, text: str, facts: Mapping[str, Any]) -> None:
+    def _move_step(self, text: str, event: ClientsDone) -> None:
         """Move the bar of a step that goes client by client."""
         if self.step != text:
-            self._bar(text, facts["clients"])
+            self._bar(text, event.clients)
             self.step = text
-        self._move(facts["done"])
+        self._move(event.done)
 
     def _bar(self, text: str, total: int) -> None:
         self._drop()

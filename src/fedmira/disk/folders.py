@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedmira.disk.files import append_lines, read_json, write_atomic, write_json
+from fedmira.disk.files import append_lines, write_atomic, write_json
+from fedmira.disk.run_facts import RunFacts, read_run_facts, write_run_facts
 from fedmira.errors import StoreError
 
 if TYPE_CHECKING:
@@ -28,10 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2
-READABLE = (1, 2)  # a run of schema 1 is reported and exported, and not continued: its checkpoints are of another form
 View = Literal["personal", "global"]  # each client's own adapter, or the shared one
-State = Literal["running", "complete", "interrupted", "failed"]
 TRACKIO_FOLDER = ".trackio"  # of a study; a method's label never starts with a dot
 RESULT_COLUMNS = ("client", "method", "seed", "round", "view", "split", "metric", "value")
 
@@ -85,26 +83,22 @@ class RunFolder:
         return self.path / "adapters"
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """Read run.json. Raises StoreError if it is missing or of another schema."""
-        facts = read_json(self.path / "run.json")
-        if facts.get("schema") not in READABLE:
-            known = " and ".join(map(str, READABLE))
-            raise StoreError(f"'{self.path}': run.json has schema {facts.get('schema')}, this version reads {known}")
-        return dict(facts)
+    def facts(self) -> RunFacts:
+        """Read run.json. Raises StoreError if it is missing, damaged or of another schema."""
+        return read_run_facts(self.path)
 
-    def update(self, **changes: Any) -> None:
-        """Change some keys of run.json atomically."""
-        write_json(self.path / "run.json", {**self.facts, **changes})
+    def update(self, facts: RunFacts) -> None:
+        """Write run.json again, atomically."""
+        write_run_facts(self.path, facts)
 
-    def create(self, config: Config, facts: Mapping[str, Any], clients: Mapping[str, Any]) -> None:
+    def create(self, config: Config, facts: RunFacts, clients: Mapping[str, Any]) -> None:
         """Create the folder with config.yaml (can be run as it is), clients.json and run.json."""
         self.path.mkdir(parents=True, exist_ok=True)
         _write_config(self.path, config)
         write_json(self.path / "clients.json", dict(clients))
         write_atomic(self.path / "results.csv", (",".join(RESULT_COLUMNS) + "\n").encode())
         write_atomic(self.path / "metrics.jsonl", b"")
-        write_json(self.path / "run.json", {"schema": SCHEMA, **facts})
+        write_run_facts(self.path, facts)
 
     def rewrite(self, config: Config) -> None:
         """Replace config.yaml when the number of rounds has grown."""
@@ -112,10 +106,19 @@ class RunFolder:
 
     def append(self, record: RoundRecord | None, results: Iterable[Result]) -> None:
         """Add one round: its results, then its line of metrics.jsonl."""
-        label, seed = self.facts["label"], self.facts["seed"]
+        facts = self.facts
         buffer = io.StringIO()
         csv.writer(buffer, lineterminator="\n").writerows(
-            (result.client, label, seed, result.round, result.view, result.split, result.metric, result.value)
+            (
+                result.client,
+                facts.label,
+                facts.seed,
+                result.round,
+                result.view,
+                result.split,
+                result.metric,
+                result.value,
+            )
             for result in results
         )  # a float as repr, None as an empty field
         if lines := buffer.getvalue():

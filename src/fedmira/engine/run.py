@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedmira.disk.folders import RoundRecord, RunFolder
 from fedmira.engine.clients import Asked, Clients, Scores
+from fedmira.engine.events import AnswersWritten, ClientsTuned, Observer, RoundDone
 from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger, commit, restore
 from fedmira.engine.round import Round, Sender, mask_change, play
@@ -24,8 +25,6 @@ from fedmira.graphs.graph import Graph
 from fedmira.methods.base import Clock, Method
 
 log = logging.getLogger(__name__)
-
-Observer = Callable[[str, Mapping[str, object]], None]  # (event, facts): round | tuning | scoring
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Run:
         return Clock(self.ledger.round + 1, learning_rate=self.course.learning_rate if rate is None else rate)
 
     def progress(self, clients: int) -> Callable[[int], None]:
-        return lambda done: self.observer("scoring", {"done": done, "clients": clients})
+        return lambda done: self.observer(AnswersWritten(done, clients))
 
 
 def run_rounds(
@@ -112,7 +111,7 @@ def run_rounds(
         _measure(run, facts, torch.from_numpy(schedule[ledger.round - 1]))
     for number in range(ledger.round + 1, course.rounds + 1):
         record = _one_round(run, schedule[number - 1])
-        observer("round", {"record": record, "rounds": course.rounds})
+        observer(RoundDone(record, course.rounds))
     view = view_of(method)
     if method.regime.tune is not None:
         _tune(run)
@@ -259,8 +258,9 @@ def _tune(run: Run) -> None:
     what the server has.
     """
     began, clients = time.monotonic(), len(run.federation)
-    tuned = run.clients.tune(run.sender, lambda done: run.observer("tuning", {"done": done, "clients": clients}))
+    tuned = run.clients.tune(run.sender, lambda done: run.observer(ClientsTuned(done, clients)))
     for k, reason in tuned.refused.items():
         name = run.federation.names[k]
         log.warning("what client '%s' fine-tuned was refused (%s): it keeps what it was sent", name, reason)
-    run.folder.update(seconds_tuning=time.monotonic() - began, tokens_tuning=tuned.tokens)
+    seconds = time.monotonic() - began
+    run.folder.update(replace(run.folder.facts, seconds_tuning=seconds, tokens_tuning=tuned.tokens))

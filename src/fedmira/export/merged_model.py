@@ -8,7 +8,7 @@ they agree. A model in bfloat16 is rounded once, at the end; the effect of that 
 import json
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedmira import bundled
+from fedmira.disk.run_facts import RunFacts
 from fedmira.errors import ConfigError, ModelError, StoreError
 from fedmira.export.card import merged_card
 from fedmira.export.peft_folder import PROMPT, check_adapters, check_free, kind_of, new_folder
@@ -55,7 +56,7 @@ def merge_adapters(
     sources: Sequence[Path],
     targets: Sequence[Path],
     *,
-    facts: Mapping[str, Any],
+    facts: RunFacts,
     revision: str | None = None,
     dtype: str | None = None,
 ) -> list[Merged]:
@@ -66,7 +67,7 @@ def merge_adapters(
     taken target, pickles, a prompt, too little disk, a base that is not the run's, or logits that differ by more than
     TOLERANCES.
     """
-    kind = str(dtype or facts["dtype"])
+    kind = dtype or facts.dtype
     if kind not in DTYPES:
         raise ConfigError([f"--dtype: found '{kind}'; allowed: {', '.join(DTYPES)}"], "export")
     check_adapters(sources)
@@ -77,15 +78,15 @@ def merge_adapters(
                 "weights; export it without --merge, and load it with PEFT"
             )
     check_free(targets)
-    name = str(facts["base_model"])
+    name = facts.base_model
     folder = find_folder(bundled.resolve(name), revision=revision, weights=True)
     size = _count_parameters(folder) * getattr(torch, kind).itemsize
     _check_room(targets, size + sum(path.stat().st_size for path in _tokenizer_files(folder)))
     base_sha256 = digest(folder)
-    if base_sha256 != facts["base_fingerprint"]:
+    if base_sha256 != facts.base_fingerprint:
         raise ModelError(
             f"model.base_model '{name}' is not the base this run was trained on (sha256 {base_sha256[:12]}, trained on "
-            f"{facts['base_fingerprint'][:12]}); use that base"
+            f"{facts.base_fingerprint[:12]}); use that base"
         )
     return [
         _merge_one(source, target, folder=folder, base_model=name, dtype=kind)

@@ -154,7 +154,7 @@ def sampling_facts(record: StudyRecord) -> list[tuple[str, str]]:
         times = [run.sampled.get(client, 0) for client in every]
         never = [client for client, often in zip(every, times, strict=True) if not often]
         said = (
-            f"{count(run.fields.get('sampled'))} of {len(every):,} clients a round, "
+            f"{count(run.facts.sampled)} of {len(every):,} clients a round, "
             f"{plural(len(run.rounds), 'round')}; each took part {between(min(times), max(times))} times"
             f"{'' if min(times) == max(times) else f', {sum(times) / len(times):.1f} on average'}; "
         )
@@ -165,29 +165,30 @@ def sampling_facts(record: StudyRecord) -> list[tuple[str, str]]:
 
 def setup_facts(record: StudyRecord) -> list[tuple[str, str]]:
     """Name base, adapter, machine and versions, as the first run has them."""
-    fields = record.runs[0].fields
+    first_run = record.runs[0].facts
     facts = []
-    if "base_model" in fields:
-        mark = str(fields.get("base_fingerprint", ""))[:12]
-        facts.append(("Base model", clean(fields["base_model"]) + (f", sha256 {clean(mark)}…" if mark else "")))
+    if first_run.base_model is not None:
+        mark = str(first_run.base_fingerprint or "")[:12]
+        facts.append(("Base model", clean(first_run.base_model) + (f", sha256 {clean(mark)}…" if mark else "")))
     sizes: dict[Any, list[str]] = {}  # parameters -> who has so many
     for run in record.runs:
-        if "parameters" in run.fields:
-            names = sizes.setdefault(run.fields["parameters"], [])
+        if run.facts.parameters is not None:
+            names = sizes.setdefault(run.facts.parameters, [])
             names += [] if run.label in names else [run.label]
     if sizes:
         each = [
             f"{count(size)}" + (f" ({', '.join(names)})" if len(sizes) > 1 else "") for size, names in sizes.items()
         ]
         facts.append(("Adapter", f"{' or '.join(each)} parameters a client"))
-    computed = [clean(fields[key]) for key in ("device", "dtype") if key in fields]
-    computed += [f"{key}: {clean(fields[key])}" for key in ("threads", "cohort") if key in fields]
+    computed = [clean(value) for value in (first_run.device, first_run.dtype) if value is not None]
+    passes = {"threads": first_run.threads, "cohort": first_run.cohort}
+    computed += [f"{name}: {clean(value)}" for name, value in passes.items() if value is not None]
     if computed:
         facts.append(("Computed on", ", ".join(computed)))
-    versions = _mapping(fields.get("versions"))
+    versions = _mapping(first_run.versions)
     if versions:
         facts.append(("Versions", ", ".join(f"{clean(name)} {clean(version)}" for name, version in versions.items())))
-    times = [str(run.fields["started"]) for run in record.runs if run.fields.get("started")]
+    times = [str(run.facts.started) for run in record.runs if run.facts.started]
     if times:
         facts.append(("Begun", clean(min(times))))
     return facts
@@ -202,7 +203,7 @@ def _run_line(run: RunRecord) -> RunLine:
     uploads = sum(run.sampled.values())
     up, down, tokens = run.total("bytes_up"), run.total("bytes_down"), run.total("tokens")
     training = run.total("seconds_training")
-    planned = run.fields.get("rounds")
+    planned = run.facts.rounds
     never = run.never_sampled
     return RunLine(
         folder=run.folder,
@@ -215,7 +216,7 @@ def _run_line(run: RunRecord) -> RunLine:
         up=size(up),
         down=size(down),
         each=size(up / uploads) if up is not None and uploads else "n/a",
-        pull=spread(run.fields.get("pull_percent")),
+        pull=spread(run.facts.pull_percent),
         never="n/a" if never is None else f"{never:,}",
         adapters=run.adapters,
     )

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,37 @@ from fedmira.reports.stats import MethodSummary, summarise, summarise_base
 
 
 @dataclass(frozen=True)
+class ShownFacts:
+    """What a report reads of run.json, which may be of any version, or damaged: None where a key is absent.
+
+    A value may be anything that JSON has; disk/run_facts.py says what it should be.
+    """
+
+    state: Any = "unknown"
+    method: Any = None
+    rounds: Any = None
+    clients: Any = None
+    sampled: Any = None
+    base_model: Any = None
+    base_fingerprint: Any = None
+    parameters: Any = None
+    dtype: Any = None
+    device: Any = None
+    cohort: Any = None
+    threads: Any = None
+    pull_percent: Any = None
+    versions: Any = None
+    started: Any = None
+    bytes_up: Any = None
+    bytes_down: Any = None
+    seconds: Any = None
+    refused_uploads: Any = None
+    refused_replies: Any = None
+
+
+@dataclass(frozen=True)
 class RunRecord:
-    """One run as its folder tells it. fields: run.json; rounds: metrics.jsonl."""
+    """One run as its folder tells it. fields: run.json, which a page shows whole; rounds: metrics.jsonl."""
 
     folder: str  # relative to the study, with forward slashes
     label: str
@@ -28,9 +57,15 @@ class RunRecord:
     rounds: Sequence[Mapping[str, Any]]
     logged: bool  # is there a metrics.jsonl?
 
+    @cached_property
+    def facts(self) -> ShownFacts:
+        """The keys of run.json that a report reads one by one."""
+        shown = {field.name for field in fields(ShownFacts)}
+        return ShownFacts(**{key: value for key, value in self.fields.items() if key in shown})
+
     @property
     def state(self) -> str:
-        return str(self.fields.get("state", "unknown"))
+        return str(self.facts.state)
 
     @cached_property
     def sampled(self) -> Counter[str]:
@@ -40,13 +75,15 @@ class RunRecord:
     @property
     def never_sampled(self) -> int | None:
         """Clients that took part in no round; None if the run does not tell."""
-        clients = self.fields.get("clients")
+        clients = self.facts.clients
         return clients - len(self.sampled) if isinstance(clients, int) and self.logged else None
 
     def total(self, key: str) -> float | None:
         """Sum a figure over the rounds, or read it from run.json; None if neither has it."""
         parts = [line[key] for line in self.rounds if isinstance(line.get(key), int | float)]
-        found = self.fields.get(key, sum(parts) if parts else None)
+        found = getattr(self.facts, key, None)
+        if found is None and parts:
+            return sum(parts)
         return found if isinstance(found, int | float) else None
 
 
@@ -108,7 +145,7 @@ def read_study(study: Path) -> StudyRecord:
     results = read_results(study)
     runs = [_read_run(study, folder) for folder in find_runs(study)]
     # A study may give `local` another label; the runs know which method they are.
-    baseline = next((run.label for run in runs if run.fields.get("method") == "local"), "local")
+    baseline = next((run.label for run in runs if run.facts.method == "local"), "local")
     measured = dict.fromkeys(row.metric for row in results.rows if row.split == "test" and row.round > 0)
     names = sorted(measured, key=lambda name: name != "loss")
     return StudyRecord(
@@ -133,10 +170,10 @@ def read_study(study: Path) -> StudyRecord:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; an absent file is an empty one. Raises StoreError if it is damaged or no object."""
-    fields = read_json(path) if path.is_file() else {}
-    if not isinstance(fields, dict):
-        raise StoreError(f"'{path}' holds a {type(fields).__name__}: {path.name} is an object; restore it from a copy")
-    return fields
+    content = read_json(path) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise StoreError(f"'{path}' holds a {type(content).__name__}: {path.name} is an object; restore it from a copy")
+    return content
 
 
 def _read_clients(run: Path) -> dict[str, Mapping[str, Any]]:

@@ -125,7 +125,8 @@ def _summary_json(record: StudyRecord) -> str:
         "runs": [
             {"folder": run.folder, "label": run.label, "seed": run.seed, "state": run.state}
             | {"adapters": run.adapters, "never_sampled": run.never_sampled}
-            | {key: run.fields.get(key) for key in ("method", "bytes_up", "bytes_down", "seconds")}
+            | {"method": run.facts.method, "bytes_up": run.facts.bytes_up, "bytes_down": run.facts.bytes_down}
+            | {"seconds": run.facts.seconds}
             for run in record.runs
         ],
     }

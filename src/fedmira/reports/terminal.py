@@ -91,10 +91,10 @@ def _caption(record: StudyRecord) -> Text:
     missing = max((item.missing for metric in record.metrics for item in metric.methods), default=0)
     if missing:
         lines.append(f"clients without a value (n/a), left out: {missing}")
-    refused = sum(int(run.fields.get("refused_uploads") or 0) for run in record.runs)
+    refused = sum(int(run.facts.refused_uploads or 0) for run in record.runs)
     if refused:
         lines.append(f"uploads refused, not merged: {refused}")
-    replies = sum(int(run.fields.get("refused_replies") or 0) for run in record.runs)
+    replies = sum(int(run.facts.refused_replies or 0) for run in record.runs)
     if replies:
         lines.append(f"replies refused by clients: {replies}")
     unfinished = [f"{run.folder} {run.state}" for run in record.runs if run.state != "complete"]

@@ -22,9 +22,10 @@ from fedmira.adapters.ranks import by_ending, client_ranks, is_mixed, shown
 from fedmira.config.sections import Config
 from fedmira.data.batches import ClientData
 from fedmira.data.partition import client_key
+from fedmira.disk.run_facts import RunFacts
 from fedmira.engine.cost import plan_cohort
+from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
-from fedmira.engine.run import Observer
 from fedmira.engine.schedule import draw_schedule
 from fedmira.engine.tools import Training
 from fedmira.engine.workplace import Evaluation, Workplace
@@ -34,6 +35,7 @@ from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort, Method
 from fedmira.model.base.load import Base, choose_device, load_base
 from fedmira.model.base.trial import check_embeddings
+from fedmira.study.events import StudyPrepared
 from fedmira.study.intake import Intake, take_in
 
 # Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
@@ -94,6 +96,11 @@ class Prepared:
     def intake(self) -> Intake:
         return self.materials.intake
 
+    @property
+    def sampled(self) -> int:
+        """Clients of one round."""
+        return len(next(iter(self.cohorts.values())).schedule[0])
+
     def under(self, method: Method) -> Federation:
         """The federation with the rows that a method carries."""
         return self.federation.under(method, self.workplace.base.width)
@@ -105,7 +112,7 @@ class Prepared:
 
 
 def prepare(
-    config: Config, observer: Observer, saved: Mapping[str, Any] | None = None, *, materials: Materials | None = None
+    config: Config, observer: Observer, saved: RunFacts | None = None, *, materials: Materials | None = None
 ) -> Prepared:
     """Read data, check the methods, load the base and settle the cohort; nothing is written.
 
@@ -117,7 +124,7 @@ def prepare(
     config = keep_positions(config, recipes)
     if materials is None:
         materials = Materials(*take_in(config, observer))
-    dtype = config.model.dtype if saved is None else saved["dtype"]
+    dtype = config.model.dtype if saved is None else saved.dtype
     clients = materials.intake.clients
     ranks = client_ranks(
         config.lora.ranks,
@@ -147,7 +154,7 @@ def prepare(
     check_virtual_tokens(config, prepared, kinds)
     cohort = width_of_passes(config, workplace, list(kinds), sampled, saved)
     prepared = replace(prepared, workplace=replace(workplace, cohort=cohort))
-    observer("model", {"prepared": prepared, "kinds": list(kinds.values()), "sampled": sampled})
+    observer(StudyPrepared(prepared))
     return prepared
 
 
@@ -229,20 +236,20 @@ def rank_notes(label: str, method: Method, ranks: Tensor) -> list[str]:
     ]
 
 
-def count_threads(base: Base, saved: Mapping[str, Any] | None) -> int:
+def count_threads(base: Base, saved: RunFacts | None) -> int:
     """Return how many threads a study computes on: those it began with, one for a small base, else torch's."""
     if saved is not None:
-        return int(saved["threads"])
+        return saved.threads
     small = sum(parameter.numel() for parameter in base.model.parameters()) < SMALL_BASE
     return 1 if small else torch.get_num_threads()
 
 
-def check_base(config: Config, base: Base, saved: Mapping[str, Any] | None) -> None:
+def check_base(config: Config, base: Base, saved: RunFacts | None) -> None:
     """Raise ModelError if a study goes on with another base than it began with."""
-    if saved is not None and saved["base_fingerprint"] != base.fingerprint:
+    if saved is not None and saved.base_fingerprint != base.fingerprint:
         raise ModelError(
             f"model.base_model '{config.model.base_model}' is not the base this study began with (sha256 "
-            f"{base.fingerprint[:12]}, began with {saved['base_fingerprint'][:12]}); put the old one back"
+            f"{base.fingerprint[:12]}, began with {saved.base_fingerprint[:12]}); put the old one back"
         )
 
 
@@ -262,11 +269,11 @@ def check_virtual_tokens(config: Config, prepared: Prepared, kinds: Mapping[Layo
 
 
 def width_of_passes(
-    config: Config, workplace: Workplace, layouts: Sequence[Layout], sampled: int, saved: Mapping[str, Any] | None
+    config: Config, workplace: Workplace, layouts: Sequence[Layout], sampled: int, saved: RunFacts | None
 ) -> int:
     """Return how many clients train in one pass: as saved, as the config says, or as many as fit."""
     if saved is not None:
-        return int(saved["cohort"])
+        return saved.cohort
     if config.federation.cohort != "auto":
         return config.federation.cohort
     batch = config.training.batch_size

@@ -15,14 +15,15 @@ from fedmira.data.batches import Encoded
 from fedmira.disk import table
 from fedmira.disk.folders import StudyFolder
 from fedmira.engine.cost import Plan, Speeds, Work, count_run, count_start, measure_speeds, plan_cohort
+from fedmira.engine.events import Observer, silent
 from fedmira.engine.federation import Federation
-from fedmira.engine.run import Observer
 from fedmira.engine.tools import Training
 from fedmira.export.peft_folder import count_exported
 from fedmira.methods import build, recipe_of
 from fedmira.methods.base import Clock, Method
 from fedmira.study import handover
 from fedmira.study.assemble import Prepared, keep_positions, optimizer_of, prepare, training_of, using_threads
+from fedmira.study.events import StepBegun
 from fedmira.study.intake import take_in
 from fedmira.study.trackers import check_trackers
 
@@ -37,10 +38,6 @@ class Shown:
     tokens: int
     labels: int
     pieces: tuple[tuple[str, bool], ...]
-
-
-def silent(event: str, facts: object) -> None:
-    """Observe nothing."""
 
 
 def show_examples(config: Config, *, observer: Observer = silent) -> Iterator[Shown]:
@@ -72,7 +69,7 @@ def plan_study(config: Config, *, overwrite: bool = False, observer: Observer = 
     folder = StudyFolder(Path(config.output_dir))
     folder.check_free(overwrite=overwrite)
     prepared = prepare(config, observer)
-    observer("start", {"what": "measuring a few passes"})
+    observer(StepBegun("measuring a few passes"))
     with using_threads(prepared.threads):
         return _plan(prepared)
 
@@ -82,7 +79,7 @@ def _plan(prepared: Prepared) -> Plan:
     clients, base = workplace.clients, workplace.base
     seed = config.seeds[0]
     schedule = prepared.cohorts[seed].schedule
-    sampled = len(schedule[0])
+    sampled = prepared.sampled
     kinds = prepared.kinds()  # few have rows of their own
     passes = [
         plan_cohort(base, layout, clients, batch_size=config.training.batch_size, sampled=sampled) for layout in kinds

@@ -7,13 +7,14 @@ imported when it is called, so a refused config is answered at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmira import bundled
 from fedmira.disk.folders import RunFolder, StudyFolder, find_study
+from fedmira.engine.events import Observer, silent
 from fedmira.errors import ConfigError, StoreError
 from fedmira.study.trackers import check_trackers
 
@@ -21,14 +22,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fedmira.config.sections import Config
+    from fedmira.disk.run_facts import RunFacts
     from fedmira.export.merged_model import Merged
     from fedmira.methods import MethodModule
-
-Observer = Callable[[str, Mapping[str, object]], None]  # is called with what happens: (event, facts)
-
-
-def silent(event: str, facts: Mapping[str, object]) -> None:
-    """Observe nothing."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Run:
     path: Path
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> RunFacts:
         """run.json: state, method, settings, seed, versions, base fingerprint, cohort, threads, bytes, seconds."""
         return RunFolder(self.path).facts
 

@@ -1,6 +1,5 @@
 """What a run hands over at its end: one PEFT folder per client, each with a card of what it is and how it scores."""
 
-import csv
 import hashlib
 import os
 import shutil
@@ -17,12 +16,14 @@ from fedmira.adapters.added import fold
 from fedmira.adapters.ranks import is_mixed
 from fedmira.disk.files import write_atomic
 from fedmira.disk.folders import RunFolder
+from fedmira.engine.clients import Scores
+from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
-from fedmira.engine.run import Observer
 from fedmira.export.card import Card, licence_of, model_card
 from fedmira.export.peft_folder import count_exported, depth_of, describe, export_adapter, short_targets
 from fedmira.methods.base import Method
 from fedmira.study.assemble import Prepared
+from fedmira.study.events import AdaptersWritten
 
 LINK_BYTES = 1 << 30  # adapters that are more than this together share one file where they are equal
 
@@ -36,11 +37,15 @@ def write_adapters(
     method: Method,
     serve: Callable[[Tensor], Adapters],
     observer: Observer,
+    *,
+    start: Scores,
+    test: Scores,
 ) -> None:
-    """Write one PEFT folder per client of a run that has been tested; its facts and scores are read from its folder.
+    """Write one PEFT folder per client of a run that has been tested.
 
-    Clients with the same adapter, as all of a shared method and those never drawn of a personal one, get hard links to
-    one read-only file where there are so many that copies would fill the disk.
+    start: scores of the untouched base; test: of these adapters. Clients with the same adapter, as all of a shared
+    method and those never drawn of a personal one, get hard links to one read-only file where there are so many that
+    copies would fill the disk.
     """
     facts = folder.facts
     base, clients = prepared.workplace.base, prepared.workplace.clients
@@ -48,7 +53,6 @@ def write_adapters(
     own, trainees, tuned = method.personal, method.regime.trainees, method.regime.tune is not None
     one = not own and method.count_rows(len(federation)) == 1  # else one of each group
     targets = short_targets([name for name, _, _ in base.shapes], prepared.linears)
-    scores = _scores(folder)
     drawn = count_drawn(method, folder.records(), federation.names)
     links = len(federation) * count_exported(federation.layout) * 4 > LINK_BYTES
     pool = (sum(len(client.train) for client in clients), sum(client.trained_tokens for client in clients))
@@ -60,15 +64,15 @@ def write_adapters(
         card: Card = {
             "client": client.id,
             "group": client.group,
-            "method": facts["method"],
-            "settings": facts["settings"],
-            "rounds": facts["rounds"],
-            "seed": facts["seed"],
-            "base_sha256": facts["base_fingerprint"],
+            "method": facts.method,
+            "settings": facts.settings,
+            "rounds": facts.rounds,
+            "seed": facts.seed,
+            "base_sha256": facts.base_fingerprint,
             "licence": licence_of(client.columns),
-            "scores": scores.get(client.id, {}),
-            "version": facts["versions"]["fedmira"],
-            "date": facts["started"][:10],
+            "scores": _pairs(start, test, position),
+            "version": facts.versions["fedmira"],
+            "date": facts.started[:10],
         }
         if not prompts:
             card["targets"] = sorted({name.rsplit(".", 1)[-1] for name, _, _ in base.shapes})
@@ -103,7 +107,7 @@ def write_adapters(
         else:
             linked: Card = {**card, **describe(served)}
             write_atomic(place / "README.md", model_card(model.base_model, linked, revision=model.revision).encode())
-        observer("export", {"done": position + 1, "clients": len(federation)})
+        observer(AdaptersWritten(position + 1, len(federation)))
 
 
 def count_drawn(method: Method, records: Sequence[Mapping[str, Any]], clients: Sequence[str]) -> Mapping[str, int]:
@@ -131,13 +135,6 @@ def _link(like: Path, place: Path) -> bool:
     return True
 
 
-def _scores(folder: RunFolder) -> dict[str, dict[str, Pair]]:
-    """Read results.csv: client -> test metric -> (untouched base, after the last round); None = n/a."""
-    with (folder.path / "results.csv").open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
-    found: dict[str, dict[str, Pair]] = {}
-    for row in rows:
-        value = float(row["value"]) if row["value"] else None
-        base, _ = found.setdefault(row["client"], {}).get(row["metric"], (None, None))
-        found[row["client"]][row["metric"]] = (value, None) if row["round"] == "0" else (base, value)
-    return found
+def _pairs(start: Scores, test: Scores, position: int) -> dict[str, Pair]:
+    """Return one client's test metrics: (untouched base, its adapter); None = it has no test example."""
+    return {metric: (values[position], test.test[metric][position]) for metric, values in start.test.items()}

@@ -16,9 +16,10 @@ from fedmira.data.formats import Record, read_records
 from fedmira.data.partition import SPLITS, column_values, form_clients
 from fedmira.data.rows import Fault
 from fedmira.data.templates import Template, make_template
-from fedmira.engine.run import Observer
+from fedmira.engine.events import Observer
 from fedmira.errors import ConfigError
 from fedmira.model.base.load import count_positions, load_tokenizer
+from fedmira.study.events import ClientsEncoded, DataRead
 
 SHORTEST = 4  # tokens of a text, as data.max_length has it
 
@@ -51,7 +52,7 @@ def take_in(config: Config, observer: Observer) -> tuple[Any, Intake]:
     tokenizer = load_tokenizer(base_path, revision=revision)
     max_question = _check_positions(config, count_positions(base_path, revision=revision))
     intake = _read_clients(config, tokenizer, max_question, observer)
-    observer("data", {"intake": intake})
+    observer(DataRead(intake))
     return tokenizer, intake
 
 
@@ -90,7 +91,7 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
                 client, tokenizer, template=template, max_length=section.max_length, max_question=max_question
             )
         )
-        observer("encoding", {"done": done, "clients": len(formed)})
+        observer(ClientsEncoded(done, len(formed)))
     return Intake(
         clients=clients,
         truncation=sum((client.truncation for client in clients), Truncation()),

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,10 +18,12 @@ import torch
 
 from fedmira.config.sections import Config
 from fedmira.disk.files import read_json, write_json
-from fedmira.disk.folders import SCHEMA, RunFolder, StudyFolder
+from fedmira.disk.folders import RunFolder, StudyFolder
+from fedmira.disk.run_facts import SCHEMA, RunFacts, State
 from fedmira.engine.clients import AtHand, Scores
+from fedmira.engine.events import AnswersWritten, Observer
 from fedmira.engine.federation import Federation
-from fedmira.engine.run import Course, Observer, run_rounds
+from fedmira.engine.run import Course, run_rounds
 from fedmira.engine.scoring import examples_of, score_start
 from fedmira.engine.simulated import make_clients
 from fedmira.errors import FedMiraError, MethodError, Stopped, StoreError, WireError
@@ -29,6 +31,7 @@ from fedmira.graphs.graph import Graph
 from fedmira.methods.base import Cohort
 from fedmira.reports.render import write_report
 from fedmira.study.assemble import Built, Prepared, client_table, prepare, training_of, using_threads
+from fedmira.study.events import ReportBegun, RunBegun, RunDone, StepBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.trackers import tracking
 
@@ -83,15 +86,16 @@ def go_on(
 def _check_schema(folder: StudyFolder, config: Config) -> None:
     """Refuse to go on with a run whose checkpoints an earlier version wrote."""
     for run in folder.runs():
-        if run.facts["schema"] < SCHEMA and not _is_complete(run, config):
+        facts = run.facts
+        if facts.schema < SCHEMA and not _is_complete(run, config):
             raise StoreError(
-                f"'{run.path}' was begun by FedMira {run.facts['versions']['fedmira']} with checkpoints of schema "
-                f"{run.facts['schema']}, and this version continues schema {SCHEMA}: finish it with the version that "
+                f"'{run.path}' was begun by FedMira {facts.versions['fedmira']} with checkpoints of schema "
+                f"{facts.schema}, and this version continues schema {SCHEMA}: finish it with the version that "
                 "began it ('fedmira resume' there), or run its config.yaml anew"
             )
 
 
-def _saved_facts(folder: StudyFolder) -> dict[str, Any] | None:
+def _saved_facts(folder: StudyFolder) -> RunFacts | None:
     """Facts of any run of the study: all share dtype, threads, cohort and base. None if no run has begun."""
     return next((run.facts for run in folder.runs()), None)
 
@@ -101,7 +105,8 @@ def _check_clients(folder: StudyFolder, prepared: Prepared) -> None:
     kinds = prepared.kinds()
     tables = {layout: client_table(prepared.workplace, one) for layout, one in kinds.items()}  # all data are hashed
     for run in folder.runs():
-        method = prepared.built[run.facts["label"]].methods[run.facts["seed"]]
+        facts = run.facts
+        method = prepared.built[facts.label].methods[facts.seed]
         table = tables[prepared.under(method).layout]
         began: dict[str, Any] = read_json(run.path / "clients.json")
         changed = [name for name in {**began, **table} if began.get(name) != table.get(name)]
@@ -120,7 +125,7 @@ def _run_all(
     start: Scores | None = None
 
     def written(done: int) -> None:
-        observer("scoring", {"done": done, "clients": len(prepared.federation)})
+        observer(AnswersWritten(done, len(prepared.federation)))
 
     with using_threads(prepared.threads):
         for seed in config.seeds:
@@ -130,10 +135,10 @@ def _run_all(
                 if other or _is_complete(run_folder, config):
                     continue
                 if start is None:
-                    observer("start", {"what": "scoring the untouched base"})
+                    observer(StepBegun("scoring the untouched base"))
                     start = score_start(prepared.workplace, prepared.federation, written)
                 _run_one(run_folder, prepared, built, seed, start, observer, where)
-    observer("report", {})
+    observer(ReportBegun())
     write_report(folder.path)
 
 
@@ -141,7 +146,7 @@ def _is_complete(folder: RunFolder, config: Config) -> bool:
     if not (folder.path / "run.json").is_file():
         return False
     facts = folder.facts
-    return facts["state"] == "complete" and facts["rounds"] >= config.federation.rounds
+    return facts.state == "complete" and facts.rounds >= config.federation.rounds
 
 
 def _run_one(
@@ -160,7 +165,7 @@ def _run_one(
         else:
             folder.create(config, facts, client_table(prepared.workplace, federation))
         _write_graph(folder, method.facts.graph, cohort)
-        observer("run", {"folder": folder.path, "facts": facts})
+        observer(RunBegun(folder.path, facts))
         with folder.logging():
             for note in built.notes:
                 log.warning(note)
@@ -173,29 +178,32 @@ def _run_one(
                 folder.write_examples(examples_of(prepared.workplace, start, ended.test))
             _write_graph(folder, ended.graph, cohort)
             serve = partial(clients.adapters, send=ended.send)
-            write_adapters(folder, prepared, federation, method, serve, observer)
+            write_adapters(folder, prepared, federation, method, serve, observer, start=start, test=ended.test)
         records = folder.records()
         refused = sum(len(record["refused"]) for record in records)
         folder.update(
-            state="complete",
-            finished=_now(),
-            bytes_up=sum(record["bytes_up"] for record in records),
-            bytes_down=sum(record["bytes_down"] for record in records),
-            seconds=sum(record["seconds"] for record in records),
-            ever_sampled=len({name for record in records for name in record["clients"]}),
-            refused_uploads=refused,
-            refused_replies=sum(int(record["notes"].get("refused_replies", 0)) for record in records),
+            replace(
+                folder.facts,
+                state="complete",
+                finished=_now(),
+                bytes_up=sum(record["bytes_up"] for record in records),
+                bytes_down=sum(record["bytes_down"] for record in records),
+                seconds=sum(record["seconds"] for record in records),
+                ever_sampled=len({name for record in records for name in record["clients"]}),
+                refused_uploads=refused,
+                refused_replies=sum(int(record["notes"].get("refused_replies", 0)) for record in records),
+            )
         )
-    observer("complete", {"folder": folder.path, "refused": refused})
+    observer(RunDone(folder.path, refused))
 
 
-def _reopen(folder: RunFolder, config: Config, facts: Mapping[str, Any]) -> None:
+def _reopen(folder: RunFolder, config: Config, facts: RunFacts) -> None:
     """Prepare an earlier run to go on: same graph, no stale adapters, and a note of when, where and with what.
 
     Raises MethodError if the graph is not the one the run began with.
     """
     began = folder.facts
-    if began["graph_sha256"] != facts["graph_sha256"]:
+    if began.graph_sha256 != facts.graph_sha256:
         raise MethodError(
             f"'{folder.path}': the task graph is not the one this run began with (a graph file or a data column has "
             "changed); put the old one back, or begin a new study"
@@ -203,10 +211,18 @@ def _reopen(folder: RunFolder, config: Config, facts: Mapping[str, Any]) -> None
     if folder.adapters.is_dir():  # of an earlier end: they would pass for those of the rounds to come
         shutil.rmtree(folder.adapters)
     folder.rewrite(config)
-    this_time = {key: facts[key] for key in ("started", "versions", "device", "command")}
-    once = {key: began[key] for key in this_time}
-    folder.update(**{**facts, **once}, resumed=[*began.get("resumed", []), this_time])
-    if began["versions"] != facts["versions"]:
+    this_time = {"started": facts.started, "versions": facts.versions, "device": facts.device, "command": facts.command}
+    folder.update(
+        replace(
+            facts,
+            started=began.started,
+            versions=began.versions,
+            device=began.device,
+            command=began.command,
+            resumed=[*began.resumed, this_time],
+        )
+    )
+    if began.versions != facts.versions:
         log.warning("'%s' began with other library versions: the same bits are not promised", folder.path)
 
 
@@ -223,12 +239,12 @@ def _marked(folder: RunFolder) -> Iterator[None]:
         outside = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError | WireError) or (
             isinstance(error, FedMiraError) and isinstance(error.__cause__, OSError)
         )
-        state = "interrupted" if outside or isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        state: State = "interrupted" if outside or isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
         signals = {KeyboardInterrupt: "by Ctrl-C", SystemExit: "by a signal"}
         why = next((text for kind, text in signals.items() if isinstance(error, kind)), type(error).__name__)
         log.log(logging.INFO if why in signals.values() else logging.ERROR, "%s: %s", state, why)
         with suppress(StoreError, OSError):  # a full disk: the state stays "running", which resumes as well
-            folder.update(state=state, finished=_now())
+            folder.update(replace(folder.facts, state=state, finished=_now()))
         if outside:
             raise Stopped(f"{_told(error)}; finished rounds are saved") from error
         raise
@@ -243,43 +259,44 @@ def _told(error: BaseException) -> str:
     return "out of memory" if isinstance(error, MemoryError | torch.OutOfMemoryError) else type(error).__name__
 
 
-def _facts(prepared: Prepared, built: Built, seed: int) -> dict[str, Any]:
+def _facts(prepared: Prepared, built: Built, seed: int) -> RunFacts:
     method, entry = built.methods[seed], built.recipe.entry
     federation, cohort, config = prepared.under(method), prepared.cohorts[seed], prepared.config
     base, graph = prepared.workplace.base, method.facts.graph
     pulls = None
     if method.facts.pull is not None:
         pulls = [100 * float(share) for ids in cohort.schedule for share in method.facts.pull(torch.from_numpy(ids))]
-    return {
-        "state": "running",
-        "method": method.name,
-        "label": entry.folder,
-        "settings": entry.settings | ({"with": entry.wrappers} if entry.wrappers else {}),
-        "seed": seed,
-        "rounds": config.federation.rounds,
-        "clients": len(federation),
-        "sampled": len(cohort.schedule[0]),
-        "personal": method.personal,
-        "base_model": config.model.base_model,
-        "template": prepared.intake.template,
-        "base_fingerprint": base.fingerprint,
-        "architecture": type(base.model).__name__,
-        "layout_fingerprint": federation.layout.fingerprint,
-        "graph_sha256": None if graph is None else graph.fingerprint,
-        "parameters": federation.layout.parameters,
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "device": str(base.device),
-        "cohort": prepared.workplace.cohort,
-        "threads": prepared.threads,
-        "pull_percent": None if not pulls else [min(pulls), sum(pulls) / len(pulls), max(pulls)],
-        "versions": {
+    return RunFacts(
+        schema=SCHEMA,
+        state="running",
+        method=method.name,
+        label=entry.folder,
+        settings=entry.settings | ({"with": entry.wrappers} if entry.wrappers else {}),
+        seed=seed,
+        rounds=config.federation.rounds,
+        clients=len(federation),
+        sampled=prepared.sampled,
+        personal=method.personal,
+        base_model=config.model.base_model,
+        template=prepared.intake.template,
+        base_fingerprint=base.fingerprint,
+        architecture=type(base.model).__name__,
+        layout_fingerprint=federation.layout.fingerprint,
+        graph_sha256=None if graph is None else graph.fingerprint,
+        parameters=federation.layout.parameters,
+        dtype=str(base.dtype).removeprefix("torch."),
+        device=str(base.device),
+        cohort=prepared.workplace.cohort,
+        threads=prepared.threads,
+        pull_percent=None if not pulls else [min(pulls), sum(pulls) / len(pulls), max(pulls)],
+        versions={
             "fedmira": importlib.metadata.version("fedmira"),
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in LIBRARIES},
         },
-        "command": sys.argv,
-        "started": _now(),
-    }
+        command=sys.argv,
+        started=_now(),
+    )
 
 
 def _write_graph(folder: RunFolder, graph: Graph | None, cohort: Cohort) -> None:

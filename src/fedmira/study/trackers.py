@@ -19,15 +19,18 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedmira.disk.folders import TRACKIO_FOLDER, RunFolder
+from fedmira.engine.events import RoundDone
 from fedmira.errors import ConfigError
+from fedmira.study.events import RunBegun, RunDone
 
 if TYPE_CHECKING:
-    from fedmira.engine.run import Observer
+    from fedmira.disk.run_facts import RunFacts
+    from fedmira.engine.events import Event, Observer
 
 log = logging.getLogger(__name__)
 
@@ -91,48 +94,48 @@ class Trackers:
     names: Sequence[str]
     study: Path
     observer: Observer
-    facts: Mapping[str, Any] = field(default_factory=dict)  # of the run under way
-    folder: RunFolder | None = None  # None between runs
+    run: RunBegun | None = None  # the run under way; None between runs
     opened: dict[str, Tracker] | None = None  # None before the first round
 
-    def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
-        self.observer(event, facts)
-        if event == "run":
-            self.close()
-            self.folder, self.facts = RunFolder(facts["folder"]), facts["facts"]
-        elif event == "round":
-            self._follow(asdict(facts["record"]))
-        elif event == "complete":
-            self._follow(None)
-            self.close()
+    def __call__(self, event: Event) -> None:
+        self.observer(event)
+        match event:
+            case RunBegun():
+                self.close()
+                self.run = event
+            case RoundDone():
+                self._follow(asdict(event.record))
+            case RunDone():
+                self._follow(None)
+                self.close()
 
     def close(self) -> None:
         """End what is open."""
         for name, tracker in list((self.opened or {}).items()):
             with self._guarded(name):
                 tracker.close()
-        self.opened, self.folder = None, None
+        self.opened, self.run = None, None
 
     def _follow(self, record: Mapping[str, Any] | None) -> None:
         """Log one round; the first time, all that metrics.jsonl has by now, this round included."""
-        if self.folder is None:
+        if self.run is None:
             return
         records: Sequence[Mapping[str, Any]] = [] if record is None else [record]
         if self.opened is None:
             self.opened = {}
             for name in self.names:
                 with self._guarded(name):
-                    self.opened[name] = self._open(name, self.folder)
-            records = self.folder.records()
+                    self.opened[name] = self._open(name, self.run)
+            records = RunFolder(self.run.folder).records()
         for one in records:
             for name, tracker in list(self.opened.items()):
                 with self._guarded(name):
                     tracker.log(one["round"], measures(one))
 
-    def _open(self, name: str, folder: RunFolder) -> Tracker:
+    def _open(self, name: str, run: RunBegun) -> Tracker:
         if name == "tensorboard":
-            return TensorBoard(folder.path / "tensorboard")
-        return Trackio(self.study / TRACKIO_FOLDER, self.facts)
+            return TensorBoard(run.folder / "tensorboard")
+        return Trackio(self.study / TRACKIO_FOLDER, run.facts)
 
     @contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
@@ -141,7 +144,7 @@ class Trackers:
             yield
         except Exception as error:
             (self.opened or {}).pop(name, None)
-            where = "" if self.folder is None else f" of '{self.folder.path}'"
+            where = "" if self.run is None else f" of '{self.run.folder}'"
             log.warning("report_to: %s failed (%s); the rounds%s are in metrics.jsonl", name, _kind(error), where)
 
 
@@ -172,9 +175,9 @@ class Trackio:
     and would follow the name of a Space or server in the environment. None of that reaches this process so.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        about = {"method": facts["method"], "seed": facts["seed"], "rounds": facts["rounds"]}
-        request = json.dumps([PROJECT, f"{facts['label']}/seed-{facts['seed']}", facts["label"], about])
+    def __init__(self, folder: Path, facts: RunFacts) -> None:
+        about = {"method": facts.method, "seed": facts.seed, "rounds": facts.rounds}
+        request = json.dumps([PROJECT, f"{facts.label}/seed-{facts.seed}", facts.label, about])
         kept = {name: value for name, value in os.environ.items() if not name.startswith(_REMOTE)}
         quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN_PATH": os.devnull, "SYSTEM": ""}
         folder.mkdir(exist_ok=True)
