@@ -16,7 +16,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
-from fedmira.data.batches import ClientData, Encoded, Truncation, encode_client
+from fedmira.data.batches import ClientData, Encoded, Truncation
+from fedmira.data.encode import encode_client
 from fedmira.data.formats import read_records
 from fedmira.data.partition import form_clients
 from fedmira.data.templates import ALPACA

@@ -18,9 +18,9 @@ from fedmira.data.batches import (
     Truncation,
     collate,
     count_examples,
-    encode_client,
     local_batches,
 )
+from fedmira.data.encode import encode_client
 from fedmira.data.formats import Record
 from fedmira.data.partition import Client
 from fedmira.data.templates import NONE

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from fedmira.data.batches import Truncation, encode_client
+from fedmira.data.batches import Truncation
+from fedmira.data.encode import encode_client
 from fedmira.data.formats import Record, read_records
 from fedmira.data.partition import Client, form_clients
 from fedmira.data.templates import ALPACA

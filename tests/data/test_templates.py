@@ -6,7 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fedmira.data.batches import NO_LOSS, Encoded, collate, encode_client
+from fedmira.data.batches import NO_LOSS, Encoded, collate
+from fedmira.data.encode import encode_client
 from fedmira.data.formats import Record, Turn
 from fedmira.data.partition import Client
 from fedmira.data.templates import ALPACA, NONE, Template, make_template
@@ -193,7 +194,7 @@ def test_an_end_of_text_of_the_template_is_not_doubled(tokenizer: PreTrainedToke
     assert tokenizer.decode(one.ids) == (
         "<s>[INST] How do you do? [/INST] Well, thanks. </s><s>[INST] And now? [/INST] As before. </s>"
     )
-    assert labelled(one, tokenizer) == ["Well, thanks. </s>", " As before. </s>"]
+    assert labelled(one, tokenizer) == [" Well, thanks. </s>", " As before. </s>"]
 
 
 def test_a_request_is_one_turn_of_the_user(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from fedmira import bundled
 from fedmira.adapters import Adapters, lora_layout, soft_layout
-from fedmira.data.batches import encode_questions
+from fedmira.data.encode import encode_questions
 from fedmira.data.formats import Record, Turn
 from fedmira.data.templates import Template, make_template
 from fedmira.disk.folders import RunFolder

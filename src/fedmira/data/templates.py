@@ -44,6 +44,7 @@ class Rendered:
     answer: str
     question: str  # the prompt for generation; may end before `prompt` does
     begins: bool = True  # the question is a prefix of the example; otherwise generation differs from training
+    around: tuple[str, str] = ("", "")  # what the template writes in `answer` before and after the text of the data
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,8 @@ def _mark_turns(turns: Sequence[Turn], record: Record, name: str, show: Callable
         answer_prefix = ""
     segments.append(Segment(last.removesuffix(answer_prefix), False))
     answer = answer_prefix + texts[-1] + end
-    return Rendered(tuple(part for part in segments if part.text), answer, question, begins)
+    prompt_parts = tuple(part for part in segments if part.text)
+    return Rendered(prompt_parts, answer, question, begins, (answer_prefix, end))
 
 
 def _join(pieces: Sequence[str], texts: Sequence[str], suffix: str) -> str:

@@ -77,13 +77,25 @@ def measure_answers(
             total = dict.fromkeys(metrics, 0.0)
             for index, (example, text) in enumerate(zip(own_examples, own_texts, strict=True)):
                 written(k, index, text)
-                scores = score_answer(text, example.answers, metrics)
+                scores = score_answer(plain_answer(text, example), example.answers, metrics)
                 for metric in metrics:
                     total[metric] += scores[metric]
             means[k] = {metric: value / len(own_examples) for metric, value in total.items()}
         finished += len(chunk)
         progress(finished)
     return [means[k] for k in ids]
+
+
+def plain_answer(text: str, example: Encoded) -> str:
+    """Return what a model wrote without what the template writes around an answer.
+
+    A text equal to the trained one is the reference, whatever the tokenizer made of that on the way.
+    """
+    text = text.strip()
+    if example.written and text == example.written.strip():
+        return example.answers[0]
+    before, after = (piece.strip() for piece in example.around)
+    return text.removeprefix(before).removesuffix(after)
 
 
 def _examples(client: ClientData, split: str) -> Sequence[Encoded]:

@@ -11,7 +11,8 @@ from fedmira import bundled
 from fedmira.config.partitioners import NaturalIdPartitioner, Partitioner
 from fedmira.config.sections import Config
 from fedmira.data import partitioners
-from fedmira.data.batches import ClientData, Truncation, encode_client
+from fedmira.data.batches import ClientData, Truncation
+from fedmira.data.encode import encode_client
 from fedmira.data.formats import Record, read_records
 from fedmira.data.partition import SPLITS, column_values, form_clients
 from fedmira.data.rows import Fault
