@@ -3,8 +3,8 @@
 A tokenizer looks at what precedes a piece of text: after `<|assistant|>` and a line break it may write `T he`, and at
 the start of a text ` The`. So the ids of an example are those of its whole text, and not of pieces of it. One thing
 comes before that: the prompt that is trained on is, to the token, the prompt that the model is asked with. Where a
-tokenizer would join the end of the prompt and the start of the answer in one token, the prompt stays as it is asked, and
-the answer goes on after it.
+tokenizer would join the end of the prompt and the start of the answer in one token, the prompt stays as it is asked,
+and the answer goes on after it.
 """
 
 from collections.abc import Mapping, Sequence
