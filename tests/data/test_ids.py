@@ -18,6 +18,7 @@ from fedmira.data.records import Turn
 from fedmira.data.templates import ALPACA, NONE, Template, make_template
 from fedmira.evaluation.measure import plain_answer
 from fedmira.evaluation.rouge import SCORES, score_answer
+from fedmira.study.dry_run import pieces_of
 
 CORPUS = [
     "The two and the two make four. Then the other one said: the end, is it not?",
@@ -272,3 +273,22 @@ def test_a_file_that_writes_the_leading_token_itself_gets_no_second(tmp_path: An
     example = encoded(Record("Why?", "", ("Because",), {}, "f:1"), template, using)
     assert example.ids.count(using.bos_token_id) == 1
     assert example.question.count(using.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_example_is_shown_as_the_text_that_its_ids_are(kind: str, chat: str) -> None:
+    using = tokenizer(kind, "plain", bos=False)
+    using.chat_template = CHATS[chat]
+    example = encoded(conversation(2), make_template("chat", usual="chat", tokenizer=using), using)
+    pieces = pieces_of(example, using.decode)
+    assert "".join(text for text, _ in pieces) == using.decode(example.ids)
+    assert [trained for _, trained in pieces] == [False, True, False, True]
+
+
+def test_half_a_character_before_a_mark_is_shown_once() -> None:
+    using = tokenizer("byte-level", "plain", bos=False)
+    ids = using("ä")["input_ids"]
+    assert len(ids) == 2
+    example = Encoded((*ids, using.eos_token_id), 1, ("",))
+    assert "".join(text for text, _ in pieces_of(example, using.decode)) == using.decode(example.ids) == "ä</s>"

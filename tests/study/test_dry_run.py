@@ -135,7 +135,7 @@ def test_one_example_of_every_client_is_shown_with_what_is_trained_on(config: Pa
     assert ended.code == 0, ended.err
     lines = [line for line in ended.out.splitlines() if line.startswith("--- ")]
     assert [line.split()[1].rstrip(":") for line in lines] == list(CLIENTS)
-    assert ended.out.count("[[w") == len(CLIENTS)
+    assert ended.out.count("[[ w") == len(CLIENTS)
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 

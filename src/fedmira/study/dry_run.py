@@ -1,7 +1,7 @@
 """Look before you run: what a study would cost, and what its examples look like to the model. Nothing is written."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -46,8 +46,23 @@ def show_examples(config: Config, *, observer: Observer = silent) -> Iterator[Sh
     tokenizer, intake = take_in(config, observer)
     for client in intake.clients:
         example = client.train[0]
-        pieces = tuple((tokenizer.decode(example.ids[a:b]), trained) for a, b, trained in _spans(example))
-        yield Shown(client.id, len(example.ids), example.labels, pieces)
+        yield Shown(client.id, len(example.ids), example.labels, pieces_of(example, tokenizer.decode))
+
+
+def pieces_of(example: Encoded, decode: Callable[[Sequence[int]], str]) -> tuple[tuple[str, bool], ...]:
+    """Cut the text that an example's ids are, decoded as a whole, where loss begins and ends.
+
+    A piece decoded alone would hide what its context makes of it, such as a space before its first word.
+    """
+    pieces: list[tuple[str, bool]] = []
+    before = ""
+    for _, stop, trained in _spans(example):
+        text = decode(example.ids[:stop])
+        while not text.startswith(before):  # half a character at its end, which the next token completes
+            pieces[-1], before = (pieces[-1][0][:-1], pieces[-1][1]), before[:-1]
+        pieces.append((text[len(before) :], trained))
+        before = text
+    return tuple(pieces)
 
 
 def _spans(example: Encoded) -> Iterator[tuple[int, int, bool]]:
