@@ -75,9 +75,10 @@ def test_real_tokenizers_end_examples_and_keep_their_first_token(
     _, records = read(shared_file("data/natural_instructions/tasks.jsonl.gz"))
     for client in form_clients(records, by="task", first=3):
         data = encode_client(client, tokenizer, template=ALPACA, max_length=200)
-        plain = [tokenizer(record.answers[0], add_special_tokens=False)["input_ids"] for record in client.train]
-        for example, answer in zip(data.train, plain, strict=True):
-            assert list(example.ids[example.prompt_length :]) == [*answer, tokenizer.eos_token_id]
+        for example, record in zip(data.train, client.train, strict=True):
+            prompt = ALPACA.render(record).question
+            asked, whole = (tokenizer(text)["input_ids"] for text in (prompt, prompt + record.answers[0]))
+            assert list(example.ids[example.prompt_length :]) == [*whole[len(asked) :], tokenizer.eos_token_id]
             assert len(example.ids) <= 200
             assert first is None or example.ids[0] == first
 
