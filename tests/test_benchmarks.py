@@ -79,9 +79,11 @@ def test_every_row_runs_a_script_that_is_there(bench: ModuleType) -> None:
 
 def test_the_page_on_the_first_answer_shows_medians_in_units_of_the_first_row() -> None:
     startup = importlib.import_module("startup")
-    seconds = {startup.YARDSTICK: [0.2, 0.1, 0.3], "fedmira --help": [0.5, 0.4, 9.0]}
+    seconds = {startup.YARDSTICK: [0.2, 0.1, 0.3], "fedmira --help": [0.5, 0.2, 9.0]}
+    seconds |= {startup.REPORT: [0.6, 0.3, 0.9], startup.ROW_OF_LIBRARIES: [0.4, 0.2, 0.6]}
     text = startup.page({"machine": {"cpu": "a", "cores": 2, "python": "3"}, "seconds": seconds})
-    assert "| `fedmira --help` | 0.50 | 0.40 to 9.00 | 2.5 |" in text
+    assert "| `fedmira --help` | 0.50 | 0.20 to 9.00 | 2.5 |" in text
+    assert "The last row, 2.0 of the 3.0 of a report" in text
     assert "3 processes each" in text
 
 

@@ -199,7 +199,7 @@ def test_anything_else_is_one_fault_that_says_what_may_be_written(ranks: Any, wo
 
 
 def test_ranks_take_the_place_of_r() -> None:
-    assert fault_of(r=4, ranks=[1, 2]) == "lora: ranks takes the place of r; remove 'r: 4', or ranks"
+    assert fault_of(r=4, ranks=[1, 2]) == "lora: ranks replaces r; remove 'r: 4', or ranks"
 
 
 def test_modules_are_named_by_the_shortest_ending_that_says_enough() -> None:

@@ -144,7 +144,7 @@ def test_a_missing_config_is_named(arguments: tuple[str, ...], tmp_path: Path) -
         (["methods.0.name=miro"], ["unknown method 'miro' (did you mean 'mira'?)", "fedavg"]),
         (["methods.0={name: local, x: 1}"], ["methods.0.x: unknown key"]),
         (["methods.0.name=.mira"], ["methods.0.name: found '.mira'"]),
-        (["methods.7.name=x"], ["no index of a list of 1"]),
+        (["methods.7.name=x"], ["not an index of a list of 1"]),
         (["seeds"], ["an override is written a.b=c"]),
         (["data.path=none.jsonl"], ["none.jsonl"]),
         (["data.clients.by=client_"], ["no column 'client_' (did you mean 'client'?)"]),

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from tests.reports.made_study import make_study
 
+from fedmira.graphs.graph import group_graph
+
 HEAVY = ("torch", "transformers", "peft", "datasets", "pandas", "statsmodels")
 PROGRAM = f"""
 import sys
@@ -63,6 +65,20 @@ def test_the_report_of_a_stored_study(tmp_path: Path) -> None:
     code, out, _ = start("report", str(study))
     assert code == 0
     assert "report.html" in out
+
+
+def test_the_report_of_a_small_study_needs_neither_arrays_nor_yaml(tmp_path: Path) -> None:
+    groups = ["a", "b"] * 4
+    study = make_study(tmp_path / "study", [f"c{k}" for k in range(8)], graph=group_graph(groups))
+    program = """
+import sys
+from pathlib import Path
+from fedmira.reports.render import write_report
+write_report(Path(sys.argv[1]))
+print([name for name in ("numpy", "scipy", "yaml", "pydantic") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(study)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_completion_of_a_command() -> None:

@@ -187,15 +187,15 @@ def test_an_overrides_value_may_hold_an_equals_sign(tmp_path: Path) -> None:
     [
         ("seeds", "written a.b=c"),
         ("=1", "written a.b=c"),
-        ("methods.3.name=x", "no index of a list of 3"),
-        ("methods.-1.name=x", "no index of a list of 3"),
-        ("methods.²=x", "no index of a list of 3"),
-        ("methods.mira.lambda=1", "no index of a list of 3"),
+        ("methods.3.name=x", "not an index of a list of 3"),
+        ("methods.-1.name=x", "not an index of a list of 3"),
+        ("methods.²=x", "not an index of a list of 3"),
+        ("methods.mira.lambda=1", "not an index of a list of 3"),
         ("output_dir.x=1", "inside a plain value"),
         ("seeds=[1", "not valid YAML"),
     ],
 )
-def test_an_override_that_names_no_place_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+def test_an_override_that_does_not_lead_to_a_key_is_refused(text: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=reason) as caught:
         override(tmp_path, text)
     assert f"'{text}'" in str(caught.value)

@@ -85,7 +85,7 @@ def test_a_pair_given_both_ways_keeps_each_direction(tmp_path: Path) -> None:
         ("a,b,1\n", ":1: the first line"),
         ("client,neighbour,weight\na,b\n", ":2: found 2 cells"),
         ("client,neighbour,weight\na,b,1\na,d,1\n", ":3: no client 'd'"),
-        ("client,neighbour,weight\na,b,much\n", ":2: weight 'much' is no number"),
+        ("client,neighbour,weight\na,b,much\n", ":2: weight 'much' is not a number"),
         ("client,neighbour,weight\na,b,1\na,c,-1\n", ":3: .*-1"),
         ("client,neighbour,weight\na,b,nan\n", ":2: .*nan"),
     ],

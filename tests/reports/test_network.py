@@ -14,7 +14,7 @@ from fedmira.errors import StoreError
 from fedmira.graphs.graph import Graph, from_matrix, group_graph, random_graph
 from fedmira.reports import axes, network
 from fedmira.reports.network import Network, networks
-from fedmira.reports.places import place_nodes
+from fedmira.reports.places import lay_out, pack
 from fedmira.reports.record import read_study
 
 
@@ -48,15 +48,20 @@ def joined(*pairs: tuple[int, int], count: int) -> np.ndarray:
 # ---------------------------------------------------------------- places
 
 
+def place_nodes(weights: np.ndarray, *, aspect: float) -> np.ndarray:
+    """The place [N, 2] of each node, in the order of the weights."""
+    return np.array(pack(lay_out(weights.tolist(), range(len(weights))), aspect=aspect))
+
+
 def test_a_graph_has_one_picture():
     weights = random_graph(30, seed=0).weights.toarray()
-    first, second = (place_nodes(weights, range(30), aspect=1.5) for _ in range(2))
+    first, second = (place_nodes(weights, aspect=1.5) for _ in range(2))
     assert (first == second).all()
 
 
 def test_parts_that_nothing_joins_stand_apart():
     weights = group_graph(["a"] * 4 + ["b"] * 4).weights.toarray()
-    places = place_nodes(weights, range(8), aspect=2.0) * (2.0, 1.0)
+    places = place_nodes(weights, aspect=2.0) * (2.0, 1.0)
     inside = max(np.ptp(places[:4], axis=0).max(), np.ptp(places[4:], axis=0).max())
     between = np.linalg.norm(places[:4].mean(axis=0) - places[4:].mean(axis=0))
     assert between > inside
@@ -64,19 +69,19 @@ def test_parts_that_nothing_joins_stand_apart():
 
 def test_four_equal_cliques_stand_in_a_square():
     weights = group_graph([name for name in "abcd" for _ in range(4)]).weights.toarray()
-    middles = place_nodes(weights, range(16), aspect=1.0).reshape(4, 4, 2).mean(axis=1)
+    middles = place_nodes(weights, aspect=1.0).reshape(4, 4, 2).mean(axis=1)
     assert len({round(float(x), 6) for x in middles[:, 0]}) == 2
     assert len({round(float(y), 6) for y in middles[:, 1]}) == 2
 
 
 def test_neighbours_on_a_chain_stand_nearer_than_its_ends():
-    places = place_nodes(joined(*[(i, i + 1) for i in range(9)], count=10), range(10), aspect=1.0)
+    places = place_nodes(joined(*[(i, i + 1) for i in range(9)], count=10), aspect=1.0)
     steps = np.linalg.norm(np.diff(places, axis=0), axis=1)
     assert np.linalg.norm(places[0] - places[-1]) > 2 * steps.max()
 
 
 def test_a_circle_stays_round_in_a_wide_box():
-    places = place_nodes(joined((0, 1), (1, 2), (0, 2), count=3), range(3), aspect=2.0) * (2.0, 1.0)
+    places = place_nodes(joined((0, 1), (1, 2), (0, 2), count=3), aspect=2.0) * (2.0, 1.0)
     sides = [float(np.linalg.norm(places[i] - places[j])) for i, j in ((0, 1), (1, 2), (0, 2))]
     assert sides == pytest.approx([sides[0]] * 3)
 
@@ -87,7 +92,7 @@ def test_every_node_is_inside_and_no_two_are_in_one_place(count: int, edges: int
     draw = np.random.default_rng(seed)
     pairs = [tuple(draw.integers(0, count, 2).tolist()) for _ in range(edges)]
     weights = joined(*[(one, other) for one, other in pairs if one != other], count=count)
-    places = place_nodes(weights, range(count), aspect=aspect)
+    places = place_nodes(weights, aspect=aspect)
     assert np.isfinite(places).all()
     assert places.min() >= -1e-9
     assert places.max() <= 1 + 1e-9

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmira import load_config
+from fedmira.config.yaml_text import dump_config
 from fedmira.errors import StoreError
 from fedmira.reports.results import Results, Row, find_runs, read_results
 from fedmira.reports.stats import Comparison, MethodSummary, client_values, curve, gains, summarise, summarise_base
@@ -362,6 +364,16 @@ def test_methods_come_in_the_order_of_the_config(study: Path, write_run):
         write_run(method, [("a", 1, "test", "loss", 1)])
     (study / "config.yaml").write_text("methods:\n- name: local\n- {name: mira, label: strong}\n- name: fedavg\n")
     assert [run.parent.name for run in find_runs(study)] == ["local", "strong", "fedavg"]
+
+
+@pytest.mark.parametrize("label", ["best", "a-b", "no", '"null"', '"1e5"', '"007"', '"True"'])
+def test_a_config_as_a_study_writes_it_gives_the_order_too(study: Path, write_run, label: str):
+    config = load_config("demo", [f"methods.1.label={label}"])
+    folders = [entry.folder for entry in config.methods]
+    for folder in folders:
+        write_run(folder, [("a", 1, "test", "loss", 1)])
+    (study / "config.yaml").write_text(dump_config(config))
+    assert [run.parent.name for run in find_runs(study)] == folders
 
 
 def test_seeds_are_ordered_as_numbers(study: Path, write_run):

@@ -6,13 +6,14 @@ from pathlib import Path
 from rich.console import Console
 from tests.reports.hand_made import rows
 
-from fedmira.reports.render import summary_tables
+from fedmira.reports.record import read_study
+from fedmira.reports.terminal import summary_tables
 
 
 def terminal(study: Path) -> str:
     console = Console(width=200, no_color=True)
     with console.capture() as capture:
-        for table in summary_tables(study):
+        for table in summary_tables(read_study(study)):
             console.print(table)
     return capture.get()
 

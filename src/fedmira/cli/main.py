@@ -1,10 +1,9 @@
 """The command line: parse, call one function, print.
 
 Results go to standard output, progress and logs to standard error; exit codes are the contract's. A command imports
-what it needs when it runs: help, lists, reports and refusals do not wait for torch.
+what it needs when it runs: help, lists, reports and refusals do not wait for torch. Annotations are evaluated when this
+file is read (no `from __future__ import annotations`): typer compiles those that are text, of all commands, every time.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -25,7 +24,7 @@ from fedmira.errors import ConfigError, FedMiraError, Stopped
 
 if TYPE_CHECKING:
     from fedmira.export.merged_model import Merged
-    from fedmira.study.face import Study
+    from fedmira.reports.record import StudyRecord
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -104,7 +103,7 @@ def run(
     elif dry_run:
         show_plan(plan, as_json)
     else:
-        _show(done, as_json)
+        _show_study(done.path, as_json)
 
 
 @app.command()
@@ -122,7 +121,7 @@ def resume(
 
     with Watch(quiet or as_json) as watch:
         done = study.resume(path, overrides or [], observer=watch)
-    _show(done, as_json)
+    _show_study(done.path, as_json)
 
 
 @app.command()
@@ -132,9 +131,14 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Write report.html and summary.json again from what a study has on disk."""
-    from fedmira.study import face as study
+    from fedmira.disk.folders import find_study
+    from fedmira.reports.record import read_study
+    from fedmira.reports.render import write_pages
 
-    _show(study.Study(study.report(path).parent), as_json)
+    folder, _ = find_study(path)
+    record = read_study(folder.path)
+    write_pages(record)
+    _show(record, as_json)
 
 
 @app.command()
@@ -235,26 +239,33 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     print(json.dumps(facts, indent=2) if as_json else "\n".join(describe_machine(facts)))
 
 
-def _show(done: Study, as_json: bool) -> None:
-    """Print the table of a study and where its results lie."""
+def _show_study(path: Path, as_json: bool) -> None:
+    """Print the results of a study whose report is written."""
+    from fedmira.reports.record import read_study
+
+    _show(read_study(path), as_json)
+
+
+def _show(record: "StudyRecord", as_json: bool) -> None:
+    """Print the table of a study and where its results are."""
     if as_json:
-        print((done.path / "summary.json").read_text(encoding="utf-8").rstrip())
+        print((record.path / "summary.json").read_text(encoding="utf-8").rstrip())
         return
     from rich.console import Console
 
-    from fedmira.reports.render import summary_tables
+    from fedmira.reports.terminal import summary_tables
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
-    for table in summary_tables(done.path):
+    for table in summary_tables(record):
         console.print(table)
-    for opened in done.runs:
-        console.print(f"adapters: {opened.path / 'adapters'}", highlight=False, soft_wrap=True)
-    console.print(f"report:   {done.path / 'report.html'}", highlight=False, soft_wrap=True)
+    for run in record.runs:
+        print(f"adapters: {record.path / run.folder / 'adapters'}")
+    print(f"report:   {record.path / 'report.html'}")
 
 
-def _show_merged(models: Sequence[Merged], as_json: bool) -> None:
+def _show_merged(models: "Sequence[Merged]", as_json: bool) -> None:
     """Print where merged models lie, and how far their logits are from those of base and adapter apart."""
     if as_json:
         differences = {one.client: one.difference for one in models}
@@ -281,6 +292,7 @@ def main() -> None:
     logger.addHandler(_log_to_stderr(logging.INFO if {"-v", "--verbose"} & set(sys.argv) else logging.WARNING))
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what came of them is our message
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # looking for them reads the metadata of every package
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is first asked for something
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, _stop)

@@ -8,9 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.text import Text
-
 if TYPE_CHECKING:
     from fedmira.engine.cost import Plan
     from fedmira.study.dry_run import Shown
@@ -23,6 +20,9 @@ def show_examples(shown: Sequence[Shown], as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(one) for one in shown]))
         return
+    from rich.console import Console
+    from rich.text import Text
+
     from fedmira.data.partition import shown_name
 
     console = Console()

@@ -1,1 +1,1 @@
-"""The one strict config: what may be written, what it means, every fault at once."""
+"""The one strict config: its keys, what they mean, and a check that reports all faults together."""

@@ -1,4 +1,4 @@
-"""Check a raw mapping against the config, and say every fault at once: where, what was found, what is allowed."""
+"""Check a raw mapping against the config, and report all faults together: where, what was found, what is allowed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
@@ -18,7 +18,7 @@ def check_config(
 ) -> Config:
     """Turn a raw mapping into a Config. Raises one ConfigError that lists every fault.
 
-    method_faults: checks one entry of `methods:` against that method's own settings; given by the layer above.
+    method_faults: checks one entry of `methods:` against that method's own settings; passed by the layer above.
     """
     faults: list[str] = []
     config: Config | None = None
@@ -58,11 +58,11 @@ def describe_fault(fault: Any, model: type[BaseModel], raw: Any, prefix: str = "
         return f"{where}: missing; it has no default"
     if fault["type"] == "value_error" and not loc:
         return message
-    found = fault["input"]
-    plain = isinstance(found, str | int | float | bool | None)
+    value = fault["input"]
+    plain = isinstance(value, str | int | float | bool | None)
     if fault["type"] == "value_error" and not plain:
         return f"{where}: {message}"
-    shown = f"found {short(found)}" if plain else f"found a {type(found).__name__}"
+    shown = f"found {short(value)}" if plain else f"found a {type(value).__name__}"
     return f"{where}: {shown}: {message[0].lower()}{message[1:]}"
 
 

@@ -1,4 +1,4 @@
-"""How examples are dealt to clients: names and parameters of flwr-datasets' partitioners."""
+"""How examples are divided among clients: names and parameters of flwr-datasets' partitioners."""
 
 import re
 from collections.abc import Mapping
@@ -37,20 +37,20 @@ class GrowingPartitioner(Strict):
 
 
 class DirichletPartitioner(Strict):
-    """Label skew: each class is shared out by a Dirichlet draw."""
+    """Label skew: the shares of each class are drawn from a Dirichlet distribution."""
 
     name: Literal["dirichlet"]
     num_partitions: Count  # clients
     partition_by: str  # the column that holds the class
     alpha: Annotated[float, Field(gt=0)] | list[Annotated[float, Field(gt=0)]]  # small = skewed, large = alike
-    min_partition_size: Whole = 10  # examples every client has at least; drawn again until then
+    min_partition_size: Whole = 10  # fewest examples of a client; drawn again until each has them
     self_balancing: bool = False  # clients with more than their share get no more
     shuffle: bool = True  # order within each client
     seed: Seed | None = None  # null = data.seed
 
 
 class PathologicalPartitioner(Strict):
-    """Each client has a few classes only."""
+    """Each client has only a few classes."""
 
     name: Literal["pathological"]
     num_partitions: Count  # clients
@@ -96,6 +96,6 @@ PARTITIONERS: Mapping[str, type[Strict]] = {
 
 
 def partitioner_name(value: Any) -> str:
-    """Read `dirichlet`, `Dirichlet` and `DirichletPartitioner` alike; no name is an empty one."""
+    """Return the name of a partitioner: `dirichlet`, `Dirichlet` and `DirichletPartitioner` are one; empty if none."""
     name = str(value.get("name") or "") if isinstance(value, Mapping) else ""
     return re.sub(r"_?partitioner$", "", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())

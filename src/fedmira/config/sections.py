@@ -2,7 +2,7 @@
 
 faults.py checks it, yaml_text.py reads and writes it.
 
-Nothing below the engine sees these classes except a method's own `Config` base. Contract: contracts page, "Config".
+Only `study` reads the whole of it; the layers below get plain values. Contract: contracts page, "Config".
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class ModelConfig(Strict):
     revision: str | None = None  # hub only: branch, tag or commit
 
 
-MAX_RANK = 65_536  # above the width of any base it says nothing more
+MAX_RANK = 65_536  # more than the width of any base
 RANK_TYPES = ("T1", "T2", "T3", "T4")  # of FlexLoRA; ranks.py says what they are and how they are drawn
 RANK_DRAWS = ("uniform", "heavy-tail-light", "heavy-tail-strong", "normal")
 
@@ -45,14 +45,16 @@ class LoraConfig(Strict):
     @field_validator("ranks", mode="before")
     @classmethod
     def _a_list_a_column_or_a_draw(cls, value: Any) -> Any:
-        """Check by hand: of three kinds pydantic would tell what is wrong with each."""
+        """Checked by hand: for a union of three kinds pydantic would report what is wrong with each."""
         if value is None or (isinstance(value, str) and value in RANK_DRAWS):
             return value
         if isinstance(value, list | tuple) and value:
-            odd = [one for one in value if not (type(one) is int and 1 <= one <= MAX_RANK) and one not in RANK_TYPES]
-            if odd:
+            refused = [
+                rank for rank in value if not (type(rank) is int and 1 <= rank <= MAX_RANK) and rank not in RANK_TYPES
+            ]
+            if refused:
                 words = f"whole numbers from 1 to {MAX_RANK:,}, and {', '.join(RANK_TYPES)}"
-                raise ValueError(f"found {short(odd[0])} in the list of ranks; allowed are {words}")
+                raise ValueError(f"found {short(refused[0])} in the list of ranks; allowed are {words}")
             return value
         if isinstance(value, Mapping) and list(value) == ["column"] and isinstance(value["column"], str):
             return value
@@ -63,7 +65,7 @@ class LoraConfig(Strict):
     @model_validator(mode="after")
     def _one_rule(self) -> "LoraConfig":
         if self.ranks is not None and self.r != LoraConfig.model_fields["r"].default:  # a default may be written out
-            raise ValueError(f"ranks takes the place of r; remove 'r: {self.r}', or ranks")
+            raise ValueError(f"ranks replaces r; remove 'r: {self.r}', or ranks")
         return self
 
 
@@ -83,31 +85,31 @@ class SplitConfig(Strict):
 
 
 class ClientsConfig(Strict):
-    """Who is a client: every value of a column, each value dealt at random to several, or what a partitioner says."""
+    """What a client is: a value of a column, one of several that share a value's examples, or a partitioner's part."""
 
     by: str = "task"  # a column of the data: "task", "category", "file" (one file per client), ...
-    per_group: Count = 1  # clients that share one value's examples, dealt at random
-    partitioner: Partitioner | None = None  # names and parameters of flwr-datasets; takes the place of `by`
+    per_group: Count = 1  # clients among which one value's examples are divided at random
+    partitioner: Partitioner | None = None  # names and parameters of flwr-datasets; instead of `by`
     first: Count | None = None  # only the first n values (or parts) in file order; null = all
     groups: str | None = None  # column that names a client's group in reports; null = the value of `by`
 
     @field_validator("partitioner", mode="wrap")
     @classmethod
     def _by_name(cls, value: Any, handler: Any) -> Any:
-        """Check a partitioner against the one that it names, so that faults speak of it and not of all six."""
+        """Check a partitioner against the class that it names, so that faults are about that one, not about all."""
         if value is None or isinstance(value, Strict):
             return handler(value)
         name = partitioner_name(value)
         if name not in PARTITIONERS:
-            found = f"name {short(value['name'])} is unknown" if name else f"found no name{slip(value)}"
-            raise ValueError(f"{found}{nearest(name, list(PARTITIONERS))}; known: {', '.join(PARTITIONERS)}")
+            fault = f"name {short(value['name'])} is unknown" if name else f"found no name{slip(value)}"
+            raise ValueError(f"{fault}{nearest(name, list(PARTITIONERS))}; known: {', '.join(PARTITIONERS)}")
         return PARTITIONERS[name].model_validate({**value, "name": name})
 
     @model_validator(mode="after")
     def _one_rule(self) -> "ClientsConfig":
         if self.partitioner and (self.by != "task" or self.per_group != 1):  # a default may be written out
             other = "per_group" if self.by == "task" else f"by: {self.by}"
-            raise ValueError(f"a partitioner takes the place of by and per_group; remove '{other}', or the partitioner")
+            raise ValueError(f"a partitioner replaces by and per_group; remove '{other}', or the partitioner")
         return self
 
 
@@ -121,7 +123,7 @@ class DataConfig(Strict):
         "auto", "natural_instructions", "dolly", "alpaca", "prompt_completion", "messages", "sharegpt", "text"
     ] = "auto"  # auto: by the keys of the first row, and announced
     columns: dict[str, str] = Field(default={})  # FedMira's name -> the data's column, where they differ
-    on_bad_row: Literal["error", "skip"] = "error"  # skip: count bad rows, say how many, go on with the others
+    on_bad_row: Literal["error", "skip"] = "error"  # skip: leave bad rows out and report how many
     template: str = "auto"  # alpaca | none | chat (the tokenizer's) | a Jinja file; auto: the format's usual one
     max_length: Annotated[int, Field(ge=4, lt=2**31)] = 512  # tokens of prompt + answer + end
     positions_ahead: Annotated[int, Field(ge=0)] = 0  # of the base, kept free; at least a method's virtual tokens
@@ -130,7 +132,7 @@ class DataConfig(Strict):
     split_column: str | None = None  # column with train | validation | test; overrides `split`
     clients: ClientsConfig = ClientsConfig()
     subsample: Annotated[float, Field(gt=0, le=1)] = 1.0  # fraction of each client's examples kept
-    seed: Seed = 0  # splits, subsample, dealing and partitioners; the same for all methods and training seeds
+    seed: Seed = 0  # of splits, subsample and partitioners; the same for all methods and training seeds
 
 
 class FederationConfig(Strict):
@@ -145,7 +147,7 @@ class TrainingConfig(Strict):
     """A client's local phase; names as in transformers' TrainingArguments."""
 
     local_steps: Length | None = None
-    local_epochs: Length | None = None  # may stand for local_steps
+    local_epochs: Length | None = None  # instead of local_steps
     batch_size: Count = 8
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
@@ -180,11 +182,11 @@ class EvaluationConfig(Strict):
 class ReportConfig(Strict):
     """What the report may show."""
 
-    examples: bool = False  # true: prompts and answers of test examples are kept in the run folder and shown
+    examples: bool = False  # true: prompts and answers of test examples are stored in the run folder and shown
 
 
 class MethodEntry(BaseModel):
-    """One entry of `methods:`; everything but name and label belongs to the method's own Config."""
+    """One entry of `methods:`; every other key belongs to the method's own Config."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 

@@ -56,7 +56,7 @@ def parse_yaml(text: str, source: str) -> Any:
 def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML file and apply `a.b=c` overrides (lists by index: `methods.2.lambda=0.3`).
 
-    Raises ConfigError if the file is missing, is no mapping, or an override names no place.
+    Raises ConfigError if the file is missing or is not a mapping, or an override does not lead to a key.
     """
     if not path.is_file():
         raise ConfigError(
@@ -72,9 +72,9 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ConfigError([f"byte {error.start} is not UTF-8; save the file as UTF-8"], str(path)) from None
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
-        found = "nothing" if raw is None else type(raw).__name__
+        kind = "nothing" if raw is None else type(raw).__name__
         raise ConfigError(
-            [f"found {found}: a config is a mapping with the keys {', '.join(Config.model_fields)}"], str(path)
+            [f"found {kind}: a config is a mapping with the keys {', '.join(Config.model_fields)}"], str(path)
         )
     faults = [fault for override in overrides if (fault := _override(raw, override))]
     if faults:
@@ -87,38 +87,38 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
     key, sign, value = override.partition("=")
     if not sign or not key:
         return f"'{override}': an override is written a.b=c"
-    place: Any = raw
+    node: Any = raw
     words = key.split(".")
-    for position, word in enumerate(words):
-        if isinstance(place, list):
-            if not (word.isascii() and word.isdecimal()) or int(word) >= len(place):
-                return f"'{override}': '{word}' is no index of a list of {len(place)}"
+    for depth, word in enumerate(words):
+        if isinstance(node, list):
+            if not (word.isascii() and word.isdecimal()) or int(word) >= len(node):
+                return f"'{override}': '{word}' is not an index of a list of {len(node)}"
             index: Any = int(word)
-        elif isinstance(place, dict):
+        elif isinstance(node, dict):
             index = word
         else:
-            return f"'{override}': '{word}' lies inside a plain value"
-        if position == len(words) - 1:
+            return f"'{override}': '{word}' is inside a plain value"
+        if depth == len(words) - 1:
             try:
-                place[index] = parse_yaml(value, "overrides")
+                node[index] = parse_yaml(value, "overrides")
             except ConfigError as error:
                 return f"'{override}': {error.faults[0]}"
             return None
-        if isinstance(place, dict) and place.get(index) is None:
-            place[index] = {}
-        place = place[index]
+        if isinstance(node, dict) and node.get(index) is None:
+            node[index] = {}
+        node = node[index]
     return None
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what is no text to us (`1e5`), and what is no text to other readers of YAML (`no`, `007`)."""
+    """Quotes text that we would read as a number (`1e5`), or that other readers of YAML would convert (`no`, `007`)."""
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Only double quotes keep the rarer line breaks of Unicode, which a reader folds into spaces elsewhere."""
+    """Only double quotes preserve the rarer line breaks of Unicode, which a reader otherwise folds into spaces."""
     style = '"' if any(letter in text for letter in "\x85\u2028\u2029") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

@@ -23,16 +23,16 @@ from fedmira.errors import MethodError
 
 Array: TypeAlias = "np.ndarray"
 NORMALISATIONS = ("none", "row", "symmetric")
-_LISTED = 4_000_000  # entries; a graph of more is a rule, of which a round computes its own part
+_LISTED = 4_000_000  # entries; a larger graph is a rule, of which each round computes what it needs
 _BLOCK = 256  # rows of a rule at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """A symmetric matrix of similarities, too large to keep, of which any part can be computed.
+    """A symmetric matrix of similarities that is too large to store; any block of it can be computed.
 
-    block: row ids [n], column ids [m] -> similarities [n, m], 0 where both are the same client. identity: what the
-    similarities follow from, for fingerprints. entries: how many are not 0; None = not known without computing them.
+    block: row ids [n], column ids [m] -> similarities [n, m], 0 where both are the same client. identity: text that
+    determines the similarities, for fingerprints. entries: number of nonzeros; None = unknown until all are computed.
     """
 
     shape: tuple[int, int]
@@ -69,7 +69,7 @@ class Graph:
 
     @property
     def entries(self) -> int | None:
-        """Similarities that are not 0, each direction counted; None where a rule would have to compute them all."""
+        """Number of similarities that are not 0, in both directions; None if a rule would have to compute them all."""
         return self.weights.entries if isinstance(self.weights, Rule) else int(self.weights.nnz)
 
     @cached_property
@@ -81,14 +81,14 @@ class Graph:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the similarities, so that a resumed run can tell that its graph has changed.
+        """sha256 of the similarities, so that a resumed run can detect that its graph has changed.
 
-        Of a rule: over what they follow from, and the similarities among the first 64 clients.
+        For a rule: of its identity, and of the similarities among the first 64 clients.
         """
         if isinstance(self.weights, Rule):
-            some = np.arange(min(64, self.clients))
+            sample = np.arange(min(64, self.clients))
             digest = hashlib.sha256(f"{self.kind} {self.clients} {self.weights.identity}".encode())
-            digest.update(self.subgraph(some).astype("<f8").tobytes())
+            digest.update(self.subgraph(sample).astype("<f8").tobytes())
             return digest.hexdigest()
         canonical = self.weights.tocoo()
         digest = hashlib.sha256(repr(canonical.shape).encode())
@@ -97,7 +97,7 @@ class Graph:
         return digest.hexdigest()
 
     def edges(self, most: int) -> list[tuple[int, int, float]] | None:
-        """List (row, column, similarity); None if there are more than `most`, or too many to keep."""
+        """List (row, column, similarity); None if there are more than `most`, or too many to store."""
         if isinstance(self.weights, Rule) or self.weights.nnz > most:
             return None
         whole = self.weights.tocoo()
@@ -111,7 +111,7 @@ class Graph:
         return self.weights[ids][:, columns].toarray()
 
     def neighbours(self, ids: Array) -> Array:
-        """Return the ids outside `ids` that some client of `ids` is joined to, ascending."""
+        """Return the ids outside `ids` that are joined to a client of `ids`, ascending."""
         if isinstance(self.weights, Rule):
             joined = np.flatnonzero((self.subgraph(ids, np.arange(self.clients)) > 0).any(axis=0))
         else:
@@ -144,7 +144,7 @@ def make_graph(
 ) -> Graph:
     """Make the graph that a config names: random (seed), uniform, groups (column) or file (path).
 
-    ids, columns: of every client; columns holds the data columns that have one value for the client.
+    ids, columns: of every client; columns are the data columns that have one value for the client.
     Raises MethodError if a column or a file does not fit these clients.
     """
     if kind == "uniform":
@@ -159,15 +159,15 @@ def make_graph(
 
 
 def groups_by(column: str, ids: Sequence[str], columns: Sequence[Mapping[str, str]], *, what: str) -> list[str]:
-    """Return each client's value of a data column. Raises MethodError, beginning with `what`, if one has no single."""
-    lacking = [name for name, own in zip(ids, columns, strict=True) if column not in own]
+    """Return each client's value of a data column. Raises MethodError, starting with `what`, if it is not one value."""
+    lacking = [name for name, values in zip(ids, columns, strict=True) if column not in values]
     if lacking:
-        shared = sorted(set.intersection(*(set(own) for own in columns)))
+        shared = sorted(set.intersection(*(set(values) for values in columns)))
         raise MethodError(
             f"{what} '{column}' has no single value for {len(lacking)} clients such as '{lacking[0]}'; "
             f"columns with one value per client: {', '.join(shared) or 'none'}"
         )
-    return [own[column] for own in columns]
+    return [values[column] for values in columns]
 
 
 def uniform_graph(clients: int) -> Graph:
@@ -197,18 +197,18 @@ def random_graph(clients: int, *, seed: int) -> Graph:
 
 def _draw(seed: int, clients: int, rows: Array, columns: Array) -> Array:
     """Return b[rows, columns] of b ~ U(0,1)^{KxK}, as if all of b were drawn row by row from one stream."""
-    bits = np.random.PCG64([seed, 0x6D697261])  # what default_rng draws from; one step of it is one number of b
+    bits = np.random.PCG64([seed, 0x6D697261])  # the generator of default_rng; one step of it is one number of b
     stream = np.random.Generator(bits)
     low = int(columns.min())
     span = np.empty(int(columns.max()) + 1 - low)
     drawn = np.empty((len(rows), len(columns)))
-    place = 0
+    position = 0
     for out, row in zip(drawn, rows.tolist(), strict=True):
         start = row * clients + low
-        bits.advance((start - place) % 2**128)
+        bits.advance((start - position) % 2**128)
         stream.random(out=span)
         out[:] = span[columns - low]
-        place = start + len(span)
+        position = start + len(span)
     return drawn
 
 
@@ -240,14 +240,14 @@ def _apart(rows: Array, columns: Array) -> Array:
 def file_graph(path: str | Path, ids: Sequence[str]) -> Graph:
     """Read similarities from CSV with the columns client, neighbour, weight (header row), by client id.
 
-    A pair given once counts both ways; given both ways, each direction keeps its own weight.
-    Raises MethodError with file and line for an unknown client, a weight that is no number or below 0, a missing file.
+    A pair listed once counts in both directions; if both directions are listed, each keeps its weight.
+    Raises MethodError with file and line: an unknown client, a weight that is not a number or below 0, a missing file.
     """
     source = Path(path)
     if not source.is_file():
         raise MethodError(f"graph file '{path}' not found (current folder: {Path.cwd()})")
     index = {name: position for position, name in enumerate(ids)}
-    given: dict[tuple[int, int], float] = {}
+    listed: dict[tuple[int, int], float] = {}
     try:
         lines = source.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -266,13 +266,13 @@ def file_graph(path: str | Path, ids: Sequence[str]) -> Graph:
         try:
             weight = float(cells[2])
         except ValueError:
-            raise MethodError(f"{path}:{number}: weight '{cells[2]}' is no number") from None
+            raise MethodError(f"{path}:{number}: weight '{cells[2]}' is not a number") from None
         if not (0 <= weight < float("inf")):
             raise MethodError(f"{path}:{number}: weight {weight:g}: similarities are finite and >= 0")
-        given[index[cells[0]], index[cells[1]]] = weight
+        listed[index[cells[0]], index[cells[1]]] = weight
     rows, columns, values = [], [], []
-    for (first, second), weight in given.items():
-        pairs = [(first, second)] if (second, first) in given else [(first, second), (second, first)]
+    for (first, second), weight in listed.items():
+        pairs = [(first, second)] if (second, first) in listed else [(first, second), (second, first)]
         for row, column in pairs:
             if row != column:
                 rows.append(row)

@@ -1,16 +1,16 @@
-"""Who is like whom, from numbers about every client: data before training, adapters while it goes on.
+"""Similarity graphs from vectors of the clients: of their data before training, of their adapters during it.
 
-A *profile* is one vector per client; similarities of profiles make a kNN graph. Adapters are too long to be kept for
-that: each is summarised by a *sketch* of some hundred numbers, linear in the adapter and such that products of sketches
-are those of the adapters on average:
+A *profile* is one vector per client; similarities of profiles make a kNN graph. Adapters are too long to be stored for
+that: each is summarised by a *sketch* of a few hundred numbers, which is linear in the adapter; products of sketches
+equal those of the adapters on average:
 
     s(x)_j = sum_{i: h(i) = j} e_i x_i,   h(i) in 1..m and e_i = +-1 at random
     E <s(x), s(y)> = <x, y>,   variance <= (|x|^2 |y|^2 + <x, y>^2) / m
 
     similarity    cosine: max(0, <x, y> / |x| |y|)    distance: exp(-|x - y|^2 / median over pairs of |x - y|^2)
 
-Differences are taken directly, in float64. The sketch is the count sketch of Charikar, Chen and Farach-Colton (2002),
-in its use as a random projection (Weinberger et al. 2009, arXiv:0902.2206).
+Differences are computed directly, in float64. The sketch is the count sketch of Charikar, Chen and Farach-Colton
+(2002), used as a random projection (Weinberger et al. 2009, arXiv:0902.2206).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedmira.graphs.graph import Graph
 
 Array: TypeAlias = "np.ndarray"
 LEAST_SKETCH = 256  # numbers of a client's sketch, all its parts together
-_PAIRS = 2**22  # numbers of differences held at once
+_PAIRS = 2**22  # numbers of differences in memory at once
 _COLUMNS = 2**18  # of rows that are multiplied in float64 at once
 _BLOCK = 512  # clients compared with all others at once
 _SAMPLE = 1024  # clients whose distances set the scale of a graph over all
@@ -57,22 +57,22 @@ class Sketcher:
 
     def sketch(self, rows: Tensor) -> Tensor:
         """Return the sketches [n, stretches, size] of rows [n, P]."""
-        found = np.empty((len(rows), len(self.stretches), self.size))
-        for row, one in zip(found, rows.numpy(), strict=True):
-            for part, (start, stop), own in zip(row, self.stretches, self._maps, strict=True):
-                part[:] = own @ one[start:stop]
-        return torch.from_numpy(found)
+        sketches = np.empty((len(rows), len(self.stretches), self.size))
+        for sketch, row in zip(sketches, rows.numpy(), strict=True):
+            for part, (start, stop), projection in zip(sketch, self.stretches, self._maps, strict=True):
+                part[:] = projection @ row[start:stop]
+        return torch.from_numpy(sketches)
 
 
 def stretches_of(layout: Layout, *, by_module: bool) -> tuple[tuple[int, int], ...]:
-    """What is compared of a row: all of it, or every module's pair of factors by itself."""
+    """The stretches of a row that are compared: the whole row, or each module's pair of factors separately."""
     if not by_module:
         return ((0, layout.size),)
     return tuple((first.start, second.stop) for part in layout.parts for first, second in part.pairs())
 
 
 def share_of(size: int, parts: int) -> int:
-    """Numbers for each of the parts that share a sketch of `size`; at least 32, below which little is left to see."""
+    """Numbers for each of the parts that share a sketch of `size`; at least 32: shorter ones say little."""
     return max(32, -(-size // parts))
 
 
@@ -95,48 +95,47 @@ class ProductSketcher:
         stream = torch.Generator().manual_seed(self.seed)
         parts = []
         for part in self.layout.parts:
-            for place, (first, second) in enumerate(part.pairs()):
-                left = torch.randn(width, second.shape[0], generator=stream, dtype=torch.float64) / width**0.5
-                right = torch.randn(first.shape[1], width, generator=stream, dtype=torch.float64) / width**0.5
-                scaled = adapters.scale_of(place)[:, None, None].double() * (left @ adapters.leaf(second).double())
-                parts.append((scaled @ (adapters.leaf(first).double() @ right)).flatten(1))
-        found = torch.stack(parts, dim=1)
-        return found.sum(dim=1, keepdim=True) if self.whole else found
+            for index, (a, b) in enumerate(part.pairs()):
+                left = torch.randn(width, b.shape[0], generator=stream, dtype=torch.float64) / width**0.5
+                right = torch.randn(a.shape[1], width, generator=stream, dtype=torch.float64) / width**0.5
+                scaled = adapters.scale_of(index)[:, None, None].double() * (left @ adapters.leaf(b).double())
+                parts.append((scaled @ (adapters.leaf(a).double() @ right)).flatten(1))
+        sketches = torch.stack(parts, dim=1)
+        return sketches.sum(dim=1, keepdim=True) if self.whole else sketches
 
 
-def cosine(one: Array, other: Array) -> Array:
+def cosine(x: Array, y: Array) -> Array:
     """max(0, cos) [n, N] of vectors [n, L, m] and [N, L, m], the mean over L; 0 where a vector is zero."""
     units = []
-    for side in (one, other):
+    for side in (x, y):
         values = np.asarray(side, dtype=np.float64)
         lengths = np.linalg.norm(values, axis=-1, keepdims=True)
         units.append(np.divide(values, lengths, out=np.zeros_like(values), where=lengths > 0))
-    parts = one.shape[1]
+    parts = x.shape[1]
     return np.maximum(np.einsum("nlm,klm->nk", *units, optimize=True) / parts, 0.0)
 
 
-def squared_distances(one: Array, other: Array) -> Array:
+def squared_distances(x: Array, y: Array) -> Array:
     """|x - y|^2 [n, N] of vectors [n, m] and [N, m] by direct differences in float64."""
-    found = np.empty((len(one), len(other)))
-    theirs = np.asarray(other, dtype=np.float64)
-    size = max(1, _PAIRS // max(1, theirs.size))
-    for start in range(0, len(one), size):
-        gaps = np.asarray(one[start : start + size], dtype=np.float64)[:, None, :] - theirs[None, :, :]
-        found[start : start + size] = np.einsum("nkm,nkm->nk", gaps, gaps)
-    return found
+    squares = np.empty((len(x), len(y)))
+    columns = np.asarray(y, dtype=np.float64)
+    size = max(1, _PAIRS // max(1, columns.size))
+    for start in range(0, len(x), size):
+        gaps = np.asarray(x[start : start + size], dtype=np.float64)[:, None, :] - columns[None, :, :]
+        squares[start : start + size] = np.einsum("nkm,nkm->nk", gaps, gaps)
+    return squares
 
 
-def closeness(one: Array, other: Array, scales: Array | None = None) -> Array:
+def closeness(x: Array, y: Array, scales: Array | None = None) -> Array:
     """exp(-|x - y|^2 / scale) [n, N] of vectors [n, L, m] and [N, L, m], the mean over L.
 
-    scales [L]; None: the median over all pairs given that differ. Where all are the same, everyone is as close as can
-    be: 1.
+    scales [L]; None: the median of |x - y|^2 over all pairs that differ. Where all are equal, every closeness is 1.
     """
-    total = np.zeros((len(one), len(other)))
-    for part in range(one.shape[1]):
-        squares = squared_distances(one[:, part], other[:, part])
+    total = np.zeros((len(x), len(y)))
+    for part in range(x.shape[1]):
+        squares = squared_distances(x[:, part], y[:, part])
         total += _kernel(squares, _median(squares) if scales is None else scales[part])
-    return total / one.shape[1]
+    return total / x.shape[1]
 
 
 def _kernel(squares: Array, scale: float) -> Array:
@@ -148,40 +147,40 @@ def _median(squares: Array) -> float:
     return float(np.median(apart)) if len(apart) else 0.0
 
 
-def compare(one: Array, other: Array, measure: str) -> Array:
+def compare(x: Array, y: Array, measure: str) -> Array:
     """Similarities [n, N] of profiles or sketches [n, L, m] and [N, L, m] by a measure of the config."""
-    return cosine(one, other) if measure == "cosine" else closeness(one, other)
+    return cosine(x, y) if measure == "cosine" else closeness(x, y)
 
 
 def exact_similarities(rows: Tensor, stretches: Sequence[tuple[int, int]], measure: str) -> Array:
-    """The similarities [n, n] that sketches of these rows [n, P] stand for, from products in float64.
+    """The similarities [n, n] that sketches of these rows [n, P] estimate, from products in float64.
 
-    |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y> after the rows' mean is taken off.
+    |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y> after the rows' mean is subtracted.
     """
-    found = np.zeros((len(rows), len(rows)))
+    total = np.zeros((len(rows), len(rows)))
     for start, stop in stretches:
         mean = rows[:, start:stop].double().mean(dim=0) if measure == "distance" else None
         product = torch.zeros(len(rows), len(rows), dtype=torch.float64)
         for first in range(start, stop, _COLUMNS):
             last = min(first + _COLUMNS, stop)
-            some = rows[:, first:last].double()
-            some = some if mean is None else some - mean[first - start : last - start]
-            product += some @ some.T
+            block = rows[:, first:last].double()
+            block = block if mean is None else block - mean[first - start : last - start]
+            product += block @ block.T
         squares = product.diagonal().numpy()
         if mean is None:
             lengths = np.sqrt(np.outer(squares, squares))
-            found += np.divide(product.numpy(), lengths, out=np.zeros_like(found), where=lengths > 0)
+            total += np.divide(product.numpy(), lengths, out=np.zeros_like(total), where=lengths > 0)
         else:
             gaps = np.maximum(squares[:, None] + squares[None, :] - 2 * product.numpy(), 0.0)
             np.fill_diagonal(gaps, 0.0)
-            found += _kernel(gaps, _median(gaps))
-    return np.maximum(found / len(stretches), 0.0)
+            total += _kernel(gaps, _median(gaps))
+    return np.maximum(total / len(stretches), 0.0)
 
 
-def agreement(one: Array, other: Array) -> float | None:
+def agreement(first: Array, second: Array) -> float | None:
     """Pearson's correlation of two symmetric matrices of similarities over their pairs; None if one does not vary."""
-    upper = np.triu_indices(len(one), 1)
-    x, y = one[upper], other[upper]
+    upper = np.triu_indices(len(first), 1)
+    x, y = first[upper], second[upper]
     if len(x) < 2 or x.std() == 0 or y.std() == 0:
         return None
     return float(np.corrcoef(x, y)[0, 1])
@@ -193,39 +192,39 @@ Pairs = dict[tuple[int, int], float]  # (smaller, larger client) -> similarity
 def nearest_pairs(similarities: Array, rows: Array, columns: Array, *, degree: int) -> Pairs:
     """List each client of `rows` [n] with its `degree` most similar among `columns` [N]; similarities [n, N].
 
-    Nobody is paired with itself, or with a client of similarity 0. Among equals the earlier column comes first.
+    No client is paired with itself, or with a client of similarity 0. Among equals the earlier column comes first.
     """
     pairs: Pairs = {}
-    own = np.where(rows[:, None] == columns[None, :], 0.0, similarities)
-    best = np.argsort(-own, axis=1, kind="stable")[:, :degree]
-    for place, client in enumerate(rows.tolist()):
-        for column in best[place].tolist():
-            if own[place, column] > 0:
+    to_others = np.where(rows[:, None] == columns[None, :], 0.0, similarities)
+    best = np.argsort(-to_others, axis=1, kind="stable")[:, :degree]
+    for row, client in enumerate(rows.tolist()):
+        for column in best[row].tolist():
+            if to_others[row, column] > 0:
                 other = int(columns[column])
-                pairs[min(client, other), max(client, other)] = float(own[place, column])
+                pairs[min(client, other), max(client, other)] = float(to_others[row, column])
     return pairs
 
 
 def join(pairs: Pairs, *, clients: int, degree: int) -> sparse.csr_array:
     """Join pairs symmetrically [K, K], the most similar first, while both have fewer than `degree` neighbours."""
     room: dict[int, int] = {}
-    kept: list[tuple[int, int, float]] = []
-    for (one, other), value in sorted(pairs.items(), key=lambda item: (-item[1], item[0])):
-        if room.get(one, degree) > 0 and room.get(other, degree) > 0:
-            room[one], room[other] = room.get(one, degree) - 1, room.get(other, degree) - 1
-            kept += [(one, other, value), (other, one, value)]
-    if not kept:
+    entries: list[tuple[int, int, float]] = []
+    for (client, other), value in sorted(pairs.items(), key=lambda item: (-item[1], item[0])):
+        if room.get(client, degree) > 0 and room.get(other, degree) > 0:
+            room[client], room[other] = room.get(client, degree) - 1, room.get(other, degree) - 1
+            entries += [(client, other, value), (other, client, value)]
+    if not entries:
         return sparse.csr_array((clients, clients), dtype=np.float64)
-    ones, others, values = (np.array(part) for part in zip(*kept, strict=True))
-    joined = sparse.coo_array((values, (ones, others)), shape=(clients, clients))
+    rows, columns, values = (np.array(part) for part in zip(*entries, strict=True))
+    joined = sparse.coo_array((values, (rows, columns)), shape=(clients, clients))
     return sparse.csr_array(joined)
 
 
 def knn_graph(profiles: Array, *, measure: str, degree: int, note: str) -> Graph:
     """Join every client to the `degree` most similar ones by profile [K, d], symmetrically.
 
-    Cosines are those of profiles less their mean over clients: mean embeddings of texts all point much the same way.
-    Raises MethodError if profiles are not finite, or everyone's is the same.
+    Cosines are those of profiles minus their mean over clients: mean embeddings of texts all point in a similar
+    direction. Raises MethodError if profiles are not finite, or all are the same.
     """
     if not np.isfinite(profiles).all():
         raise MethodError("graph knn: profiles of the data are not finite")
@@ -233,7 +232,9 @@ def knn_graph(profiles: Array, *, measure: str, degree: int, note: str) -> Graph
     if measure == "cosine":
         values = values - values.mean(axis=0)
     if not (values != values[0]).any():
-        raise MethodError("graph knn: every client has the same profile, so that nobody is more like one than another")
+        raise MethodError(
+            "graph knn: all clients have the same profile, so none is more similar to one than to another"
+        )
     return Graph(_join_all(values[:, None], np.arange(len(values)), len(values), measure, degree), "knn", note)
 
 
@@ -241,21 +242,22 @@ def _join_all(profiles: Array, ids: Array, clients: int, measure: str, degree: i
     """Join the clients `ids` [n] by their profiles [n, L, m], some rows at a time; the scale is that of a sample."""
     scales = None
     if measure == "distance":
-        some = profiles[:: max(1, len(profiles) // _SAMPLE)]
-        scales = np.array([_median(squared_distances(some[:, part], some[:, part])) for part in range(some.shape[1])])
+        sample = profiles[:: max(1, len(profiles) // _SAMPLE)]
+        parts = range(sample.shape[1])
+        scales = np.array([_median(squared_distances(sample[:, part], sample[:, part])) for part in parts])
     pairs: Pairs = {}
     for start in range(0, len(ids), _BLOCK):
-        own = profiles[start : start + _BLOCK]
-        similar = cosine(own, profiles) if scales is None else closeness(own, profiles, scales)
+        block = profiles[start : start + _BLOCK]
+        similar = cosine(block, profiles) if scales is None else closeness(block, profiles, scales)
         pairs |= nearest_pairs(similar, ids[start : start + _BLOCK], ids, degree=degree)
     return join(pairs, clients=clients, degree=degree)
 
 
 def shuffled(graph: Graph, seed: int) -> Graph:
-    """The same graph with its clients permuted: the control of whether it matters who is joined to whom."""
+    """The same graph with its clients permuted: a control of whether it matters which clients are joined."""
     if not isinstance(graph.weights, sparse.csr_array):
         raise MethodError(
-            f"graph {graph.kind} over {graph.clients} clients is not kept as a list of pairs, and cannot be shuffled"
+            f"graph {graph.kind} over {graph.clients} clients is not stored as a list of pairs, and cannot be shuffled"
         )
     order = np.random.default_rng([seed, graph.clients]).permutation(graph.clients)
     return Graph(sparse.csr_array(graph.weights[order][:, order]), graph.kind, f"{graph.note}, shuffled".lstrip(", "))
@@ -263,11 +265,11 @@ def shuffled(graph: Graph, seed: int) -> Graph:
 
 @dataclass(frozen=True)
 class LearnedGraph:
-    """A task graph that follows from what clients have learned, by a sketch of each.
+    """A task graph that is computed from what clients have learned, by a sketch of each.
 
-    of: adapters (less the common start) or updates (less what the client was sent); products: compare s B A instead of
-    factors; stored: sampled clients are joined to any that ever took part, not among each other alone. A client's
-    sketch is taken when it is first seen, and in every `every`-th round that it takes part in.
+    of: adapters (minus the common start) or updates (minus what the client was sent); products: compare s B A instead
+    of factors; stored: sampled clients are joined to all that ever took part, not only to each other. A client is
+    sketched when it is first seen, and in those of its rounds for which round - 1 is divisible by `every`.
     """
 
     of: str
@@ -282,7 +284,7 @@ class LearnedGraph:
     seed: int
 
     def begin(self, adapters: Stored) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What is shared and the tables of all clients at the start: nobody is known, so nobody is joined."""
+        """What is shared and the tables of all clients at the start: no client is known, so none is joined."""
         first = torch.zeros(1, dtype=torch.int64)
         parts = self._sketch(adapters.take(first)).shape[1:]
         clients = len(adapters.ranks)
@@ -314,15 +316,15 @@ class LearnedGraph:
             origin = before.with_rows(shared["start"].expand(len(ids), -1).clone()).mask_()
         if bool(fresh.any()):
             sketch[fresh] = self._sketch(learned, origin)[fresh].to(sketch.dtype)
-        own = sketch.double().numpy()
+        sampled = sketch.double().numpy()
         others = torch.nonzero(tables["seen"]).flatten().numpy() if self.stored else np.empty(0, dtype=np.int64)
         others = np.setdiff1d(others, ids.numpy())
-        known = np.concatenate([own, tables["sketch"][torch.from_numpy(others)].double().numpy()])
+        known = np.concatenate([sampled, tables["sketch"][torch.from_numpy(others)].double().numpy()])
         columns = np.concatenate([ids.numpy(), others])
         if self.shuffled:
             known = known[np.random.default_rng([self.seed, number]).permutation(len(known))]
-            own = known[: len(ids)]
-        similar = compare(own, known, self.measure)
+            sampled = known[: len(ids)]
+        similar = compare(sampled, known, self.measure)
         pairs = nearest_pairs(similar, ids.numpy(), columns, degree=self.degree)
         joined = join(pairs, clients=len(tables["seen"]), degree=self.degree)
         notes = {"learned_pairs": joined.nnz / 2}
@@ -334,7 +336,7 @@ class LearnedGraph:
         return Graph(joined, "learned", self.note), {"sketch": sketch, "seen": torch.ones_like(seen)}, notes
 
     def whole(self, tables: Mapping[str, Tensor]) -> Graph:
-        """The graph over everyone who ever took part, as their sketches are now."""
+        """The graph of all clients that ever took part, from their newest sketches."""
         ids = torch.nonzero(tables["seen"]).flatten()
         profiles = tables["sketch"][ids].double().numpy()
         if self.shuffled:
@@ -351,20 +353,20 @@ class LearnedGraph:
         return ", ".join(word for word in [*words, "shuffled" if self.shuffled else ""] if word)
 
     def _sketch(self, adapters: Adapters, origin: Adapters | None = None) -> Tensor:
-        """Sketches [n, L, m] of adapters, or of how far they are from an origin."""
+        """Sketches [n, L, m] of adapters, or of their difference from an origin."""
         layout = adapters.layout
         if self.products:
             parts = 1 if not self.by_module else sum(len(part.leaves) // 2 for part in layout.parts)
             sketcher = ProductSketcher(layout, share_of(self.size, parts), not self.by_module, self.seed)
-            found = sketcher.sketch(adapters)
-            return found if origin is None else found - sketcher.sketch(origin)
+            sketches = sketcher.sketch(adapters)
+            return sketches if origin is None else sketches - sketcher.sketch(origin)
         stretches = stretches_of(layout, by_module=self.by_module)
         rows = adapters.rows if origin is None else adapters.rows - origin.rows
         return _sketcher(stretches, share_of(self.size, len(stretches)), self.seed).sketch(rows)
 
 
 def common_row(adapters: Stored) -> Tensor:
-    """The row [P] that everyone's start is a part of: each number from a client whose rank has it."""
+    """The row [P] of which each client's start is a part: each number from a client whose rank includes it."""
     _, kinds = torch.unique(adapters.ranks, dim=0, return_inverse=True)
     firsts = torch.tensor([int((kinds == kind).nonzero()[0]) for kind in range(int(kinds.max()) + 1)])
     rows = adapters.rows[firsts]
@@ -373,5 +375,5 @@ def common_row(adapters: Stored) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _sketcher(stretches: tuple[tuple[int, int], ...], size: int, seed: int) -> Sketcher:
-    """The same sketcher for the same arguments: its maps have as many entries as a row."""
+    """Return one sketcher for equal arguments: its maps have as many entries as a row."""
     return Sketcher(stretches, size, seed)

@@ -1,4 +1,4 @@
-"""Settings of a task graph, as YAML has them, and the graph that they describe."""
+"""Settings of a task graph, as in YAML, and the graph that they describe."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ class GraphConfig(Strict):
     column: str | None = None  # groups: clients with the same value are joined; knn: whose values are counted
     path: str | None = None  # file: CSV with client,neighbour,weight
     seed: int | None = Field(default=None, ge=0)  # random: None = the run's seed
-    features: Literal["embedding", "histogram"] = "embedding"  # knn: what the base makes of prompts, or counted values
-    of: Literal["adapters", "updates"] = "adapters"  # learned: all that was learned, or the last round's part of it
+    features: Literal["embedding", "histogram"] = "embedding"  # knn: embeddings of prompts, or counts of values
+    of: Literal["adapters", "updates"] = "adapters"  # learned: all that was learned, or only in the last round
     measure: Literal["cosine", "distance"] = "cosine"  # knn, learned
-    scope: Literal["whole", "layer"] = "whole"  # learned: one similarity of all layers together, or their mean
-    every: int = Field(default=1, ge=1)  # learned: rounds between two looks at the same client
-    degree: int = Field(default=10, ge=1)  # knn, learned: the most neighbours of a client
-    sketch: int = Field(default=LEAST_SKETCH, ge=LEAST_SKETCH)  # learned: numbers kept of each client
+    scope: Literal["whole", "layer"] = (
+        "whole"  # learned: one similarity for all layers together, or the mean of each layer's
+    )
+    every: int = Field(default=1, ge=1)  # learned: rounds between two sketches of the same client
+    degree: int = Field(default=10, ge=1)  # knn, learned: most neighbours of a client
+    sketch: int = Field(default=LEAST_SKETCH, ge=LEAST_SKETCH)  # learned: numbers stored for each client
     shuffled: bool = False  # the same graph with its clients permuted: a control
 
     @model_validator(mode="after")
@@ -46,17 +48,17 @@ class GraphConfig(Strict):
             raise ValueError("graph kind 'file' needs 'path', a CSV with client,neighbour,weight")
         if self.kind == "knn" and (self.features == "histogram") != (self.column is not None):
             raise ValueError("graph kind 'knn' needs 'column' with 'features: histogram', and only there")
-        usual = {name: field.default for name, field in type(self).model_fields.items()}
-        given = {name for name in self.model_fields_set - {"kind"} if getattr(self, name) != usual[name]}
-        if strange := sorted(given - KEYS[self.kind]):
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        changed = {name for name in self.model_fields_set - {"kind"} if getattr(self, name) != defaults[name]}
+        if unknown := sorted(changed - KEYS[self.kind]):
             raise ValueError(
-                f"graph kind '{self.kind}' has no {', '.join(strange)}; it takes {sorted(KEYS[self.kind])}"
+                f"graph kind '{self.kind}' has no {', '.join(unknown)}; it takes {sorted(KEYS[self.kind])}"
             )
         return self
 
 
 def given_graph(
-    wanted: GraphConfig,
+    config: GraphConfig,
     *,
     ids: Sequence[str],
     columns: Sequence[Mapping[str, str]],
@@ -65,39 +67,39 @@ def given_graph(
 ) -> Graph:
     """Make a graph that is known before training.
 
-    ids, columns, profile: of the clients, as a method's Cohort has them; seed: of the run. Raises MethodError if the
-    graph cannot be made from them.
+    ids, columns, profile: of the clients, as in a method's Cohort; seed: of the run. Raises MethodError if the graph
+    cannot be made from them.
     """
-    if wanted.kind == "knn":
-        column = wanted.column if wanted.features == "histogram" else None
-        note = f"{wanted.degree} nearest by {f'the values of {column}' if column else 'embeddings of prompts'}"
-        graph = knn_graph(profile(column), measure=wanted.measure, degree=wanted.degree, note=note)
+    if config.kind == "knn":
+        column = config.column if config.features == "histogram" else None
+        note = f"{config.degree} nearest by {f'the values of {column}' if column else 'embeddings of prompts'}"
+        graph = knn_graph(profile(column), measure=config.measure, degree=config.degree, note=note)
     else:
         graph = make_graph(
-            wanted.kind,
+            config.kind,
             ids=ids,
             columns=columns,
-            column=wanted.column,
-            path=wanted.path,
-            seed=seed if wanted.seed is None else wanted.seed,
+            column=config.column,
+            path=config.path,
+            seed=seed if config.seed is None else config.seed,
         )
-    return shuffled(graph, seed) if wanted.shuffled else graph
+    return shuffled(graph, seed) if config.shuffled else graph
 
 
-def learn_graph(wanted: GraphConfig, *, products: bool, stored: bool, seed: int) -> LearnedGraph:
-    """Return what is to be learned, as a value; nothing is known yet.
+def learn_graph(config: GraphConfig, *, products: bool, stored: bool, seed: int) -> LearnedGraph:
+    """Return the description of a graph that is learned during training.
 
     products: compare updates s B A instead of their factors; stored: clients that are not in the round count too.
     """
     return LearnedGraph(
-        of=wanted.of,
-        measure=wanted.measure,
-        by_module=wanted.scope == "layer",
-        every=wanted.every,
-        degree=wanted.degree,
-        size=wanted.sketch,
+        of=config.of,
+        measure=config.measure,
+        by_module=config.scope == "layer",
+        every=config.every,
+        degree=config.degree,
+        size=config.sketch,
         products=products,
         stored=stored,
-        shuffled=wanted.shuffled,
+        shuffled=config.shuffled,
         seed=seed,
     )

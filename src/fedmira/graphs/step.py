@@ -1,4 +1,4 @@
-"""The graph-Laplacian step of one round: which clients pull which, how far, and how far is stable."""
+"""The graph-Laplacian step of one round: which clients pull which, how far, and up to which coupling it is stable."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _inverse(values: Array) -> Array:
 
 
 def laplacian(weights: Array, degree: Array | None = None) -> Array:
-    """L = diag(degree) - A~ of normalised similarities [S, S]; degree: A~ 1 where nobody else pulls."""
+    """L = diag(degree) - A~ of normalised similarities [S, S]; degree: A~ 1 if None."""
     return np.diag(weights.sum(axis=1) if degree is None else degree) - weights
 
 
@@ -57,7 +57,7 @@ class Coupling:
 
 
 def couple(graph: Graph, ids: Array, *, kind: str, stored: bool) -> Coupling:
-    """Restrict the graph to a round, then normalise: among the sampled only, or with every stored neighbour too.
+    """Restrict the graph to a round, then normalise: among the sampled clients only, or with all stored neighbours.
 
     stored=False: A~ on ids x ids. stored=True: rows of ids against all their neighbours, normalised together.
     """
@@ -101,13 +101,13 @@ def largest_coupling(graph: Graph, couplings: Sequence[Coupling]) -> float:
 
 
 def stable_coupling(coupling: float, graph: Graph, near: Coupling) -> float:
-    """Lower a coupling to what this round's subgraph bears without overshoot: half of the stable limit if symmetric."""
+    """Lower a coupling so that no client of this round overshoots: to half of the stable limit if A is symmetric."""
     limit = largest_coupling(graph, [near])
     return min(coupling, limit / 2 if graph.symmetric else limit)
 
 
 def check_stable(coupling: float, graph: Graph, rounds: Sequence[Coupling], *, normalised: bool, method: str) -> None:
-    """Refuse a coupling that makes clients swing apart on some round; warn where they overshoot their neighbours.
+    """Refuse a coupling that makes clients diverge in a round; warn where they overshoot their neighbours.
 
     Symmetric graphs: eta lambda lambda_max(L) < 2. Asymmetric graphs: eta lambda max_k degree_k <= 1.
     """
@@ -140,37 +140,37 @@ def transfer(near: Coupling, coupling: float, *, exact: bool) -> tuple[np.ndarra
 
 
 def shorten(near: Coupling, uploads: Adapters, stored: Stored, tau: float, *, products: bool) -> tuple[Coupling, float]:
-    """Weigh each neighbour by min(1, tau / ||w_k - w_l||), so that its pull is at most a_kl tau; and the share so cut.
+    """Scale each weight by min(1, tau / ||w_k - w_l||), so that a pull is at most a_kl tau; and the share shortened.
 
-    The norm is that of the difference of rows, taken directly, or of the updates s B A with `products`.
+    The norm is that of the difference of rows, computed directly, or of the updates s B A with `products`.
     """
     within, outside = near.within.copy(), near.outside.copy()
-    apart: Callable[[Adapters, Adapters], float] = product_distance if products else row_distance
+    distance: Callable[[Adapters, Adapters], float] = product_distance if products else row_distance
     cut = total = 0
     for k in range(len(near.ids)):
-        own = uploads.take(torch.tensor([k]))
+        upload = uploads.take(torch.tensor([k]))
         for weights, others, ids in ((within, uploads, None), (outside, stored, near.neighbours)):
-            for place in np.flatnonzero(weights[k]).tolist():
-                other = others.take(torch.tensor([place if ids is None else int(ids[place])]))
-                length = apart(own, other)
+            for column in np.flatnonzero(weights[k]).tolist():
+                neighbour = others.take(torch.tensor([column if ids is None else int(ids[column])]))
+                length = distance(upload, neighbour)
                 total += 1
                 if length > tau:
-                    weights[k, place] *= tau / length
+                    weights[k, column] *= tau / length
                     cut += 1
     return Coupling(near.ids, within, near.neighbours, outside), cut / max(1, total)
 
 
-def row_distance(one: Adapters, other: Adapters) -> float:
-    return float(torch.linalg.vector_norm(one.rows - other.rows, dtype=torch.float64))
+def row_distance(first: Adapters, second: Adapters) -> float:
+    return float(torch.linalg.vector_norm(first.rows - second.rows, dtype=torch.float64))
 
 
-def product_distance(one: Adapters, other: Adapters) -> float:
+def product_distance(first: Adapters, second: Adapters) -> float:
     """||s B A - s' B' A'|| over all modules: the norm of [s B, -s' B'] [A; A'] through its small Gram matrices."""
     total = 0.0
-    for part in one.layout.parts:
-        for place, (first, second) in enumerate(part.pairs()):
-            signed = ((one, one.scale_of(place)), (other, -other.scale_of(place)))
-            left = torch.cat([scale * side.leaf(second)[0].double() for side, scale in signed], dim=1)
-            right = torch.cat([one.leaf(first)[0].double(), other.leaf(first)[0].double()])
+    for part in first.layout.parts:
+        for index, (a, b) in enumerate(part.pairs()):
+            signed = ((first, first.scale_of(index)), (second, -second.scale_of(index)))
+            left = torch.cat([scale * side.leaf(b)[0].double() for side, scale in signed], dim=1)
+            right = torch.cat([first.leaf(a)[0].double(), second.leaf(a)[0].double()])
             total += float(((left.T @ left) * (right @ right.T)).sum())
     return max(total, 0.0) ** 0.5

@@ -25,7 +25,7 @@ NOT_METHODS = ("base", "wrappers")
 
 
 class MethodModule(Protocol):
-    """What a method file must offer."""
+    """What a method file must define."""
 
     __doc__: str | None
     Config: type[Settings]
@@ -42,33 +42,33 @@ def load(name: str) -> MethodModule:
     """Import a method by id (hyphens read as underscores) or by dotted path.
 
     A dotted path is looked up as Python does, then in the current folder. Raises MethodError naming the nearest id if
-    there is none, the file and line if a file of the user's cannot be imported, or if it has no Config and build.
+    the id is unknown, the file and line if a file of the user's cannot be imported, or if it has no Config and build.
     """
-    wanted = name.replace("-", "_")
-    wanted = ALIASES.get(wanted, wanted)
+    module_name = name.replace("-", "_")
+    module_name = ALIASES.get(module_name, module_name)
     known = names()
-    if wanted in known:
-        module: Any = importlib.import_module(f"{__name__}.{wanted}")
-    elif "." in wanted:
+    if module_name in known:
+        module: Any = importlib.import_module(f"{__name__}.{module_name}")
+    elif "." in module_name:
         try:
-            module = _import_from_anywhere(wanted)
+            module = _import_from_anywhere(module_name)
         except Exception as error:  # the user's own code, which may raise anything
-            raise MethodError(f"method '{name}' cannot be imported: {_told(error, wanted)}") from error
+            raise MethodError(f"method '{name}' cannot be imported: {_import_fault(error, module_name)}") from error
     else:
-        raise MethodError(f"unknown method '{name}'{nearest(wanted, known)}; known: {', '.join(known)}")
+        raise MethodError(f"unknown method '{name}'{nearest(module_name, known)}; known: {', '.join(known)}")
     settings = getattr(module, "Config", None)
     fits = isinstance(settings, type) and issubclass(settings, Settings)
     if not fits or not callable(getattr(module, "build", None)):
-        place = _near(module.__file__) if module.__file__ else "a folder"
+        file = _near(module.__file__) if module.__file__ else "a folder"
         raise MethodError(
-            f"method '{name}' ({place}) needs a class Config(Settings) and a "
+            f"method '{name}' ({file}) needs a class Config(Settings) and a "
             f"build(config, cohort); Settings is in {Settings.__module__}"
         )
     return module
 
 
 def _import_from_anywhere(path: str) -> ModuleType:
-    """Import a dotted path; the command `fedmira` has its own folder on sys.path, and not the one it was called in."""
+    """Import a dotted path; the command `fedmira` has its own folder on sys.path, not the current one."""
     top = path.partition(".")[0]
     try:
         return importlib.import_module(path)
@@ -81,9 +81,9 @@ def _import_from_anywhere(path: str) -> ModuleType:
 
 @contextmanager
 def _current_folder_searched() -> Iterator[None]:
-    """Let imports find files of the current folder for a while, last of all: there they shadow nothing."""
+    """Add the current folder to the end of sys.path for a while; there its files shadow no others."""
     folder = str(Path.cwd())
-    importlib.invalidate_caches()  # the file may be younger than the last look into the folder
+    importlib.invalidate_caches()  # the file may be newer than Python's list of the folder
     sys.path.append(folder)
     try:
         yield
@@ -92,8 +92,8 @@ def _current_folder_searched() -> Iterator[None]:
             sys.path.remove(folder)
 
 
-def _told(error: Exception, path: str) -> str:
-    """Say where in the user's files an import failed, and why; no data have been read yet that words could tell of."""
+def _import_fault(error: Exception, path: str) -> str:
+    """Say where in the user's files an import failed, and why; no data have been read that the text could reveal."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{_near(error.filename)}:{error.lineno}: {type(error).__name__}: {error.msg}"
     words = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
@@ -105,13 +105,13 @@ def _told(error: Exception, path: str) -> str:
     if not frames:
         file = f"{path.replace('.', '/')}.py"
         return f"{words}; it is {file} below the current folder ({Path.cwd()}), or a module of an installed package"
-    own = Path(frames[0].filename).parent  # below it the user's files lie; a library deeper down tells less
-    place = [frame for frame in frames if Path(frame.filename).is_relative_to(own)][-1]
-    return f"{_near(place.filename)}:{place.lineno}: {words}"
+    folder = Path(frames[0].filename).parent  # of the user's files; a frame inside a library says less
+    frame = [frame for frame in frames if Path(frame.filename).is_relative_to(folder)][-1]
+    return f"{_near(frame.filename)}:{frame.lineno}: {words}"
 
 
 def _near(file: str) -> str:
-    """Write a path as seen from the current folder, where it lies below it."""
+    """Write a path relative to the current folder, if it is inside it."""
     path, here = Path(file), Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
@@ -140,12 +140,12 @@ def recipe_of(entry: MethodEntry) -> Recipe:
 
 def entry_faults(index: int, entry: MethodEntry) -> list[str]:
     """List the faults of one entry of `methods:` against that method's own settings."""
-    found = _check(entry, prefix=f"methods.{index}.")
-    return [] if isinstance(found, Recipe) else found
+    checked = _check(entry, prefix=f"methods.{index}.")
+    return [] if isinstance(checked, Recipe) else checked
 
 
 def _check(entry: MethodEntry, *, prefix: str) -> Recipe | list[str]:
-    """Return the entry's recipe, or its faults, each with its place after `prefix`."""
+    """Return the entry's recipe, or its faults, each with its key after `prefix`."""
     try:
         module = load(entry.name)
     except MethodError as error:
@@ -157,19 +157,19 @@ def _check(entry: MethodEntry, *, prefix: str) -> Recipe | list[str]:
     except ValidationError as error:
         faults += [describe_fault(fault, module.Config, entry.settings, prefix=prefix) for fault in error.errors()]
     wrappers = []
-    for index, given in enumerate(entry.wrappers):
-        place, options = f"{prefix}with.{index}.", {key: value for key, value in given.items() if key != "name"}
-        name = str(given.get("name", ""))
+    for index, item in enumerate(entry.wrappers):
+        item_prefix, options = f"{prefix}with.{index}.", {key: value for key, value in item.items() if key != "name"}
+        name = str(item.get("name", ""))
         name = WRAPPER_ALIASES.get(name, name)
         if name not in WRAPPERS:
             known = ", ".join(WRAPPERS)
-            faults.append(f"{place}name: unknown wrapper '{name}'{nearest(name, list(WRAPPERS))}; known: {known}")
+            faults.append(f"{item_prefix}name: unknown wrapper '{name}'{nearest(name, list(WRAPPERS))}; known: {known}")
             continue
         kind = WRAPPERS[name][0]
         try:
             wrappers.append((name, dict(kind.model_validate(options))))
         except ValidationError as error:
-            faults += [describe_fault(fault, kind, options, prefix=place) for fault in error.errors()]
+            faults += [describe_fault(fault, kind, options, prefix=item_prefix) for fault in error.errors()]
     return faults if faults or settings is None else Recipe(entry, module, settings, tuple(wrappers))
 
 

@@ -5,8 +5,8 @@
 The factors are averaged separately, so the product is biased: mean(B) mean(A) != mean(B A).
 Sources: McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1; FedIT, Zhang et al. 2023 (arXiv:2305.05644).
 
-Checked against the public code of FedIT (JayZhang42/FederatedGPT-Shepherd, fed_utils/model_aggregation.py): every
-tensor for itself, weighed by its client's share of the selected clients' examples.
+Checked against the public code of FedIT (JayZhang42/FederatedGPT-Shepherd, fed_utils/model_aggregation.py): each tensor
+is averaged separately, weighted by the client's share of the selected clients' examples.
 """
 
 from typing import Literal
@@ -17,7 +17,7 @@ from fedmira.methods.base import Cohort, Facts, Method, Settings, merge_mean
 class Config(Settings):
     """Settings of FedAvg."""
 
-    weights: Literal["examples", "uniform"] = "examples"  # FedIT weighs by training examples
+    weights: Literal["examples", "uniform"] = "examples"  # FedIT weights by training examples
 
 
 def build(config: Config, cohort: Cohort) -> Method:

@@ -1,13 +1,12 @@
 """FedAvg-FT: FedAvg, and after the last round every client fine-tunes the shared adapter on its own data.
 
     w^(t+1) = sum_k p_k w_k^(t),   p_k = n_k / sum_{j in S} n_j   (examples)   or 1 / |S|   (uniform)
-    v_k     = w^(T) after n local steps of client k's own,   for all k
+    v_k     = w^(T) after n local steps of client k alone,   for all k
 
-w stands for the pair (B, A), averaged factor by factor as in FedAvg. The v_k are what is tested and handed over; also
-clients that were never sampled fine-tune. Nothing of it comes back to the server, so that more rounds later go on from
-w^(T). The local optimizer, learning rate and batch size are those of the rounds; steps or passes are settings here, as
-the papers leave them open. The usual answer to a shared model that fits nobody, and the one a personal method has to
-beat.
+w is the pair (B, A), averaged factor by factor as in FedAvg. The v_k are tested and exported; clients that were never
+sampled fine-tune too. The server never sees them, so that later rounds continue from w^(T). The local optimizer,
+learning rate and batch size are those of the rounds; steps or passes are settings here, as the papers leave them open.
+It is the usual remedy for a shared model that fits nobody, and the baseline that a personal method has to beat.
 
 Sources: McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1; Collins et al. 2022 (arXiv:2205.13692), section 2.
 
@@ -26,7 +25,7 @@ from fedmira.methods.wrappers import tuned_after
 class Config(Settings):
     """Settings of FedAvg-FT."""
 
-    weights: Literal["examples", "uniform"] = "examples"  # of the mean; FedIT weighs by training examples
+    weights: Literal["examples", "uniform"] = "examples"  # of the mean; FedIT weights by training examples
     steps: int | None = Field(default=None, ge=1)  # local steps of every client after the last round
     epochs: int | None = Field(default=None, ge=1)  # or passes over its own training examples; neither = one pass
 

@@ -8,30 +8,30 @@
 
 u is the gradient of the mean cross-entropy over the B labelled tokens of the step's batch, its labels drawn from the
 model, y ~ softmax(f(x)); the mean of B u * u over draws is the diagonal of the Gauss-Newton matrix of the batch's loss.
-Under dropout u has the masks of g. Only w travels. m, v and the count stay on the client and go on when it is sampled
-again. All three begin at 0, and nothing corrects m and v for that. A count of 0 makes a client's first step estimate v;
-for LoRA's factor A it finds 0 in the first round, where the factor B is 0, so that A takes steps of full length,
-eta rho, until the next estimate.
+Under dropout u has the masks of g. Only w travels. m, v and the count stay on the client and continue when it is
+sampled again. All three start at 0, and m and v are not corrected for that. With a count of 0 a client's first step
+estimates v; in the first round the factor B is 0, so the estimate for LoRA's factor A is 0, and A takes steps of full
+length, eta rho, until the next estimate.
 
 eta is `training.learning_rate`. `form: public` reads that as the code of Sophia-G does, as the longest step of one
 number: lr = eta rho.
 
     w = w - lr weight_decay w - lr sign(m) min(|m| / (rho max(v, eps)), 1)
 
-There v has no B and a constant bs stands in its place; here B is each batch's own. This step takes the place of the
-config's optimizer, whose settings, `max_grad_norm` among them, have no effect: rho bounds every number instead. An
-estimate costs as much again as a gradient, and is made for all clients of a pass as soon as it is due for one.
+There v has a constant bs instead of B; here B is that of each batch. This step replaces the config's optimizer, whose
+settings, including `max_grad_norm`, have no effect: rho bounds every number instead. An estimate costs as much as a
+gradient, and is computed for all clients of a pass as soon as it is due for one.
 
-Where the paper is silent: rho and betas are Sophia's own, eps is small enough to matter only where v is 0, and there is
-no decay unless asked for. `count: rounds` is the authors' code: an estimate in every step of each tau-th round. They
-count the rounds of the run; here it is those that the client took part in, or one that came late would begin without.
+Not specified in the paper: rho and betas are those of Sophia, eps is small enough to matter only where v is 0, and the
+default is no decay. `count: rounds` is the authors' code: an estimate in every step of each tau-th round. They count
+the rounds of the run; here each client's rounds are counted, or one that joins late would start without an estimate.
 
 Sources: Fed-Sophia, Elbakary et al. 2024 (arXiv:2406.06655); Sophia, Liu et al. 2023 (arXiv:2305.14342), Algorithms 2
 and 3.
 
 Checked against the public code of Sophia (Liuhong99/Sophia, sophia.py: rho, betas, step, an estimate without B) and of
 Fed-Sophia (Ahmed-Khaled-Saleh/Fed-Sophia-pytorch: what is averaged, by which weights, what tau counts); in both an
-estimate follows the step that it was due in, here it comes before. Its equations were read on a secondary page.
+estimate follows the step in which it is due, here it precedes that step. Its equations were read on a secondary page.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Config(Settings):
     """Settings of Fed-Sophia."""
 
     form: Literal["paper", "public"] = "paper"  # what training.learning_rate is: eta, or lr = eta rho
-    rho: float = Field(default=0.04, gt=0)  # the most that m / v may be; Sophia's own
-    betas: tuple[Beta, Beta] = (0.965, 0.99)  # b1 of m and b2 of v; Sophia's own
-    eps: float = Field(default=1e-12, gt=0)  # the least that v counts as
-    tau: int = Field(default=10, ge=1)  # from one estimate of v to the next; 10 is Sophia's own
+    rho: float = Field(default=0.04, gt=0)  # largest m / v; as in Sophia
+    betas: tuple[Beta, Beta] = (0.965, 0.99)  # b1 of m and b2 of v; as in Sophia
+    eps: float = Field(default=1e-12, gt=0)  # smallest denominator: max(v, eps)
+    tau: int = Field(default=10, ge=1)  # from one estimate of v to the next; as in Sophia
     count: Literal["steps", "rounds"] = "steps"  # what tau counts: local steps, or rounds that the client took part in
     weight_decay: float = Field(default=0.0, ge=0)  # times the learning rate, per step; 0 = none (authors' code: 0.02)
     weights: Literal["uniform", "examples"] = "uniform"  # in the server's mean; authors' code: by examples

@@ -1,14 +1,14 @@
-"""FlexLoRA: one update for clients of any rank, the mean of what they learned, cut to each one's own rank.
+"""FlexLoRA: one update for clients of any rank, the mean of their updates, cut to the rank of each client.
 
     DeltaW = sum_{k in S} p_k (alpha / r_k) B_k A_k     p_k = n_k / sum_{j in S} n_j  (examples)  or  1 / |S|  (uniform)
-    U diag(s) V^T = DeltaW                              singular values descending, one decomposition for each module
+    U diag(s) V^T = DeltaW                              singular values descending, one decomposition per module
     to a client of rank r:   B = U_r diag(s_r) / (alpha / r),   A = V_r^T
 
-It is the mean of the products, where FedAvg multiplies the means of the factors. The server keeps it at the largest
-rank r of the federation, which holds every smaller one: the first r_k pairs, with B times (alpha / r) / (alpha / r_k),
-are the cut to rank r_k. What lies beyond r is dropped in every round, as in the paper. The decomposition is exact, from
-the stacked factors where that is cheaper (adapters/lowrank.py). A client with more rank than the sum gets B = 0 and
-rows of A orthonormal to the others in what is missing, and goes on learning there.
+It is the mean of the products, whereas FedAvg multiplies the means of the factors. The server stores it at the largest
+rank r of the federation; the cut to a smaller r_k is its first r_k pairs, with B times (alpha / r) / (alpha / r_k).
+Everything beyond r is dropped in every round, as in the paper. The decomposition is exact, from the stacked factors
+where that is cheaper (adapters/lowrank.py). A client with more rank than the sum gets B = 0 and rows of A orthonormal
+to the others for the missing pairs, and continues to learn there.
 
 As in the public code all singular values go into B, and alpha is the same for every rank. `weights: uniform` is ours.
 
@@ -39,7 +39,7 @@ from fedmira.methods.base import (
     shares_of,
 )
 
-BATCH = 2**24  # numbers of stacked factors that are decomposed at once
+BATCH = 2**24  # numbers in the stacked factors of one decomposition
 
 
 class Config(Settings):
@@ -78,35 +78,35 @@ def build(config: Config, cohort: Cohort) -> Method:
 
 
 def mean_update(uploads: Adapters, weights: Tensor, shared: Adapters) -> Tensor:
-    """Return the row [1, P] whose updates are sum_k w_k s_k B_k A_k, each cut to the rank its module has room for.
+    """Return the row [1, P] whose updates are sum_k w_k s_k B_k A_k, each cut to the rank of its module.
 
-    uploads [S]; weights [S], of sum 1; shared [1]: what the row takes the place of, for its scale.
+    uploads [S]; weights [S], of sum 1; shared [1]: the row that it replaces, for its scale.
     """
     row = torch.zeros_like(shared.rows)
     for part in uploads.layout.parts:
         for ranks, modules in _batches(part, uploads):
-            place, first, _ = modules[0]
-            found = decompose_sum(
+            index, first, _ = modules[0]
+            decomposition = decompose_sum(
                 [torch.stack([uploads.leaf(b)[k, :, :r] for _, _, b in modules]) for k, r in enumerate(ranks)],
                 [torch.stack([uploads.leaf(a)[k, :r] for _, a, _ in modules]) for k, r in enumerate(ranks)],
-                weights * uploads.scale_of(place),
+                weights * uploads.scale_of(index),
             )
-            left, right = factors(found, first.shape[0], float(shared.scale_of(place)[0]), dtype=row.dtype)
-            for (_, a, b), own_b, own_a in zip(modules, left, right, strict=True):
-                row[0, a.start : a.stop] = own_a.flatten()
-                row[0, b.start : b.stop] = own_b.flatten()
+            left, right = factors(decomposition, first.shape[0], float(shared.scale_of(index)[0]), dtype=row.dtype)
+            for (_, a, b), factor_b, factor_a in zip(modules, left, right, strict=True):
+                row[0, a.start : a.stop] = factor_a.flatten()
+                row[0, b.start : b.stop] = factor_b.flatten()
     return row
 
 
 def _batches(part: Part, uploads: Adapters) -> Iterator[tuple[tuple[int, ...], list[tuple[int, Leaf, Leaf]]]]:
-    """Yield modules of equal shape in which every client has the same rank, and these ranks [S]; each with its place.
+    """Yield the ranks [S] of the clients, and modules of one shape in which they have these ranks, each with its index.
 
-    They are decomposed together while the sum of ranks is below the width of the module: beyond, the dense sum is made.
+    Modules are decomposed together if the sum of ranks is below their width; else the dense sum is formed, one by one.
     """
     alike: dict[tuple[tuple[int, ...], ...], list[tuple[int, Leaf, Leaf]]] = {}
-    for place, (first, second) in enumerate(part.pairs()):
-        ranks = tuple(uploads.ranks_of(place).tolist())
-        alike.setdefault((first.shape, second.shape, ranks), []).append((place, first, second))
+    for index, (first, second) in enumerate(part.pairs()):
+        ranks = tuple(uploads.ranks_of(index).tolist())
+        alike.setdefault((first.shape, second.shape, ranks), []).append((index, first, second))
     for ((_, inputs), (outputs, _), ranks), modules in alike.items():
         total = sum(ranks)
         together = max(1, BATCH // (total * (inputs + outputs))) if total < min(inputs, outputs) else 1
@@ -121,7 +121,7 @@ def cut_(adapters: Adapters, shared: Adapters) -> Adapters:
     """
     if bool((adapters.scale != shared.scale).any()):
         for part in adapters.layout.parts:
-            for place, (_, second) in enumerate(part.pairs()):
-                ratio = shared.scale_of(place) / adapters.scale_of(place)  # [S]
+            for index, (_, second) in enumerate(part.pairs()):
+                ratio = shared.scale_of(index) / adapters.scale_of(index)  # [S]
                 adapters.leaf(second).mul_(ratio[:, None, None])
     return adapters.mask_()

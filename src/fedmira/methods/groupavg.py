@@ -1,16 +1,16 @@
-"""GroupAvg: FedAvg inside known groups; one adapter for each group, and nothing passes between groups.
+"""GroupAvg: FedAvg inside known groups; one adapter for each group, and groups exchange nothing.
 
     w_g^(t+1) = sum_k p_k w_k^(t) over sampled k of group g,   p_k = n_k / sum_j n_j   (examples)   or equal   (uniform)
-    w_g^(t+1) = w_g^(t)   where nobody of group g answered
+    w_g^(t+1) = w_g^(t)   where no client of group g answered
 
-w stands for the pair (B, A), averaged factor by factor as in FedAvg. A group is the value of a data column, as in
-MIRA's graph of kind `groups`: with everyone present, groups of n clients each and uniform weights it is MIRA
-(normalise: none) with coupling eta lambda = 1/n. It is the control for MIRA with known groups: is a pull worth more
-than a mean? With one group it is FedAvg, with groups of one it is local training.
+w is the pair (B, A), averaged factor by factor as in FedAvg. A group is the value of a data column, as in MIRA's graph
+of kind `groups`: with all clients sampled, groups of n clients each and uniform weights it is MIRA (normalise: none)
+with coupling eta lambda = 1/n. It is the control for MIRA with known groups: is a pull better than a mean? With one
+group it is FedAvg, with groups of one client it is local training.
 
 Sources: McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1, in each group; IFCA (arXiv:2006.04088) finds the groups.
 
-Not checked against the text or code of IFCA, of which no rule is used here.
+Not checked against the text or code of IFCA, whose rules are not used here.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from fedmira.methods.base import Change, Clock, Cohort, Facts, Message, Method, 
 class Config(Settings):
     """Settings of GroupAvg."""
 
-    column: str | None = None  # whose value names a client's group; null = all are one group, which is FedAvg
-    weights: Literal["examples", "uniform"] = "examples"  # of the means; FedIT weighs by training examples
+    column: str | None = None  # its value names a client's group; null = all are one group, which is FedAvg
+    weights: Literal["examples", "uniform"] = "examples"  # of the means; FedIT weights by training examples
 
 
 def build(config: Config, cohort: Cohort) -> Method:
@@ -48,9 +48,9 @@ def build(config: Config, cohort: Cohort) -> Method:
 
 
 def group_means(rows: Tensor, weights: Tensor, group: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
-    """Average rows [S, P] within each group; return the groups [n] of `count` that have any weight, and rows [n, P].
+    """Average rows [S, P] within each group; return the groups [n] with a positive weight, and their rows [n, P].
 
-    weights [S]: examples per client, any positive scale; group [S]: whose row each upload goes into.
+    weights [S]: examples per client, any positive scale; group [S]: the group of each upload, of `count` groups.
     Raises MethodError if the weights sum to zero.
     """
     totals = torch.zeros(count, dtype=weights.dtype).index_add_(0, group, weights)

@@ -1,16 +1,16 @@
-"""Local: every client trains alone, on the same schedule and steps as the others.
+"""Local: every client trains alone, with the schedule and steps of the other methods.
 
     w_k^(t+1) = w_{k,R}^(t)  for sampled k;   w_k^(t+1) = w_k^(t)  otherwise
 
-Nothing travels: each client keeps its adapter, and the server sees none. The yardstick that every federated method has
-to beat; MIRA with lambda = 0 (arXiv:2410.15524, after equation 3).
+Nothing travels: each client keeps its adapter, and the server sees none. It is the baseline that every federated method
+has to beat, and MIRA with lambda = 0 (arXiv:2410.15524, after equation 3).
 """
 
 from fedmira.methods.base import Cohort, Facts, Method, Settings, change_nothing, no_columns
 
 
 class Config(Settings):
-    """Local training has no settings of its own."""
+    """Local training has no settings."""
 
 
 def build(config: Config, cohort: Cohort) -> Method:

@@ -4,30 +4,29 @@
     server:  w_k^(t+1) = w_{k,R} - eta lambda sum_{l in N_k} a_kl (w_{k,R} - w_l)      for sampled k          (8)
     others:  w_k^(t+1) = w_k^(t)                                                                            (9)
 
-w stands for the pair (B, A): the step is factor-wise. It is simultaneous: every difference uses the uploads, never a
-row already moved. w_l is the upload of a co-sampled neighbour; with `neighbours: stored` a neighbour that is not in the
-round takes part with its last stored row. All clients start from one common adapter and each restarts from its own.
-eta lambda must keep I - eta lambda L a contraction on every round of the schedule, else the build is refused; where
-fewer answer than were sampled, or the graph is learned, it is lowered for that round to what the round's own subgraph
-bears without overshoot.
+w is the pair (B, A): the step is factor-wise. It is simultaneous: every difference uses the uploads, never a row that
+was already moved. w_l is the upload of a co-sampled neighbour; with `neighbours: stored` a neighbour that is not in the
+round takes part with its last stored row. All clients start from one common adapter, and each continues from its own.
+I - eta lambda L must be a contraction on every round of the schedule, else the build is refused; where fewer clients
+answer than were sampled, or the graph is learned, eta lambda is lowered for that round so that no client overshoots.
 
-Ours, beyond the paper: `normalise` row and symmetric act on the round's own subgraph, so that eta x lambda is the pull
-per round whatever K is. `solver: exact` takes the minimiser itself, for any coupling c = eta lambda:
+Our additions to the paper: `normalise` row and symmetric act on the subgraph of the round, so that eta x lambda is the
+pull per round for any K. `solver: exact` computes the minimiser itself, for any coupling c = eta lambda:
 
     W = argmin 1/2 ||W - V||^2 + c/2 tr(W^T L W), that is (I + c L_SS) W_S = V_S + c A_SN W_N
 
-`space: product` does the same to the updates s B A instead of their factors, and returns to each client's rank by a
-truncated SVD (adapters/lowrank.py): nothing depends on how an update is factored. `clip: tau` shortens every difference
-w_k - w_l to the length tau at most. Graphs can be learned from the adapters (graphs/learned.py). `accept` lets a client
-refuse a reply that worsens its validation loss. `reply: lost` replays a defect of the public code, in which what the
-server decided never reached the client it was for; it is there to measure what published figures may have been.
+`space: product` applies the step to the updates s B A instead of their factors, and returns to each client's rank by a
+truncated SVD (adapters/lowrank.py): the result does not depend on how an update is factored. `clip: tau` shortens every
+difference w_k - w_l to the length tau at most. Graphs can be learned from the adapters (graphs/learned.py). `accept`
+lets a client refuse a reply that worsens its validation loss. `reply: lost` reproduces a defect of the public code, in
+which the server's result never reached its client, to estimate how published figures may have been obtained.
 
 Source: MIRA (arXiv:2410.15524; IEEE Networking Letters 7(3), 2025), equations 3, 6, 8, 9 and Algorithm 1.
 
 Checked against the public code (Ahmed-Khaled-Saleh/mira, servers/server_mira.py): the random graph, differences of
-uploads alone, factor by factor, among the co-sampled, and the reply that is saved where nobody looks for it. The code
-of its parent FedU (CharlieDinh/FedU_FMTL) moves one client after another, by lr L_k beta local_epochs / 2 in the place
-of eta lambda; against FedU's printed step nothing was checked.
+uploads only, factor by factor, among the co-sampled, and the reply that is saved where its client never reads it. The
+code of its parent FedU (CharlieDinh/FedU_FMTL) moves one client after another, by lr L_k beta local_epochs / 2 instead
+of eta lambda; FedU's printed step was not checked.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ from fedmira.methods.wrappers import accepting, lost_reply
 
 
 class AcceptConfig(Settings):
-    """When a client keeps what the server replies."""
+    """When a client accepts the server's reply."""
 
-    tolerance: float = Field(default=0.0, ge=0)  # nats by which its own validation loss may worsen
+    tolerance: float = Field(default=0.0, ge=0)  # nats by which its validation loss may worsen
 
 
 class Config(Settings):
@@ -64,7 +63,7 @@ class Config(Settings):
     normalise: Literal["none", "row", "symmetric"] = "row"  # none: the paper's form
     space: Literal["factors", "product"] = "factors"  # factors: the paper's form
     solver: Literal["explicit", "exact"] = "explicit"  # explicit: the paper's form
-    clip: float | None = Field(default=None, gt=0)  # the most that any neighbour's difference may be long
+    clip: float | None = Field(default=None, gt=0)  # longest difference from a neighbour
     accept: AcceptConfig | None = None
     reply: Literal["used", "lost"] = "used"  # lost: as in the authors' public code, for comparison with its figures
     graph: GraphConfig = GraphConfig()
@@ -95,8 +94,8 @@ def build(config: Config, cohort: Cohort) -> Method:
             config.graph, ids=cohort.ids, columns=cohort.columns, seed=cohort.seed, profile=cohort.profile
         )
 
-    def restrict(some: Graph, ids: Tensor) -> Coupling:
-        return couple(some, ids.numpy(), kind=config.normalise, stored=stored)
+    def restrict(whole: Graph, ids: Tensor) -> Coupling:
+        return couple(whole, ids.numpy(), kind=config.normalise, stored=stored)
 
     checked = {frozenset(ids.tolist()): torch.from_numpy(ids) for ids in cohort.schedule}
     if graph is not None and explicit:
@@ -113,7 +112,7 @@ def build(config: Config, cohort: Cohort) -> Method:
         assert joined is not None
         near = restrict(joined, ids)
         if explicit and (learned is not None or frozenset(ids.tolist()) not in checked):
-            strength = stable_coupling(coupling, joined, near)  # nobody could check this subgraph before
+            strength = stable_coupling(coupling, joined, near)  # this subgraph was not checked before the run
         uploads = state.adapters.take(ids, rows=returned.rows)
         if config.clip is not None:
             near, clipped = shorten(near, uploads, state.adapters, config.clip, products=products)

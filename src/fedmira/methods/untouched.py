@@ -1,9 +1,9 @@
-"""Untouched: the base alone; nobody trains, nothing travels, every score is that of the base without an adapter.
+"""Untouched: the base without an adapter; no client trains, nothing travels, every score is that of the base.
 
     w^(t+1) = w^(t) = (B, A) with B = 0,   so W + s B A = W
 
-The control that tells what training brings at all. A round of it costs a line of the record and an empty checkpoint: no
-pass through the base is made, the scores are those of the start. Not from a paper.
+It is the control that shows what training achieves at all. A round costs a line of the record and an empty checkpoint:
+there is no pass through the base, the scores are those of the start. Not from a paper.
 """
 
 from fedmira.methods.base import Cohort, Method, Regime, Settings, change_nothing, no_columns

@@ -3,9 +3,9 @@
     proximal          g_k + mu (w_k - w_sent)                          FedProx, Li et al. 2020 (arXiv:1812.06127)
     only              some factors train or travel                    FFA-LoRA (arXiv:2403.12313), RoLoRA, FedSA-LoRA
     server_optimizer  the mean update is a gradient for the server     FedOpt, Reddi et al. 2021 (arXiv:2003.00295)
-    tuned_after       every client fine-tunes after the last round
+    tuned_after       every client fine-tunes separately after the last round
     accepting         a client keeps a reply only if it does not worsen its validation loss
-    lost_reply        what the server decides never reaches its client (a defect of public code, for comparison)
+    lost_reply        the server's result never reaches its client (a defect of public code, for comparison)
     clipped, noised   a client's update is shortened, and Gaussian noise is added to it
 
 The first in the list is the innermost.
@@ -43,7 +43,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Proximal(Settings):
     """Settings of `proximal`."""
 
-    mu: float = Field(ge=0)  # pull back to what was sent, per unit of distance; 0 = none
+    mu: float = Field(ge=0)  # pull back to the row that was sent, per unit of distance; 0 = none
 
 
 def proximal(method: Method, *, mu: float) -> Method:
@@ -69,7 +69,7 @@ class Only(Settings):
 
 
 def only(method: Method, *, trained: str = "all", travels: str = "all") -> Method:
-    """Train, or send, some factors alone; the others stay as they are, or with the client.
+    """Train, or send, only some factors; the others stay as they are, or with the client.
 
     FFA-LoRA: trained B, travels B. RoLoRA: trained alternating. FedSA-LoRA: travels A.
     """
@@ -86,7 +86,7 @@ def only(method: Method, *, trained: str = "all", travels: str = "all") -> Metho
 
 
 class ServerOptimizer(Settings):
-    """Settings of `server_optimizer`; defaults of the paper's experiments."""
+    """Settings of `server_optimizer`; defaults as in the paper's experiments."""
 
     variant: Literal["momentum", "adam", "yogi"] = "adam"
     learning_rate: Positive = 0.01  # eta of the server
@@ -102,7 +102,7 @@ def server_optimizer(
     betas: tuple[float, float] = (0.9, 0.99),
     tau: float = 1e-3,
 ) -> Method:
-    """Take what a merge would change as a gradient step of the server's own optimizer.
+    """Use the change of a merge as a gradient for the server's own optimizer.
 
     D = merged - w;  m = b1 m + (1 - b1) D;  w = w + eta m / (sqrt(v) + tau)
     adam: v = b2 v + (1 - b2) D^2;  yogi: v = v - (1 - b2) D^2 sign(v - D^2);  momentum: m = b1 m + D, w = w + eta m
@@ -149,18 +149,18 @@ class TunedAfter(Settings):
 
 
 def tuned_after(method: Method, *, steps: int | None = None, epochs: int | None = None) -> Method:
-    """Let every client fine-tune what it shares by itself after the last round; the server never sees it."""
+    """Let every client fine-tune the shared row separately after the last round; the server never sees the result."""
     return replace(method, regime=replace(method.regime, tune=("steps", steps) if steps else ("epochs", epochs or 1)))
 
 
 class Accepting(Settings):
     """Settings of `accepting`."""
 
-    tolerance: float = Field(default=0.0, ge=0)  # nats by which its own validation loss may worsen
+    tolerance: float = Field(default=0.0, ge=0)  # nats by which its validation loss may worsen
 
 
 def accepting(method: Method, *, tolerance: float = 0.0) -> Method:
-    """Let a client keep what it uploaded where the reply would worsen its validation loss by more than `tolerance`."""
+    """Let a client keep its upload if the reply would worsen its validation loss by more than `tolerance`."""
     return replace(method, regime=replace(method.regime, tolerance=tolerance))
 
 
@@ -169,11 +169,11 @@ class LostReply(Settings):
 
 
 def lost_reply(method: Method) -> Method:
-    """Let every client begin from what it uploaded last, whatever the server made of it: a defect of public code."""
+    """Let every client start from its last upload instead of the server's reply: a defect of public code."""
     if not method.has_row_of_each:
         raise MethodError(f"lost_reply is about replies to each client; '{method.name}' has rows that clients share")
     warnings.warn(
-        f"{method.name}: reply: lost replays a defect of the public code; it is no way to train", stacklevel=2
+        f"{method.name}: reply: lost reproduces a defect of the public code; do not train with it", stacklevel=2
     )
 
     def start(adapters: Adapters) -> Memory:
@@ -192,11 +192,11 @@ def lost_reply(method: Method) -> Method:
 class Clipped(Settings):
     """Settings of `clipped`."""
 
-    norm: Positive  # the most that a client's update may be long
+    norm: Positive  # longest update of a client
 
 
 def clipped(method: Method, *, norm: float) -> Method:
-    """Shorten each client's update, over the columns that it sends, to the length `norm` at most.
+    """Shorten each client's update to the length `norm` at most, over the columns that it sends.
 
     w_k = w_sent + d min(1, norm / ||d||),   d = w_k - w_sent
     """
@@ -219,7 +219,7 @@ class Noised(Settings):
 def noised(method: Method, *, sigma: float) -> Method:
     """Add N(0, sigma^2) to each number that a client sends, from the client's own stream, within its rank.
 
-    By itself this is not differential privacy: nothing accounts for it, and the stream can be drawn again.
+    By itself this is not differential privacy: no budget is counted, and the stream can be reproduced.
     """
 
     def finish(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:

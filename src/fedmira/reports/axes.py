@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart; yellow comes last because it is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
@@ -23,8 +23,7 @@ MARKS = (  # a second sign beside colour; their number and that of the colours h
 )
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(NamedTuple):
     """How one method is drawn everywhere on the page. mark: an SVG path around (0, 0)."""
 
     colour: str
@@ -32,8 +31,7 @@ class Style:
     mark: str
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """A chart's size and margins."""
 
     width: int
@@ -52,8 +50,7 @@ class Box:
         return self.height - self.bottom
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """Values [low, high] along pixels [start, end]. marks: (pixel, label)."""
 
     low: float

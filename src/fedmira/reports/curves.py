@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fedmira.reports.axes import Axis, Box, Style, enclosing_axis, round_axis, spread_out
 from fedmira.reports.record import RunRecord, StudyRecord
@@ -16,8 +16,7 @@ PANELS = 12  # clients whose merges are drawn, of each method
 MOST_POINTS, MOST_MARKS, MOST_LINES = 400, 13, 40  # of a curve, on it, and in its table
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One method's curve. points: (x, y, what stands there)."""
 
     label: str
@@ -28,8 +27,7 @@ class Line:
     last: float
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """Curves with their axes; the best last value comes first."""
 
     box: Box
@@ -39,8 +37,7 @@ class Chart:
     title: str
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One client under one method. merges: (x, y before, y after, better | worse | level, what happened)."""
 
     client: str
@@ -50,8 +47,7 @@ class Panel:
     title: str
 
 
-@dataclass(frozen=True)
-class Merging:
+class Merging(NamedTuple):
     """What a method's merges did. lower, equal, higher: uploads whose validation loss fell, stayed, rose."""
 
     label: str

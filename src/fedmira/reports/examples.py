@@ -1,14 +1,13 @@
 """What methods wrote to the same test prompts, side by side; runs keep it only where report.examples asks for it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fedmira.disk.folders import RunFolder
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """One test example of a client: its prompt, reference answers, and who wrote what."""
 
     prompt: str

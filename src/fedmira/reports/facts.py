@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedmira.reports.axes import spread_out
 from fedmira.reports.record import Metric, RunRecord, StudyRecord
@@ -22,8 +21,7 @@ CUTS = {
 }
 
 
-@dataclass(frozen=True)
-class RunLine:
+class RunLine(NamedTuple):
     """One run's costs, as text."""
 
     folder: str
@@ -41,8 +39,7 @@ class RunLine:
     adapters: int
 
 
-@dataclass(frozen=True)
-class ClientTable:
+class ClientTable(NamedTuple):
     """One metric, client by client. lines: (client, its name, [untouched base, each method's value]); None = n/a."""
 
     metric: Metric

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fedmira.reports.axes import Axis, Box, balanced_axis, enclosing_axis, spread_out
 from fedmira.reports.record import Metric, StudyRecord
@@ -17,8 +17,7 @@ MOST_POINTS = 240
 DOTS = Box(150, 22, 6, 6, 0, 0)
 
 
-@dataclass(frozen=True)
-class Bar:
+class Bar(NamedTuple):
     """One client. x, width: of its bar, from zero; told: its signed gain."""
 
     client: str
@@ -30,8 +29,7 @@ class Bar:
     told: str
 
 
-@dataclass(frozen=True)
-class GainPanel:
+class GainPanel(NamedTuple):
     """One method's clients, the best first. path: the sorted line where there are no bars."""
 
     label: str
@@ -49,8 +47,7 @@ class GainPanel:
     title: str
 
 
-@dataclass(frozen=True)
-class Gains:
+class Gains(NamedTuple):
     """All methods on one metric, against one reference, on one scale."""
 
     metric: Metric
@@ -58,8 +55,7 @@ class Gains:
     panels: list[GainPanel]
 
 
-@dataclass(frozen=True)
-class Dots:
+class Dots(NamedTuple):
     """One line of a table as a picture: mean, interval, worst client, in pixels."""
 
     mean: float

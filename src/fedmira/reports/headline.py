@@ -1,8 +1,7 @@
 """What a study's figures support, in plain words."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fedmira.reports.record import Metric, StudyRecord
 from fedmira.reports.stats import FEWEST_PAIRS, Comparison
@@ -13,8 +12,7 @@ Verdict = Literal["better", "worse", "mixed", "unclear", "equal", "few", "none"]
 OPPOSITE = {"better": "worse", "worse": "better"}
 
 
-@dataclass(frozen=True)
-class Statement:
+class Statement(NamedTuple):
     """One method against training alone.
 
     verdict, from p after Holm's correction: better | worse (p < 0.05, with mean and majority on that side), mixed

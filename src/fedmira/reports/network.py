@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from fedmira.errors import StoreError
 from fedmira.reports.axes import CIRCLE, DIAMOND, SQUARE, Box, gain_colour
-from fedmira.reports.places import place_nodes
+from fedmira.reports.places import Disc, Place, Weights, lay_out, pack
 from fedmira.reports.record import StudyRecord, read_object
 from fedmira.reports.stats import gains
 from fedmira.reports.wording import clean, fitted, number, plural, signed
@@ -21,19 +19,17 @@ NARROW = Box(350, 380, 34, 34, 24, 30)
 SWATCHES = 9  # steps of the colour scale's legend
 
 
-@dataclass(frozen=True, eq=False)
-class TaskGraph:
-    """graph.json. rows, columns, weights [E]: its edges; None if there were too many to be written."""
+class TaskGraph(NamedTuple):
+    """graph.json. edges: (row, column, weight); None if there were too many to be written."""
 
     kind: str
     note: str
     clients: list[str]
     entries: int
-    edges: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    edges: list[tuple[int, int, float]] | None
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """A client or a group. scale: of the mark. label: empty where there is no room; label_y: on the side away from the
     neighbours."""
 
@@ -48,8 +44,7 @@ class Node:
     known: bool
 
 
-@dataclass(frozen=True)
-class Drawing:
+class Drawing(NamedTuple):
     """The graph in one size. edges: (x1, y1, x2, y2, opacity)."""
 
     box: Box
@@ -57,29 +52,27 @@ class Drawing:
     edges: list[tuple[float, float, float, float, float]]
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(NamedTuple):
     """A method's graph. refused: why it is not drawn, else empty; scale: (colour, gain) from worst to best."""
 
     label: str
     about: str
     refused: str = ""
     groups: bool = False
-    drawings: list[Drawing] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    scale: list[tuple[str, str]] = field(default_factory=list)
+    drawings: Sequence[Drawing] = ()
+    notes: Sequence[str] = ()
+    scale: Sequence[tuple[str, str]] = ()
     title: str = ""
 
 
-@dataclass(frozen=True, eq=False)
-class _Nodes:
+class _Nodes(NamedTuple):
     """What is drawn: nodes in the graph's order, with members (1 for a client), gain (NaN = n/a) and weights [N, N]."""
 
     names: list[str]
     groups: list[str]
     members: list[int]
     gains: list[float]
-    weights: np.ndarray
+    weights: Weights
     joined: list[int]
 
 
@@ -107,13 +100,8 @@ def read_graph(record: StudyRecord, folder: str) -> TaskGraph | None:
         clients = [str(name) for name in found["clients"]]
         edges = None
         if found.get("edges") is not None:
-            table = np.array(found["edges"], dtype=np.float64).reshape(-1, 3)
-            rows, columns = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
-            ends = np.concatenate([rows, columns])
-            if not np.isfinite(table).all() or (len(ends) and (ends.min() < 0 or ends.max() >= len(clients))):
-                raise ValueError("an edge leads to no client")
-            edges = (rows, columns, table[:, 2])
-    except (KeyError, TypeError, ValueError) as error:
+            edges = [_read_edge(edge, len(clients)) for edge in found["edges"]]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise StoreError(
             f"'{path}' is damaged ({type(error).__name__}: {error}): graph.json has clients and edges "
             "[[from, to, weight], ...] between their places; restore it from a copy"
@@ -123,9 +111,17 @@ def read_graph(record: StudyRecord, folder: str) -> TaskGraph | None:
         kind=str(found.get("kind", "unknown")),
         note=str(found.get("note", "")),
         clients=clients,
-        entries=entries if isinstance(entries, int) else 0 if edges is None else len(edges[0]),
+        entries=entries if isinstance(entries, int) else len(edges or ()),
         edges=edges,
     )
+
+
+def _read_edge(edge: Any, clients: int) -> tuple[int, int, float]:
+    """Read [from, to, weight]. Raises TypeError or ValueError if it is not one between two of the clients."""
+    row, column, weight = map(float, edge)
+    if not (math.isfinite(weight) and 0 <= row < clients and 0 <= column < clients):
+        raise ValueError("an edge leads to no client")
+    return int(row), int(column), weight
 
 
 def _network(record: StudyRecord, label: str, graph: TaskGraph) -> Network:
@@ -151,11 +147,13 @@ def _network(record: StudyRecord, label: str, graph: TaskGraph) -> Network:
     known = [value for value in nodes.gains if not math.isnan(value)]
     better, worse = sum(value > 0 for value in known), sum(value < 0 for value in known)
     what = "groups" if not of_clients else "clients"
+    order = sorted(range(len(nodes.names)), key=lambda node: (nodes.groups.index(nodes.groups[node]), node))
+    discs = lay_out(nodes.weights, order)
     return Network(
         label=label,
         about=about,
         groups=not of_clients,
-        drawings=[_drawing(nodes, box, limit) for box in (WIDE, NARROW)],
+        drawings=[_drawing(nodes, discs, box, limit) for box in (WIDE, NARROW)],
         notes=_notes(graph, nodes),
         scale=[(gain_colour(step, limit), signed(step)) for step in steps] if limit else [],
         title=f"Task graph of {clean(label)}, {what} coloured by {named}: {len(nodes.names)} {what}, {better} better, "
@@ -179,7 +177,7 @@ def _clients(record: StudyRecord, graph: TaskGraph, own: Mapping[str, float]) ->
         members=[1] * len(graph.clients),
         gains=[own.get(client, math.nan) for client in graph.clients],
         weights=weights,
-        joined=np.count_nonzero(weights, axis=1).tolist(),
+        joined=_joined(weights),
     )
 
 
@@ -192,7 +190,7 @@ def _groups(record: StudyRecord, graph: TaskGraph, own: Mapping[str, float]) -> 
     for client, group in zip(graph.clients, of_client, strict=True):
         if math.isfinite(value := own.get(client, math.nan)):
             values[place[group]].append(value)
-    weights = np.zeros((0, 0))
+    weights: Weights = []
     if len(names) <= MOST_GROUPS:  # more are not drawn
         weights = _symmetric(graph, [place[group] for group in of_client], len(names))
     return _Nodes(
@@ -201,23 +199,28 @@ def _groups(record: StudyRecord, graph: TaskGraph, own: Mapping[str, float]) -> 
         members=[of_client.count(name) for name in names] if len(names) <= MOST_GROUPS else [],
         gains=[sum(some) / len(some) if some else math.nan for some in values],
         weights=weights,
-        joined=np.count_nonzero(weights, axis=1).tolist(),
+        joined=_joined(weights),
     )
 
 
-def _symmetric(graph: TaskGraph, place: Sequence[int], count: int) -> np.ndarray:
+def _symmetric(graph: TaskGraph, place: Sequence[int], count: int) -> Weights:
     """Return the weights [N, N] between nodes, the larger of both directions; place: the node of each client."""
-    weights = np.zeros((count, count))
-    if graph.edges is not None:
-        rows, columns, values = graph.edges
-        node = np.array(place, dtype=np.int64)
-        np.add.at(weights, (node[rows], node[columns]), values)
-    np.fill_diagonal(weights, 0.0)
-    return np.maximum(weights, weights.T)
+    weights = [[0.0] * count for _ in range(count)]
+    for row, column, weight in graph.edges or ():
+        weights[place[row]][place[column]] += weight
+    return [
+        [max(weights[row][column], weights[column][row]) if row != column else 0.0 for column in range(count)]
+        for row in range(count)
+    ]
+
+
+def _joined(weights: Weights) -> list[int]:
+    """Count each node's neighbours."""
+    return [sum(weight != 0 for weight in row) for row in weights]
 
 
 def _notes(graph: TaskGraph, nodes: _Nodes) -> list[str]:
-    drawn, notes = np.count_nonzero(nodes.weights) // 2, []
+    drawn, notes = sum(nodes.joined) // 2, []
     if graph.edges is None:
         notes.append("Edges are not drawn: there were too many to be written to graph.json.")
     elif drawn > MOST_EDGES:
@@ -227,36 +230,37 @@ def _notes(graph: TaskGraph, nodes: _Nodes) -> list[str]:
         if graph.edges is not None and not drawn:
             notes.append("No edge leads from one group to another.")
     if graph.edges is not None and len(nodes.names) == len(graph.clients):
-        rows, columns, weights = graph.edges
-        forth = {(r, c): w for r, c, w in zip(rows.tolist(), columns.tolist(), weights.tolist(), strict=True)}
+        forth = {(row, column): weight for row, column, weight in graph.edges}
         if any(forth.get((c, r), 0.0) != w for (r, c), w in forth.items()):
             notes.append("Weights differ by direction; an edge shows the larger of both.")
     return notes
 
 
-def _drawing(nodes: _Nodes, box: Box, limit: float) -> Drawing:
-    order = sorted(range(len(nodes.names)), key=lambda node: (nodes.groups.index(nodes.groups[node]), node))
-    room = (box.x_end - box.left, box.y_end - box.top)
-    places = place_nodes(nodes.weights, order, aspect=room[0] / room[1]) * room + (box.left, box.top)
-    rows, columns = np.nonzero(np.triu(nodes.weights))
-    weights = nodes.weights[rows, columns]
-    strongest = np.argsort(-weights, kind="stable")[:MOST_EDGES]
+def _drawing(nodes: _Nodes, discs: Sequence[Disc], box: Box, limit: float) -> Drawing:
+    width, height = box.x_end - box.left, box.y_end - box.top
+    places = [(x * width + box.left, y * height + box.top) for x, y in pack(discs, aspect=width / height)]
+    pairs = [
+        (weight, row, column)
+        for row, weights in enumerate(nodes.weights)
+        for column, weight in enumerate(weights[row:], row)
+        if weight
+    ]
+    strongest = sorted(pairs, key=lambda pair: -pair[0])[:MOST_EDGES]
     faint = 0.75 if len(strongest) <= 120 else 0.35
     edges = [
-        (*places[rows[edge]].round(1).tolist(), *places[columns[edge]].round(1).tolist(), round(share, 2))
-        for edge in strongest.tolist()
-        if (share := faint * (0.25 + 0.75 * float(weights[edge] / weights.max()))) > 0
+        (*_rounded(places[row]), *_rounded(places[column]), round(share, 2))
+        for weight, row, column in strongest
+        if (share := faint * (0.25 + 0.75 * (weight / strongest[0][0]))) > 0
     ]
     scales = _scales(nodes)
     labelled = len(nodes.names) <= min(MOST_LABELS, box.width // LABEL_PITCH)
-    neighbours = nodes.weights @ places[:, 1] / np.maximum(nodes.weights.sum(axis=1), 1e-300)
-    above = (nodes.weights.sum(axis=1) > 0) & (places[:, 1] < neighbours - 1)
+    above = [_is_above(place, weights, places) for place, weights in zip(places, nodes.weights, strict=True)]
     return Drawing(
         box=box,
         nodes=[
             Node(
-                x=round(float(places[place, 0]), 1),
-                y=round(float(places[place, 1]), 1),
+                x=round(places[place][0], 1),
+                y=round(places[place][1], 1),
                 fill="#FFFFFF" if math.isnan(gain) else gain_colour(gain, limit),
                 mark=_mark(gain),
                 scale=scales[place],
@@ -269,6 +273,19 @@ def _drawing(nodes: _Nodes, box: Box, limit: float) -> Drawing:
         ],
         edges=edges,
     )
+
+
+def _rounded(place: Place) -> Place:
+    return round(place[0], 1), round(place[1], 1)
+
+
+def _is_above(place: Place, weights: Sequence[float], places: Sequence[Place]) -> bool:
+    """Is a node above the weighted mean of its neighbours? Its label then has room on top."""
+    total = sum(weights)
+    if not total > 0:
+        return False
+    mean = sum(weight * y for weight, (_, y) in zip(weights, places, strict=True)) / total
+    return place[1] < mean - 1
 
 
 def _scales(nodes: _Nodes) -> list[float]:
@@ -287,6 +304,6 @@ def _told(nodes: _Nodes, place: int) -> str:
     name, group, gain = nodes.names[place], nodes.groups[place], nodes.gains[place]
     inside = f" ({clean(group)})" if group and group != name else ""
     inside += f", {plural(nodes.members[place], 'client')}" if nodes.members[place] > 1 else ""
-    strongest = float(nodes.weights[place].max(initial=0.0))
+    strongest = max(nodes.weights[place], default=0.0)
     neighbours = f"{plural(nodes.joined[place], 'neighbour')}, strongest weight {number(strongest, 2)}"
     return f"{clean(name)}{inside}: gain {'n/a' if math.isnan(gain) else signed(gain)}; {neighbours}"

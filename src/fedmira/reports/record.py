@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedmira.disk.files import read_json
 from fedmira.disk.folders import RunFolder
@@ -87,8 +87,7 @@ class RunRecord:
         return found if isinstance(found, int | float) else None
 
 
-@dataclass(frozen=True)
-class Metric:
+class Metric(NamedTuple):
     """Everything the report says of one metric."""
 
     name: str
@@ -142,8 +141,9 @@ class StudyRecord:
 
 def read_study(study: Path) -> StudyRecord:
     """Read a study. Raises StoreError if it has no results, or a file is damaged."""
-    results = read_results(study)
-    runs = [_read_run(study, folder) for folder in find_runs(study)]
+    folders = find_runs(study)
+    results = read_results(study, folders)
+    runs = [_read_run(study, folder) for folder in folders]
     # A study may give `local` another label; the runs know which method they are.
     baseline = next((run.label for run in runs if run.facts.method == "local"), "local")
     measured = dict.fromkeys(row.metric for row in results.rows if row.split == "test" and row.round > 0)

@@ -3,24 +3,17 @@
 import json
 import math
 from dataclasses import asdict
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
-
 from fedmira.disk.files import write_atomic
-from fedmira.reports import axes, curves, facts, gain, network, wording
+from fedmira.reports import axes, curves, facts, gain, network
 from fedmira.reports.headline import headline
 from fedmira.reports.record import StudyRecord, read_study
 from fedmira.reports.stats import UNTOUCHED_BASE, curve
-from fedmira.reports.terminal import summary_tables
-
-__all__ = ["summary_tables", "write_report"]
+from fedmira.reports.templates import page_template
 
 SCHEMA = 1
-LONGEST_TEXT = 4000  # characters of an example that are shown
 
 
 def write_report(study: Path) -> Path:
@@ -29,10 +22,15 @@ def write_report(study: Path) -> Path:
     Raises StoreError if the study has no results, or cannot be written.
     """
     record = read_study(study)
-    page, summary = render_page(record), _summary_json(record)
-    write_atomic(study / "summary.json", summary.encode("utf-8", "backslashreplace"))
-    write_atomic(study / "report.html", page.encode("utf-8", "backslashreplace"))
+    write_pages(record)
     return study / "report.html"
+
+
+def write_pages(record: StudyRecord) -> None:
+    """Write report.html and summary.json of a study that has been read. Raises StoreError if they cannot be written."""
+    page, summary = render_page(record), _summary_json(record)
+    write_atomic(record.path / "summary.json", summary.encode("utf-8", "backslashreplace"))
+    write_atomic(record.path / "report.html", page.encode("utf-8", "backslashreplace"))
 
 
 def render_page(record: StudyRecord) -> str:
@@ -41,67 +39,35 @@ def render_page(record: StudyRecord) -> str:
     examples, examples_left_out = facts.shown_examples(record)
     ordered = sorted(record.metrics, key=lambda metric: metric is not record.judged)
     config = record.path / "config.yaml"
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            record=record,
-            base_name=UNTOUCHED_BASE,
-            statements=headline(record),
-            basis=facts.basis(record),
-            notices=facts.notices(record),
-            styles=styles,
-            tables=[(metric, *gain.dots(metric)) for metric in ordered],
-            dots_box=gain.DOTS,
-            charts=[
-                (name, chart)
-                for name, box in (("wide", curves.WIDE), ("narrow", curves.NARROW))
-                if (chart := curves.curve_chart(record, styles, box))
-            ],
-            curve_table=curves.curve_table(record),
-            mergings=[found for label in record.labels if (found := curves.merging(record, label))],
-            gains=[gain.gain_panels(record, metric) for metric in ordered],
-            networks=network.networks(record),
-            clients=facts.client_tables(record),
-            examples=examples,
-            examples_left_out=examples_left_out,
-            runs=facts.run_lines(record),
-            data=facts.data_facts(record),
-            sampling=facts.sampling_facts(record),
-            setup=facts.setup_facts(record),
-            config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
-            marks={"better": axes.CIRCLE, "worse": axes.SQUARE, "level": axes.DIAMOND},
-            colours={"better": axes.BETTER, "worse": axes.WORSE, "level": "#767676"},
-        )
+    return page_template().render(
+        record=record,
+        base_name=UNTOUCHED_BASE,
+        statements=headline(record),
+        basis=facts.basis(record),
+        notices=facts.notices(record),
+        styles=styles,
+        tables=[(metric, *gain.dots(metric)) for metric in ordered],
+        dots_box=gain.DOTS,
+        charts=[
+            (name, chart)
+            for name, box in (("wide", curves.WIDE), ("narrow", curves.NARROW))
+            if (chart := curves.curve_chart(record, styles, box))
+        ],
+        curve_table=curves.curve_table(record),
+        mergings=[found for label in record.labels if (found := curves.merging(record, label))],
+        gains=[gain.gain_panels(record, metric) for metric in ordered],
+        networks=network.networks(record),
+        clients=facts.client_tables(record),
+        examples=examples,
+        examples_left_out=examples_left_out,
+        runs=facts.run_lines(record),
+        data=facts.data_facts(record),
+        sampling=facts.sampling_facts(record),
+        setup=facts.setup_facts(record),
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        marks={"better": axes.CIRCLE, "worse": axes.SQUARE, "level": axes.DIAMOND},
+        colours={"better": axes.BETTER, "worse": axes.WORSE, "level": "#767676"},
     )
-
-
-@cache
-def _environment() -> Environment:
-    """The templates beside this file; compiled once in a process."""
-    # Client names come from data that others wrote: autoescape stays on, and nothing is marked safe.
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=FunctionLoader(lambda name: files(__package__).joinpath(name).read_text(encoding="utf-8")),
-    )
-    environment.filters |= {
-        "number": wording.number,
-        "signed": wording.signed,
-        "interval": wording.interval,
-        "chance": wording.chance,
-        "clean": wording.clean,
-        "short": wording.short,
-        "plural": wording.plural,
-        "count": wording.count,
-        "unbroken": wording.unbroken,
-        "pretty": wording.pretty,
-        "phrase": wording.phrase,
-        "cut": lambda text: text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " […]",
-    }
-    return environment
 
 
 def _summary_json(record: StudyRecord) -> str:
@@ -111,7 +77,7 @@ def _summary_json(record: StudyRecord) -> str:
         "study": record.name,
         "baseline": record.baseline,
         "judged": record.judged.name if record.judged else None,
-        "headline": [asdict(statement) for statement in headline(record)],
+        "headline": [statement._asdict() for statement in headline(record)],
         "metrics": {
             metric.name: {
                 "split": "test",

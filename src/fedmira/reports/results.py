@@ -2,13 +2,12 @@
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import yaml
 
 from fedmira.disk.folders import RESULT_COLUMNS
 from fedmira.errors import StoreError
@@ -86,14 +85,15 @@ def find_runs(study: Path) -> list[Path]:
     )
 
 
-def read_results(study: Path) -> Results:
-    """Read the results of all runs of a study.
+def read_results(study: Path, runs: Sequence[Path] | None = None) -> Results:
+    """Read the results of all runs of a study; runs: as find_runs lists them, looked up where they are not known yet.
 
     A loss that was written as `nan` has diverged and is read as infinite: as n/a it would make its method look better.
     A row that is written twice (a resumed run) counts once, as written last.
     Raises StoreError if there are no results, or a file is damaged.
     """
-    files = [run / "results.csv" for run in find_runs(study) if (run / "results.csv").is_file()]
+    folders = find_runs(study) if runs is None else runs
+    files = [run / "results.csv" for run in folders if (run / "results.csv").is_file()]
     rows = [row for file in files for row in _read_file(file)]
     if not rows:
         raise StoreError(f"'{study}' has no results yet: a run writes results.csv when it has been evaluated")
@@ -146,10 +146,33 @@ def _whole_lines(path: Path) -> str:
 def _configured_order(path: Path) -> dict[str, int]:
     """Return the place of each method folder in a study's config; empty if the config is absent or unreadable."""
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["methods"]
-        return {_folder(entry): place for place, entry in enumerate(entries)}
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        text = path.read_text(encoding="utf-8")
+        folders = _written_folders(text) or _parsed_folders(text)
+    except (OSError, ValueError, TypeError, KeyError):
         return {}  # only the order of the lines depends on it
+    return {folder: place for place, folder in enumerate(folders)}
+
+
+def _written_folders(text: str) -> list[str]:
+    """Read the folders of `methods:` from a config as a study writes it; empty if it may have been written otherwise.
+
+    It saves the import of yaml, which takes about as long as all that is computed for the report of a small study.
+    """
+    section = re.search(r"^methods:\n((?:[- ] .*\n)+)(?=[a-z]|\Z)", text, re.MULTILINE)
+    if section is None:
+        return []
+    entries = re.findall(r"^- name: ([A-Za-z_][\w.-]*)\n  label: ([A-Za-z][\w-]*)$", section[1], re.MULTILINE)
+    whole = len(entries) == len(re.findall("^-", section[1], re.MULTILINE))
+    return [_folder({"name": name, "label": "" if label == "null" else label}) for name, label in entries if whole]
+
+
+def _parsed_folders(text: str) -> list[str]:
+    import yaml
+
+    try:
+        return [_folder(entry) for entry in yaml.safe_load(text)["methods"]]
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
 
 
 def _folder(entry: str | Mapping[str, Any]) -> str:

@@ -1,26 +1,23 @@
 """What the terminal shows at the end: clients one by one where they are few, then a line for each method."""
 
 import math
-from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
-from fedmira.reports.record import StudyRecord, read_study
+from fedmira.reports.record import StudyRecord
 from fedmira.reports.stats import MethodSummary, client_values
 from fedmira.reports.wording import counts, interval, number
 
 CLIENTS_SHOWN = 32  # more than this are read in the report, not in the terminal
 
 
-def summary_tables(study: Path) -> list[Table]:
+def summary_tables(record: StudyRecord) -> list[Table]:
     """Return what the terminal shows: clients one by one where they are few, then a line for each method.
 
     Methods: mean with 95 % interval over clients and the worst client, metric by metric, the untouched base first;
     wins/ties/losses against the baseline on the first metric that is not the loss, else on the loss.
-    Raises StoreError if the study has no results.
     """
-    record = read_study(study)
     clients = _client_table(record) if len(record.results.clients) <= CLIENTS_SHOWN else None
     return [table for table in (clients, _method_table(record)) if table is not None]
 
