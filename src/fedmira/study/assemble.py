@@ -179,7 +179,7 @@ class Profiles:
         """Return mean embeddings of prompts [K, d] (None), or shares of a column's values [K, values]."""
         profiles, clients = self.materials.profiles, self.materials.intake.clients
         if column not in profiles:
-            with warnings.catch_warnings():  # those of libraries are no notes on a method
+            with warnings.catch_warnings():  # libraries' warnings do not belong to the method's notes
                 warnings.simplefilter("ignore")
                 profiles[column] = (
                     embed_prompts(self.materials.load(self.config, self.dtype), clients)
@@ -390,7 +390,7 @@ def _fingerprint(client: ClientData) -> str:
 
 @contextmanager
 def using_threads(count: int) -> Iterator[None]:
-    """Compute on so many threads, and give the caller's number back."""
+    """Compute on `count` threads; restore the caller's number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """One method with one seed, as it lies on disk."""
+    """One method with one seed, as it is on disk."""
 
     path: Path
 
@@ -60,7 +60,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """A config and its runs, as they lie on disk."""
+    """A config and its runs, as they are on disk."""
 
     path: Path
 

@@ -1,4 +1,4 @@
-"""What a run hands over at its end: one PEFT folder per client, each with a card of what it is and how it scores."""
+"""Export at the end of a run: one PEFT folder per client, each with a card of what it is and how it scores."""
 
 import hashlib
 import os

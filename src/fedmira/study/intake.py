@@ -111,7 +111,7 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
 
 
 def _unknown_share(clients: Sequence[ClientData], unknown: int | None) -> float:
-    """Return the share of tokens that stand for words the tokenizer does not know; GPT-2's is its end of text."""
+    """Return the share of tokens for words that the tokenizer does not know; GPT-2's such token is its end of text."""
     if unknown is None:
         return 0.0
     found = sum(one.ids[:-1].count(unknown) for client in clients for one in client.train)

@@ -1,4 +1,4 @@
-"""Run a study, or go on with one: every method with every seed, each into a folder of its own, then the report."""
+"""Run a study, or continue one: every method with every seed, each into a separate folder, then the report."""
 
 import importlib.metadata
 import logging

@@ -3,7 +3,7 @@
 Both write inside the study and reach no network. TensorBoard's events lie in STUDY/<method>/seed-<n>/tensorboard (to
 see them: `tensorboard --logdir STUDY`), trackio's database in STUDY/.trackio (`TRACKIO_DIR=STUDY/.trackio trackio
 show`). What a run has tracked is written anew from metrics.jsonl when it goes on: after a resume, and after any crash,
-nothing is there twice and nothing is missing. A tracker that fails is told of once, and the run goes on without it.
+nothing is there twice and nothing is missing. A tracker that fails is reported once, and the run continues without it.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class TensorBoard:
 
 
 class Trackio:
-    """A process of its own that logs to trackio what it reads, line by line, until its input ends.
+    """A separate process that logs to trackio what it reads, line by line, until its input ends.
 
     trackio takes its folder from the environment when it is imported, once for a process, talks on standard output,
     and would follow the name of a Space or server in the environment. None of that reaches this process so.

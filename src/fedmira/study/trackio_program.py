@@ -13,7 +13,7 @@ def follow(project: str, name: str, group: str, about: dict[str, Any]) -> None:
     trackio = importlib.import_module("trackio")  # an extra, which need not be there when this file is checked
     try:
         earlier = [run for run in trackio.Api().runs(project) if run.name == name]
-    except ValueError:  # there is no such project yet
+    except ValueError:  # the project does not exist yet
         earlier = []
     for run in earlier:
         run.delete()
