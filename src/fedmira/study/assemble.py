@@ -335,8 +335,10 @@ def count_values(clients: Sequence[ClientData], column: str) -> np.ndarray:
             f"no column '{column}' whose values can be counted{nearest(column, known)}; there are: "
             f"{', '.join(known) or 'none'}"
         )
-    found = np.array([[client.counts.get(column, {}).get(value, 0) for value in values] for client in clients])
-    return found / np.maximum(found.sum(axis=1, keepdims=True), 1)
+    counts_of_clients = np.array(
+        [[client.counts.get(column, {}).get(value, 0) for value in values] for client in clients]
+    )
+    return counts_of_clients / np.maximum(counts_of_clients.sum(axis=1, keepdims=True), 1)
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

@@ -51,7 +51,7 @@ def write_adapters(
     base, clients = prepared.workplace.base, prepared.workplace.clients
     prompts = federation.layout.virtual_tokens > 0
     own, trainees, tuned = method.personal, method.regime.trainees, method.regime.tune is not None
-    one = not own and method.count_rows(len(federation)) == 1  # else one of each group
+    shared_by_all = not own and method.count_rows(len(federation)) == 1  # else by a group
     targets = short_targets([name for name, _, _ in base.shapes], prepared.linears)
     drawn = count_drawn(method, folder.records(), federation.names)
     links = len(federation) * count_exported(federation.layout) * 4 > LINK_BYTES
@@ -60,7 +60,7 @@ def write_adapters(
     for position, client in enumerate(clients):
         used = serve(torch.tensor([position]))
         served = fold(used)
-        place = folder.adapters / client.id
+        target = folder.adapters / client.id
         card: Card = {
             "client": client.id,
             "group": client.group,
@@ -83,7 +83,7 @@ def write_adapters(
             trained = pool if trainees == "pool" else (len(client.train), client.trained_tokens)
             card["examples"], card["trained_tokens"] = trained
         card["personal"] = own
-        card["grouped"] = not own and not one
+        card["grouped"] = not own and not shared_by_all
         card["cut"] = not own and trainees == "sampled" and is_mixed(federation.ranks)
         if drawn[client.id] or not tuned:  # a card takes a personal adapter never drawn for the common start
             card["drawn"] = drawn[client.id]
@@ -91,9 +91,9 @@ def write_adapters(
         digest = hashlib.sha256(served.rows.numpy().tobytes()).hexdigest() if links else ""
         key = tuple(served.ranks.flatten().tolist()), digest
         like = common.get(key)
-        if like is None or not _link(like, place):
+        if like is None or not _link(like, target):
             export_adapter(
-                place,
+                target,
                 served,
                 base_model=model.base_model,
                 revision=model.revision,
@@ -103,10 +103,10 @@ def write_adapters(
                 card=card,
             )
             if links and not (own and (drawn[client.id] or tuned)):
-                common[key] = place
+                common[key] = target
         else:
             linked: Card = {**card, **describe(served)}
-            write_atomic(place / "README.md", model_card(model.base_model, linked, revision=model.revision).encode())
+            write_atomic(target / "README.md", model_card(model.base_model, linked, revision=model.revision).encode())
         observer(AdaptersWritten(position + 1, len(federation)))
 
 
@@ -119,19 +119,19 @@ def count_drawn(method: Method, records: Sequence[Mapping[str, Any]], clients: S
     )
 
 
-def _link(like: Path, place: Path) -> bool:
+def _link(like: Path, target: Path) -> bool:
     """Give a new folder another's adapter: a hard link to its weights, a copy of its config. False: no link is taken.
 
     The weights become read-only: written through one name, they would change under all.
     """
     weights = "adapter_model.safetensors"
-    place.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(like / weights, place / weights)
+        os.link(like / weights, target / weights)
     except OSError:  # a file system without links, or one that takes no more of them
         return False
     (like / weights).chmod(0o444)
-    shutil.copyfile(like / "adapter_config.json", place / "adapter_config.json")
+    shutil.copyfile(like / "adapter_config.json", target / "adapter_config.json")
     return True
 
 

@@ -114,8 +114,8 @@ def _unknown_share(clients: Sequence[ClientData], unknown: int | None) -> float:
     """Return the share of tokens for words that the tokenizer does not know; GPT-2's such token is its end of text."""
     if unknown is None:
         return 0.0
-    found = sum(one.ids[:-1].count(unknown) for client in clients for one in client.train)
-    return found / max(1, sum(client.tokens for client in clients))
+    unknown_tokens = sum(example.ids[:-1].count(unknown) for client in clients for example in client.train)
+    return unknown_tokens / max(1, sum(client.tokens for client in clients))
 
 
 def _count_glued(records: Sequence[Record]) -> int:
