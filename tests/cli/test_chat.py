@@ -92,9 +92,9 @@ def test_every_speaker_remembers_its_own_conversation_where_the_template_shows_t
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["chat"], "nothing to talk to"),
+        (["chat"], "no adapter to chat with"),
         (["chat", "--client", "ada"], "give the run too"),
-        (["chat", "{run}"], "--client is missing; there are: 007, ada"),
+        (["chat", "{run}"], "--client is missing; clients of this run: 007, ada"),
         (["chat", "{run}", "--client", "../ada"], "there are: 007, ada"),
         (["chat", "{run}", "--client", "ada", "--max-new-tokens", "64"], "64 positions"),
         (["chat", "{run}", "--client", "ada", "--max-new-tokens", "0"], "at least 1"),

@@ -122,13 +122,13 @@ def copy_of(here: Path, place: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"peft_type": "PREFIX_TUNING"}, "only plain LoRA and P-tuning are known here"),
-        ({"num_transformer_submodules": 2}, "only plain LoRA and P-tuning are known here"),
+        ({"peft_type": "PREFIX_TUNING"}, "only plain LoRA and P-tuning are supported"),
+        ({"num_transformer_submodules": 2}, "only plain LoRA and P-tuning are supported"),
         ({"modules_to_save": ["lm_head"]}, "not modules_to_save"),
-        ({"num_virtual_tokens": 0}, "only plain LoRA and P-tuning are known here"),
-        ({"num_virtual_tokens": None}, "is damaged, or neither a LoRA adapter's nor a P-tuned prompt's"),
+        ({"num_virtual_tokens": 0}, "only plain LoRA and P-tuning are supported"),
+        ({"num_virtual_tokens": None}, "is damaged, or neither that of a LoRA adapter nor of a P-tuned prompt"),
         ({"num_virtual_tokens": 4}, r"'prompt_embeddings' is \(5, 16\), but must be \(4, 16\)"),
-        ({"peft_type": "LORA", "r": 2, "lora_alpha": 4}, "only plain LoRA and P-tuning are known here"),
+        ({"peft_type": "LORA", "r": 2, "lora_alpha": 4}, "only plain LoRA and P-tuning are supported"),
         ({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}, "no tensor 'base_model"),
     ],
 )

@@ -1,6 +1,6 @@
-"""Talk to adapters beside the base they were trained on: the same question to all of them.
+"""Chat with adapters and with the base that they were trained on: the same question to all of them.
 
-The base and all LoRA adapters answer in one pass; prompts of virtual tokens in another, for each number of them one.
+The base and all LoRA adapters answer in one pass, prompts in another pass for each number of virtual tokens.
 """
 
 import json
@@ -30,17 +30,17 @@ DEFAULT_NEW_TOKENS = 128
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """Speakers that answer in one pass: row i of `adapters` is that of number places[i] among all."""
+    """Speakers that answer in one pass: row i of `adapters` is that of speaker speakers[i] of the chat."""
 
-    places: tuple[int, ...]
+    speakers: tuple[int, ...]
     adapters: Adapters
 
 
 @dataclass(eq=False)
 class Chat:
-    """Several speakers on one base; each remembers the conversation as it went with itself.
+    """Several speakers on one base, each with the history of its own conversation.
 
-    names: "base" first, then one per adapter; every one of them sits on one of the panels.
+    names: "base" first, then one per adapter; each speaker is in one panel.
     """
 
     names: tuple[str, ...]
@@ -51,38 +51,38 @@ class Chat:
     turns: list[list[Turn]] = field(default_factory=list)  # of each speaker; stays empty for single requests
 
     def ask(self, text: str) -> dict[str, str]:
-        """Return what each speaker answers (greedy). Raises ConfigError if there is no question in the text."""
+        """Return the greedy answer of each speaker. Raises ConfigError if the text is empty."""
         if not text.strip():
             raise ConfigError(["the question is empty"], "chat")
         self.turns = self.turns or [[] for _ in self.names]
-        asked = [
-            Record("", "", ("-",), {}, "the question", (*own, Turn("user", text)))
+        questions = [
+            Record("", "", ("-",), {}, "the question", (*history, Turn("user", text)))
             if self.template.complete
             else Record(text, "", ("-",), {}, "the question")
-            for own in self.turns
+            for history in self.turns
         ]
         replies = [""] * len(self.names)
         for panel in self.panels:
-            found = self._answers(panel, [asked[place] for place in panel.places])
-            for place, reply in zip(panel.places, found, strict=True):
-                replies[place] = reply
+            panel_replies = self._answers(panel, [questions[speaker] for speaker in panel.speakers])
+            for speaker, reply in zip(panel.speakers, panel_replies, strict=True):
+                replies[speaker] = reply
         if self.template.complete:
-            for own, reply in zip(self.turns, replies, strict=True):
-                own += [Turn("user", text), Turn("assistant", reply)]
+            for history, reply in zip(self.turns, replies, strict=True):
+                history += [Turn("user", text), Turn("assistant", reply)]
         return dict(zip(self.names, replies, strict=True))
 
-    def _answers(self, panel: Panel, asked: Sequence[Record]) -> list[str]:
-        """Let a panel answer, a question each, in one pass. A question is cut to the positions that are left for it."""
+    def _answers(self, panel: Panel, questions: Sequence[Record]) -> list[str]:
+        """Answer one question per speaker of a panel in one pass. A question is cut to the positions left for it."""
         positions = self.base.max_positions
         taken = self.max_new_tokens + panel.adapters.layout.virtual_tokens
-        ids = encode_questions(
-            [self.template.render(one) for one in asked],
+        encoded = encode_questions(
+            [self.template.render(question) for question in questions],
             self.base.tokenizer,
             self.template,
             max_question=None if positions is None else positions - taken,
         )
-        written = answers(self.base, panel.adapters, [[own] for own in ids], max_new_tokens=self.max_new_tokens)
-        return [own[0].strip() for own in written]
+        texts = answers(self.base, panel.adapters, [[ids] for ids in encoded], max_new_tokens=self.max_new_tokens)
+        return [speaker_texts[0].strip() for speaker_texts in texts]
 
 
 def open_chat(
@@ -94,20 +94,20 @@ def open_chat(
     template: str | None = None,
     max_new_tokens: int | None = None,
 ) -> Chat:
-    """Load a base with a client's adapter of a run, or any PEFT folders made for it, or both.
+    """Load a base with the adapter of a run's client, or PEFT folders made for it, or both.
 
-    model and template: in the place of the run's own; without a run, the base that the first folder names, and the
-    tokenizer's chat template if it has one. max_new_tokens: None = 128, or half the base's positions.
-    Raises ConfigError, StoreError or ModelError: nothing to talk to, no such client, folders of other bases or layers.
+    model and template: instead of the run's; without a run, the default is the base that the first folder names, and
+    the tokenizer's chat template if it has one. max_new_tokens: None = 128, or half of the base's positions.
+    Raises ConfigError, StoreError or ModelError: no adapter, no such client, folders for other bases or layers.
     """
     faults = []
     if run is None and client is not None:
         faults.append("--client names a client of a run; give the run too")
     if run is None and not folders:
-        faults.append("nothing to talk to: give RUN --client ID, or --adapter PATH")
+        faults.append("no adapter to chat with: give RUN --client ID, or --adapter PATH")
     if run is not None and client is None and not folders:
         known = ", ".join(sorted(path.name for path in (run / "adapters").glob("*"))[:8]) or "none yet"
-        faults.append(f"--client is missing; there are: {known}")
+        faults.append(f"--client is missing; clients of this run: {known}")
     if max_new_tokens is not None and max_new_tokens < 1:
         faults.append(f"--max-new-tokens {max_new_tokens}: must be at least 1")
     if faults:
@@ -119,66 +119,67 @@ def open_chat(
     ]
     configs = [_read_config(folder) for _, folder in chosen]
     usual_base = str(configs[0].get("base_model_name_or_path")) if facts is None else facts.base_model
-    wanted = bundled.resolve(model or usual_base)
+    base_name = bundled.resolve(model or usual_base)
     settings = None if opened is None else opened.config
     revision = settings.model.revision if settings is not None and model is None else None
-    tokenizer = load_tokenizer(wanted, revision=revision)
+    tokenizer = load_tokenizer(base_name, revision=revision)
     usual = "chat" if getattr(tokenizer, "chat_template", None) else "none"
-    named = template or (None if facts is None else facts.template) or usual
-    shown = make_template(named, usual=usual, tokenizer=tokenizer)
-    usual_targets = "auto" if settings is None else settings.lora.target_modules  # which prompts say nothing of
+    template_name = template or (None if facts is None else facts.template) or usual
+    rendered_by = make_template(template_name, usual=usual, tokenizer=tokenizer)
+    usual_targets = "auto" if settings is None else settings.lora.target_modules  # prompts do not name any
     targets = next((config["target_modules"] for config in configs if not _tokens(config)), usual_targets)
     dtype = "auto" if facts is None else facts.dtype
-    base = load_base(wanted, revision=revision, dtype=dtype, targets=targets, tokenizer=tokenizer)
+    base = load_base(base_name, revision=revision, dtype=dtype, targets=targets, tokenizer=tokenizer)
     if model is None and facts is not None and facts.base_fingerprint != base.fingerprint:
         raise ModelError(
             f"model.base_model '{facts.base_model}' is not the base this run was trained on (sha256 "
-            f"{base.fingerprint[:12]}, trained on {facts.base_fingerprint[:12]}); put that one back"
+            f"{base.fingerprint[:12]}, trained on {facts.base_fingerprint[:12]}); restore that base"
         )
     names = [BASE, *(name for name, _ in chosen)]
-    distinct = tuple(name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names))
-    new = _new_tokens(max_new_tokens, base.max_positions, ahead=max(map(_tokens, configs)))
-    return Chat(distinct, base, _seat(base, [folder for _, folder in chosen], configs), shown, new)
+    distinct = tuple(name if names.count(name) == 1 else f"{name} ({index})" for index, name in enumerate(names))
+    new_tokens = _new_tokens(max_new_tokens, base.max_positions, ahead=max(map(_tokens, configs)))
+    return Chat(distinct, base, _panels(base, [folder for _, folder in chosen], configs), rendered_by, new_tokens)
 
 
-def _new_tokens(wanted: int | None, positions: int | None, *, ahead: int) -> int:
-    """Return the length of an answer; None: 128, or half of what virtual tokens leave of the base's positions.
+def _new_tokens(requested: int | None, positions: int | None, *, ahead: int) -> int:
+    """Return the length of an answer; None: 128, or half of the base's positions after virtual tokens.
 
-    Raises ConfigError if that leaves a question no room.
+    Raises ConfigError if that leaves no room for a question.
     """
     if positions is None:
-        return wanted or DEFAULT_NEW_TOKENS
-    new = wanted or max(1, min(DEFAULT_NEW_TOKENS, (positions - ahead) // 2))
+        return requested or DEFAULT_NEW_TOKENS
+    new = requested or max(1, min(DEFAULT_NEW_TOKENS, (positions - ahead) // 2))
     if new + ahead >= positions:
-        beside = f", of which virtual tokens take {ahead}" if ahead else ""
-        raise ConfigError([f"--max-new-tokens {new}: the base has {positions} positions in all{beside}"], "chat")
+        virtual = f", of which virtual tokens take {ahead}" if ahead else ""
+        raise ConfigError([f"--max-new-tokens {new}: the base has {positions} positions in all{virtual}"], "chat")
     return new
 
 
-def _seat(base: Base, folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> tuple[Panel, ...]:
-    """Seat the base (place 0) and all LoRA adapters on one panel, prompts on one for each number of virtual tokens."""
+def _panels(base: Base, folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> tuple[Panel, ...]:
+    """Put the base (speaker 0) and all LoRA adapters in one panel, prompts in one for each number of virtual tokens."""
     tokens = [_tokens(config) for config in configs]
-    plain = [place for place, count in enumerate(tokens) if not count]
-    ranks = [int(configs[place]["r"]) for place in plain]
+    lora = [index for index, count in enumerate(tokens) if not count]
+    ranks = [int(configs[index]["r"]) for index in lora]
     layout = lora_layout(base.shapes, max(ranks, default=1))
-    rows = [torch.zeros(1, layout.size), *(read_adapter(folders[place], layout) for place in plain)]
-    scales = [0.0, *(float(configs[place]["lora_alpha"]) / rank for place, rank in zip(plain, ranks, strict=True))]
-    own = torch.tensor([max(ranks, default=1), *ranks])
-    panels = [Panel((0, *(place + 1 for place in plain)), Adapters(layout, torch.cat(rows), own, torch.tensor(scales)))]
+    rows = [torch.zeros(1, layout.size), *(read_adapter(folders[index], layout) for index in lora)]
+    scales = [0.0, *(float(configs[index]["lora_alpha"]) / rank for index, rank in zip(lora, ranks, strict=True))]
+    all_ranks = torch.tensor([max(ranks, default=1), *ranks])
+    adapters = Adapters(layout, torch.cat(rows), all_ranks, torch.tensor(scales))
+    panels = [Panel((0, *(index + 1 for index in lora)), adapters)]
     if any(tokens):
         check_embeddings(base.decoder, base.model.get_input_embeddings(), name=base.name)
     for count in sorted(set(tokens) - {0}):
         layout = soft_layout(base.width, count)
-        seated = [place for place, other in enumerate(tokens) if other == count]
-        rows = [read_adapter(folders[place], layout) for place in seated]
-        unranked = torch.zeros(len(seated), dtype=torch.int64)
-        adapters = Adapters(layout, torch.cat(rows), unranked, torch.ones(len(seated)))
-        panels.append(Panel(tuple(place + 1 for place in seated), adapters))
+        prompts = [index for index, other in enumerate(tokens) if other == count]
+        rows = [read_adapter(folders[index], layout) for index in prompts]
+        unranked = torch.zeros(len(prompts), dtype=torch.int64)
+        adapters = Adapters(layout, torch.cat(rows), unranked, torch.ones(len(prompts)))
+        panels.append(Panel(tuple(index + 1 for index in prompts), adapters))
     return tuple(panels)
 
 
 def _name(folder: Path) -> str:
-    """Name a PEFT folder, one of a run with its method too, so that two methods' adapters are told apart."""
+    """Name a PEFT folder; a folder of a run with its method too, so that adapters of two methods have two names."""
     run = RunFolder(folder.absolute().parent.parent)
     if folder.absolute().parent.name != "adapters" or not (run.path / "run.json").is_file():
         return folder.name
@@ -186,25 +187,25 @@ def _name(folder: Path) -> str:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json. Raises StoreError if it is missing, damaged, or of no kind that is known here."""
+    """Read adapter_config.json. Raises StoreError if it is missing, damaged, or of a kind that is not supported."""
     path = folder / "adapter_config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["peft_type"] == PROMPT:
-            fits = int(found["num_virtual_tokens"]) > 0 and found.get("num_transformer_submodules") in (None, 1)
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config["peft_type"] == PROMPT:
+            fits = int(config["num_virtual_tokens"]) > 0 and config.get("num_transformer_submodules") in (None, 1)
         else:
-            fits = found["peft_type"] == "LORA" and int(found["r"]) > 0 and float(found["lora_alpha"]) > 0
-            fits = fits and bool(found.get("target_modules"))
+            fits = config["peft_type"] == "LORA" and int(config["r"]) > 0 and float(config["lora_alpha"]) > 0
+            fits = fits and bool(config.get("target_modules"))
     except FileNotFoundError:
-        raise StoreError(f"'{folder}' is no adapter: it has no adapter_config.json") from None
+        raise StoreError(f"'{folder}' is not an adapter: it has no adapter_config.json") from None
     except (OSError, ValueError, KeyError, TypeError):
-        raise StoreError(f"'{path}' is damaged, or neither a LoRA adapter's nor a P-tuned prompt's") from None
-    odd = [
-        key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if found.get(key)
-    ]
-    if not fits or odd:
-        raise StoreError(f"'{path}': only plain LoRA and P-tuning are known here{', not ' + odd[0] if odd else ''}")
-    return dict(found)
+        raise StoreError(f"'{path}' is damaged, or neither that of a LoRA adapter nor of a P-tuned prompt") from None
+    variants = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+    unsupported = next((key for key in variants if config.get(key)), None)
+    if not fits or unsupported:
+        hint = f", not {unsupported}" if unsupported else ""
+        raise StoreError(f"'{path}': only plain LoRA and P-tuning are supported{hint}")
+    return dict(config)
 
 
 def _tokens(config: Mapping[str, Any]) -> int:

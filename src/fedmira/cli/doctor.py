@@ -32,7 +32,7 @@ PROBE_S = 0.5
 
 
 def examine(folder: Path) -> dict[str, Any]:
-    """Return name -> finding. folder: whose disk is looked at. Multiplies matrices for about a second."""
+    """Return the facts by name. folder: on the disk whose free space is reported. Multiplies matrices for a second."""
     device = choose_device("auto")
     dtype = choose_dtype("auto", device)
     memory = psutil.virtual_memory()
@@ -96,7 +96,7 @@ def _gflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def describe_machine(facts: Mapping[str, Any]) -> list[str]:
-    """Return the findings as lines."""
+    """Return the facts as lines of text."""
     memory, cores = facts["memory_bytes"], facts["cores"]
     lines = [f"{name:14s}{version}" for name, version in facts["versions"].items()]
     lines += [

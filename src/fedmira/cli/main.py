@@ -32,7 +32,7 @@ app = typer.Typer(
     help="Federated multi-task fine-tuning of language models with LoRA: one base, one personal adapter per client.",
 )
 
-# Newer typer carries a click of its own: its errors are no errors of the package `click`, which may not even be there.
+# Newer typer contains its own click: its errors are not those of the package `click`, which may not be installed.
 USAGE_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c, applied to the config", show_default=False)]
@@ -42,8 +42,8 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="show what the lo
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 
-SAVED = "finished rounds of a study that had begun are saved; it goes on with 'fedmira resume STUDY'"
-PLAIN_WIDTH = 120  # of tables that go to a file or a pipe
+SAVED = "finished rounds of a study that had started are saved; continue with 'fedmira resume STUDY'"
+PLAIN_WIDTH = 120  # of tables in a file or a pipe
 
 
 @app.command()
@@ -54,17 +54,17 @@ def init(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write a commented config to begin with; it runs as it is."""
+    """Write a commented config to start with; it runs as it is."""
     from fedmira.cli.init import draft_config
 
-    found = draft_config(file, data=data, model=model)
+    draft = draft_config(file, data=data, model=model)
     if as_json:
-        print(json.dumps({"config": str(file), **found}))
+        print(json.dumps({"config": str(file), **draft}))
         return
-    clients = f"one client per {found['by']}" if found["partitioner"] == "null" else f"clients: {found['partitioner']}"
-    if note := found.get("note"):
+    clients = f"one client per {draft['by']}" if draft["partitioner"] == "null" else f"clients: {draft['partitioner']}"
+    if note := draft.get("note"):
         print(f"note: {note}", file=sys.stderr)
-    print(f"wrote {file}: format {found['format']}, {clients}\nnext: fedmira run {file} --show-example, then --dry-run")
+    print(f"wrote {file}: format {draft['format']}, {clients}\nnext: fedmira run {file} --show-example, then --dry-run")
 
 
 @app.command()
@@ -115,7 +115,7 @@ def resume(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with a study that was stopped, or for more rounds (federation.rounds=N)."""
+    """Continue a study that was stopped, or for more rounds (federation.rounds=N)."""
     from fedmira.cli.progress import Watch
     from fedmira.study import face as study
 
@@ -130,7 +130,7 @@ def report(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write report.html and summary.json again from what a study has on disk."""
+    """Write report.html and summary.json again from a study's files."""
     from fedmira.disk.folders import find_study
     from fedmira.reports.record import read_study
     from fedmira.reports.render import write_pages
@@ -155,7 +155,7 @@ def export(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Copy clients' adapters out of a run, as PEFT folders or merged into the base, and tell how to serve them."""
+    """Copy clients' adapters out of a run, as PEFT folders or merged into the base, and print how to serve them."""
     from fedmira.study import face as study
 
     opened = study.load_run(run)
@@ -164,7 +164,7 @@ def export(
         _show_merged(models, as_json)
         return
     if dtype is not None:
-        raise ConfigError(["--dtype: only merged models have a type of their own; give --merge too"], "export")
+        raise ConfigError(["--dtype is for merged models only; give --merge too"], "export")
     from fedmira.export.vllm import serve_line
 
     settings, architecture = opened.config.model, opened.facts.architecture
@@ -211,20 +211,20 @@ def methods(as_json: AsJson = False, debug: Debug = False) -> None:
     """
     from fedmira.cli.method_list import stored_facts
 
-    found = stored_facts()
+    facts_by_name = stored_facts()
     if as_json:
-        print(json.dumps({name: asdict(facts) for name, facts in found.items()}))
+        print(json.dumps({name: asdict(facts) for name, facts in facts_by_name.items()}))
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    if not console.is_terminal:  # a line for each, for grep and its like
-        print("\n".join(f"{name:12s} {facts.about} {facts.line}" for name, facts in found.items()))
+    if not console.is_terminal:  # one line each, for grep
+        print("\n".join(f"{name:12s} {facts.about} {facts.line}" for name, facts in facts_by_name.items()))
         return
     table = Table.grid(padding=(0, 2))
-    for name, facts in found.items():
+    for name, facts in facts_by_name.items():
         table.add_row(Text(name), Text(f"{facts.about}\n{facts.line}"))
     console.print(table)
     console.print("\nBytes are those of a round. S: its clients. P: numbers of a client's row.")
@@ -266,19 +266,19 @@ def _show(record: "StudyRecord", as_json: bool) -> None:
 
 
 def _show_merged(models: "Sequence[Merged]", as_json: bool) -> None:
-    """Print where merged models lie, and how far their logits are from those of base and adapter apart."""
+    """Print where merged models are, and how far their logits are from those of the base with a separate adapter."""
     if as_json:
-        differences = {one.client: one.difference for one in models}
-        print(json.dumps({"models": [str(one.path) for one in models], "differences": differences}))
+        differences = {model.client: model.difference for model in models}
+        print(json.dumps({"models": [str(model.path) for model in models], "differences": differences}))
         return
     from fedmira.export.vllm import serve_merged_line
 
-    print("\n".join(str(one.path) for one in models))
-    for one in models:
-        blurred = "; rounding hides much of what the adapter does: --dtype float32 keeps it" if one.blurred else ""
+    print("\n".join(str(model.path) for model in models))
+    for model in models:
+        blurred = "; rounding hides much of what the adapter does: --dtype float32 keeps it" if model.blurred else ""
         print(
-            f"{one.client}: logits differ by at most {one.difference:.1e} of the largest from base and adapter apart "
-            f"({one.dtype}); the adapter moves them by {one.effect:.1e}{blurred}",
+            f"{model.client}: logits differ by at most {model.difference:.1e} of the largest from base and adapter "
+            f"apart ({model.dtype}); the adapter moves them by {model.effect:.1e}{blurred}",
             file=sys.stderr,
         )
     print(serve_merged_line(models[0].path), file=sys.stderr)
@@ -288,9 +288,9 @@ def main() -> None:
     """Run the command line and turn every error into one message and an exit code of the contract."""
     logger = logging.getLogger("fedmira")
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # libraries set up the root logger as they like
+    logger.propagate = False  # libraries configure the root logger
     logger.addHandler(_log_to_stderr(logging.INFO if {"-v", "--verbose"} & set(sys.argv) else logging.WARNING))
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what came of them is our message
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs retries; we report their outcome
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # looking for them reads the metadata of every package
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is first asked for something
@@ -298,7 +298,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     try:
         ended = app(standalone_mode=False)
-        if ended == 130:  # newer typer swallows Ctrl-C and returns the code it would exit with
+        if ended == 130:  # newer typer catches Ctrl-C and returns the exit code
             raise KeyboardInterrupt
         code = 0
     except USAGE_ERROR as error:
@@ -323,7 +323,7 @@ def main() -> None:
 
 
 class _Terminated(SystemExit):
-    """SIGTERM came; unlike other exits (a closed pipe) it is told as a stop."""
+    """SIGTERM was received; unlike other exits (a closed pipe) it is reported as a stop."""
 
 
 def _stop(number: int, frame: object) -> None:
@@ -332,18 +332,18 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _trace(error: BaseException) -> None:
-    """Print where an error arose, and what led to it: our own words, and of others only the kind.
+    """Print the tracebacks of an error and its causes, with the messages of our own errors only.
 
-    What a library says in an error may be text of an example (KeyError and ValueError show the value); from Python the
-    exception has it all.
+    A library's message may contain text of an example (KeyError and ValueError show the value); from Python the
+    exception has the whole message.
     """
     chain = [error]
     while cause := chain[-1].__cause__ or (None if chain[-1].__suppress_context__ else chain[-1].__context__):
         chain.append(cause)
-    for one in reversed(chain):
-        own = f": {visible(str(one))}" if isinstance(one, FedMiraError) else " (its words are not shown)"
-        frames = "".join(traceback.format_tb(one.__traceback__))
-        print(f"Traceback (most recent call last):\n{frames}{type(one).__qualname__}{own}\n", file=sys.stderr)
+    for link in reversed(chain):
+        message = f": {visible(str(link))}" if isinstance(link, FedMiraError) else " (its message is not shown)"
+        frames = "".join(traceback.format_tb(link.__traceback__))
+        print(f"Traceback (most recent call last):\n{frames}{type(link).__qualname__}{message}\n", file=sys.stderr)
 
 
 class _Plain(logging.Formatter):

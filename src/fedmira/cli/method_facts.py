@@ -1,4 +1,4 @@
-"""What a method is, read off the messages it sends: for `fedmira methods` and the pages of docs/methods."""
+"""Facts about a method, from the messages that it sends: for `fedmira methods` and the pages of docs/methods."""
 
 import re
 
@@ -18,11 +18,11 @@ from fedmira.methods import MethodModule
 from fedmira.methods.base import Clock, Cohort, Message, Method, Tools
 
 PARTS = {"lora": "the LoRA factors", "prompt": "the prompt encoder"}
-CLIENTS, RANK, WIDTH = 4, 2, 16  # of the federation whose messages are looked at; each factor is whole sixteens
+CLIENTS, RANK, WIDTH = 4, 2, 16  # of a small federation; the size of each factor is a multiple of 16
 
 
 def method_facts(module: MethodModule, method: Method | None = None) -> MethodFacts:
-    """Describe a method; `method`: as built otherwise than by its default settings."""
+    """Describe a method; method: None = built with its default settings."""
     method = build_default(module) if method is None else method
     text = (module.__doc__ or "").strip()
     sources = re.split(r"^Sources?:", text, flags=re.MULTILINE)[1:]
@@ -47,7 +47,7 @@ def build_default(module: MethodModule) -> Method:
 
 
 class Idle:
-    """Clients that carry out a round of one local step in which every gradient is zero."""
+    """Clients that play a round of one local step with zero gradients."""
 
     def __init__(self, federation: Federation, method: Method) -> None:
         self.federation, self.method = federation, method
@@ -83,7 +83,7 @@ class Idle:
 
 
 def exchange(method: Method) -> tuple[str, str, str]:
-    """Play a first round; return what is sent and what comes back, as formulas of bytes, and what it is."""
+    """Play a first round; return the bytes down and up as formulas, and what a row consists of."""
     layout = lora_layout([("layer", WIDTH, WIDTH)], RANK)
     names = tuple(f"client-{k}" for k in range(CLIENTS))
     lora = Federation(names, layout, torch.full((CLIENTS,), RANK), 2.0)
@@ -100,7 +100,7 @@ def exchange(method: Method) -> tuple[str, str, str]:
 
 
 def _formula(message: Message, total: int, size: int) -> str:
-    """Write the bytes of S clients' messages, of rows that have `size` numbers when whole."""
+    """Write the bytes of S clients' messages as a formula; size: numbers in a whole row."""
     scalars = 8 * len(message.scalars)
     share = (total / CLIENTS - scalars) / (4 * size)
     row = f"S x {'' if share == 1 else f'{share:g} x '}P x 4"

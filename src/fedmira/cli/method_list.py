@@ -1,4 +1,4 @@
-"""What `fedmira methods` says of each method of the tree, read from a file that docs/make_methods.py writes."""
+"""What `fedmira methods` prints about each method of the tree, from a file that docs/make_methods.py writes."""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ FILE = Path(__file__).with_name("method_list.json")
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """What a method with its default settings is, needs and sends. bytes: a formula of S and P; empty: nothing."""
+    """What a method with default settings is, needs and sends. bytes: a formula in S and P; empty: nothing."""
 
     about: str
     papers: list[str]
@@ -27,12 +27,12 @@ class MethodFacts:
 
     @property
     def line(self) -> str:
-        """All but what it does, on one line."""
+        """All facts but `about`, on one line."""
         travels = f"sends {self.sends}, {self.bytes}" if self.bytes_up else "sends nothing"
         return f"{self.view}; server sees {self.needs}; {travels}; {', '.join(self.papers) or 'no paper'}"
 
 
 def stored_facts() -> dict[str, MethodFacts]:
     """Return the facts of every method by its id."""
-    stored = json.loads(FILE.read_text(encoding="utf-8"))
-    return {name: MethodFacts(**facts) for name, facts in stored.items()}
+    facts_of = json.loads(FILE.read_text(encoding="utf-8"))
+    return {name: MethodFacts(**facts) for name, facts in facts_of.items()}

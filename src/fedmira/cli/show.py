@@ -1,4 +1,4 @@
-"""Results on standard output: examples as the model gets them, and what a study would cost."""
+"""Results on standard output: examples as the model gets them, and the cost of a study."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ CLIENTS_SHOWN = 32  # more than this are in --json
 
 
 def show_examples(shown: Sequence[Shown], as_json: bool) -> None:
-    """Print examples as the model gets them; what loss is taken on is green, or in brackets where no colour is."""
+    """Print examples as the model gets them; tokens with loss are green, or in brackets where there is no colour."""
     if as_json:
-        print(json.dumps([asdict(one) for one in shown]))
+        print(json.dumps([asdict(example) for example in shown]))
         return
     from rich.console import Console
     from rich.text import Text
@@ -26,11 +26,11 @@ def show_examples(shown: Sequence[Shown], as_json: bool) -> None:
     from fedmira.data.partition import shown_name
 
     console = Console()
-    for one in shown:
-        title = f"--- {shown_name(one.client)}: {plural(one.tokens, 'token')}, loss on {one.labels}"
+    for example in shown:
+        title = f"--- {shown_name(example.client)}: {plural(example.tokens, 'token')}, loss on {example.labels}"
         console.print(title, highlight=False, markup=False, soft_wrap=True)
         text = Text()
-        for piece, trained in one.pieces:
+        for piece, trained in example.pieces:
             marked = piece if console.is_terminal and not console.no_color else f"[[{piece}]]"
             text.append(visible(marked) if trained else visible(piece), style="green" if trained else "dim")
         console.print(text, soft_wrap=True)
@@ -38,12 +38,12 @@ def show_examples(shown: Sequence[Shown], as_json: bool) -> None:
 
 
 def plural(count: int, word: str) -> str:
-    """Write a number of things."""
+    """Write a number and a noun: 1 client, 2 clients."""
     return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def visible(text: str) -> str:
-    """Keep control characters of somebody's data, and their names, from steering the terminal."""
+    """Replace control characters, so that data and names from others cannot control the terminal."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in text)
 
 
@@ -79,9 +79,12 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         print(f"{name:12s}{line}")
     if len(plan.by_client) <= CLIENTS_SHOWN:
         print(f"\n{'client':34s}{'train':>8s}{'validation':>12s}{'test':>8s}{'trained tokens':>16s}")
-        for client, own in plan.by_client.items():
+        for client, counts in plan.by_client.items():
             name = client if len(client) < 33 else f"{client[:30]}..."
-            print(f"{name:34s}{own['train']:8d}{own['validation']:12d}{own['test']:8d}{own['trained_tokens']:16d}")
+            print(
+                f"{name:34s}{counts['train']:8d}{counts['validation']:12d}{counts['test']:8d}"
+                f"{counts['trained_tokens']:16d}"
+            )
     stored = disk["adapters"] + disk["checkpoints"] + disk["rows"]
     for what, need in (("memory", memory["base"] + memory["rows"]), ("disk", stored)):
         free = {"memory": memory["free"] + memory["base"], "disk": disk["free"]}[what]
@@ -103,7 +106,7 @@ def _time(seconds: float) -> str:
 
 
 def questions() -> Iterator[str]:
-    """Yield what is typed, or the lines of a file, until they end."""
+    """Yield the lines that are typed, or those of a file, until they end."""
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
@@ -114,7 +117,7 @@ def questions() -> Iterator[str]:
 
 
 def side_by_side(replies: Mapping[str, str]) -> str:
-    """Return answers under each other, every line after its speaker's name."""
+    """Return answers below one another, each after its speaker's name."""
     from fedmira.data.partition import shown_name
 
     width = max(len(shown_name(name)) for name in replies) + 2
