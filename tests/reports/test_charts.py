@@ -177,7 +177,7 @@ def test_bars_are_sorted_and_start_at_zero(study: Path, write_run):
     record = read_study(study)
     found = gain.gain_panels(record, record.metrics[0]).panels[0]
     zero, end = found.axis.at(0), found.axis.at(1)
-    assert [(bar.client, bar.x, bar.width, bar.effect, bar.told) for bar in found.bars] == [
+    assert [(bar.client, bar.x, bar.width, bar.effect, bar.text) for bar in found.bars] == [
         ("b", zero, end - zero, "better", "+1.000"),
         ("c", zero, 0, "level", "0.000"),
         ("a", found.axis.at(-1), zero - found.axis.at(-1), "worse", "\u22121.000"),
@@ -190,7 +190,7 @@ def test_an_infinite_gain_ends_with_the_axis_and_says_so(study: Path, write_run)
     write_run("mira", rows({"a": 3, "b": 1}))
     record = read_study(study)
     bar = gain.gain_panels(record, record.metrics[0]).panels[0].bars[0]
-    assert (bar.client, bar.told) == ("a", "+∞")
+    assert (bar.client, bar.text) == ("a", "+∞")
     assert bar.x + bar.width == gain.WIDTH - gain.RIGHT
 
 

@@ -112,7 +112,7 @@ def test_nodes_are_coloured_and_marked_by_gain(study: Path, write_run):
         (axes.WORSE, axes.SQUARE),
         (axes.LEVEL, axes.DIAMOND),
     ]
-    assert nodes[0].told == "c0: gain +2.000; 2 neighbours, strongest weight 1.00"
+    assert nodes[0].tooltip == "c0: gain +2.000; 2 neighbours, strongest weight 1.00"
 
 
 def test_the_scale_reaches_as_far_both_ways(study: Path, write_run):
@@ -130,14 +130,14 @@ def test_a_client_without_a_gain_is_hollow(study: Path, write_run):
     run, clients = write_pair(write_run, [12.0, math.nan])
     write_graph(run, group_graph(["a"] * 2), clients)
     node = drawn(study).drawings[0].nodes[1]
-    assert (node.known, node.fill, "gain n/a" in node.told) == (False, "#FFFFFF", True)
+    assert (node.known, node.fill, "gain n/a" in node.tooltip) == (False, "#FFFFFF", True)
 
 
 def test_the_groups_of_clients_are_named(study: Path, write_run):
     run, clients = write_pair(write_run, [12.0, 11.0])
     (study / "local" / "seed-0" / "clients.json").write_text(json.dumps({"c0": {"group": "north"}, "c1": {}}))
     write_graph(run, group_graph(["a"] * 2), clients)
-    assert drawn(study).drawings[0].nodes[0].told.startswith("c0 (north): gain +2.000")
+    assert drawn(study).drawings[0].nodes[0].tooltip.startswith("c0 (north): gain +2.000")
 
 
 def test_an_edge_in_both_directions_is_drawn_once(study: Path, write_run):
@@ -150,7 +150,7 @@ def test_an_edge_in_both_directions_is_drawn_once(study: Path, write_run):
 def test_weights_that_differ_by_direction_are_told(study: Path, write_run):
     run, clients = write_pair(write_run, [1.0, 2.0])
     write_graph(run, None, clients, edges=[[0, 1, 0.25], [1, 0, 0.5]])
-    assert [node.told.split("; ")[1] for node in drawn(study).drawings[0].nodes] == [
+    assert [node.tooltip.split("; ")[1] for node in drawn(study).drawings[0].nodes] == [
         "1 neighbour, strongest weight 0.50"
     ] * 2
     assert drawn(study).notes == ["Weights differ by direction; an edge shows the larger of both."]
@@ -197,13 +197,13 @@ def test_too_many_clients_are_drawn_as_groups_with_mean_gain(study: Path, write_
     found = many(study, write_run, count, 3, from_matrix(ring, kind="file"))
     assert found.groups
     nodes = found.drawings[0].nodes
-    assert [node.told.split(";")[0] for node in nodes] == [
+    assert [node.tooltip.split(";")[0] for node in nodes] == [
         "g0, 100 clients: gain 0.000",
         "g1, 100 clients: gain +1.000",
         "g2, 100 clients: gain +2.000",
     ]
     assert len(found.drawings[0].edges) == 3
-    assert "strongest weight 100.00" in nodes[0].told
+    assert "strongest weight 100.00" in nodes[0].tooltip
 
 
 def test_groups_that_nothing_joins_are_said_to_be_so(study: Path, write_run):
@@ -221,7 +221,7 @@ def test_groups_are_drawn_where_the_edges_were_too_many_to_be_written(study: Pat
 def test_too_many_clients_without_a_usable_number_of_groups_are_not_drawn(groups: int, study: Path, write_run):
     found = many(study, write_run, 305, groups, None)
     assert found.refused == (
-        f"305 clients are too many to be told apart (up to 200 are drawn), and they form {groups} "
+        f"305 clients are too many to distinguish (up to 200 are drawn), and they form {groups} "
         f"group{'' if groups == 1 else 's'} (2 to 60 are drawn instead)"
     )
     assert f"Not drawn: {found.refused}" in page(study).text
@@ -236,7 +236,7 @@ def test_few_clients_whose_weights_were_not_written_are_not_drawn(study: Path, w
 def test_one_client_has_no_graph_to_draw(study: Path, write_run):
     run, clients = write_pair(write_run, [1.0])
     write_graph(run, group_graph(["a"]), clients)
-    assert drawn(study).refused == "nobody has a neighbour"
+    assert drawn(study).refused == "no client has a neighbour"
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What a study says, read from its folders only: statistics over clients, the HTML report, the terminal's table."""
+"""Reports on a study, from its folders only: statistics over clients, the HTML report, the terminal's tables."""

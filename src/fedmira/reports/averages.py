@@ -1,4 +1,4 @@
-"""Means, intervals and tests over clients, each tested against scipy or statsmodels, which take seconds to import."""
+"""Means, intervals and tests over clients without scipy and statsmodels, whose import takes seconds."""
 
 import math
 from collections import Counter
@@ -38,12 +38,12 @@ T_975 = (
     2.045229642132703,
     2.0422724563012378,
 )
-MOST_EXACT = 50  # pairs up to which the signed-rank test counts outcomes where no two differences tie and none is zero
-MOST_EXACT_TIED = 13  # and where some do
+MOST_EXACT = 50  # pairs up to which the signed-rank test is exact if no two differences tie and none is zero
+MOST_EXACT_TIED = 13  # and if some do
 
 
 def mean(values: Iterable[float]) -> float:
-    """Average, in whatever order the values come; NaN are left out, and NaN is the mean of none."""
+    """Average, independent of the order of the values; NaN are left out; NaN if no value is left."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return math.nan
@@ -73,8 +73,8 @@ def t_quantile(freedom: int) -> float:
 def signed_rank_p(differences: Sequence[float]) -> float:
     """The two-sided p of Wilcoxon's signed-rank test; zero differences are dropped, at least one is not zero.
 
-    With few pairs all 2^n signs of the ranks are counted; else R+ is taken as normal, its variance corrected for
-    ties. Which of the two is as in scipy.stats.wilcoxon. Source: Wilcoxon 1945; Cureton 1967.
+    With few pairs all 2^n signs of the ranks are counted; else R+ is assumed normal, its variance corrected for ties.
+    The choice is that of scipy.stats.wilcoxon. Source: Wilcoxon 1945; Cureton 1967.
     """
     nonzero = [value for value in differences if value != 0]
     ranks = _doubled_ranks([abs(value) for value in nonzero])
@@ -90,16 +90,16 @@ def signed_rank_p(differences: Sequence[float]) -> float:
 
 
 def _doubled_ranks(sizes: Sequence[float]) -> list[int]:
-    """Twice the rank of each size, which is whole: equal sizes share the mean of their ranks."""
+    """Twice the rank of each size, which is an integer: equal sizes have the mean of their ranks."""
     ordered = sorted(sizes)
-    first = {size: place for place, size in reversed(list(enumerate(ordered)))}
-    last = {size: place for place, size in enumerate(ordered)}
+    first = {size: index for index, size in reversed(list(enumerate(ordered)))}
+    last = {size: index for index, size in enumerate(ordered)}
     return [first[size] + last[size] + 2 for size in sizes]
 
 
 def _exact_p(ranks: Sequence[int], positive: int) -> float:
-    """Count the signs of the ranks that make their positive sum as small, and as great, as it is."""
-    ways = [1] + [0] * sum(ranks)  # to reach each sum
+    """Count the signs of the ranks whose positive sum is at most, and at least, the one found."""
+    ways = [1] + [0] * sum(ranks)  # number of signs with each sum
     for rank in ranks:
         for total in range(len(ways) - 1, rank - 1, -1):
             ways[total] += ways[total - rank]
@@ -112,5 +112,5 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
     Source: Holm 1979.
     """
     ordered = sorted(p, key=lambda name: p[name])
-    raised = accumulate((p[name] * (len(p) - place) for place, name in enumerate(ordered)), max)
-    return {name: min(1.0, value) for name, value in zip(ordered, raised, strict=True)}
+    adjusted = accumulate((p[name] * (len(p) - index) for index, name in enumerate(ordered)), max)
+    return {name: min(1.0, value) for name, value in zip(ordered, adjusted, strict=True)}

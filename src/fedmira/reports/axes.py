@@ -1,10 +1,10 @@
-"""Boxes, axes, colours and marks that the page's charts share; places are pixels, rounded so that pages stay small."""
+"""Boxes, axes, colours and marks that the page's charts share; positions are pixels, rounded to keep pages small."""
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# Okabe & Ito's colours, which colour-blind readers can tell apart; yellow comes last because it is faint on white.
+# Okabe & Ito's colours, which colour-blind readers can distinguish; yellow is last because it is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
 BETTER, WORSE, LEVEL = "#0072B2", "#D55E00", "#F2F2F2"  # the two ends and the middle of gain
 BASELINE_COLOUR = "#000000"
@@ -13,7 +13,7 @@ DASHES = ("", "7 3", "2 3")
 CIRCLE = "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z"
 SQUARE = "M-3.6,-3.6h7.2v7.2h-7.2z"
 DIAMOND = "M0,-5L5,0L0,5L-5,0z"
-MARKS = (  # a second sign beside colour; their number and that of the colours have no common factor
+MARKS = (  # in addition to colour; the number of marks and that of colours have no common factor
     SQUARE,
     "M0,-4.8L4.6,3.6H-4.6z",
     DIAMOND,
@@ -60,43 +60,43 @@ class Axis(NamedTuple):
     marks: list[tuple[float, str]]
 
     def at(self, value: float) -> float:
-        """Return the pixel of a value; what lies beyond an end, infinity too, stands at that end."""
+        """Return the pixel of a value; values beyond an end, and infinities, are drawn at that end."""
         part = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
         return round(self.start + part * (self.end - self.start), 1)
 
 
 def styles(labels: Sequence[str], baseline: str) -> dict[str, Style]:
-    """Give each method its colour, dash and mark: black circles for the baseline, a pair of its own for each other."""
+    """Give each method a colour, a dash and a mark: black circles for the baseline, a different pair for each other."""
     others = [label for label in labels if label != baseline]
-    given = {
+    coloured = {
         label: Style(
-            COLOURS[place % len(COLOURS)],
-            DASHES[place // len(COLOURS) % len(DASHES)],
-            MARKS[place % len(MARKS)],
+            COLOURS[index % len(COLOURS)],
+            DASHES[index // len(COLOURS) % len(DASHES)],
+            MARKS[index % len(MARKS)],
         )
-        for place, label in enumerate(others)
+        for index, label in enumerate(others)
     }
-    return {label: given.get(label, Style(BASELINE_COLOUR, "", CIRCLE)) for label in labels}
+    return {label: coloured.get(label, Style(BASELINE_COLOUR, "", CIRCLE)) for label in labels}
 
 
 def enclosing_axis(values: Sequence[float], start: float, end: float) -> Axis:
     """Lay out an axis whose first and last mark enclose the values."""
-    places = marks(min(values), max(values))
-    axis = Axis(places[0], places[-1], start, end, [])
-    return Axis(axis.low, axis.high, start, end, [(axis.at(place), f"{place:g}") for place in places])
+    marked = marks(min(values), max(values))
+    axis = Axis(marked[0], marked[-1], start, end, [])
+    return Axis(axis.low, axis.high, start, end, [(axis.at(value), f"{value:g}") for value in marked])
 
 
 def round_axis(low: int, high: int, start: float, end: float) -> Axis:
-    """Lay out an axis of rounds that ends with the last one; its marks are whole numbers, the last round among them."""
+    """Lay out an axis of rounds that ends with the last one; its marks are whole numbers, including the last round."""
     high = max(high, low + 1)
     axis = Axis(low, high, start, end, [])
-    apart = 0.1 * (high - low)
-    places = [place for place in marks(low, high, whole=True) if low <= place <= high - apart] + [high]
-    return Axis(low, high, start, end, [(axis.at(place), f"{place:g}") for place in places])
+    gap = 0.1 * (high - low)
+    marked = [value for value in marks(low, high, whole=True) if low <= value <= high - gap] + [high]
+    return Axis(low, high, start, end, [(axis.at(value), f"{value:g}") for value in marked])
 
 
 def balanced_axis(values: Sequence[float], start: float, end: float) -> Axis:
-    """Lay out an axis that holds zero and all values, with a mark at zero."""
+    """Lay out an axis that includes zero and all values, with a mark at zero."""
     return enclosing_axis([0.0, *values], start, end)
 
 
@@ -109,14 +109,14 @@ def marks(low: float, high: float, *, whole: bool = False) -> list[float]:
     if whole:
         step = max(1, round(step))
     first, last = math.floor(low / step), math.ceil(high / step)
-    return [float(f"{place * step:.10g}") for place in range(first, last + 1)]
+    return [float(f"{multiple * step:.10g}") for multiple in range(first, last + 1)]
 
 
-def spread_out(places: int, most: int) -> list[int]:
-    """Choose at most so many of 0 .. places - 1, evenly, the first and the last among them."""
-    if places <= most:
-        return list(range(places))
-    return sorted({round(step * (places - 1) / (most - 1)) for step in range(most)})
+def spread_out(count: int, most: int) -> list[int]:
+    """Choose at most `most` of the indices 0 .. count - 1, evenly, including the first and the last."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(step * (count - 1) / (most - 1)) for step in range(most)})
 
 
 def gain_colour(gain: float, limit: float) -> str:

@@ -17,7 +17,7 @@ MOST_POINTS, MOST_MARKS, MOST_LINES = 400, 13, 40  # of a curve, on it, and in i
 
 
 class Line(NamedTuple):
-    """One method's curve. points: (x, y, what stands there)."""
+    """One method's curve. points: (x, y, tooltip)."""
 
     label: str
     style: Style
@@ -28,7 +28,7 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Curves with their axes; the best last value comes first."""
+    """Curves with their axes; the curve with the best last value is first."""
 
     box: Box
     x: Axis
@@ -38,7 +38,7 @@ class Chart(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One client under one method. merges: (x, y before, y after, better | worse | level, what happened)."""
+    """One client under one method. merges: (x, y before, y after, better | worse | level, tooltip)."""
 
     client: str
     name: str
@@ -48,7 +48,7 @@ class Panel(NamedTuple):
 
 
 class Merging(NamedTuple):
-    """What a method's merges did. lower, equal, higher: uploads whose validation loss fell, stayed, rose."""
+    """The effect of a method's merges. lower, equal, higher: uploads whose validation loss fell, stayed, rose."""
 
     label: str
     before: float
@@ -83,8 +83,8 @@ def curve_chart(record: StudyRecord, styles: dict[str, Style], box: Box) -> Char
     y = enclosing_axis([value for points in curves.values() for _, value in points], box.y_end, box.top)
     lines = []
     for label, points in sorted(curves.items(), key=lambda item: item[1][-1][1]):
-        drawn = [points[place] for place in spread_out(len(points), MOST_POINTS)]
-        marked = [points[place] for place in spread_out(len(points), MOST_MARKS)]
+        drawn = [points[index] for index in spread_out(len(points), MOST_POINTS)]
+        marked = [points[index] for index in spread_out(len(points), MOST_MARKS)]
         lines.append(
             Line(
                 label=label,
@@ -109,15 +109,15 @@ def curve_table(record: StudyRecord) -> tuple[list[str], list[tuple[int, list[fl
     curves = mean_curves(record)
     by_turn = {label: dict(points) for label, points in curves.items()}
     turns = sorted({turn for points in curves.values() for turn, _ in points})
-    kept = [turns[place] for place in spread_out(len(turns), MOST_LINES)]
-    return list(curves), [(turn, [by_turn[label].get(turn) for label in curves]) for turn in kept]
+    shown = [turns[index] for index in spread_out(len(turns), MOST_LINES)]
+    return list(curves), [(turn, [by_turn[label].get(turn) for label in curves]) for turn in shown]
 
 
 def merging(record: StudyRecord, label: str) -> Merging | None:
-    """Draw what the merges of a method's first run did; None if no merge changed any client's loss.
+    """Draw the effect of the merges of a method's first run; None if no merge changed any client's loss.
 
-    A client's line rises or falls while it trains, then drops or jumps at the merge. Drawn are at most PANELS clients:
-    those in order of their gain, at even steps, so that the worst and the best are among them.
+    A client's line rises or falls while it trains, then drops or jumps at the merge. At most PANELS clients are drawn:
+    in order of their gain, at even steps, including the worst and the best.
     """
     run = record.first_run(label)
     tracks = _tracks(run) if run else {}
@@ -126,7 +126,7 @@ def merging(record: StudyRecord, label: str) -> Merging | None:
         return None
     start = base_values(record.results, metric="loss", split="validation", baseline=record.baseline)
     order = _by_gain(record, label, list(tracks))
-    chosen = [order[place] for place in spread_out(len(order), PANELS)]
+    chosen = [order[index] for index in spread_out(len(order), PANELS)]
     starts = {client: start.get(client, math.nan) for client in chosen}
     values = [value for client in chosen for _, *both in tracks[client] for value in both]
     values += [value for value in starts.values() if math.isfinite(value)]
@@ -164,25 +164,25 @@ def _tracks(run: RunRecord) -> dict[str, list[tuple[int, float, float]]]:
 
 
 def _by_gain(record: StudyRecord, label: str, clients: Sequence[str]) -> list[str]:
-    """Order clients from the worst gain to the best; those without one come first, all in the table's order."""
+    """Order clients from the worst gain to the best; those without one first; ties in the order of the table."""
     if record.judged is None:
         return list(clients)
     _, table = gains(record.results, metric=record.judged.name, baseline=record.baseline)
-    own = table.get(label, {})
-    known = {client: value for client in clients if not math.isnan(value := own.get(client, math.nan))}
+    gain_of = table.get(label, {})
+    known = {client: value for client in clients if not math.isnan(value := gain_of.get(client, math.nan))}
     return sorted(clients, key=lambda client: known.get(client, -math.inf))
 
 
 def _panel(client: str, track: Track, start: float, x: Axis, y: Axis) -> Panel:
-    """Draw one client's way from the common start."""
-    kept = [track[place] for place in spread_out(len(track), MOST_POINTS // 4)]
+    """Draw one client's loss from the common start on."""
+    drawn = [track[index] for index in spread_out(len(track), MOST_POINTS // 4)]
     path = [f"{x.at(0)},{y.at(start)}"] if math.isfinite(start) else []
     merges = []
-    for turn, before, after in kept:
+    for turn, before, after in drawn:
         path += [f"{x.at(turn)},{y.at(before)}", f"{x.at(turn)},{y.at(after)}"]
         effect = "better" if after < before else "worse" if after > before else "level"
-        told = f"round {turn}: {number(before)} before, {number(after)} after the merge"
-        merges.append((x.at(turn), y.at(before), y.at(after), effect, told))
+        tooltip = f"round {turn}: {number(before)} before, {number(after)} after the merge"
+        merges.append((x.at(turn), y.at(before), y.at(after), effect, tooltip))
     lower = sum(after < before for _, before, after in track)
     higher = sum(after > before for _, before, after in track)
     return Panel(

@@ -1,4 +1,4 @@
-"""What methods wrote to the same test prompts, side by side; runs keep it only where report.examples asks for it."""
+"""Answers of all methods to the same test prompts; a run stores them only if report.examples is true."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from fedmira.disk.folders import RunFolder
 
 
 class Example(NamedTuple):
-    """One test example of a client: its prompt, reference answers, and who wrote what."""
+    """One test example of a client: its prompt, reference answers, and the answer of each method."""
 
     prompt: str
     references: list[str]
@@ -16,16 +16,16 @@ class Example(NamedTuple):
 
 
 def read_examples(runs: Mapping[str, Path]) -> dict[str, list[Example]]:
-    """Put what some runs (label -> folder) wrote to the same prompts side by side, by client."""
-    found: dict[tuple[str, str], Example] = {}
+    """Collect the answers of runs (label -> folder) to the same prompts, by client."""
+    examples: dict[tuple[str, str], Example] = {}
     for label, folder in runs.items():
-        for one in RunFolder(folder).examples():
-            example = found.setdefault(
-                (one["client"], one["prompt"]),
-                Example(one["prompt"], one["references"], [("untouched base", one["base"])]),
+        for stored in RunFolder(folder).examples():
+            example = examples.setdefault(
+                (stored["client"], stored["prompt"]),
+                Example(stored["prompt"], stored["references"], [("untouched base", stored["base"])]),
             )
-            example.written.append((label, one["answer"]))
+            example.written.append((label, stored["answer"]))
     by_client: dict[str, list[Example]] = {}
-    for (client, _), example in found.items():
+    for (client, _), example in examples.items():
         by_client.setdefault(client, []).append(example)
     return by_client

@@ -1,4 +1,4 @@
-"""What a study was made of: data, sampling, costs, and what to keep in mind when its figures are read."""
+"""Facts of a study: data, sampling, costs, and limits of its figures."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ class ClientTable(NamedTuple):
 
 
 def notices(record: StudyRecord) -> list[str]:
-    """Say what limits the figures, gravest first."""
+    """List what limits the figures, the most serious first."""
     said = []
     unfinished = [f"{clean(run.folder)} ({clean(run.state)})" for run in record.runs if run.state != "complete"]
     if unfinished:
@@ -63,11 +63,11 @@ def notices(record: StudyRecord) -> list[str]:
         said.append(f"Not tested yet, and not in the tables: {listed(untested, NAMES_LISTED)}.")
     for metric in record.metrics:
         values = client_values(record.results, metric=metric.name)
-        for label, own in values.items():
-            lost = sum(map(math.isinf, own.values()))
-            if lost:
+        for label, value_of in values.items():
+            diverged = sum(map(math.isinf, value_of.values()))
+            if diverged:
                 said.append(
-                    f"{clean(label)} diverged: {plural(lost, 'client')} without a finite {metric.title.lower()}."
+                    f"{clean(label)} diverged: {plural(diverged, 'client')} without a finite {metric.title.lower()}."
                 )
     missing = max((item.missing for metric in record.metrics for item in metric.methods), default=0)
     if missing:
@@ -96,7 +96,7 @@ def _sampling_notices(record: StudyRecord) -> list[str]:
 
 
 def basis(record: StudyRecord) -> str:
-    """Say what the figures rest on: split, rounds, clients, seeds."""
+    """Describe what the figures are based on: split, rounds, clients, seeds."""
     items = [item for metric in record.metrics for item in metric.methods]
     rounds = sorted({turn for item in items for turn in item.rounds})
     seeds = sorted({seed for item in items for seed in item.seeds})
@@ -115,43 +115,43 @@ def data_facts(record: StudyRecord) -> list[tuple[str, str]]:
     if not clients:
         return []
     groups = {group for client in clients if (group := record.group(client)) is not None}
-    counts = [_mapping(own.get("examples")) for own in clients.values()]
-    train = [_whole(one.get("train")) for one in counts]
+    counts = [_mapping(client.get("examples")) for client in clients.values()]
+    train = [_whole(splits.get("train")) for splits in counts]
     facts = [
         ("Clients", f"{len(clients):,}" + (f" in {plural(len(groups), 'group')}" if len(groups) > 1 else "")),
         (
             "Examples",
             f"{sum(train):,} to train on ({between(min(train), max(train))} a client), "
-            f"{sum(_whole(one.get('validation')) for one in counts):,} for validation, "
-            f"{sum(_whole(one.get('test')) for one in counts):,} for the test",
+            f"{sum(_whole(splits.get('validation')) for splits in counts):,} for validation, "
+            f"{sum(_whole(splits.get('test')) for splits in counts):,} for the test",
         ),
     ]
-    tokens = sum(_whole(own.get("trained_tokens")) for own in clients.values())
+    tokens = sum(_whole(client.get("trained_tokens")) for client in clients.values())
     facts.append(("Tokens with a loss", f"{tokens:,} in the training split"))
     cuts = []
     for key, what in CUTS.items():
-        hit = [_whole(own.get(key)) for own in clients.values() if _whole(own.get(key))]
-        if hit:
-            cuts.append(f"{sum(hit):,} {what} ({plural(len(hit), 'client')})")
+        numbers = [number for client in clients.values() if (number := _whole(client.get(key)))]
+        if numbers:
+            cuts.append(f"{sum(numbers):,} {what} ({plural(len(numbers), 'client')})")
     facts.append(("Cut to fit", "; ".join(cuts) if cuts else "nothing: every prompt and answer is whole"))
-    without = [client for client, one in zip(clients, counts, strict=True) if not _whole(one.get("test"))]
+    without = [name for name, splits in zip(clients, counts, strict=True) if not _whole(splits.get("test"))]
     if without:
         facts.append(("No test example", f"{plural(len(without), 'client')}: {listed(without, NAMES_LISTED)}"))
     return facts
 
 
 def sampling_facts(record: StudyRecord) -> list[tuple[str, str]]:
-    """Say, seed by seed, how often clients were sampled and who never was; one schedule serves all methods."""
+    """Describe, seed by seed, how often clients were sampled and which never were; methods share one schedule."""
     facts = []
     for seed in sorted({run.seed for run in record.runs}):
         run = max((run for run in record.runs if run.seed == seed), key=lambda run: len(run.rounds))
         if not run.rounds:
             continue
-        every = list(record.clients) or record.results.clients
-        times = [run.sampled.get(client, 0) for client in every]
-        never = [client for client, often in zip(every, times, strict=True) if not often]
+        clients = list(record.clients) or record.results.clients
+        times = [run.sampled.get(client, 0) for client in clients]
+        never = [client for client, often in zip(clients, times, strict=True) if not often]
         said = (
-            f"{count(run.facts.sampled)} of {len(every):,} clients a round, "
+            f"{count(run.facts.sampled)} of {len(clients):,} clients a round, "
             f"{plural(len(run.rounds), 'round')}; each took part {between(min(times), max(times))} times"
             f"{'' if min(times) == max(times) else f', {sum(times) / len(times):.1f} on average'}; "
         )
@@ -161,13 +161,13 @@ def sampling_facts(record: StudyRecord) -> list[tuple[str, str]]:
 
 
 def setup_facts(record: StudyRecord) -> list[tuple[str, str]]:
-    """Name base, adapter, machine and versions, as the first run has them."""
+    """List base, adapter, machine and versions of the first run."""
     first_run = record.runs[0].facts
     facts = []
     if first_run.base_model is not None:
         mark = str(first_run.base_fingerprint or "")[:12]
         facts.append(("Base model", clean(first_run.base_model) + (f", sha256 {clean(mark)}…" if mark else "")))
-    sizes: dict[Any, list[str]] = {}  # parameters -> who has so many
+    sizes: dict[Any, list[str]] = {}  # number of parameters -> methods
     for run in record.runs:
         if run.facts.parameters is not None:
             names = sizes.setdefault(run.facts.parameters, [])
@@ -192,7 +192,7 @@ def setup_facts(record: StudyRecord) -> list[tuple[str, str]]:
 
 
 def run_lines(record: StudyRecord) -> list[RunLine]:
-    """Tell every run's state and costs."""
+    """List every run's state and costs."""
     return [_run_line(run) for run in record.runs]
 
 
@@ -220,7 +220,7 @@ def _run_line(run: RunRecord) -> RunLine:
 
 
 def client_tables(record: StudyRecord) -> list[ClientTable]:
-    """List each metric client by client, the judged one first; of many clients only the two ends."""
+    """List each metric client by client, the judged metric first; of many clients only the two ends."""
     tables = []
     for metric in sorted(record.metrics, key=lambda metric: metric is not record.judged):
         values = client_values(record.results, metric=metric.name)
@@ -230,7 +230,7 @@ def client_tables(record: StudyRecord) -> list[ClientTable]:
             clients, note = _ends(record, metric, clients)
         lines = []
         for client in clients:
-            line = [own[client] for own in (base, *values.values())]
+            line = [value_of[client] for value_of in (base, *values.values())]
             lines.append((client, _name(record, client), [None if math.isnan(value) else value for value in line]))
         tables.append(ClientTable(metric, list(values), lines, note))
     return tables
@@ -242,32 +242,33 @@ def _ends(record: StudyRecord, metric: Metric, clients: Sequence[str]) -> tuple[
     rest = "results.csv of each run has all."
     reference, table = gains(record.results, metric=metric.name, baseline=record.baseline)
     known = {
-        label: {client: gain for client, gain in own.items() if not math.isnan(gain)} for label, own in table.items()
+        label: {client: gain for client, gain in gain_of.items() if not math.isnan(gain)}
+        for label, gain_of in table.items()
     }
-    label = next((label for label, own in reversed(known.items()) if own), None)
+    label = next((label for label, gain_of in reversed(known.items()) if gain_of), None)
     if label is None:
         return list(clients[: 2 * ENDS_LISTED]), f"{said}the first {2 * ENDS_LISTED}; {rest}"
     ranked = sorted(known[label], key=lambda client: known[label][client])
-    kept = ranked[:ENDS_LISTED] + ranked[ENDS_LISTED:][-ENDS_LISTED:]
-    return kept, (
+    ends = ranked[:ENDS_LISTED] + ranked[ENDS_LISTED:][-ENDS_LISTED:]
+    return ends, (
         f"{said}those with the {ENDS_LISTED} smallest and the {ENDS_LISTED} greatest gains of {clean(label)} over "
         f"{clean(reference)}, ascending; {rest}"
     )
 
 
 def _name(record: StudyRecord, client: str) -> str:
-    """What the data calls a client, where that is not its id."""
+    """The name of a client in the data, if it is not its id."""
     name = str(record.clients.get(client, {}).get("name", client))
     return "" if name == client else name
 
 
 def shown_examples(record: StudyRecord) -> tuple[dict[str, Any], str]:
-    """Return the test examples to show, by client, and what is left out of them."""
+    """Return the test examples to show, by client, and a note on those that are left out."""
     examples = record.examples()
     clients = list(examples)
-    kept = {clients[place]: examples[clients[place]] for place in spread_out(len(clients), EXAMPLES_SHOWN)}
-    rest = f" {len(kept)} of {len(clients):,} clients, at even steps; examples.jsonl of each run has all."
-    return kept, rest if len(kept) < len(clients) else ""
+    shown = {clients[index]: examples[clients[index]] for index in spread_out(len(clients), EXAMPLES_SHOWN)}
+    note = f" {len(shown)} of {len(clients):,} clients, at even steps; examples.jsonl of each run has all."
+    return shown, note if len(shown) < len(clients) else ""
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

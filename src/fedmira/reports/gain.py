@@ -1,4 +1,4 @@
-"""Each client's gain: bars where clients are few, one sorted line where they are many; and the pictures in tables."""
+"""Each client's gain: bars for few clients, one sorted line for many; and the pictures in tables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ DOTS = Box(150, 22, 6, 6, 0, 0)
 
 
 class Bar(NamedTuple):
-    """One client. x, width: of its bar, from zero; told: its signed gain."""
+    """One client. x, width: of its bar, from zero; text: its signed gain."""
 
     client: str
     name: str
@@ -26,11 +26,11 @@ class Bar(NamedTuple):
     x: float
     width: float
     effect: str  # better | worse | level
-    told: str
+    text: str
 
 
 class GainPanel(NamedTuple):
-    """One method's clients, the best first. path: the sorted line where there are no bars."""
+    """One method's clients, the best first. path: the sorted line, if there are no bars."""
 
     label: str
     better: int
@@ -43,7 +43,7 @@ class GainPanel(NamedTuple):
     axis: Axis
     bars: list[Bar]
     path: str
-    split: tuple[float, float]  # x where gain stops being positive, and where it begins to be negative
+    split: tuple[float, float]  # x where gain stops being positive, and where it starts to be negative
     title: str
 
 
@@ -67,13 +67,13 @@ class Dots(NamedTuple):
 def gain_panels(record: StudyRecord, metric: Metric) -> Gains:
     """Lay out every method's gains on one metric."""
     reference, table = gains(record.results, metric=metric.name, baseline=record.baseline)
-    finite = [value for own in table.values() for value in own.values() if math.isfinite(value)]
-    panels = [_panel(label, own, finite, reference, metric) for label, own in table.items()]
+    finite = [value for gain_of in table.values() for value in gain_of.values() if math.isfinite(value)]
+    panels = [_panel(label, gain_of, finite, reference, metric) for label, gain_of in table.items()]
     return Gains(metric, reference, panels)
 
 
 def dots(metric: Metric) -> tuple[Axis, Mapping[str, Dots]]:
-    """Lay out means, intervals and worst clients of a metric's table on one scale; infinite ones stand at its end."""
+    """Lay out means, intervals and worst clients of a metric's table on one scale; infinite values are at its end."""
     spans = {item.method: _span(item) for item in metric.lines if item.mean is not None}
     values = [value for span in spans.values() for value in span if math.isfinite(value)]
     axis = enclosing_axis(values or [0.0], DOTS.left, DOTS.x_end)
@@ -82,14 +82,14 @@ def dots(metric: Metric) -> tuple[Axis, Mapping[str, Dots]]:
 
 def _span(item: MethodSummary) -> tuple[float, float, float, float]:
     mean, half, worst = item.mean, item.half_width or 0.0, item.worst
-    assert mean is not None  # the caller left such lines out
+    assert mean is not None  # the caller leaves such lines out
     return mean, mean - half, mean + half, mean if worst is None else worst
 
 
 def _panel(
-    label: str, gained: Mapping[str, float], finite: Sequence[float], reference: str, metric: Metric
+    label: str, gain_of: Mapping[str, float], finite: Sequence[float], reference: str, metric: Metric
 ) -> GainPanel:
-    known = [(client, value) for client, value in gained.items() if not math.isnan(value)]
+    known = [(client, value) for client, value in gain_of.items() if not math.isnan(value)]
     ranked = sorted(known, key=lambda item: item[1], reverse=True)
     better, worse = sum(value > 0 for _, value in ranked), sum(value < 0 for _, value in ranked)
     few = len(ranked) <= BARS_SHOWN
@@ -103,12 +103,12 @@ def _panel(
         better=better,
         equal=len(ranked) - better - worse,
         worse=worse,
-        missing=len(gained) - len(ranked),
+        missing=len(gain_of) - len(ranked),
         best=ranked[0] if ranked else None,
         least=ranked[-1] if ranked else None,
         box=box,
         axis=axis,
-        bars=[_bar(place, client, value, axis) for place, (client, value) in enumerate(ranked)] if few else [],
+        bars=[_bar(row, client, value, axis) for row, (client, value) in enumerate(ranked)] if few else [],
         path="" if few else _path(ranked, box, axis),
         split=(round(box.left + share * better, 1), round(box.x_end - share * worse, 1)),
         title=f"Gain of each client under {clean(label)} against {clean(reference)} on {phrase(metric.name)}: {better} "
@@ -116,16 +116,16 @@ def _panel(
     )
 
 
-def _bar(place: int, client: str, value: float, axis: Axis) -> Bar:
+def _bar(row: int, client: str, value: float, axis: Axis) -> Bar:
     start, end = sorted((axis.at(0.0), axis.at(value)))
     effect = "better" if value > 0 else "worse" if value < 0 else "level"
     return Bar(
-        client, fitted(client, (LEFT - 8) / FONT), 4 + ROW * place, start, round(end - start, 1), effect, signed(value)
+        client, fitted(client, (LEFT - 8) / FONT), 4 + ROW * row, start, round(end - start, 1), effect, signed(value)
     )
 
 
 def _path(ranked: Sequence[tuple[str, float]], box: Box, axis: Axis) -> str:
     """Draw the sorted gains from left to right."""
     step = (box.x_end - box.left) / (len(ranked) - 1)
-    places = spread_out(len(ranked), MOST_POINTS)
-    return " ".join(f"{box.left + step * place:.1f},{axis.at(ranked[place][1])}" for place in places)
+    drawn = spread_out(len(ranked), MOST_POINTS)
+    return " ".join(f"{box.left + step * index:.1f},{axis.at(ranked[index][1])}" for index in drawn)

@@ -1,4 +1,4 @@
-"""What a study's figures support, in plain words."""
+"""The conclusions that a study's figures support, as sentences."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -26,20 +26,20 @@ class Statement(NamedTuple):
 
 
 def headline(record: StudyRecord) -> list[Statement]:
-    """Return one statement per method on the judged metric, the greatest gain first; never empty.
+    """Return one statement per method on the judged metric, the largest gain first; never empty.
 
-    Where there is nothing to compare, the only statement says so.
+    If there is nothing to compare, the only statement says so.
     """
     judged = record.judged
     if judged is None:
         return [Statement("", "none", "No run has been tested yet.")]
-    made = [
+    by_gain = [
         (_gain(judged, item.against), _statement(record.metrics, judged, item.method, item.against))
         for item in judged.methods
         if item.against
     ]
-    if made:
-        return [statement for _, statement in sorted(made, key=lambda pair: pair[0], reverse=True)]
+    if by_gain:
+        return [statement for _, statement in sorted(by_gain, key=lambda pair: pair[0], reverse=True)]
     if all(run.label != record.baseline for run in record.runs):
         said = "No client was trained alone (method local), so no method can be compared with that."
     elif all(run.label == record.baseline for run in record.runs):
@@ -50,7 +50,7 @@ def headline(record: StudyRecord) -> list[Statement]:
 
 
 def verdict(metric: Metric, against: Comparison) -> Verdict:
-    """Say what one comparison supports; see Statement."""
+    """Return what one comparison supports; see Statement."""
     if not against.pairs:
         return "none"
     if not against.wins and not against.losses:
@@ -66,14 +66,14 @@ def verdict(metric: Metric, against: Comparison) -> Verdict:
 
 
 def _gain(metric: Metric, against: Comparison) -> float:
-    """Mean gain, positive is better; without a number (no pair, infinities on both sides) behind all others."""
+    """Mean gain, positive is better; -inf, which sorts last, without a number (no pair, infinities on both sides)."""
     if against.difference is None or against.difference != against.difference:
         return float("-inf")
     return -against.difference if metric.lower_is_better else against.difference
 
 
 def _statement(metrics: Sequence[Metric], judged: Metric, method: str, against: Comparison) -> Statement:
-    found = verdict(judged, against)
+    decided = verdict(judged, against)
     name, what = clean(method), phrase(judged.name)
     alone = "training alone" if against.baseline == "local" else f"training alone ({clean(against.baseline)})"
     of = f"{against.wins:,} of {plural(against.pairs, 'client')}"
@@ -88,21 +88,21 @@ def _statement(metrics: Sequence[Metric], judged: Metric, method: str, against: 
         "equal": f"{name} and {alone} have the same {what} for every client ({against.pairs:,} compared).",
         "few": f"Too few clients to tell {name} from {alone}: on {what} {split}; a test needs {FEWEST_PAIRS} clients.",
         "none": f"{name} cannot be compared with {alone}: no client has a {what} under both.",
-    }[found]
-    return Statement(method, found, text + _disagreement(metrics, judged, method, found))
+    }[decided]
+    return Statement(method, decided, text + _disagreement(metrics, judged, method, decided))
 
 
-def _disagreement(metrics: Sequence[Metric], judged: Metric, method: str, found: Verdict) -> str:
-    """Name the metrics on which a method's verdict is the opposite one."""
+def _disagreement(metrics: Sequence[Metric], judged: Metric, method: str, decided: Verdict) -> str:
+    """Name the metrics on which a method's verdict is the opposite."""
     said = ""
     for metric in metrics:
         against = next((item.against for item in metric.methods if item.method == method), None)
-        if metric is judged or against is None or OPPOSITE.get(found) != verdict(metric, against):
+        if metric is judged or against is None or OPPOSITE.get(decided) != verdict(metric, against):
             continue
-        kept = against.wins if found == "worse" else against.losses
+        clients = against.wins if decided == "worse" else against.losses
         said += (
-            f" On {phrase(metric.name)} it is the other way round: {OPPOSITE[found]} for {kept:,} of {against.pairs:,}"
-            f" ({_p(against)})."
+            f" On {phrase(metric.name)} it is the other way round: {OPPOSITE[decided]} for {clients:,} of "
+            f"{against.pairs:,} ({_p(against)})."
         )
     return said
 
@@ -115,7 +115,7 @@ def _p(against: Comparison) -> str:
 
 
 def _shift(against: Comparison) -> str:
-    """Say how far the mean moved."""
+    """Describe how far the mean moved."""
     difference = against.difference
     if difference is None or difference != difference:
         return "without a mean, because losses diverged"

@@ -1,4 +1,4 @@
-"""The task graph of a method, its clients coloured by gain; groups where clients are too many to be told apart."""
+"""The task graph of a method, its clients coloured by gain; groups where there are too many clients."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 from fedmira.errors import StoreError
 from fedmira.reports.axes import CIRCLE, DIAMOND, SQUARE, Box, gain_colour
-from fedmira.reports.places import Disc, Place, Weights, lay_out, pack
+from fedmira.reports.places import Disc, Point, Weights, lay_out, pack
 from fedmira.reports.record import StudyRecord, read_object
 from fedmira.reports.stats import gains
 from fedmira.reports.wording import clean, fitted, number, plural, signed
 
 MOST_CLIENTS, MOST_GROUPS = 200, 60
 MOST_EDGES = 600  # the strongest are drawn
-MOST_LABELS, LABEL_PITCH, LABEL_EMS = 40, 17, 8  # named marks; pixels of width that each needs; length of a name
+MOST_LABELS, LABEL_PITCH, LABEL_EMS = 40, 17, 8  # named marks; pixels of width for each; length of a name
 WIDE = Box(860, 480, 46, 46, 26, 36)
 NARROW = Box(350, 380, 34, 34, 24, 30)
 SWATCHES = 9  # steps of the colour scale's legend
@@ -30,7 +30,7 @@ class TaskGraph(NamedTuple):
 
 
 class Node(NamedTuple):
-    """A client or a group. scale: of the mark. label: empty where there is no room; label_y: on the side away from the
+    """A client or a group. scale: of the mark. label: empty if there is no room; label_y: on the side away from the
     neighbours."""
 
     x: float
@@ -40,7 +40,7 @@ class Node(NamedTuple):
     scale: float
     label: str
     label_y: float
-    told: str
+    tooltip: str
     known: bool
 
 
@@ -53,7 +53,7 @@ class Drawing(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A method's graph. refused: why it is not drawn, else empty; scale: (colour, gain) from worst to best."""
+    """A method's graph. refused: the reason if it is not drawn; scale: (colour, gain) from worst to best."""
 
     label: str
     about: str
@@ -66,7 +66,7 @@ class Network(NamedTuple):
 
 
 class _Nodes(NamedTuple):
-    """What is drawn: nodes in the graph's order, with members (1 for a client), gain (NaN = n/a) and weights [N, N]."""
+    """The nodes to draw, in the graph's order, with members (1 for a client), gain (NaN = n/a) and weights [N, N]."""
 
     names: list[str]
     groups: list[str]
@@ -77,39 +77,39 @@ class _Nodes(NamedTuple):
 
 
 def networks(record: StudyRecord) -> list[Network]:
-    """Draw the graph of every method that has one, as its first run had it.
+    """Draw the graph of every method that has one, from its first run.
 
     Raises StoreError if a graph.json is damaged.
     """
-    made = []
+    drawn = []
     for label in record.labels:
         run = record.first_run(label)
         graph = read_graph(record, run.folder) if run else None
         if graph is not None:
-            made.append(_network(record, label, graph))
-    return made
+            drawn.append(_network(record, label, graph))
+    return drawn
 
 
 def read_graph(record: StudyRecord, folder: str) -> TaskGraph | None:
     """Read a run's graph.json; None if it has none. Raises StoreError if it is damaged."""
     path = record.path / folder / "graph.json"
-    found = read_object(path)
-    if not found:
+    stored = read_object(path)
+    if not stored:
         return None
     try:
-        clients = [str(name) for name in found["clients"]]
+        clients = [str(name) for name in stored["clients"]]
         edges = None
-        if found.get("edges") is not None:
-            edges = [_read_edge(edge, len(clients)) for edge in found["edges"]]
+        if stored.get("edges") is not None:
+            edges = [_read_edge(edge, len(clients)) for edge in stored["edges"]]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise StoreError(
             f"'{path}' is damaged ({type(error).__name__}: {error}): graph.json has clients and edges "
-            "[[from, to, weight], ...] between their places; restore it from a copy"
+            "[[from, to, weight], ...] between their indices; restore it from a copy"
         ) from None
-    entries = found.get("entries")
+    entries = stored.get("entries")
     return TaskGraph(
-        kind=str(found.get("kind", "unknown")),
-        note=str(found.get("note", "")),
+        kind=str(stored.get("kind", "unknown")),
+        note=str(stored.get("note", "")),
         clients=clients,
         entries=entries if isinstance(entries, int) else len(edges or ()),
         edges=edges,
@@ -120,25 +120,25 @@ def _read_edge(edge: Any, clients: int) -> tuple[int, int, float]:
     """Read [from, to, weight]. Raises TypeError or ValueError if it is not one between two of the clients."""
     row, column, weight = map(float, edge)
     if not (math.isfinite(weight) and 0 <= row < clients and 0 <= column < clients):
-        raise ValueError("an edge leads to no client")
+        raise ValueError("an edge has no client at one end")
     return int(row), int(column), weight
 
 
 def _network(record: StudyRecord, label: str, graph: TaskGraph) -> Network:
     note = f" ({clean(graph.note)})" if graph.note else ""
     about = f"{clean(graph.kind)} graph{note}: {plural(len(graph.clients), 'client')}, {graph.entries:,} weights"
-    own, named = _own_gains(record, label)
+    gain_of, gain_name = _gains_of(record, label)
     of_clients = len(graph.clients) <= MOST_CLIENTS
     if len(graph.clients) < 2:
-        return Network(label, about, "nobody has a neighbour")
+        return Network(label, about, "no client has a neighbour")
     if graph.edges is None and of_clients:
         return Network(label, about, "its weights are not in graph.json")
-    nodes = _clients(record, graph, own) if of_clients else _groups(record, graph, own)
+    nodes = _clients(record, graph, gain_of) if of_clients else _groups(record, graph, gain_of)
     if not of_clients and not 1 < len(nodes.names) <= MOST_GROUPS:
         return Network(
             label,
             about,
-            f"{len(graph.clients):,} clients are too many to be told apart (up to {MOST_CLIENTS} are drawn), and "
+            f"{len(graph.clients):,} clients are too many to distinguish (up to {MOST_CLIENTS} are drawn), and "
             f"they form {plural(len(nodes.names), 'group')} (2 to {MOST_GROUPS} are drawn instead)",
         )
     finite = [abs(value) for value in nodes.gains if math.isfinite(value)]
@@ -156,58 +156,58 @@ def _network(record: StudyRecord, label: str, graph: TaskGraph) -> Network:
         drawings=[_drawing(nodes, discs, box, limit) for box in (WIDE, NARROW)],
         notes=_notes(graph, nodes),
         scale=[(gain_colour(step, limit), signed(step)) for step in steps] if limit else [],
-        title=f"Task graph of {clean(label)}, {what} coloured by {named}: {len(nodes.names)} {what}, {better} better, "
-        f"{len(known) - better - worse} equal, {worse} worse, {len(nodes.gains) - len(known)} without a value",
+        title=f"Task graph of {clean(label)}, {what} coloured by {gain_name}: {len(nodes.names)} {what}, {better} "
+        f"better, {len(known) - better - worse} equal, {worse} worse, {len(nodes.gains) - len(known)} without a value",
     )
 
 
-def _own_gains(record: StudyRecord, label: str) -> tuple[dict[str, float], str]:
-    """Return each client's gain under a method, and what it is a gain of."""
+def _gains_of(record: StudyRecord, label: str) -> tuple[dict[str, float], str]:
+    """Return each client's gain under a method, and a name that says over what."""
     if record.judged is None:
         return {}, "gain (not measured)"
     reference, table = gains(record.results, metric=record.judged.name, baseline=record.baseline)
     return table.get(label, {}), f"gain over {clean(reference)}"
 
 
-def _clients(record: StudyRecord, graph: TaskGraph, own: Mapping[str, float]) -> _Nodes:
+def _clients(record: StudyRecord, graph: TaskGraph, gain_of: Mapping[str, float]) -> _Nodes:
     weights = _symmetric(graph, list(range(len(graph.clients))), len(graph.clients))
     return _Nodes(
         names=graph.clients,
         groups=[record.group(client) or "" for client in graph.clients],
         members=[1] * len(graph.clients),
-        gains=[own.get(client, math.nan) for client in graph.clients],
+        gains=[gain_of.get(client, math.nan) for client in graph.clients],
         weights=weights,
         joined=_joined(weights),
     )
 
 
-def _groups(record: StudyRecord, graph: TaskGraph, own: Mapping[str, float]) -> _Nodes:
+def _groups(record: StudyRecord, graph: TaskGraph, gain_of: Mapping[str, float]) -> _Nodes:
     """Merge clients of one group into a node: mean gain, and the sum of the weights between two groups."""
     of_client = [record.group(client) or "(no group)" for client in graph.clients]
     names = list(dict.fromkeys(of_client))
-    place = {name: index for index, name in enumerate(names)}
+    node_of = {name: node for node, name in enumerate(names)}
     values: list[list[float]] = [[] for _ in names]
     for client, group in zip(graph.clients, of_client, strict=True):
-        if math.isfinite(value := own.get(client, math.nan)):
-            values[place[group]].append(value)
+        if math.isfinite(value := gain_of.get(client, math.nan)):
+            values[node_of[group]].append(value)
     weights: Weights = []
     if len(names) <= MOST_GROUPS:  # more are not drawn
-        weights = _symmetric(graph, [place[group] for group in of_client], len(names))
+        weights = _symmetric(graph, [node_of[group] for group in of_client], len(names))
     return _Nodes(
         names=names,
         groups=names,
         members=[of_client.count(name) for name in names] if len(names) <= MOST_GROUPS else [],
-        gains=[sum(some) / len(some) if some else math.nan for some in values],
+        gains=[sum(members) / len(members) if members else math.nan for members in values],
         weights=weights,
         joined=_joined(weights),
     )
 
 
-def _symmetric(graph: TaskGraph, place: Sequence[int], count: int) -> Weights:
-    """Return the weights [N, N] between nodes, the larger of both directions; place: the node of each client."""
+def _symmetric(graph: TaskGraph, nodes: Sequence[int], count: int) -> Weights:
+    """Return the weights [N, N] between nodes, the larger of both directions; nodes: the node of each client."""
     weights = [[0.0] * count for _ in range(count)]
     for row, column, weight in graph.edges or ():
-        weights[place[row]][place[column]] += weight
+        weights[nodes[row]][nodes[column]] += weight
     return [
         [max(weights[row][column], weights[column][row]) if row != column else 0.0 for column in range(count)]
         for row in range(count)
@@ -230,15 +230,15 @@ def _notes(graph: TaskGraph, nodes: _Nodes) -> list[str]:
         if graph.edges is not None and not drawn:
             notes.append("No edge leads from one group to another.")
     if graph.edges is not None and len(nodes.names) == len(graph.clients):
-        forth = {(row, column): weight for row, column, weight in graph.edges}
-        if any(forth.get((c, r), 0.0) != w for (r, c), w in forth.items()):
+        weight_of = {(row, column): weight for row, column, weight in graph.edges}
+        if any(weight_of.get((column, row), 0.0) != weight for (row, column), weight in weight_of.items()):
             notes.append("Weights differ by direction; an edge shows the larger of both.")
     return notes
 
 
 def _drawing(nodes: _Nodes, discs: Sequence[Disc], box: Box, limit: float) -> Drawing:
     width, height = box.x_end - box.left, box.y_end - box.top
-    places = [(x * width + box.left, y * height + box.top) for x, y in pack(discs, aspect=width / height)]
+    points = [(x * width + box.left, y * height + box.top) for x, y in pack(discs, aspect=width / height)]
     pairs = [
         (weight, row, column)
         for row, weights in enumerate(nodes.weights)
@@ -248,48 +248,48 @@ def _drawing(nodes: _Nodes, discs: Sequence[Disc], box: Box, limit: float) -> Dr
     strongest = sorted(pairs, key=lambda pair: -pair[0])[:MOST_EDGES]
     faint = 0.75 if len(strongest) <= 120 else 0.35
     edges = [
-        (*_rounded(places[row]), *_rounded(places[column]), round(share, 2))
+        (*_rounded(points[row]), *_rounded(points[column]), round(share, 2))
         for weight, row, column in strongest
         if (share := faint * (0.25 + 0.75 * (weight / strongest[0][0]))) > 0
     ]
     scales = _scales(nodes)
     labelled = len(nodes.names) <= min(MOST_LABELS, box.width // LABEL_PITCH)
-    above = [_is_above(place, weights, places) for place, weights in zip(places, nodes.weights, strict=True)]
+    above = [_is_above(point, weights, points) for point, weights in zip(points, nodes.weights, strict=True)]
     return Drawing(
         box=box,
         nodes=[
             Node(
-                x=round(places[place][0], 1),
-                y=round(places[place][1], 1),
+                x=round(points[index][0], 1),
+                y=round(points[index][1], 1),
                 fill="#FFFFFF" if math.isnan(gain) else gain_colour(gain, limit),
                 mark=_mark(gain),
-                scale=scales[place],
+                scale=scales[index],
                 label=fitted(name, LABEL_EMS) if labelled else "",
-                label_y=round(-6 * scales[place] - 3 if above[place] else 6 * scales[place] + 11, 1),
-                told=_told(nodes, place),
+                label_y=round(-6 * scales[index] - 3 if above[index] else 6 * scales[index] + 11, 1),
+                tooltip=_tooltip(nodes, index),
                 known=not math.isnan(gain),
             )
-            for place, (name, gain) in enumerate(zip(nodes.names, nodes.gains, strict=True))
+            for index, (name, gain) in enumerate(zip(nodes.names, nodes.gains, strict=True))
         ],
         edges=edges,
     )
 
 
-def _rounded(place: Place) -> Place:
-    return round(place[0], 1), round(place[1], 1)
+def _rounded(point: Point) -> Point:
+    return round(point[0], 1), round(point[1], 1)
 
 
-def _is_above(place: Place, weights: Sequence[float], places: Sequence[Place]) -> bool:
+def _is_above(point: Point, weights: Sequence[float], points: Sequence[Point]) -> bool:
     """Is a node above the weighted mean of its neighbours? Its label then has room on top."""
     total = sum(weights)
     if not total > 0:
         return False
-    mean = sum(weight * y for weight, (_, y) in zip(weights, places, strict=True)) / total
-    return place[1] < mean - 1
+    mean = sum(weight * y for weight, (_, y) in zip(weights, points, strict=True)) / total
+    return point[1] < mean - 1
 
 
 def _scales(nodes: _Nodes) -> list[float]:
-    """Return the size of each mark: by the clients of a group, else by how many marks there are."""
+    """Return the size of each mark: by the number of clients in a group, else by the number of marks."""
     most = max(nodes.members)
     if most > 1:
         return [round(1.0 + 2.2 * math.sqrt(members / most), 2) for members in nodes.members]
@@ -300,10 +300,10 @@ def _mark(gain: float) -> str:
     return CIRCLE if gain > 0 or math.isnan(gain) else SQUARE if gain < 0 else DIAMOND
 
 
-def _told(nodes: _Nodes, place: int) -> str:
-    name, group, gain = nodes.names[place], nodes.groups[place], nodes.gains[place]
+def _tooltip(nodes: _Nodes, index: int) -> str:
+    name, group, gain = nodes.names[index], nodes.groups[index], nodes.gains[index]
     inside = f" ({clean(group)})" if group and group != name else ""
-    inside += f", {plural(nodes.members[place], 'client')}" if nodes.members[place] > 1 else ""
-    strongest = max(nodes.weights[place], default=0.0)
-    neighbours = f"{plural(nodes.joined[place], 'neighbour')}, strongest weight {number(strongest, 2)}"
+    inside += f", {plural(nodes.members[index], 'client')}" if nodes.members[index] > 1 else ""
+    strongest = max(nodes.weights[index], default=0.0)
+    neighbours = f"{plural(nodes.joined[index], 'neighbour')}, strongest weight {number(strongest, 2)}"
     return f"{clean(name)}{inside}: gain {'n/a' if math.isnan(gain) else signed(gain)}; {neighbours}"

@@ -1,4 +1,4 @@
-"""What a study's folders hold, read for its report; keys of run.json, clients.json and metrics.jsonl may be absent."""
+"""A study as read from its folders for a report; keys of run.json, clients.json and metrics.jsonl may be absent."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ class ShownFacts:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run as its folder tells it. fields: run.json, which a page shows whole; rounds: metrics.jsonl."""
+    """One run, from its folder. fields: run.json, which a page shows whole; rounds: metrics.jsonl."""
 
     folder: str  # relative to the study, with forward slashes
     label: str
@@ -69,26 +69,26 @@ class RunRecord:
 
     @cached_property
     def sampled(self) -> Counter[str]:
-        """How many rounds each client took part in; those that never did are absent."""
+        """The number of rounds that each client took part in; clients that took part in none are absent."""
         return Counter(str(client) for line in self.rounds for client in line.get("clients", ()))
 
     @property
     def never_sampled(self) -> int | None:
-        """Clients that took part in no round; None if the run does not tell."""
+        """The number of clients that took part in no round; None if unknown."""
         clients = self.facts.clients
         return clients - len(self.sampled) if isinstance(clients, int) and self.logged else None
 
     def total(self, key: str) -> float | None:
         """Sum a figure over the rounds, or read it from run.json; None if neither has it."""
         parts = [line[key] for line in self.rounds if isinstance(line.get(key), int | float)]
-        found = getattr(self.facts, key, None)
-        if found is None and parts:
+        value = getattr(self.facts, key, None)
+        if value is None and parts:
             return sum(parts)
-        return found if isinstance(found, int | float) else None
+        return value if isinstance(value, int | float) else None
 
 
 class Metric(NamedTuple):
-    """Everything the report says of one metric."""
+    """The results on one metric."""
 
     name: str
     title: str
@@ -104,7 +104,7 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """A study as it is read for a report. clients: clients.json, by id."""
+    """A study, as read for a report. clients: clients.json, by id."""
 
     path: Path
     name: str
@@ -116,12 +116,12 @@ class StudyRecord:
 
     @property
     def labels(self) -> list[str]:
-        """The methods that were run, measured or not."""
+        """The methods that were started, with or without results."""
         return list(dict.fromkeys(run.label for run in self.runs))
 
     @property
     def judged(self) -> Metric | None:
-        """The metric by which gain is told: the first that is not the loss, which hedging between answers can lower."""
+        """The metric that gain is measured by: the first but the loss, which hedging between answers can lower."""
         return next((metric for metric in self.metrics if metric.name != "loss"), next(iter(self.metrics), None))
 
     def first_run(self, label: str) -> RunRecord | None:
@@ -129,12 +129,12 @@ class StudyRecord:
         return next((run for run in self.runs if run.label == label), None)
 
     def group(self, client: str) -> str | None:
-        """The group a client belongs to, where clients.json names one."""
-        found = self.clients.get(client, {}).get("group")
-        return None if found is None else str(found)
+        """The group of a client; None if clients.json has none."""
+        group = self.clients.get(client, {}).get("group")
+        return None if group is None else str(group)
 
     def examples(self) -> dict[str, list[Example]]:
-        """What the first seed's runs wrote to test prompts, by client; empty unless report.examples."""
+        """The answers of the first seed's runs to test prompts, by client; empty unless report.examples."""
         first = self.runs[0].seed
         return read_examples({run.label: self.path / run.folder for run in self.runs if run.seed == first})
 
@@ -144,7 +144,7 @@ def read_study(study: Path) -> StudyRecord:
     folders = find_runs(study)
     results = read_results(study, folders)
     runs = [_read_run(study, folder) for folder in folders]
-    # A study may give `local` another label; the runs know which method they are.
+    # `local` may have another label in a study; run.json names the method
     baseline = next((run.label for run in runs if run.facts.method == "local"), "local")
     measured = dict.fromkeys(row.metric for row in results.rows if row.split == "test" and row.round > 0)
     names = sorted(measured, key=lambda name: name != "loss")
@@ -169,7 +169,7 @@ def read_study(study: Path) -> StudyRecord:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an absent file is an empty one. Raises StoreError if it is damaged or no object."""
+    """Read a JSON object; {} if there is no file. Raises StoreError if it is damaged or not an object."""
     content = read_json(path) if path.is_file() else {}
     if not isinstance(content, dict):
         raise StoreError(f"'{path}' holds a {type(content).__name__}: {path.name} is an object; restore it from a copy")
@@ -177,7 +177,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_clients(run: Path) -> dict[str, Mapping[str, Any]]:
-    return {name: own for name, own in read_object(run / "clients.json").items() if isinstance(own, dict)}
+    return {name: facts for name, facts in read_object(run / "clients.json").items() if isinstance(facts, dict)}
 
 
 def _read_run(study: Path, folder: Path) -> RunRecord:

@@ -17,7 +17,7 @@ SCHEMA = 1
 
 
 def write_report(study: Path) -> Path:
-    """Write STUDY/report.html and STUDY/summary.json, each at once or not at all; return the page's path.
+    """Write STUDY/report.html and STUDY/summary.json, each atomically; return the page's path.
 
     Raises StoreError if the study has no results, or cannot be written.
     """
@@ -100,7 +100,7 @@ def _summary_json(record: StudyRecord) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Make a value fit for JSON, which has no infinity: a diverged loss becomes the text "inf"."""
+    """Replace numbers that JSON does not have: a diverged loss becomes the text "inf", NaN becomes null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -45,7 +45,7 @@ class Results:
         return list(dict.fromkeys(row.method for row in self.rows))
 
     def where(self, keep: Callable[[Row], bool]) -> "Results":
-        """Keep some of the rows."""
+        """Return the results with only the rows for which `keep` is true."""
         return Results([row for row in self.rows if keep(row)])
 
     def of(self, *, metric: str, split: str) -> list[Row]:
@@ -54,10 +54,10 @@ class Results:
 
     @cached_property
     def _sorted(self) -> dict[tuple[str, str], list[Row]]:
-        found: dict[tuple[str, str], list[Row]] = {}
+        sorted_rows: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
-            found.setdefault((row.metric, row.split), []).append(row)
-        return found
+            sorted_rows.setdefault((row.metric, row.split), []).append(row)
+        return sorted_rows
 
 
 def find_runs(study: Path) -> list[Path]:
@@ -72,8 +72,8 @@ def find_runs(study: Path) -> list[Path]:
         and ((run / "run.json").is_file() or (run / "results.csv").is_file())
     ]
     if not runs:
-        found = "holds no <method>/seed-<n>/ with results" if study.is_dir() else "is not a folder"
-        raise StoreError(f"'{study}' {found}: a study is the output_dir of 'fedmira run'; give that folder")
+        fault = "has no <method>/seed-<n>/ with results" if study.is_dir() else "is not a folder"
+        raise StoreError(f"'{study}' {fault}: a study is the output_dir of 'fedmira run'; give that folder")
     order = _configured_order(study / "config.yaml")
     return sorted(
         runs,
@@ -86,10 +86,10 @@ def find_runs(study: Path) -> list[Path]:
 
 
 def read_results(study: Path, runs: Sequence[Path] | None = None) -> Results:
-    """Read the results of all runs of a study; runs: as find_runs lists them, looked up where they are not known yet.
+    """Read the results of all runs of a study; runs: as listed by find_runs, None = look them up.
 
     A loss that was written as `nan` has diverged and is read as infinite: as n/a it would make its method look better.
-    A row that is written twice (a resumed run) counts once, as written last.
+    Of a row that was written twice (by a resumed run) the last one counts.
     Raises StoreError if there are no results, or a file is damaged.
     """
     folders = find_runs(study) if runs is None else runs
@@ -109,7 +109,7 @@ def _read_file(path: Path) -> Iterator[Row]:
     missing = [name for name in RESULT_COLUMNS if name not in header]
     if missing:
         raise StoreError(f"'{path}' has no column {', '.join(missing)}: results.csv has {', '.join(RESULT_COLUMNS)}")
-    places = [header.index(name) for name in RESULT_COLUMNS]
+    columns = [header.index(name) for name in RESULT_COLUMNS]
     last: dict[tuple[Any, ...], Row] = {}
     for line in filter(None, lines):
         if len(line) != len(header):
@@ -117,8 +117,8 @@ def _read_file(path: Path) -> Iterator[Row]:
                 f"'{path}' cannot be read as CSV ({len(line)} values under {len(header)} columns): resume the run to "
                 "write it again"
             )
-        row = _read_row(path, [line[place] for place in places])
-        last.pop(row[:-1], None)  # its place is that of the last one too
+        row = _read_row(path, [line[column] for column in columns])
+        last.pop(row[:-1], None)  # the last one counts, and keeps its position
         last[row[:-1]] = row
     yield from last.values()
 
@@ -137,20 +137,20 @@ def _read_row(path: Path, line: list[str]) -> Row:
 
 
 def _whole_lines(path: Path) -> str:
-    """Read a CSV file without a last line that a crash left short; resuming writes that line again."""
+    """Read a CSV file without a last line that a crash cut short; resuming writes that line again."""
     text = path.read_text(encoding="utf-8")
     head, newline, last = text.rpartition("\n")
     return head + newline if last.count(",") < len(RESULT_COLUMNS) - 1 else text
 
 
 def _configured_order(path: Path) -> dict[str, int]:
-    """Return the place of each method folder in a study's config; empty if the config is absent or unreadable."""
+    """Return the index of each method folder in a study's config; empty if the config is absent or unreadable."""
     try:
         text = path.read_text(encoding="utf-8")
         folders = _written_folders(text) or _parsed_folders(text)
     except (OSError, ValueError, TypeError, KeyError):
         return {}  # only the order of the lines depends on it
-    return {folder: place for place, folder in enumerate(folders)}
+    return {folder: index for index, folder in enumerate(folders)}
 
 
 def _written_folders(text: str) -> list[str]:
@@ -176,7 +176,7 @@ def _parsed_folders(text: str) -> list[str]:
 
 
 def _folder(entry: str | Mapping[str, Any]) -> str:
-    """Return the folder of an entry of `methods:`, which is its name or a mapping."""
+    """Return the folder of an entry of `methods:`, which is a name or a mapping."""
     if isinstance(entry, str):
         return entry.replace("-", "_")
     return str(entry.get("label") or str(entry["name"]).replace("-", "_"))

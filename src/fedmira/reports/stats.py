@@ -72,34 +72,35 @@ def client_values(results: Results, *, metric: str, split: str = "test") -> dict
 
     A method that was not yet measured after round 0 is left out.
     """
-    found = _by_method(_last_rounds(results, metric=metric, split=split))
-    return {method: _of_all(results, found[method]) for method in results.methods if method in found}
+    measured = _by_method(_last_rounds(results, metric=metric, split=split))
+    return {method: _of_all(results, measured[method]) for method in results.methods if method in measured}
 
 
 def base_values(results: Results, *, metric: str, split: str = "test", baseline: str = "local") -> Values:
     """Return the untouched base's value for every client.
 
-    It is the common start, read from round 0 of the baseline's runs, or of the first method that has any.
+    It is the common start, read from round 0 of the baseline's runs, or of the first method that has a round 0.
     """
-    found = _by_method(row for row in _served(results, metric=metric, split=split) if row.round == 0)
-    source = baseline if baseline in found else next(iter(found), baseline)
-    return _of_all(results, found.get(source, {}))
+    starts = _by_method(row for row in _served(results, metric=metric, split=split) if row.round == 0)
+    source = baseline if baseline in starts else next(iter(starts), baseline)
+    return _of_all(results, starts.get(source, {}))
 
 
 def summarise(results: Results, *, metric: str, split: str = "test", baseline: str = "local") -> list[MethodSummary]:
     """Summarise every method on one metric, in the table's order; MethodSummary and Comparison state the formulas.
 
-    The personal view is read where a client has one, else the global view. Holm's adjustment runs over the methods
-    that are compared on this metric. Empty if nothing was measured after round 0.
+    The personal view is used if a client has one, else the global view. Holm's adjustment is over the methods that are
+    compared on this metric. Empty if nothing was measured after round 0.
     """
     values = client_values(results, metric=metric, split=split)
     rows = _last_rounds(results, metric=metric, split=split)
     summaries = []
-    for method, own in values.items():
+    for method, method_values in values.items():
         runs = [row for row in rows if row.method == method]
-        summary = _summary(own, method=method, metric=metric, split=split, runs=runs)
+        summary = _summary(method_values, method=method, metric=metric, split=split, runs=runs)
         if baseline in values and method != baseline:
-            summary = replace(summary, against=_compare(own, values[baseline], metric=metric, baseline=baseline))
+            against = _compare(method_values, values[baseline], metric=metric, baseline=baseline)
+            summary = replace(summary, against=against)
         summaries.append(summary)
     return _adjust(summaries)
 
@@ -117,19 +118,20 @@ def summarise_base(
 def gains(
     results: Results, *, metric: str, split: str = "test", baseline: str = "local"
 ) -> tuple[str, dict[str, Values]]:
-    """Return who the clients are compared with, and by how much each is better off under each method.
+    """Return what the clients are compared with, and by how much each is better under each method.
 
     gain_k = reference_k - x_k for a loss, x_k - reference_k for a score: positive is better. The reference is the
     baseline, which then has no gains, or the untouched base where the baseline was not measured.
     """
     values = client_values(results, metric=metric, split=split)
     if baseline in values:
-        reference, other = baseline, values.pop(baseline)
+        reference, reference_values = baseline, values.pop(baseline)
     else:
-        reference, other = UNTOUCHED_BASE, base_values(results, metric=metric, split=split, baseline=baseline)
+        reference = UNTOUCHED_BASE
+        reference_values = base_values(results, metric=metric, split=split, baseline=baseline)
     return reference, {
-        method: {client: _gain(value, other[client], metric) for client, value in own.items()}
-        for method, own in values.items()
+        method: {client: _gain(value, reference_values[client], metric) for client, value in method_values.items()}
+        for method, method_values in values.items()
     }
 
 
@@ -139,22 +141,22 @@ def curve(results: Results, metric: str = "loss", split: str = "validation") -> 
     for row in _served(results, metric=metric, split=split):
         if not math.isnan(row.value):
             rounds.setdefault((row.method, row.round), {}).setdefault(row.client, []).append(row.value)
-    points = {place: mean(map(mean, clients.values())) for place, clients in sorted(rounds.items())}
+    points = {key: mean(map(mean, clients.values())) for key, clients in sorted(rounds.items())}
     curves: dict[str, list[tuple[int, float]]] = {method: [] for method in results.methods}
     for (method, turn), value in points.items():
         curves[method].append((turn, value))
-    return {method: own for method, own in curves.items() if own}
+    return {method: curve_points for method, curve_points in curves.items() if curve_points}
 
 
-def _gain(own: float, other: float, metric: str) -> float:
-    """own - other in the metric's own direction: positive is better."""
+def _gain(value: float, reference: float, metric: str) -> float:
+    """value - reference in the metric's direction: positive is better."""
     # Two infinite losses are a tie; their difference as numbers would be NaN.
-    difference = 0.0 if own == other else own - other
+    difference = 0.0 if value == reference else value - reference
     return -difference if metric in LOWER_IS_BETTER else difference
 
 
 def _served(results: Results, *, metric: str, split: str) -> list[Row]:
-    """Keep the rows of one metric and split, for the adapter the client would use: its personal view if it has one."""
+    """Return the rows of one metric and split for the adapter that a client uses: the personal view if it has one."""
     rows = results.of(metric=metric, split=split)
     chosen: dict[tuple[str, str, int, int], Row] = {}
     for row in rows:
@@ -165,7 +167,7 @@ def _served(results: Results, *, metric: str, split: str) -> list[Row]:
 
 
 def _last_rounds(results: Results, *, metric: str, split: str) -> list[Row]:
-    """Keep the rows of one metric and split at the last round each run was measured; round 0 is never a result."""
+    """Return the rows of one metric and split at the last measured round of each run; round 0 is never a result."""
     rows = [row for row in _served(results, metric=metric, split=split) if row.round > 0]
     last: dict[tuple[str, int], int] = {}
     for row in rows:
@@ -174,11 +176,14 @@ def _last_rounds(results: Results, *, metric: str, split: str) -> list[Row]:
 
 
 def _by_method(rows: Iterable[Row]) -> dict[str, Values]:
-    """Average the rows of each client under each method; only clients that have a row are there."""
-    found: dict[str, dict[str, list[float]]] = {}
+    """Average the rows of each client under each method; clients without a row are absent."""
+    sorted_values: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        found.setdefault(row.method, {}).setdefault(row.client, []).append(row.value)
-    return {method: {client: mean(values) for client, values in own.items()} for method, own in found.items()}
+        sorted_values.setdefault(row.method, {}).setdefault(row.client, []).append(row.value)
+    return {
+        method: {client: mean(values) for client, values in clients.items()}
+        for method, clients in sorted_values.items()
+    }
 
 
 def _of_all(results: Results, values: Values) -> Values:
@@ -208,9 +213,9 @@ def _summary(values: Values, *, method: str, metric: str, split: str, runs: Sequ
     )
 
 
-def _compare(own: Values, other: Values, *, metric: str, baseline: str) -> Comparison:
+def _compare(values: Values, baseline_values: Values, *, metric: str, baseline: str) -> Comparison:
     """Compare the values of a method with the baseline's; Holm's p is filled in later."""
-    pairs = [(value, other[client]) for client, value in own.items()]
+    pairs = [(value, baseline_values[client]) for client, value in values.items()]
     gained = [_gain(*pair, metric) for pair in pairs if not any(map(math.isnan, pair))]
     differences = [-gain if metric in LOWER_IS_BETTER else gain for gain in gained]
     p: float | None = None

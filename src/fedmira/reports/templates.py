@@ -56,8 +56,8 @@ class CompiledTemplates(BytecodeCache):
         self.module = None if module is None else Path(module)
 
     def get_source_checksum(self, source: str) -> str:
-        known = [os.stat(file) for file in (__file__, compiler.__file__)] if self.module else []
-        stamps = [(file.st_mtime_ns, file.st_size) for file in known]
+        stats = [os.stat(file) for file in (__file__, compiler.__file__)] if self.module else []
+        stamps = [(file.st_mtime_ns, file.st_size) for file in stats]
         return sha256(f"{stamps} {source}".encode()).hexdigest()
 
     def load_bytecode(self, bucket: Bucket) -> None:

@@ -1,4 +1,4 @@
-"""What the terminal shows at the end: clients one by one where they are few, then a line for each method."""
+"""The tables that a command prints at the end: one line per client if there are few, then one per method."""
 
 import math
 
@@ -9,11 +9,11 @@ from fedmira.reports.record import StudyRecord
 from fedmira.reports.stats import MethodSummary, client_values
 from fedmira.reports.wording import counts, interval, number
 
-CLIENTS_SHOWN = 32  # more than this are read in the report, not in the terminal
+CLIENTS_SHOWN = 32  # more are shown in the report only
 
 
 def summary_tables(record: StudyRecord) -> list[Table]:
-    """Return what the terminal shows: clients one by one where they are few, then a line for each method.
+    """Return the tables: one line per client if there are at most CLIENTS_SHOWN, then one line per method.
 
     Methods: mean with 95 % interval over clients and the worst client, metric by metric, the untouched base first;
     wins/ties/losses against the baseline on the first metric that is not the loss, else on the loss.
@@ -23,7 +23,7 @@ def summary_tables(record: StudyRecord) -> list[Table]:
 
 
 def _client_table(record: StudyRecord) -> Table | None:
-    """One line per client: every metric of every method, and whether it gained or lost against the baseline."""
+    """One line per client: all metrics of all methods, and whether the client is better or worse than the baseline."""
     judged = record.judged
     if judged is None or not judged.methods:
         return None
@@ -50,10 +50,10 @@ def _client_table(record: StudyRecord) -> Table | None:
     return table
 
 
-def _mark(own: float, other: float, lower_is_better: bool) -> str:
-    if math.isnan(own) or math.isnan(other):
+def _mark(value: float, baseline: float, lower_is_better: bool) -> str:
+    if math.isnan(value) or math.isnan(baseline):
         return "?"
-    return "=" if own == other else "+" if (own < other) == lower_is_better else "-"
+    return "=" if value == baseline else "+" if (value < baseline) == lower_is_better else "-"
 
 
 def _method_table(record: StudyRecord) -> Table:

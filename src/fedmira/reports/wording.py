@@ -1,4 +1,4 @@
-"""Figures and names as people read them; `None` and NaN are n/a, a diverged loss is ∞."""
+"""Figures and names as text for people; `None` and NaN are n/a, a diverged loss is ∞."""
 
 import json
 import math
@@ -16,13 +16,13 @@ NAMES = {
     "exact_match": "Exact match",
     "word_accuracy": "Word accuracy",
 }
-# Control characters, halves of a pair, and marks that reorder the text around them: shown by number, so that a name
-# can neither hide nor rearrange what stands beside it.
+# Control characters, surrogates, and marks that reorder the text around them: shown by number, so that a name can
+# neither hide nor rearrange the text beside it.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def title(metric: str) -> str:
-    """Name a metric at the head of a table."""
+    """Name a metric in the head of a table."""
     return NAMES.get(metric, metric)
 
 
@@ -32,7 +32,7 @@ def phrase(metric: str) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Format a measured value; what would round to zero keeps two figures."""
+    """Format a measured value; a value that would round to zero keeps two digits."""
     if value is None or math.isnan(value):
         return "n/a"
     if math.isinf(value):
@@ -69,12 +69,12 @@ def chance(p: float) -> str:
 
 
 def count(value: Any) -> str:
-    """Format a whole number with thousands parted; anything else is n/a."""
+    """Format a whole number with separated thousands; anything else is n/a."""
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "n/a"
 
 
 def plural(value: int, word: str) -> str:
-    """Say how many: 1 client, 2 clients."""
+    """Write a number and a noun: 1 client, 2 clients."""
     return f"{value:,} {word}{'' if value == 1 else 's'}"
 
 
@@ -104,35 +104,35 @@ def spread(values: Any) -> str:
 
 
 def between(low: object, high: object) -> str:
-    """Say a range, or the one value that it holds."""
+    """Write a range, or its only value."""
     first, last = (f"{end:,}" if isinstance(end, int) else str(end) for end in (low, high))
     return first if first == last else f"{first} to {last}"
 
 
 def clean(text: object) -> str:
-    """Make a name from someone else's data fit to be shown: what cannot be seen is written as its number."""
-    return _UNSEEN.sub(lambda found: f"[U+{ord(found.group()):04X}]", str(text))
+    """Make a name from others' data safe to show: characters that cannot be seen are written as their number."""
+    return _UNSEEN.sub(lambda match: f"[U+{ord(match.group()):04X}]", str(text))
 
 
 def short(text: object, limit: int) -> str:
-    """Clean a name and cut it to so many characters."""
+    """Clean a name and cut it to `limit` characters."""
     cleaned = clean(text)
     return cleaned if len(cleaned) <= limit else cleaned[: limit - 1] + "…"
 
 
 def fitted(text: object, ems: float) -> str:
-    """Clean a name and cut it to about so many ems of a usual font, since letters differ in width."""
+    """Clean a name and cut it to a width of about `ems` in a usual font, because letters differ in width."""
     cleaned = clean(text)
-    wide = 0.0
-    for place, letter in enumerate(cleaned):
-        wide += _width(letter)
-        if wide > ems:
-            return cleaned[: max(place - 1, 1)] + "…"
+    width = 0.0
+    for index, letter in enumerate(cleaned):
+        width += _width(letter)
+        if width > ems:
+            return cleaned[: max(index - 1, 1)] + "…"
     return cleaned
 
 
 def _width(letter: str) -> float:
-    """Estimate a letter's width in ems, rather too large than too small."""
+    """Estimate a letter's width in ems; rather too large than too small."""
     if unicodedata.combining(letter):
         return 0.0
     if unicodedata.east_asian_width(letter) in "WF":
@@ -141,10 +141,10 @@ def _width(letter: str) -> float:
 
 
 def listed(names: Iterable[object], most: int) -> str:
-    """List names up to a number, and say how many more there are."""
-    every = list(names)
-    rest = f" and {len(every) - most:,} more" if len(every) > most else ""
-    return ", ".join(short(name, 40) for name in every[:most]) + rest
+    """List at most `most` names, and the number of those left out."""
+    all_names = list(names)
+    rest = f" and {len(all_names) - most:,} more" if len(all_names) > most else ""
+    return ", ".join(short(name, 40) for name in all_names[:most]) + rest
 
 
 def unbroken(text: str) -> str:
