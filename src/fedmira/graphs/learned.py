@@ -78,7 +78,7 @@ def share_of(size: int, parts: int) -> int:
 
 @dataclass(frozen=True)
 class ProductSketcher:
-    """Summarise the updates s B A themselves, whatever their factors: for each module G (s B A) H, G and H random.
+    """Summarise the updates s B A, independent of their factors: for each module G (s B A) H, G and H random.
 
     G [m, d] and H [v, m] have entries of variance 1 / m, m^2 >= size: products of sketches are on average those of the
     updates. whole: modules are added up into one sketch, whose products are those of all modules together.

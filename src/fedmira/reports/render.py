@@ -54,7 +54,7 @@ def render_page(record: StudyRecord) -> str:
             if (chart := curves.curve_chart(record, styles, box))
         ],
         curve_table=curves.curve_table(record),
-        mergings=[found for label in record.labels if (found := curves.merging(record, label))],
+        mergings=[merging for label in record.labels if (merging := curves.merging(record, label))],
         gains=[gain.gain_panels(record, metric) for metric in ordered],
         networks=network.networks(record),
         clients=facts.client_tables(record),

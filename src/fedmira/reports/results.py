@@ -63,7 +63,7 @@ class Results:
 def find_runs(study: Path) -> list[Path]:
     """List the run folders STUDY/<method>/seed-<n>, methods in the order of STUDY/config.yaml, then by name and seed.
 
-    Raises StoreError if there is no such folder or it holds no run.
+    Raises StoreError if there is no such folder or it contains no run.
     """
     runs = [
         run
