@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,7 @@ from fedmira.reports.results import LOWER_IS_BETTER, Results, find_runs, read_re
 from fedmira.reports.stats import MethodSummary, summarise, summarise_base
 
 
-@dataclass(frozen=True)
-class ShownFacts:
+class ShownFacts(NamedTuple):
     """What a report reads of run.json, which may be of any version, or damaged: None where a key is absent.
 
     A value may be anything that JSON has; disk/run_facts.py says what it should be.
@@ -60,8 +59,7 @@ class RunRecord:
     @cached_property
     def facts(self) -> ShownFacts:
         """The keys of run.json that a report reads one by one."""
-        shown = {field.name for field in fields(ShownFacts)}
-        return ShownFacts(**{key: value for key, value in self.fields.items() if key in shown})
+        return ShownFacts(**{key: value for key, value in self.fields.items() if key in ShownFacts._fields})
 
     @property
     def state(self) -> str:
