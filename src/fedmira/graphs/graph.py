@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from fedmira.adapters.lazy import np, sparse
 from fedmira.errors import MethodError
@@ -27,8 +27,7 @@ _LISTED = 4_000_000  # entries; a larger graph is a rule, of which each round co
 _BLOCK = 256  # rows of a rule at a time
 
 
-@dataclass(frozen=True, eq=False)
-class Rule:
+class Rule(NamedTuple):
     """A symmetric matrix of similarities that is too large to store; any block of it can be computed.
 
     block: row ids [n], column ids [m] -> similarities [n, m], 0 where both are the same client. identity: text that

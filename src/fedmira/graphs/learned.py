@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from fedmira.adapters import Adapters, Layout, Stored
 from fedmira.adapters.lazy import Tensor, np, sparse, torch
@@ -76,8 +76,7 @@ def share_of(size: int, parts: int) -> int:
     return max(32, -(-size // parts))
 
 
-@dataclass(frozen=True)
-class ProductSketcher:
+class ProductSketcher(NamedTuple):
     """Summarise the updates s B A, independent of their factors: for each module G (s B A) H, G and H random.
 
     G [m, d] and H [v, m] have entries of variance 1 / m, m^2 >= size: products of sketches are on average those of the

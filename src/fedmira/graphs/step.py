@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fedmira.adapters import Adapters, Stored
 from fedmira.adapters.lazy import np, sparse, torch
@@ -36,8 +36,7 @@ def laplacian(weights: Array, degree: Array | None = None) -> Array:
     return np.diag(weights.sum(axis=1) if degree is None else degree) - weights
 
 
-@dataclass(frozen=True, eq=False)
-class Coupling:
+class Coupling(NamedTuple):
     """The pull of one round: A~ is within [S, S] and outside [S, N]; neighbours [N]: stored clients joined to ids."""
 
     ids: Array

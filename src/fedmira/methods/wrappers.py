@@ -40,7 +40,11 @@ Positive = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Proximal(Settings):
+class Options(Settings, defer_build=True):
+    """Base of every wrapper's settings; pydantic builds their checks when they are first used."""
+
+
+class Proximal(Options):
     """Settings of `proximal`."""
 
     mu: float = Field(ge=0)  # pull back to the row that was sent, per unit of distance; 0 = none
@@ -61,7 +65,7 @@ def proximal(method: Method, *, mu: float) -> Method:
     return replace(method, client=replace(method.client, step=step))
 
 
-class Only(Settings):
+class Only(Options):
     """Settings of `only`."""
 
     trained: Literal["all", "A", "B", "alternating"] = "all"  # alternating: B in odd rounds, A in even ones
@@ -85,7 +89,7 @@ def only(method: Method, *, trained: str = "all", travels: str = "all") -> Metho
     return replace(method, trained=narrow(method.trained, trained), travels=narrow(method.travels, travels))
 
 
-class ServerOptimizer(Settings):
+class ServerOptimizer(Options):
     """Settings of `server_optimizer`; defaults as in the paper's experiments."""
 
     variant: Literal["momentum", "adam", "yogi"] = "adam"
@@ -141,7 +145,7 @@ def server_optimizer(
     return replace(method, init=init, send=send, merge=merge)
 
 
-class TunedAfter(Settings):
+class TunedAfter(Options):
     """Settings of `tuned_after`."""
 
     steps: int | None = Field(default=None, ge=1)  # local steps of every client after the last round
@@ -153,7 +157,7 @@ def tuned_after(method: Method, *, steps: int | None = None, epochs: int | None 
     return replace(method, regime=replace(method.regime, tune=("steps", steps) if steps else ("epochs", epochs or 1)))
 
 
-class Accepting(Settings):
+class Accepting(Options):
     """Settings of `accepting`."""
 
     tolerance: float = Field(default=0.0, ge=0)  # nats by which its validation loss may worsen
@@ -164,7 +168,7 @@ def accepting(method: Method, *, tolerance: float = 0.0) -> Method:
     return replace(method, regime=replace(method.regime, tolerance=tolerance))
 
 
-class LostReply(Settings):
+class LostReply(Options):
     """Settings of `lost_reply`: none."""
 
 
@@ -189,7 +193,7 @@ def lost_reply(method: Method) -> Method:
     return replace(method, client=replace(method.client, start=start, begin=begin, finish=finish))
 
 
-class Clipped(Settings):
+class Clipped(Options):
     """Settings of `clipped`."""
 
     norm: Positive  # longest update of a client
@@ -210,7 +214,7 @@ def clipped(method: Method, *, norm: float) -> Method:
     return replace(method, client=replace(method.client, finish=finish))
 
 
-class Noised(Settings):
+class Noised(Options):
     """Settings of `noised`."""
 
     sigma: float = Field(ge=0)  # standard deviation of each number; 0 = none
