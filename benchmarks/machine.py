@@ -46,7 +46,7 @@ def describe() -> dict[str, Any]:
 def matmul_rate(
     dtype: torch.dtype, *, seconds: float = 1.0, device: str = "cpu", product: tuple[int, int, int] = PRODUCT
 ) -> float:
-    """Return FLOP/s of products of `product`: 4096 x 768 x 3072."""
+    """Return FLOP/s of a matrix product. product: rows, inputs, outputs."""
     rows, first, second = product
     left = torch.randn(rows, first, device=device).to(dtype)
     right = torch.randn(first, second, device=device).to(dtype)

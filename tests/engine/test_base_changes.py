@@ -1,5 +1,6 @@
 """Pairs that a merge adds to the base: exact, durable, counted, caught up with, refused where they do not fit."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from tests import tiny
 from tests.engine.house import House, house, run
 from tests.laws.fedex import fedex
@@ -71,6 +73,25 @@ def test_a_run_that_was_stopped_has_the_same_base_and_rows(tmp_path: Path) -> No
     assert without == [
         {key: value for key, value in record.items() if "seconds" not in key} for record in whole.records
     ]
+
+
+def test_a_checkpoint_holds_the_new_version_alone_where_that_is_less(tmp_path: Path) -> None:
+    """As much as all versions together would be written again in every round otherwise."""
+    run(alike(), fedex(), tmp_path / "run")
+    sizes = {}
+    for manifest in sorted((tmp_path / "run" / "checkpoints").glob("*/manifest.json")):
+        facts = json.loads(manifest.read_bytes())
+        names = load_file(manifest.parent / "base.safetensors")
+        sizes[facts["round"]] = facts["full"], {name.split(".")[0] for name in names}
+    assert sizes[2] == (True, {"1", "2"})
+    assert sizes[3] == (False, {"3"})
+
+
+def test_a_merge_that_adds_nothing_is_no_version(tmp_path: Path) -> None:
+    of = alike()
+    method = replace(fedex(), merge=lambda *given: replace(fedex().merge(*given), base={}))
+    run(of, method, tmp_path / "run", rounds=2)
+    assert opened(of, method, tmp_path / "run").state.base == ()
 
 
 def test_a_damaged_change_of_the_base_leads_back_to_the_round_before(tmp_path: Path) -> None:

@@ -46,8 +46,12 @@ class BaseVersions:
     @property
     def bytes_missing(self) -> int:
         """Bytes of what these clients do not have, all together."""
-        sizes = [sum(a.nbytes + b.nbytes for a, b in pairs.values()) for pairs in self.pairs]
-        return sum(sum(sizes[count - self.first :]) for count in self.known.tolist())
+        return sum(count_bytes(self.pairs[count - self.first :]) for count in self.known.tolist())
+
+
+def count_bytes(versions: Sequence[Pairs]) -> int:
+    """Return the bytes of all factors."""
+    return sum(a.nbytes + b.nbytes for pairs in versions for a, b in pairs.values())
 
 
 def join_pairs(versions: Sequence[Pairs]) -> Pairs:

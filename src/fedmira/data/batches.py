@@ -22,7 +22,7 @@ class Encoded:
 
     ids: tuple[int, ...]
     prompt_length: int  # the answer's labels start here; at least 1: there must be a token to predict from
-    answers: tuple[str, ...]  # for scoring, as they read once they were encoded
+    answers: tuple[str, ...]  # for scoring; in validation and test as they read once encoded and decoded
     own_question: tuple[int, ...] | None = None  # see `question`; None = the prompt of `ids`
     earlier: tuple[tuple[int, int], ...] = ()  # [start, stop) of labels in the prompt: the assistant's earlier turns
     written: str = ""  # what a model writes that gives exactly the trained ids; "" where nothing is scored

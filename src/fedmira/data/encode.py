@@ -127,15 +127,14 @@ class _Prompt:
 def _readable(text: str, tokenizer: Tokenizer) -> str:
     """Return a text as it reads once it was encoded and decoded, without special tokens.
 
-    A text with words that the tokenizer does not know, which would vanish, is returned as it is.
+    A text with words that the tokenizer does not know, which would vanish, is returned as it is; so is one of which
+    nothing would be left.
     """
-    if not text:
-        return text
     (ids,) = _tokenize([text], tokenizer, special=False)
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown != tokenizer.eos_token_id and unknown in ids:
         return text
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    return tokenizer.decode(ids, skip_special_tokens=True) or text
 
 
 def _tokenize(texts: Sequence[str], tokenizer: Tokenizer, *, special: bool) -> list[list[int]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Pairs
-from fedmira.adapters.added import from_named, named
+from fedmira.adapters.added import count_bytes, from_named, named
 from fedmira.disk.checkpoints import Tensors, load_chain, prune, save_checkpoint
 from fedmira.disk.table import Overlay, Picked, Table
 from fedmira.engine.clients import Clients, Kept
@@ -71,7 +71,7 @@ class Ledger:
 
 
 def _base_after(state: State, change: Change) -> tuple[Pairs, ...]:
-    return state.base if change.base is None else (*state.base, change.base)
+    return (*state.base, change.base) if change.base else state.base
 
 
 def commit(
@@ -86,15 +86,15 @@ def commit(
     each = ledger.table.row_bytes
     each += sum(value[:1].numel() * value.element_size() for value in ledger.state.tables.values())
     touched = torch.tensor(sorted({*written.nonzero().flatten().tolist(), *change.ids.tolist()}), dtype=torch.int64)
-    whole = len(touched) * each + (0 if kept is None else kept.bytes_of_all)
-    delta = len(change.ids) * each + (0 if kept is None else kept.bytes_of_round)
+    state, had = ledger.after(change), len(ledger.state.base)
+    whole = len(touched) * each + count_bytes(state.base) + (0 if kept is None else kept.bytes_of_all)
+    delta = len(change.ids) * each + count_bytes(state.base[had:]) + (0 if kept is None else kept.bytes_of_round)
     # The second is full as well: were the first the only one, damage to it would lose the run.
     full = number <= 2 or ledger.delta_bytes + delta >= whole
     ids = touched if full else change.ids
-    state = ledger.after(change)
     shared = {f"shared.{name}": value for name, value in state.shared.items()}
     tables = {f"table.{name}": Picked(value, ids) for name, value in state.tables.items()}
-    base = named(state.base if full else state.base[len(ledger.state.base) :], 0 if full else len(ledger.state.base))
+    base = named(state.base, 0) if full else named(state.base[had:], had)
     known = {"known": ledger.known} if state.base else {}
     files: dict[str, Tensors] = {
         "state": {"ids": ids, "rows": Picked(state.adapters.rows, ids), **shared, **tables},
@@ -132,8 +132,8 @@ def restore(checkpoints: Path, ledger: Ledger, clients: Clients) -> Mapping[str,
             for kind in ("shared.", "table.")
         )
         ledger.apply(Change(state["ids"], state["rows"], shared or None, tables))
-        for _, pairs in sorted(from_named(checkpoint.files.get("base", {})).items()):
-            ledger.state = replace(ledger.state, base=(*ledger.state.base, pairs))
+        base = tuple(pairs for _, pairs in sorted(from_named(checkpoint.files.get("base", {})).items()))
+        ledger.state = replace(ledger.state, base=(*ledger.state.base, *base))
         engine = checkpoint.files["engine"]
         ledger.validation[engine.get("ids", slice(None))] = engine["validation"]  # without ids: everybody's
         ledger.known = engine.get("known", ledger.known)
@@ -144,7 +144,7 @@ def restore(checkpoints: Path, ledger: Ledger, clients: Clients) -> Mapping[str,
         else:
             memory = checkpoint.files.get("memory", {})
             values = [state["rows"], *tables.values(), *(value for name, value in memory.items() if name != "ids")]
-            ledger.delta_bytes += sum(value.numel() * value.element_size() for value in values)
+            ledger.delta_bytes += sum(value.numel() * value.element_size() for value in values) + count_bytes(base)
     ledger.saved = ledger.validation.clone()
     if ledger.round:  # what is beyond is done again, and must not be taken for the new rounds' own
         prune(checkpoints, keep_from=0, keep_to=ledger.round)
