@@ -125,6 +125,7 @@ class DataConfig(Strict):
     columns: dict[str, str] = Field(default={})  # FedMira's name -> the data's column, where they differ
     on_bad_row: Literal["error", "skip"] = "error"  # skip: leave bad rows out and report how many
     template: str = "auto"  # alpaca | none | chat (the tokenizer's) | a Jinja file; auto: the format's usual one
+    special_tokens: Literal["control", "text"] = "control"  # of the base, written in the data; text: they are only text
     max_length: Annotated[int, Field(ge=4, lt=2**31)] = 512  # tokens of prompt + answer + end
     positions_ahead: Annotated[int, Field(ge=0)] = 0  # of the base, kept free; at least a method's virtual tokens
     truncation: Literal["prompt"] = "prompt"  # the answer is kept, the prompt is cut at its start

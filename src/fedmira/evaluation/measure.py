@@ -95,6 +95,8 @@ def plain_answer(text: str, example: Encoded) -> str:
     if example.written and text == example.written.strip():
         return example.answers[0]
     before, after = (piece.strip() for piece in example.around)
+    if example.closing and example.closing in text:  # what was reasoned before is not a part of the answer
+        return text.rpartition(example.closing)[2].removesuffix(after)
     return text.removeprefix(before).removesuffix(after)
 
 

@@ -16,6 +16,7 @@ from fedmira.data.encode import encode_client
 from fedmira.data.formats import Record, read_records
 from fedmira.data.partition import SPLITS, column_values, form_clients
 from fedmira.data.rows import Fault
+from fedmira.data.special import as_text, count_special, special_names
 from fedmira.data.templates import Template, make_template
 from fedmira.engine.events import Observer
 from fedmira.errors import ConfigError
@@ -42,6 +43,10 @@ class Intake:
     unknown: float  # share of the training tokens that the tokenizer does not know
     glued: int  # prompts that end, and whose answers begin, without a space or line break
     pooled: Sequence[str]  # splits that the data itself names, and that are mixed and drawn anew
+    special: Mapping[str, int]  # special token -> examples whose own texts have it
+    special_as_text: bool  # these are plain text
+    special_in_template: Sequence[str]  # special tokens that a template file for single requests writes
+    unread: Mapping[str, tuple[int, str]]  # key that is not read -> examples with it, the place of the first
 
 
 def take_in(config: Config, observer: Observer) -> tuple[Any, Intake]:
@@ -68,6 +73,9 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         revision=section.revision,
     )
     template = make_template(section.template, usual=reading.template, tokenizer=tokenizer)
+    names = special_names(tokenizer)
+    if section.special_tokens == "text":
+        template, tokenizer = as_text(template, tokenizer)
     if reading.format == "text":
         _check_text(config, template)
     chosen = section.clients.partitioner
@@ -105,6 +113,10 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         skipped=reading.skipped,
         unknown=_unknown_share(clients, getattr(tokenizer, "unk_token_id", None)),
         glued=_count_glued(reading.records) if template.name == "none" and reading.format != "text" else 0,
+        special=count_special(reading.records, names),
+        special_as_text=section.special_tokens == "text",
+        special_in_template=[name for name in names if name in template.source],
+        unread=_count_unread(reading.records),
         pooled=_pooled_splits(reading.records) if section.split_column is None else (),
         left_out=0 if parts is None else len(reading.records) - sum(len(part) for part in parts),
     )
@@ -122,6 +134,15 @@ def _count_glued(records: Sequence[Record]) -> int:
     """Count prompts that run into their answers: `Capital of Peru?Lima`."""
     pairs = ((record.input if record.input.strip() else record.instruction, record.answers[0]) for record in records)
     return sum(bool(re.search(r"[\w.?!)]$", prompt)) and answer[:1].isalnum() for prompt, answer in pairs)
+
+
+def _count_unread(records: Sequence[Record]) -> dict[str, tuple[int, str]]:
+    counts: dict[str, tuple[int, str]] = {}
+    for record in records:
+        for key in record.unread:
+            count, first = counts.get(key, (0, record.source))
+            counts[key] = (count + 1, first)
+    return counts
 
 
 def _pooled_splits(records: Sequence[Record]) -> list[str]:
