@@ -14,7 +14,7 @@ from fedmira.config.partitioners import PARTITIONERS, Partitioner, partitioner_n
 from fedmira.config.strict import Count, Fraction, Length, Seed, Strict, short, slip
 from fedmira.errors import nearest
 
-Metric = Literal["loss", "rouge_l", "exact_match", "word_accuracy"]
+Metric = Literal["loss", "rouge_l", "rouge_l_paper", "exact_match", "word_accuracy"]
 
 
 class ModelConfig(Strict):
