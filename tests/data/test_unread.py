@@ -89,12 +89,22 @@ def test_keys_of_turns_that_change_their_meaning_are_refused(tmp_path: Path, key
 @pytest.mark.parametrize(
     ("row", "keys"),
     [
-        (
-            PAIR,
-            ("system", "history", "context", "input", "choices", "prefix", "suffix", "images", "chosen", "rejected"),
-        ),
+        (PAIR, ("system", "history", "context", "choices", "prefix", "reasoning", "images", "chosen", "rejected")),
         (ALPACA, ("system", "system_prompt", "history", "options", "image", "rejected")),
-        (CHAT, ("tools", "functions", "images", "videos", "documents", "chat_template_kwargs", "chosen", "rejected")),
+        (
+            CHAT,
+            (
+                "tools",
+                "functions",
+                "system_prompt",
+                "images",
+                "videos",
+                "documents",
+                "chat_template_kwargs",
+                "chosen",
+                "rejected",
+            ),
+        ),
         ({"text": "red"}, ("images", "audio")),
     ],
 )
@@ -127,6 +137,13 @@ def test_preferences_are_refused_and_the_chosen_texts_can_be_named(tmp_path: Pat
     assert "there is no training on preferences; to train on the chosen texts: data.columns" in fault(path)
     [record] = records(path, columns={"prompt": "prompt", "completion": "chosen"})
     assert (record.instruction, record.answers) == ("Name a colour.", ("red",))
+
+
+def test_chosen_conversations_can_be_named_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"chosen": [USER, REPLY], "rejected": [USER, {**REPLY, "content": SECRET}]})
+    assert "{messages: chosen} for lists of turns" in fault(path)
+    [record] = records(path, columns={"messages": "chosen"})
+    assert (record.answers, record.unread) == (("red",), ("'rejected'",))
 
 
 def test_texts_beside_a_request_are_left_out_where_the_needed_ones_are_named(tmp_path: Path) -> None:

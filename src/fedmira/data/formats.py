@@ -265,7 +265,7 @@ def _unknown_format(row: Row, columns: Mapping[str, str], place: Place) -> str:
     if {"chosen", "rejected"} <= set(row):
         return (
             "'chosen' and 'rejected' are a preference, and there is no training on preferences; to train on the chosen "
-            "texts: data.columns {prompt: prompt, completion: chosen}"
+            "texts: data.columns {prompt: prompt, completion: chosen}, or {messages: chosen} for lists of turns"
         )
     mapped = f" and data.columns for {', '.join(columns)}" if columns else ""
     header = "; is the first line a header?" if place.headed else "."

@@ -20,10 +20,10 @@ _PAIRS = ("chosen", "rejected")
 _TOOLS = ("tools", "functions")
 # Beside one request and its answer: what other programs show to the model with them.
 _BESIDE = (
-    *("system", "system_prompt", "history", "context", "input", "passage", "document", "documents", "choices"),
-    *("options", "prefix", "suffix"),
+    *("system", "system_prompt", "system_message", "history", "chat_history", "context", "input", "passage"),
+    *("document", "documents", "choices", "options", "prefix", "suffix", *REASONING),
 )
-_OF_CHATS = ("documents", "chat_template_kwargs", "chat_template", "prefix")
+_OF_CHATS = ("system_prompt", "system_message", "documents", "chat_template_kwargs", "chat_template", "prefix")
 _OF_TURNS = ("tool_calls", "function_call", "tool_call_id", "prefix", "prefill", "refusal", *_MEDIA)
 _METADATA = frozenset(  # of turns: who wrote them and when
     {"id", "turn_id", "message_id", "parent_id", "index", "turn", "lang", "language", "model", "model_name", "source"}
@@ -65,7 +65,7 @@ def refuse_row(row: Row, taken: Collection[str], *, kind: str, named: bool) -> N
             beside,
             _PAIRS,
             "there is no training on preferences; to train on chosen texts: data.columns {prompt: prompt, "
-            "completion: chosen}",
+            "completion: chosen}, or {messages: chosen} for lists of turns",
         )
     if kind == "request" and not named:
         _refuse(
