@@ -19,13 +19,14 @@ from fedmira import bundled
 from fedmira.adapters import Layout, lora_layout, scales
 from fedmira.adapters.optim import Optimizer, adamw, sgd
 from fedmira.adapters.ranks import by_ending, client_ranks, is_mixed, shown
-from fedmira.config.sections import Config
+from fedmira.config.sections import Config, TrainingConfig
 from fedmira.data.batches import ClientData
 from fedmira.data.partition import client_key
 from fedmira.disk.run_facts import RunFacts
-from fedmira.engine.cost import plan_cohort
+from fedmira.engine.cost import CohortPlan, plan_cohort
 from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
+from fedmira.engine.rates import Schedule
 from fedmira.engine.schedule import draw_schedule
 from fedmira.engine.tools import Training
 from fedmira.engine.workplace import Evaluation, Workplace
@@ -45,11 +46,15 @@ SMALL_BASE = 1_000_000
 
 @dataclass(frozen=True, eq=False)
 class Built:
-    """One entry of `methods:`: its checked settings, its method for each seed, and warnings of the build."""
+    """One entry of `methods:`: its checked settings, its method for each seed, and warnings of the build.
+
+    training: of its clients, the study's with what the entry changes.
+    """
 
     recipe: Recipe
     methods: Mapping[int, Method]
     notes: Sequence[str]
+    training: TrainingConfig
 
     @property
     def label(self) -> str:
@@ -105,6 +110,15 @@ class Prepared:
         """The federation with the rows that a method carries."""
         return self.federation.under(method, self.workplace.base.width)
 
+    def passes(self) -> list[tuple[Layout, TrainingConfig]]:
+        """Every kind of training pass in the study: layouts of rows, each with the trainings it is used with."""
+        trained = (
+            (self.under(method).layout, built.training)
+            for built in self.built.values()
+            for method in built.methods.values()
+        )
+        return list(dict.fromkeys(trained))
+
     def kinds(self) -> dict[Layout, Federation]:
         """Every layout of rows that a method of the study carries."""
         methods = (method for built in self.built.values() for method in built.methods.values())
@@ -136,7 +150,10 @@ def prepare(
         modules=lambda: [name for name, _, _ in materials.load(config, dtype).shapes],
     )
     cohorts = {seed: make_cohort(config, seed, ranks, Profiles(config, dtype, materials)) for seed in config.seeds}
-    built = {recipe.entry.folder: build(recipe, place, cohorts, ranks) for place, recipe in enumerate(recipes)}
+    built = {
+        recipe.entry.folder: build(recipe, place, cohorts, ranks, config.training_of(recipe.entry))
+        for place, recipe in enumerate(recipes)
+    }
     base = materials.load(config, dtype)
     threads = count_threads(base, saved)
     check_base(config, base, saved)
@@ -152,7 +169,7 @@ def prepare(
     prepared = Prepared(config, federation, workplace, materials, cohorts, built, linears_of(base), threads)
     kinds = prepared.kinds()
     check_virtual_tokens(config, prepared, kinds)
-    cohort = width_of_passes(config, workplace, list(kinds), sampled, saved)
+    cohort = width_of_passes(config, workplace, prepared.passes(), sampled, saved)
     prepared = replace(prepared, workplace=replace(workplace, cohort=cohort))
     observer(StudyPrepared(prepared))
     return prepared
@@ -209,7 +226,7 @@ def make_cohort(config: Config, seed: int, ranks: Tensor, profile: Profiles) -> 
     )
 
 
-def build(recipe: Recipe, place: int, cohorts: Mapping[int, Cohort], ranks: Tensor) -> Built:
+def build(recipe: Recipe, place: int, cohorts: Mapping[int, Cohort], ranks: Tensor, training: TrainingConfig) -> Built:
     """Build one entry's method for each seed; its warnings become notes. Raises MethodError naming the entry."""
     methods: dict[int, Method] = {}
     label, notes = recipe.entry.folder, []
@@ -221,7 +238,18 @@ def build(recipe: Recipe, place: int, cohorts: Mapping[int, Cohort], ranks: Tens
             except MethodError as error:
                 raise MethodError(f"methods.{place} ({label}): {error}") from error
         notes = [str(warning.message) for warning in caught] + rank_notes(label, methods[seed], ranks)
-    return Built(recipe, methods, notes)
+        check_least_rate(methods[seed], training, f"methods.{place} ({label})")
+    return Built(recipe, methods, notes, training)
+
+
+def check_least_rate(method: Method, training: TrainingConfig, where: str) -> None:
+    """Raise MethodError if a schedule ends above the learning rate that a method has of its own."""
+    peak, least = method.regime.learning_rate, training.lr_scheduler_kwargs.min_lr
+    if peak is not None and least is not None and least > peak:
+        raise MethodError(
+            f"{where}: learning_rate = {peak:g} is below training.lr_scheduler_kwargs.min_lr = {least:g}; lower "
+            "min_lr, for this method alone in its `training:`, or give min_lr_rate"
+        )
 
 
 def rank_notes(label: str, method: Method, ranks: Tensor) -> list[str]:
@@ -269,18 +297,31 @@ def check_virtual_tokens(config: Config, prepared: Prepared, kinds: Mapping[Layo
 
 
 def width_of_passes(
-    config: Config, workplace: Workplace, layouts: Sequence[Layout], sampled: int, saved: RunFacts | None
+    config: Config,
+    workplace: Workplace,
+    passes: Sequence[tuple[Layout, TrainingConfig]],
+    sampled: int,
+    saved: RunFacts | None,
 ) -> int:
     """Return how many clients train in one pass: as saved, as the config says, or as many as fit."""
     if saved is not None:
         return saved.cohort
     if config.federation.cohort != "auto":
         return config.federation.cohort
-    batch = config.training.batch_size
-    plans = (
-        plan_cohort(workplace.base, layout, workplace.clients, batch_size=batch, sampled=sampled) for layout in layouts
+    return min(plan.cohort for plan in plan_passes(workplace, passes, sampled))
+
+
+def plan_passes(
+    workplace: Workplace, passes: Sequence[tuple[Layout, TrainingConfig]], sampled: int
+) -> list[CohortPlan]:
+    """Measure every kind of training pass. One that is accumulated has a second gradient for each client."""
+    kinds = dict.fromkeys(
+        (layout, section.batch_size, 5 + (section.gradient_accumulation_steps > 1)) for layout, section in passes
     )
-    return min(plan.cohort for plan in plans)
+    return [
+        plan_cohort(workplace.base, layout, workplace.clients, batch_size=batch, sampled=sampled, rows=rows)
+        for layout, batch, rows in kinds
+    ]
 
 
 def evaluation_of(config: Config) -> Evaluation:
@@ -294,19 +335,30 @@ def evaluation_of(config: Config) -> Evaluation:
     )
 
 
-def optimizer_of(config: Config) -> Optimizer:
+def optimizer_of(section: TrainingConfig) -> Optimizer:
     """Return the clients' optimizer."""
-    section = config.training
     if section.optimizer == "sgd":
         return sgd(momentum=section.momentum, weight_decay=section.weight_decay)
     return adamw(betas=section.betas, eps=section.eps, weight_decay=section.weight_decay)
 
 
-def training_of(config: Config, seed: int) -> Training:
-    """Return how clients train, as plain values."""
-    section = config.training
+def schedule_of(section: TrainingConfig, rounds: int) -> Schedule:
+    """Return the schedule of the learning rate in a run of `rounds` rounds."""
+    return Schedule(
+        kind=section.lr_scheduler_type,
+        over=section.lr_scheduler_over,
+        rounds=rounds,
+        warmup=section.warmup_steps or section.warmup_ratio,
+        min_lr=section.lr_scheduler_kwargs.min_lr,
+        min_lr_rate=section.lr_scheduler_kwargs.min_lr_rate,
+    )
+
+
+def training_of(config: Config, seed: int, section: TrainingConfig | None = None) -> Training:
+    """Return how clients train, as plain values. section: of one method; None = the study's."""
+    section = config.training if section is None else section
     return Training(
-        optimizer=optimizer_of(config),
+        optimizer=optimizer_of(section),
         learning_rate=section.learning_rate,
         batch_size=section.batch_size,
         local_steps=section.local_steps,
@@ -315,6 +367,8 @@ def training_of(config: Config, seed: int) -> Training:
         keep_optimizer=section.keep_optimizer,
         dropout=config.lora.lora_dropout,
         seed=seed,
+        accumulation=section.gradient_accumulation_steps,
+        schedule=schedule_of(section, config.federation.rounds),
     )
 
 
