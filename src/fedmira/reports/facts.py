@@ -94,12 +94,12 @@ def _training_notices(record: StudyRecord) -> list[str]:
         each = "; ".join(f"{listed(labels, NAMES_LISTED)}: {length}" for length, labels in lengths.items())
         said.append(f"Not compared at equal compute, the methods train for different lengths. {each}.")
     grown = [
-        run for run in record.runs if any(_mapping(start).get("rounds_before") for start in run.facts.resumed or ())
+        run for run in record.runs if any(_mapping(start).get("rounds_before") for start in _items(run.facts.resumed))
     ]
     if grown:
         names = listed([clean(run.folder) for run in grown], NAMES_LISTED)
         said.append(
-            f"Rounds were added to a schedule of the learning rate, so that early rounds followed a shorter one: {names}."
+            f"Rounds were added to a schedule of the learning rate; the first ones followed a shorter one: {names}."
         )
     return said
 
@@ -209,8 +209,8 @@ def setup_facts(record: StudyRecord) -> list[tuple[str, str]]:
     if computed:
         facts.append(("Computed on", ", ".join(computed)))
     for label in record.labels:
-        run = record.first_run(label)
-        changed = _mapping(_mapping(run.facts.settings).get("training")) if run is not None else {}
+        first = record.first_run(label)
+        changed = _mapping(_mapping(first.facts.settings).get("training")) if first is not None else {}
         if changed:
             keys = ", ".join(f"{clean(key)} {clean(json.dumps(value))}" for key, value in changed.items())
             facts.append((f"Training of {clean(label)}", f"{keys}; otherwise as in config.yaml"))
@@ -305,6 +305,10 @@ def shown_examples(record: StudyRecord) -> tuple[dict[str, Any], str]:
 
 def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _items(value: object) -> Sequence[Any]:
+    return value if isinstance(value, list) else ()
 
 
 def _whole(value: object) -> int:
