@@ -29,7 +29,8 @@ from fedmira.engine.tools import Training
 from fedmira.engine.workplace import Workplace
 from fedmira.methods.base import Change, Clock, Cohort, Message, Method, State
 from fedmira.model.base.load import Base
-from fedmira.study.assemble import evaluation_of, training_of
+from fedmira.study.assemble import evaluation_of
+from fedmira.study.training import schedule_of, training_of
 
 RANKS = (2, 1, 2, 1)
 TRAIN = (5, 2, 3, 4)  # in batches of two: 3, 1, 2 and 2 steps
@@ -87,8 +88,9 @@ class House:
         )
 
     def course(self, rounds: int | None = None) -> Course:
-        rate = self.config.training.learning_rate
-        return Course(rounds or self.config.federation.rounds, self.config.evaluation.every, SEED, rate)
+        section, count = self.config.training, rounds or self.config.federation.rounds
+        schedule = schedule_of(section, self.config.federation.rounds)
+        return Course(count, self.config.evaluation.every, SEED, section.learning_rate, schedule)
 
     def start(self) -> Scores:
         return score_start(self.workplace, self.federation, lambda done: None)

@@ -17,12 +17,29 @@ OptimizerMemory = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Optimizer:
-    """start(rows) -> memory; update(rows, gradient, memory, learning_rate) in place. keys: what `memory` holds."""
+    """start(rows) -> memory; update(rows, gradient, memory, learning_rate) in place. keys: what `memory` holds.
+
+    learning_rate: one for all rows, or float64 [S, 1], one for each.
+    """
 
     name: str
     keys: tuple[str, ...]
     start: Callable[[Tensor], OptimizerMemory]
-    update: Callable[[Tensor, Tensor, OptimizerMemory, float], None]
+    update: Callable[[Tensor, Tensor, OptimizerMemory, float | Tensor], None]
+
+
+def descend_(rows: Tensor, direction: Tensor, learning_rate: float | Tensor) -> None:
+    """Subtract learning_rate x direction from rows [S, P], in place. learning_rate: a number, or [S, 1]."""
+    if isinstance(learning_rate, Tensor):
+        rows.sub_(direction * learning_rate.to(rows.dtype))
+    else:
+        rows.add_(direction, alpha=-learning_rate)
+
+
+def decay_(rows: Tensor, share: float | Tensor) -> None:
+    """Multiply rows [S, P] by 1 - share, in place. share: learning rate x weight decay, a number or [S, 1]."""
+    remaining = 1 - share
+    rows.mul_(remaining.to(rows.dtype) if isinstance(remaining, Tensor) else remaining)
 
 
 def adamw(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0) -> Optimizer:
@@ -40,7 +57,7 @@ def adamw(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weigh
             "steps": torch.zeros(len(rows), dtype=torch.int64),
         }
 
-    def update(rows: Tensor, gradient: Tensor, memory: OptimizerMemory, learning_rate: float) -> None:
+    def update(rows: Tensor, gradient: Tensor, memory: OptimizerMemory, learning_rate: float | Tensor) -> None:
         first, second = betas
         memory["steps"] += 1
         steps = memory["steps"].to(device=rows.device, dtype=torch.float64)
@@ -49,7 +66,7 @@ def adamw(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weigh
         memory["moment_1"].lerp_(gradient, 1 - first)
         memory["moment_2"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
         denominator = memory["moment_2"].sqrt().div_(correction_2.to(rows.dtype)).add_(eps)
-        rows.mul_(1 - learning_rate * weight_decay)
+        decay_(rows, learning_rate * weight_decay)
         rows.addcdiv_(memory["moment_1"] * (-learning_rate / correction_1).to(rows.dtype), denominator)
 
     return Optimizer("adamw", ("moment_1", "moment_2", "steps"), start, update)
@@ -64,11 +81,11 @@ def sgd(*, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
     def start(rows: Tensor) -> OptimizerMemory:
         return {"velocity": torch.zeros_like(rows)} if momentum else {}
 
-    def update(rows: Tensor, gradient: Tensor, memory: OptimizerMemory, learning_rate: float) -> None:
+    def update(rows: Tensor, gradient: Tensor, memory: OptimizerMemory, learning_rate: float | Tensor) -> None:
         push = gradient.add(rows, alpha=weight_decay) if weight_decay else gradient
         if momentum:
             push = memory["velocity"].mul_(momentum).add_(push)
-        rows.add_(push, alpha=-learning_rate)
+        descend_(rows, push, learning_rate)
 
     return Optimizer("sgd", ("velocity",) if momentum else (), start, update)
 
@@ -80,7 +97,7 @@ def on_columns(optimizer: Optimizer, columns: Tensor) -> Optimizer:
     """
     chosen = columns.nonzero().flatten()
 
-    def update(rows: Tensor, gradient: Tensor, memory: OptimizerMemory, learning_rate: float) -> None:
+    def update(rows: Tensor, gradient: Tensor, memory: OptimizerMemory, learning_rate: float | Tensor) -> None:
         part = rows[:, chosen]
         packed = {name: value if value.ndim == 1 else value[:, chosen] for name, value in memory.items()}
         optimizer.update(part, gradient[:, chosen], packed, learning_rate)

@@ -75,8 +75,11 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         "time": f"about {_time(plan.total_seconds)} for {plan.runs} runs (each: {each}; scoring the untouched base "
         f"{_time(plan.start_seconds)})",
     }
+    for label, keys in plan.training.items():
+        said = ", ".join(f"{key} {json.dumps(value)}" for key, value in keys.items())
+        lines[f"training of {label}"] = f"{said}; the rest as the study's"
     for name, line in lines.items():
-        print(f"{name:12s}{line}")
+        print(f"{name:12s}{line}" if len(name) < 12 else f"{name}: {line}")
     if len(plan.by_client) <= CLIENTS_SHOWN:
         print(f"\n{'client':34s}{'train':>8s}{'validation':>12s}{'test':>8s}{'trained tokens':>16s}")
         for client, counts in plan.by_client.items():

@@ -25,10 +25,14 @@ def check_config(
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        faults += [describe_fault(fault, Config, raw) for fault in error.errors()]
+        for fault in error.errors():
+            described = describe_fault(fault, Config, raw)
+            faults += [described] if fault["loc"] else described.split("\n")  # one line each, of several methods
     if method_faults is not None:
         entries = raw.get("methods")
         for index, entry in enumerate(entries if isinstance(entries, list) else []):
+            if isinstance(entry, Mapping):  # its faults are known, and hide none of the method's own settings
+                entry = {key: value for key, value in entry.items() if key != "training"}
             try:
                 faults += method_faults(index, MethodEntry.model_validate(entry))
             except ValidationError:

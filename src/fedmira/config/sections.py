@@ -5,13 +5,22 @@ faults.py checks it, yaml_text.py reads and writes it.
 Only `study` reads the whole of it; the layers below get plain values. Contract: contracts page, "Config".
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from fedmira.config.partitioners import PARTITIONERS, Partitioner, partitioner_name
-from fedmira.config.strict import Count, Fraction, Length, Seed, Strict, short, slip
+from fedmira.config.strict import Count, Fraction, Length, Seed, Strict, Whole, short, slip
 from fedmira.errors import nearest
 
 Metric = Literal["loss", "rouge_l", "rouge_l_paper", "exact_match", "word_accuracy"]
@@ -144,14 +153,29 @@ class FederationConfig(Strict):
     cohort: Count | Literal["auto"] = "auto"  # clients trained in one pass
 
 
+class SchedulerKwargs(Strict):
+    """Where `cosine_with_min_lr` ends; one of the two, names as in transformers."""
+
+    min_lr: Annotated[float, Field(ge=0)] | None = None  # a learning rate
+    min_lr_rate: Annotated[float, Field(ge=0, le=1)] | None = None  # a share of learning_rate
+
+
 class TrainingConfig(Strict):
     """A client's local phase; names as in transformers' TrainingArguments."""
 
-    local_steps: Length | None = None
+    local_steps: Length | None = None  # optimizer steps
     local_epochs: Length | None = None  # instead of local_steps
-    batch_size: Count = 8
+    batch_size: Count = 8  # examples of a client in one pass through the base
+    gradient_accumulation_steps: Count = 1  # passes for one optimizer step
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = (
+        "constant"
+    )
+    lr_scheduler_over: Literal["run", "rounds", "steps"] = "run"  # all local steps | one rate a round | each phase anew
+    lr_scheduler_kwargs: SchedulerKwargs | None = None  # of cosine_with_min_lr
+    warmup_steps: Whole = 0  # of what the schedule is over: local steps, or rounds; 0 = none
+    warmup_ratio: Fraction = 0.0  # instead of warmup_steps, a share of them all
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0  # per client, over its whole row; null = no clipping
     keep_optimizer: bool = False  # false: moments start fresh every round
@@ -159,11 +183,80 @@ class TrainingConfig(Strict):
     eps: Annotated[float, Field(gt=0)] = 1e-8  # adamw
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # sgd
 
+    @field_validator("warmup_steps", mode="before")
+    @classmethod
+    def _whole_steps(cls, value: Any) -> Any:
+        """transformers 5 reads a number below 1 as a share."""
+        if isinstance(value, float) and 0 < value < 1:
+            raise ValueError(f"a share of all steps is written warmup_ratio: {value:g}")
+        return value
+
     @model_validator(mode="after")
-    def _one_length(self) -> "TrainingConfig":
-        if (self.local_steps is None) == (self.local_epochs is None):
-            raise ValueError("give exactly one of local_steps and local_epochs")
+    def _keys_fit(self) -> "TrainingConfig":
+        if faults := list(self.contradictions()):
+            raise ValueError("; ".join(faults))
         return self
+
+    def contradictions(self) -> Iterator[str]:
+        """Say which keys do not go together."""
+        kind, limits = self.lr_scheduler_type, self.lr_scheduler_kwargs or SchedulerKwargs()
+        given = [name for name in SchedulerKwargs.model_fields if getattr(limits, name) is not None]
+        if (self.local_steps is None) == (self.local_epochs is None):
+            yield "give exactly one of local_steps and local_epochs"
+        if self.warmup_steps and self.warmup_ratio:
+            yield "give one of warmup_steps and warmup_ratio"
+        if kind == "constant" and (self.warmup_steps or self.warmup_ratio):
+            yield "lr_scheduler_type: constant has no warm-up; set it to constant_with_warmup, linear or cosine"
+        if kind == "cosine_with_min_lr" and len(given) != 1:
+            yield f"{kind} needs lr_scheduler_kwargs with one of min_lr and min_lr_rate"
+        if kind != "cosine_with_min_lr" and given:
+            yield f"lr_scheduler_kwargs.{given[0]} needs lr_scheduler_type: cosine_with_min_lr, found {kind}"
+        if limits.min_lr is not None and limits.min_lr > self.learning_rate:
+            yield f"lr_scheduler_kwargs.min_lr = {limits.min_lr:g} is above learning_rate = {self.learning_rate:g}"
+
+
+# Of these keys a method's `training` that gives one removes the other of the study's.
+_INSTEAD = {
+    "local_steps": "local_epochs",
+    "local_epochs": "local_steps",
+    "warmup_steps": "warmup_ratio",
+    "warmup_ratio": "warmup_steps",
+}
+
+
+class MethodTraining(TrainingConfig):
+    """The keys of `training` that one method has otherwise; those that are not written are the study's."""
+
+    def contradictions(self) -> Iterator[str]:
+        """Say nothing: whether keys go together shows when the study's are known."""
+        return iter(())
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keys that are written, as a config has them."""
+        return self.model_dump(mode="json")
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A default written out would replace the study's value when the config is read again."""
+        content: dict[str, Any] = handler(self)
+        return {key: value for key, value in content.items() if key in self.model_fields_set}
+
+    def over(self, study: TrainingConfig) -> TrainingConfig:
+        """Return the study's training with these keys instead of its own.
+
+        A key that excludes another removes it, as does a type of schedule with the warm-up or limits it does not have.
+        Raises ValidationError if the keys do not go together.
+        """
+        changed = {key: getattr(self, key) for key in self.model_fields_set}
+        removed = {_INSTEAD[key] for key, value in changed.items() if key in _INSTEAD and value}
+        kind = changed.get("lr_scheduler_type")
+        if kind == "constant":
+            removed |= {"warmup_steps", "warmup_ratio"}
+        if kind not in (None, "cosine_with_min_lr"):
+            removed.add("lr_scheduler_kwargs")
+        kept = {key: getattr(study, key) for key in TrainingConfig.model_fields if key not in removed}
+        return TrainingConfig.model_validate({**kept, **changed})
 
 
 class EvaluationConfig(Strict):
@@ -205,6 +298,7 @@ class MethodEntry(BaseModel):
     )
     label: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
     wrappers: list[dict[str, Any]] = Field(default=[], alias="with")  # names and settings, the first innermost
+    training: MethodTraining | None = None  # keys that differ from the study's `training` for this method
 
     @property
     def id(self) -> str:
@@ -233,6 +327,23 @@ class Config(Strict):
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
     report_to: list[Literal["tensorboard", "trackio"]] = Field(default=[])  # follow rounds there; extras
+
+    def training_of(self, entry: MethodEntry) -> TrainingConfig:
+        """Return how the clients of one method train: `training`, changed by what its entry says."""
+        return self.training if entry.training is None else entry.training.over(self.training)
+
+    @model_validator(mode="after")
+    def _trainings_fit(self) -> "Config":
+        faults = []
+        for place, entry in enumerate(self.methods):
+            try:
+                self.training_of(entry)
+            except ValidationError as error:
+                said = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+                faults.append(f"methods.{place}.training: with the study's training: {said}")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
 
     @model_validator(mode="after")
     def _distinct(self) -> "Config":

@@ -94,6 +94,8 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
             if not (word.isascii() and word.isdecimal()) or int(word) >= len(node):
                 return f"'{override}': '{word}' is not an index of a list of {len(node)}"
             index: Any = int(word)
+            if words[0] == "methods" and depth == 1 and isinstance(node[index], str) and len(words) > 2:
+                node[index] = {"name": node[index]}  # `- mira` is `{name: mira}`
         elif isinstance(node, dict):
             index = word
         else:

@@ -27,6 +27,7 @@ class RunFacts:
     method: str
     label: str  # names the folder
     settings: Mapping[str, Any]  # as the config has them
+    training: Mapping[str, Any] | None = None  # of its clients, in full; None in runs of earlier versions
     seed: int
     rounds: int  # when it is complete
     clients: int

@@ -7,7 +7,8 @@ data and the schedule.
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -43,12 +44,12 @@ class CohortPlan:
 
 
 def plan_cohort(
-    base: Base, layout: Layout, clients: Sequence[ClientData], *, batch_size: int, sampled: int
+    base: Base, layout: Layout, clients: Sequence[ClientData], *, batch_size: int, sampled: int, rows: int = 5
 ) -> CohortPlan:
     """Measure one client's training pass on the longest examples and return how many clients fit in one pass.
 
     The bytes that autograd keeps for the backward pass are counted exactly by hooks; rows, gradient and moments are
-    5 x P x 4 bytes. sampled: clients of a round, the most a cohort can use.
+    `rows` x P x 4 bytes. sampled: clients of a round, the most a cohort can use.
     """
     examples = (example for client in clients for example in client.train)
     longest = sorted(examples, key=lambda example: -len(example.ids))[:batch_size]
@@ -66,7 +67,7 @@ def plan_cohort(
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         gradients(base, adapters, batch, into=torch.zeros_like(adapters.rows))
-    each = sum(saved.values()) + 5 * layout.size * 4
+    each = sum(saved.values()) + rows * layout.size * 4
     free = _free_bytes(base.device) - 2 * CHUNK_BYTES
     cohort = max(1, min(sampled, int(SHARE * free) // each))
     log.info("cohort %d of %d sampled: %.1f MB a client, %.1f GB free", cohort, sampled, each / 1e6, free / 1e9)
@@ -119,9 +120,7 @@ def count_run(
     schedule: Sequence[np.ndarray],
     *,
     method: Method,
-    batch_size: int,
-    steps: int | None,
-    epochs: int | None,
+    training: Training,
     every: int,
     writes: bool,
     max_examples: int | None,
@@ -132,6 +131,7 @@ def count_run(
     regime = method.regime
     if regime.trainees == "nobody":
         return Work(0.0, 0.0, 0)
+    batch_size, steps, epochs = training.examples_per_step, training.local_steps, training.local_epochs
     examples = [
         count_examples(len(client.train), batch_size=batch_size, steps=steps, epochs=epochs) for client in clients
     ]
@@ -273,3 +273,4 @@ class Plan:
     run_seconds: dict[str, float]  # label -> one run
     runs: int  # methods x seeds
     total_seconds: float
+    training: dict[str, dict[str, Any]] = field(default_factory=dict)  # label -> keys that differ from the study's

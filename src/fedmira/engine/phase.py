@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters
-from fedmira.data.batches import ClientData, collate, local_batches
+from fedmira.data.batches import ClientData, Encoded, collate, local_batches
 from fedmira.data.partition import client_key
 from fedmira.engine.tools import Moments, Toolbox, Training
 from fedmira.errors import MethodError
@@ -38,13 +38,13 @@ class PhaseResult:
 
 
 def plan_steps(client: ClientData, training: Training, round_number: int) -> list[np.ndarray]:
-    """Return the training examples of each local step of one client in one round, from its own stream."""
+    """Return the training examples of each optimizer step of one client in one round, from its own stream."""
     return local_batches(
         len(client.train),
         seed=training.seed,
         round=round_number,
         key=client_key(client.id),
-        batch_size=training.batch_size,
+        batch_size=training.examples_per_step,
         steps=training.local_steps,
         epochs=training.local_epochs,
     )
@@ -144,7 +144,7 @@ def _train_together(
         base, clients, training, replace(clock, learning_rate=training.learning_rate), adapters.rows, trained, moments
     )
     half, everyone = method.client, len(clients)
-    adapters, memory = half.begin(adapters, memory, given, box.tools(0, [0] * everyone, None, steps=steps))
+    adapters, memory = half.begin(adapters, memory, given, box.tools(0, [0] * everyone, steps=steps))
     frozen = adapters.rows[:, ~trained].clone() if box.partly else None
     tokens = 0
     for step in range(int(steps.max())):
@@ -152,17 +152,17 @@ def _train_together(
         examples = [
             [client.train[i] for i in plan[step]] for client, plan in zip(clients[:count], plans[:count], strict=True)
         ]
-        batch = collate(examples, pad_id=base.pad_id)
-        tokens += int(batch.lengths.sum())
+        batches = [collate(part, pad_id=base.pad_id) for part in _parts(examples, training.batch_size)]
+        tokens += sum(int(batch.lengths.sum()) for batch in batches)
         view = adapters.head(count)
         before = {name: value[:count] for name, value in memory.items()}
-        tools = box.tools(step, [1 + step] * count, batch, steps=steps)
+        tools = box.tools(step, [1 + step] * count, batches, steps=steps)
         after, kept = half.step(view, dict(before), given.take(slice(count)), tools)
         _write_back(view.rows, after.rows)
         if frozen is not None:
             view.rows[:, ~trained] = frozen[:count]
         memory = _remember(memory, kept, working=count, count=everyone, method=method.name)
-    tools = box.tools(int(steps.max()), (1 + steps).tolist(), None, steps=steps)
+    tools = box.tools(int(steps.max()), (1 + steps).tolist(), steps=steps)
     message, memory = half.finish(adapters, memory, given, tools)
     return PhaseResult(
         rows=adapters.rows.cpu(),
@@ -177,6 +177,12 @@ def _train_together(
         steps=steps,
         tokens=tokens,
     )
+
+
+def _parts(examples: Sequence[Sequence[Encoded]], size: int) -> list[list[Sequence[Encoded]]]:
+    """Cut each client's examples of a step into passes of at most `size`; a client with fewer has none in the last."""
+    longest = max(map(len, examples))
+    return [[client[first : first + size] for client in examples] for first in range(0, longest, size)]
 
 
 def _at_own_ranks(given: Message, adapters: Adapters) -> Message:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from fedmira.disk.folders import RoundRecord, RunFolder
-from fedmira.engine.clients import Asked, Clients, Scores
+from fedmira.engine.clients import Asked, Clients, Reply, Scores
 from fedmira.engine.events import AnswersWritten, ClientsTuned, Observer, RoundDone
 from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger, commit, restore
+from fedmira.engine.rates import CONSTANT, Schedule
 from fedmira.engine.round import Round, Sender, mask_change, play
 from fedmira.engine.scoring import final_scores, known, note, results_of, validate, view_of
 from fedmira.graphs.graph import Graph
@@ -35,6 +36,7 @@ class Course:
     every: int
     seed: int
     learning_rate: float
+    schedule: Schedule = CONSTANT
 
     def is_due(self, number: int) -> bool:
         """Is everybody validated after this round?"""
@@ -73,8 +75,14 @@ class Run:
     @property
     def clock(self) -> Clock:
         """Of the next round."""
+        number = self.ledger.round + 1
+        return Clock(number, learning_rate=self.course.schedule.of_round(self.peak, number))
+
+    @property
+    def peak(self) -> float:
+        """The learning rate that a schedule multiplies: the config's, or the method's own."""
         rate = self.method.regime.learning_rate
-        return Clock(self.ledger.round + 1, learning_rate=self.course.learning_rate if rate is None else rate)
+        return self.course.learning_rate if rate is None else rate
 
     def progress(self, clients: int) -> Callable[[int], None]:
         return lambda done: self.observer(AnswersWritten(done, clients))
@@ -198,7 +206,7 @@ def _facts(run: Run, played: Round, asked: Asked, sampled: Tensor) -> dict[str, 
         "seconds_training": played.seconds_training,
         "seconds_merge": played.seconds_merge,
         "tokens": reply.tokens,
-        "notes": dict(played.change.notes),
+        "notes": {**played.change.notes, **_rates(run, reply)},
         "refused": {
             name: played.refused[k]
             for name, k in zip(clients, asked_for, strict=True)
@@ -206,6 +214,16 @@ def _facts(run: Run, played: Round, asked: Asked, sampled: Tensor) -> dict[str, 
         },
         "unmoved": unmoved,
     }
+
+
+def _rates(run: Run, reply: Reply) -> dict[str, float]:
+    """Note the mean learning rate over the local steps of a round, where a schedule changes it."""
+    schedule, counts = run.course.schedule, reply.steps.tolist()
+    if schedule.is_constant or not counts:
+        return {}
+    number = run.ledger.round + 1
+    sums = [count * schedule.mean(run.peak, round_number=number, steps=count) for count in counts]
+    return {"learning_rate": math.fsum(sums) / sum(counts)}
 
 
 def _left_as_uploaded(played: Round) -> bool:

@@ -203,7 +203,8 @@ class Simulated:
         assert self.method.regime.tune is not None
         kind, length = self.method.regime.tune
         steps, epochs = (length, None) if kind == "steps" else (None, length)
-        training = replace(self.training, local_steps=steps, local_epochs=epochs)
+        schedule = self.training.schedule.alone()
+        training = replace(self.training, local_steps=steps, local_epochs=epochs, schedule=schedule)
         whole, phase = self.local_phase(ids, send(ids), send.clock, training=training)
         unfit = self._unfit(ids, phase.returned.rows)
         rows = self.federation.adapters(ids, whole.rows.clone()).mask_().rows
@@ -253,7 +254,7 @@ class Simulated:
         clients = [self.workplace.clients[k] for k in ids.tolist()]
         trained = self.method.trained(self.federation.layout, clock)
         box = Toolbox(self.workplace.base, clients, self.training, clock, start.rows, trained)
-        return self.method.client.use(start, memory, given, box.tools(0, [0] * len(ids), None)).mask_()
+        return self.method.client.use(start, memory, given, box.tools(0, [0] * len(ids))).mask_()
 
     def _losses_of(
         self, ids: Tensor, returned: Message, phase: PhaseResult, places: Tensor, given: Message, clock: Clock
@@ -361,11 +362,11 @@ def plan_pool(
     """Return the pool's examples of each step in a round: as many steps, of as many examples, as those of `ids` take.
 
     Permutations of all examples, one after another from the pool's own stream, cut into batches of these sizes. steps:
-    this number of full batches instead.
+    this number of full steps instead.
     """
     (pool,) = workplace.pool.clients
     count = len(pool.train)
-    sizes = [min(training.batch_size, count)] * (steps or 0)
+    sizes = [min(training.examples_per_step, count)] * (steps or 0)
     if steps is None:
         sizes = [len(batch) for k in ids.tolist() for batch in plan_steps(workplace.clients[k], training, round_number)]
     whole = local_batches(

@@ -13,18 +13,22 @@ from fedmira.adapters import Adapters
 from fedmira.adapters.optim import Optimizer, clip_, on_columns
 from fedmira.data.batches import Batch, ClientData
 from fedmira.data.partition import client_key
+from fedmira.engine.rates import CONSTANT, Schedule, by_client
 from fedmira.evaluation.measure import measure_loss
 from fedmira.methods.base import Clock, Tools
 from fedmira.model.base.load import Base
 from fedmira.model.packed.lora import Dropout
-from fedmira.model.passes import gradients, losses
+from fedmira.model.passes import count_labelled, gradients, losses
 
 Moments = dict[str, dict[str, Tensor]]  # whose ("main", or a second trained row) -> name -> [S, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """How clients train; plain values from the config."""
+    """How clients train; plain values from the config.
+
+    batch_size: examples in one pass. accumulation: passes whose gradients make one optimizer step.
+    """
 
     optimizer: Optimizer
     learning_rate: float
@@ -35,6 +39,12 @@ class Training:
     keep_optimizer: bool
     dropout: float
     seed: int
+    accumulation: int = 1
+    schedule: Schedule = CONSTANT
+
+    @property
+    def examples_per_step(self) -> int:
+        return self.batch_size * self.accumulation
 
 
 @dataclass(eq=False)
@@ -66,6 +76,11 @@ class Toolbox:
         return torch.zeros_like(self.rows)
 
     @functools.cached_property
+    def part_of_gradient(self) -> Tensor:
+        """The gradient of one pass, before it is added to those of the same step; needed where several are."""
+        return torch.zeros_like(self.rows)
+
+    @functools.cached_property
     def partly(self) -> bool:
         """Are there columns that are not trained?"""
         return not bool(self.trained.all())
@@ -74,11 +89,29 @@ class Toolbox:
     def optimizer(self) -> Optimizer:
         return on_columns(self.training.optimizer, self.trained) if self.partly else self.training.optimizer
 
-    def tools(self, step: int, moments: Sequence[int], batch: Batch | None, *, steps: Tensor | None = None) -> Tools:
-        """Return the tools of the first clients. moments: of each one's stream; steps [S]: of each in this round."""
-        call = _Call(self, moments, batch)
-        clock = replace(self.clock, step=step, steps=None if steps is None else steps[: len(moments)])
+    def tools(
+        self, step: int, moments: Sequence[int], batches: Sequence[Batch] = (), *, steps: Tensor | None = None
+    ) -> Tools:
+        """Return the tools of the first clients, for one step.
+
+        moments: of each one's stream; batches: what its gradient is taken on, one pass each; steps [S]: of each client
+        in this round. From step = the largest of `steps` on, the learning rate is the mean over a client's steps.
+        """
+        steps = None if steps is None else steps[: len(moments)]
+        clock = replace(self.clock, step=step, steps=steps)
+        if steps is not None and not self.training.schedule.is_constant:
+            clock = replace(clock, learning_rate=self._rate(step, steps.tolist()))
+        call = _Call(self, clock, moments, batches)
         return Tools(clock, call.grad, call.update, call.rng, call.curvature, call.loss)
+
+    def _rate(self, step: int, steps: Sequence[int]) -> float | Tensor:
+        """Return the learning rate of a step, of all clients or [S, 1]."""
+        schedule, peak, number = self.training.schedule, self.training.learning_rate, self.clock.round
+        if step >= max(steps):
+            rates = [schedule.mean(peak, round_number=number, steps=count) for count in steps]
+        else:
+            rates = [schedule.at(peak, round_number=number, step=step, steps=count) for count in steps]
+        return by_client(rates, self.rows.device)
 
 
 @dataclass(eq=False)
@@ -86,8 +119,9 @@ class _Call:
     """One moment of a phase, by client: 0 = begin, 1 + step, or 1 + own steps = finish; streams depend on it alone."""
 
     box: Toolbox
+    clock: Clock
     moments: Sequence[int]
-    batch: Batch | None
+    batches: Sequence[Batch]
     counted: bool = False  # is this step's loss known?
 
     def rng(self, name: str) -> Sequence[np.random.Generator]:
@@ -98,24 +132,53 @@ class _Call:
             for key, moment in zip(keys, self.moments, strict=True)
         ]
 
-    def dropout(self) -> Dropout | None:
-        rate = self.box.training.dropout
-        return Dropout(rate, [int(stream.integers(2**40)) for stream in self.rng("dropout")]) if rate else None
+    def dropout(self, part: int) -> Dropout | None:
+        """The masks of one pass of the step."""
+        rate, name = self.box.training.dropout, f"dropout/{part}" if part else "dropout"
+        return Dropout(rate, [int(stream.integers(2**40)) for stream in self.rng(name)]) if rate else None
 
     def grad(self, adapters: Adapters) -> tuple[Tensor, Tensor]:
         into = self.box.gradient[: len(self.moments)]
-        values, _ = gradients(self.box.base, adapters, self._batch(), into=into, dropout=self.dropout())
+        values, _ = self._accumulate(adapters, into)
         if not self.counted:  # a method may ask again at other points; the loss of a step is the one it began with
             self.box.losses[: len(values)] += values
         self.counted = True
         return values, self._of_trained(into)
 
     def curvature(self, adapters: Adapters) -> tuple[Tensor, Tensor]:
-        into, streams = self.box.second_gradient[: len(self.moments)], self.rng("curvature")
-        _, tokens = gradients(
-            self.box.base, adapters, self._batch(), into=into, dropout=self.dropout(), streams=streams
-        )
+        into = self.box.second_gradient[: len(self.moments)]
+        _, tokens = self._accumulate(adapters, into, streams=self.rng("curvature"))
         return tokens, self._of_trained(into)
+
+    def _accumulate(
+        self, adapters: Adapters, into: Tensor, *, streams: Sequence[np.random.Generator] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `gradients` of all examples of the step, whose passes follow one another; so do draws from `streams`.
+
+        The loss is the mean over the labelled tokens of the whole step, not a mean of the passes' means.
+        Source: transformers' Trainer (num_items_in_batch).
+        """
+        base, batches = self.box.base, self._batches()
+        if len(batches) == 1:
+            return gradients(base, adapters, batches[0], into=into, dropout=self.dropout(0), streams=streams)
+        each = [count_labelled(batch, adapters.layout.virtual_tokens) for batch in batches]
+        tokens = torch.stack(each).sum(dim=0).to(base.device)
+        part = self.box.part_of_gradient[: len(self.moments)]
+        sums = torch.zeros(len(self.moments), dtype=torch.float64, device=base.device)
+        for index, batch in enumerate(batches):
+            values, _ = gradients(
+                base,
+                adapters,
+                batch,
+                into=part if index else into,
+                dropout=self.dropout(index),
+                streams=streams,
+                tokens=tokens,
+            )
+            sums += values
+            if index:
+                into.add_(part)
+        return sums.to(values.dtype), tokens
 
     def update(self, adapters: Adapters, gradient: Tensor, *, of: str = "main") -> Adapters:
         box = self.box
@@ -124,12 +187,13 @@ class _Call:
         if of not in box.moments:
             box.moments[of] = box.optimizer.start(box.rows)
         moments = {name: value[: len(adapters)] for name, value in box.moments[of].items()}
-        box.optimizer.update(adapters.rows, gradient, moments, box.clock.learning_rate)
+        box.optimizer.update(adapters.rows, gradient, moments, self.clock.learning_rate)
         return adapters.mask_()
 
     def loss(self, adapters: Adapters, *, on: Literal["validation", "batch"] = "validation") -> Tensor:
         if on == "batch":
-            sums, counts = losses(self.box.base, adapters, self._batch())
+            passes = [losses(self.box.base, adapters, batch) for batch in self._batches()]
+            sums, counts = (torch.stack(values).sum(dim=0) for values in zip(*passes, strict=True))
             return sums.double() / counts
         clients = self.box.clients[: len(self.moments)]
         everyone = range(len(clients))
@@ -138,9 +202,9 @@ class _Call:
         )
         return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float64)
 
-    def _batch(self) -> Batch:
-        assert self.batch is not None, "begin, finish and use have no batch"
-        return self.batch
+    def _batches(self) -> Sequence[Batch]:
+        assert self.batches, "begin, finish and use have no batch"
+        return self.batches
 
     def _of_trained(self, gradient: Tensor) -> Tensor:
         """Zero, in place, the gradient of columns that are not trained."""

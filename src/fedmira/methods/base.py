@@ -38,13 +38,16 @@ class Settings(Strict):
 class Clock:
     """Where a run is: round (1-based; 0 = the start), local step (0-based), learning rate of the clients.
 
-    steps [S]: how many local steps each client takes in this round; None outside a local phase.
+    steps [S]: how many local steps each client takes in this round; None outside a local phase. learning_rate: of this
+    step; in `begin` of the first, in `finish` the mean over a client's steps of the round, so that steps x
+    learning_rate is their sum; elsewhere of the round. A number, or [S, 1] where a schedule has clients of one pass at
+    different rates.
     """
 
     round: int
     step: int = 0
     steps: Tensor | None = None
-    learning_rate: float = 0.0
+    learning_rate: float | Tensor = 0.0
 
 
 @dataclass(frozen=True, eq=False)

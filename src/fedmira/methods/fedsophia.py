@@ -13,8 +13,8 @@ sampled again. All three start at 0, and m and v are not corrected for that. Wit
 estimates v; in the first round the factor B is 0, so the estimate for LoRA's factor A is 0, and A takes steps of full
 length, eta rho, until the next estimate.
 
-eta is `training.learning_rate`. `form: public` reads that as the code of Sophia-G does, as the longest step of one
-number: lr = eta rho.
+eta is the step's learning rate: `training.learning_rate`, times the factor of a schedule. `form: public` reads it as
+the code of Sophia-G does, as the longest step of one number: lr = eta rho.
 
     w = w - lr weight_decay w - lr sign(m) min(|m| / (rho max(v, eps)), 1)
 
@@ -42,6 +42,7 @@ from pydantic import Field
 
 from fedmira.adapters import Adapters
 from fedmira.adapters.lazy import torch
+from fedmira.adapters.optim import decay_, descend_
 from fedmira.methods.base import Client, Cohort, Facts, Memory, Message, Method, Settings, Tools, merge_mean
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -75,8 +76,8 @@ def build(config: Config, cohort: Cohort) -> Method:
             v.lerp_(estimate, (due.to(v.dtype) * (1 - second))[:, None])  # by 0 where none is due
         rate = tools.clock.learning_rate
         eta = rate if config.form == "paper" else rate / config.rho
-        adapters.rows.mul_(1 - rate * config.weight_decay)
-        adapters.rows.add_((m / v.clamp(min=config.eps)).clamp_(-config.rho, config.rho), alpha=-eta)
+        decay_(adapters.rows, rate * config.weight_decay)
+        descend_(adapters.rows, (m / v.clamp(min=config.eps)).clamp_(-config.rho, config.rho), eta)
         if config.count == "steps":
             count.add_(1)
         return adapters.mask_(), memory

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters
-from fedmira.data.batches import Batch
+from fedmira.data.batches import NO_LOSS, Batch
 from fedmira.model.base.load import Base
 from fedmira.model.packed.attention import PackedAttention
 from fedmira.model.packed.lora import Dropout
@@ -26,11 +26,13 @@ def gradients(
     into: Tensor,
     dropout: Dropout | None = None,
     streams: Sequence[np.random.Generator] | None = None,
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return each client's loss [S] and labelled tokens [S]; write d loss_k / d row_k to `into` [S, P].
 
     loss_k = mean over the labelled tokens of client k's own batch, in nats; no client influences another. A client
-    without labelled tokens gets loss 0 and gradient 0.
+    without labelled tokens gets loss 0 and gradient 0. tokens [S]: divide the sum over the batch by these instead,
+    where it is a part of a larger one.
 
     streams [S]: the labels are drawn from the model, y ~ softmax(f(x)), at the same tokens, each client's from its own
     stream and in the order of its examples. None: the labels of the batch. With B_k drawn labels the mean of
@@ -41,7 +43,7 @@ def gradients(
     if not adapters.layout.low_rank:
         dropout = None  # it is LoRA's
     plan = plan_pass(base, batch, share=dropout is None)  # masks are drawn for every token of every example
-    weights = 1.0 / plan.counts.clamp(min=1).to(_wide(base.dtype))
+    weights = 1.0 / (plan.counts if tokens is None else tokens).clamp(min=1).to(_wide(base.dtype))
     with running(base, plan, adapters, into=into, dropout=dropout) as states:
         if streams is None:
             total, losses = weighted_loss(states, plan.targets, weights[plan.owner], base.head)
@@ -57,6 +59,12 @@ def losses(base: Base, adapters: Adapters, batch: Batch) -> tuple[Tensor, Tensor
     with running(base, plan, adapters) as states:
         nats = token_losses(states, plan.targets, base.head)
     return _sum_by_client(nats, plan), plan.counts
+
+
+def count_labelled(batch: Batch, virtual_tokens: int = 0) -> Tensor:
+    """Return how many tokens of each client [S] a pass takes its loss on: with a label, and a token before them."""
+    labels = prepend_virtual(batch, virtual_tokens).labels
+    return (labels[:, :, 1:] != NO_LOSS).sum(dim=(1, 2))
 
 
 def plan_pass(base: Base, batch: Batch, *, share: bool = True) -> Pass:

@@ -17,17 +17,15 @@ from torch import Tensor
 
 from fedmira import bundled
 from fedmira.adapters import Layout, lora_layout, scales
-from fedmira.adapters.optim import Optimizer, adamw, sgd
 from fedmira.adapters.ranks import by_ending, client_ranks, is_mixed, shown
-from fedmira.config.sections import Config
+from fedmira.config.sections import Config, TrainingConfig
 from fedmira.data.batches import ClientData
 from fedmira.data.partition import client_key
 from fedmira.disk.run_facts import RunFacts
-from fedmira.engine.cost import plan_cohort
+from fedmira.engine.cost import CohortPlan, plan_cohort
 from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
 from fedmira.engine.schedule import draw_schedule
-from fedmira.engine.tools import Training
 from fedmira.engine.workplace import Evaluation, Workplace
 from fedmira.errors import MethodError, ModelError, nearest
 from fedmira.evaluation.embed import embed_prompts
@@ -37,6 +35,7 @@ from fedmira.model.base.load import Base, choose_device, load_base
 from fedmira.model.base.trial import check_embeddings
 from fedmira.study.events import StudyPrepared
 from fedmira.study.intake import Intake, take_in
+from fedmira.study.training import check_least_rate
 
 # Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
 # more than it brings (the demo, 0.26 M: 44 s on one thread, 59 s on two).
@@ -45,11 +44,15 @@ SMALL_BASE = 1_000_000
 
 @dataclass(frozen=True, eq=False)
 class Built:
-    """One entry of `methods:`: its checked settings, its method for each seed, and warnings of the build."""
+    """One entry of `methods:`: its checked settings, its method for each seed, and warnings of the build.
+
+    training: of its clients, the study's with what the entry changes.
+    """
 
     recipe: Recipe
     methods: Mapping[int, Method]
     notes: Sequence[str]
+    training: TrainingConfig
 
     @property
     def label(self) -> str:
@@ -105,6 +108,15 @@ class Prepared:
         """The federation with the rows that a method carries."""
         return self.federation.under(method, self.workplace.base.width)
 
+    def passes(self) -> list[tuple[Layout, TrainingConfig]]:
+        """Every kind of training pass in the study: layouts of rows, each with the trainings it is used with."""
+        trained = (
+            (self.under(method).layout, built.training)
+            for built in self.built.values()
+            for method in built.methods.values()
+        )
+        return list(dict.fromkeys(trained))
+
     def kinds(self) -> dict[Layout, Federation]:
         """Every layout of rows that a method of the study carries."""
         methods = (method for built in self.built.values() for method in built.methods.values())
@@ -136,7 +148,10 @@ def prepare(
         modules=lambda: [name for name, _, _ in materials.load(config, dtype).shapes],
     )
     cohorts = {seed: make_cohort(config, seed, ranks, Profiles(config, dtype, materials)) for seed in config.seeds}
-    built = {recipe.entry.folder: build(recipe, place, cohorts, ranks) for place, recipe in enumerate(recipes)}
+    built = {
+        recipe.entry.folder: build(recipe, place, cohorts, ranks, config.training_of(recipe.entry))
+        for place, recipe in enumerate(recipes)
+    }
     base = materials.load(config, dtype)
     threads = count_threads(base, saved)
     check_base(config, base, saved)
@@ -152,7 +167,7 @@ def prepare(
     prepared = Prepared(config, federation, workplace, materials, cohorts, built, linears_of(base), threads)
     kinds = prepared.kinds()
     check_virtual_tokens(config, prepared, kinds)
-    cohort = width_of_passes(config, workplace, list(kinds), sampled, saved)
+    cohort = width_of_passes(config, workplace, prepared.passes(), sampled, saved)
     prepared = replace(prepared, workplace=replace(workplace, cohort=cohort))
     observer(StudyPrepared(prepared))
     return prepared
@@ -209,7 +224,7 @@ def make_cohort(config: Config, seed: int, ranks: Tensor, profile: Profiles) -> 
     )
 
 
-def build(recipe: Recipe, place: int, cohorts: Mapping[int, Cohort], ranks: Tensor) -> Built:
+def build(recipe: Recipe, place: int, cohorts: Mapping[int, Cohort], ranks: Tensor, training: TrainingConfig) -> Built:
     """Build one entry's method for each seed; its warnings become notes. Raises MethodError naming the entry."""
     methods: dict[int, Method] = {}
     label, notes = recipe.entry.folder, []
@@ -221,7 +236,8 @@ def build(recipe: Recipe, place: int, cohorts: Mapping[int, Cohort], ranks: Tens
             except MethodError as error:
                 raise MethodError(f"methods.{place} ({label}): {error}") from error
         notes = [str(warning.message) for warning in caught] + rank_notes(label, methods[seed], ranks)
-    return Built(recipe, methods, notes)
+        check_least_rate(methods[seed], training, f"methods.{place} ({label})")
+    return Built(recipe, methods, notes, training)
 
 
 def rank_notes(label: str, method: Method, ranks: Tensor) -> list[str]:
@@ -269,18 +285,31 @@ def check_virtual_tokens(config: Config, prepared: Prepared, kinds: Mapping[Layo
 
 
 def width_of_passes(
-    config: Config, workplace: Workplace, layouts: Sequence[Layout], sampled: int, saved: RunFacts | None
+    config: Config,
+    workplace: Workplace,
+    passes: Sequence[tuple[Layout, TrainingConfig]],
+    sampled: int,
+    saved: RunFacts | None,
 ) -> int:
     """Return how many clients train in one pass: as saved, as the config says, or as many as fit."""
     if saved is not None:
         return saved.cohort
     if config.federation.cohort != "auto":
         return config.federation.cohort
-    batch = config.training.batch_size
-    plans = (
-        plan_cohort(workplace.base, layout, workplace.clients, batch_size=batch, sampled=sampled) for layout in layouts
+    return min(plan.cohort for plan in plan_passes(workplace, passes, sampled))
+
+
+def plan_passes(
+    workplace: Workplace, passes: Sequence[tuple[Layout, TrainingConfig]], sampled: int
+) -> list[CohortPlan]:
+    """Measure every kind of training pass. One that is accumulated has a second gradient for each client."""
+    kinds = dict.fromkeys(
+        (layout, section.batch_size, 5 + (section.gradient_accumulation_steps > 1)) for layout, section in passes
     )
-    return min(plan.cohort for plan in plans)
+    return [
+        plan_cohort(workplace.base, layout, workplace.clients, batch_size=batch, sampled=sampled, rows=rows)
+        for layout, batch, rows in kinds
+    ]
 
 
 def evaluation_of(config: Config) -> Evaluation:
@@ -291,30 +320,6 @@ def evaluation_of(config: Config) -> Evaluation:
         max_new_tokens=section.max_new_tokens,
         max_examples=section.max_examples,
         examples=config.report.examples,
-    )
-
-
-def optimizer_of(config: Config) -> Optimizer:
-    """Return the clients' optimizer."""
-    section = config.training
-    if section.optimizer == "sgd":
-        return sgd(momentum=section.momentum, weight_decay=section.weight_decay)
-    return adamw(betas=section.betas, eps=section.eps, weight_decay=section.weight_decay)
-
-
-def training_of(config: Config, seed: int) -> Training:
-    """Return how clients train, as plain values."""
-    section = config.training
-    return Training(
-        optimizer=optimizer_of(config),
-        learning_rate=section.learning_rate,
-        batch_size=section.batch_size,
-        local_steps=section.local_steps,
-        local_epochs=section.local_epochs,
-        max_grad_norm=section.max_grad_norm,
-        keep_optimizer=section.keep_optimizer,
-        dropout=config.lora.lora_dropout,
-        seed=seed,
     )
 
 

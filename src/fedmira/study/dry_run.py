@@ -14,18 +14,19 @@ from fedmira.config.sections import Config
 from fedmira.data.batches import Encoded
 from fedmira.disk import table
 from fedmira.disk.folders import StudyFolder
-from fedmira.engine.cost import Plan, Speeds, Work, count_run, count_start, measure_speeds, plan_cohort
+from fedmira.engine.cost import Plan, Speeds, Work, count_run, count_start, measure_speeds
 from fedmira.engine.events import Observer, silent
 from fedmira.engine.federation import Federation
 from fedmira.engine.tools import Training
 from fedmira.export.peft_folder import count_exported
 from fedmira.methods import build, recipe_of
-from fedmira.methods.base import Clock, Method
+from fedmira.methods.base import Clock
 from fedmira.study import handover
-from fedmira.study.assemble import Prepared, keep_positions, optimizer_of, prepare, training_of, using_threads
+from fedmira.study.assemble import Built, Prepared, keep_positions, plan_passes, prepare, using_threads
 from fedmira.study.events import StepBegun
 from fedmira.study.intake import take_in
 from fedmira.study.trackers import check_trackers
+from fedmira.study.training import training_of
 
 COPIES = 4  # full checkpoints and the deltas since, at most, in the size of one that is full
 
@@ -96,14 +97,12 @@ def _plan(prepared: Prepared) -> Plan:
     schedule = prepared.cohorts[seed].schedule
     sampled = prepared.sampled
     kinds = prepared.kinds()  # few have rows of their own
-    passes = [
-        plan_cohort(base, layout, clients, batch_size=config.training.batch_size, sampled=sampled) for layout in kinds
-    ]
-    probe = _Probe(prepared, torch.from_numpy(schedule[0]), training_of(config, seed))
-    speeds = probe.measure(prepared.federation)  # the untouched base is scored with these
+    passes = plan_passes(workplace, prepared.passes(), sampled)
+    probe = _Probe(prepared, torch.from_numpy(schedule[0]))
+    speeds = probe.measure(prepared.federation, training_of(config, seed))  # the untouched base is scored with these
     writes = bool(workplace.evaluation.metrics)
     start_work = count_start(clients, writes=writes, max_examples=config.evaluation.max_examples)
-    costs = {label: _cost(prepared, built.methods[seed], seed, probe) for label, built in prepared.built.items()}
+    costs = {label: _cost(prepared, built, seed, probe) for label, built in prepared.built.items()}
     needed = [cost.rows for cost in costs.values()]  # of the run that needs most; runs follow each other
     runs = len(prepared.built) * len(config.seeds)
     seconds = {label: cost.seconds for label, cost in costs.items()}
@@ -141,6 +140,11 @@ def _plan(prepared: Prepared) -> Plan:
         bytes_per_round={label: cost.travels for label, cost in costs.items()},
         speeds=speeds,
         start_seconds=speeds.seconds(start_work),
+        training={
+            label: given.given
+            for label, built in prepared.built.items()
+            if (given := built.recipe.entry.training) is not None and given.given
+        },
         work={label: cost.work for label, cost in costs.items()},
         run_seconds=seconds,
         runs=runs,
@@ -150,20 +154,19 @@ def _plan(prepared: Prepared) -> Plan:
 
 @dataclass(frozen=True, eq=False)
 class _Probe:
-    """Measures the speed of rows of each layout once. ids [S]: the clients of the first round."""
+    """Measures the speed of each layout and size of batch once. ids [S]: the clients of the first round."""
 
     prepared: Prepared
     ids: Tensor
-    training: Training
-    known: dict[tuple[Layout, bool], Speeds] = field(default_factory=dict)
+    known: dict[tuple[Layout, int, int, bool], Speeds] = field(default_factory=dict)
 
-    def measure(self, federation: Federation, *, pooled: bool = False) -> Speeds:
+    def measure(self, federation: Federation, training: Training, *, pooled: bool = False) -> Speeds:
         """Return speeds of training, scoring and answers. pooled: a pool's passes are one client's."""
-        key = (federation.layout, pooled)
+        key = (federation.layout, training.batch_size, training.accumulation, pooled)
         if key not in self.known:
-            plain = build("local", {}, self.prepared.cohorts[self.training.seed])
+            plain = build("local", {}, self.prepared.cohorts[training.seed])
             ids = self.ids[:1] if pooled else self.ids
-            self.known[key] = measure_speeds(self.prepared.workplace, federation, plain, self.training, ids)
+            self.known[key] = measure_speeds(self.prepared.workplace, federation, plain, training, ids)
         return self.known[key]
 
 
@@ -179,24 +182,23 @@ class _Cost:
     adapters: int
 
 
-def _cost(prepared: Prepared, method: Method, seed: int, probe: _Probe) -> _Cost:
+def _cost(prepared: Prepared, built: Built, seed: int, probe: _Probe) -> _Cost:
     config, clients = prepared.config, prepared.workplace.clients
+    method, training = built.methods[seed], training_of(prepared.config, seed, built.training)
     federation, schedule, regime = prepared.under(method), prepared.cohorts[seed].schedule, method.regime
     row = federation.layout.size * 4
     work = count_run(
         clients,
         schedule,
         method=method,
-        batch_size=config.training.batch_size,
-        steps=config.training.local_steps,
-        epochs=config.training.local_epochs,
+        training=training,
         every=config.evaluation.every,
         writes=bool(prepared.workplace.evaluation.metrics),
         max_examples=config.evaluation.max_examples,
     )
-    speeds = probe.measure(federation)
+    speeds = probe.measure(federation, training)
     if regime.trainees == "pool":
-        speeds = replace(speeds, trained=probe.measure(federation, pooled=True).trained)
+        speeds = replace(speeds, trained=probe.measure(federation, training, pooled=True).trained)
     clock = Clock(1)
     down = method.travels(federation.layout, clock)
     up = down & method.trained(federation.layout, clock)
@@ -206,7 +208,7 @@ def _cost(prepared: Prepared, method: Method, seed: int, probe: _Probe) -> _Cost
     ever = len({int(k) for ids in schedule for k in ids})
     trainees = {"nobody": 0, "pool": 1, "sampled": ever}[regime.trainees]
     at_server = ever if method.has_row_of_each else method.count_rows(len(clients))  # rows that differ from the start
-    moments = sum(name != "steps" for name in optimizer_of(config).keys) if config.training.keep_optimizer else 0
+    moments = sum(name != "steps" for name in training.optimizer.keys) if training.keep_optimizer else 0
     kept = trainees * (moments + (0 if bool(down.all()) else 1))
     if not bool(down.any()):
         at_server = 0

@@ -24,6 +24,7 @@ from fedmira.disk.run_facts import SCHEMA, RunFacts, State
 from fedmira.engine.clients import AtHand, Scores
 from fedmira.engine.events import AnswersWritten, Observer
 from fedmira.engine.federation import Federation
+from fedmira.engine.rates import Schedule
 from fedmira.engine.run import Course, run_rounds
 from fedmira.engine.scoring import examples_of, score_start
 from fedmira.engine.simulated import make_clients
@@ -31,10 +32,11 @@ from fedmira.errors import FedMiraError, MethodError, Stopped, StoreError, WireE
 from fedmira.graphs.graph import Graph
 from fedmira.methods.base import Cohort
 from fedmira.reports.render import write_report
-from fedmira.study.assemble import Built, Prepared, client_table, prepare, training_of, using_threads
+from fedmira.study.assemble import Built, Prepared, client_table, prepare, using_threads
 from fedmira.study.events import ReportBegun, RunBegun, RunDone, StepBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.trackers import tracking
+from fedmira.study.training import schedule_of, training_of
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ Where = Callable[[Prepared, Built, int, Federation, Path], AtHand]
 
 def in_this_process(prepared: Prepared, built: Built, seed: int, federation: Federation, folder: Path) -> AtHand:
     """Simulate the clients of one run here; what is too large for RAM goes to `folder`."""
-    training = training_of(prepared.config, seed)
+    training = training_of(prepared.config, seed, built.training)
     return make_clients(prepared.workplace, federation, built.methods[seed], training, scratch=folder)
 
 
@@ -160,18 +162,21 @@ def _run_one(
         update={"seeds": [seed], "methods": [built.recipe.entry], "output_dir": str(folder.path / "again")}
     )
     facts = _facts(prepared, built, seed)
+    notes: list[str] = []
     with _marked(folder):
         if (folder.path / "run.json").is_file():
-            _reopen(folder, config, facts)
+            notes = _reopen(folder, config, facts, schedule_of(built.training, facts.rounds))
         else:
             folder.create(config, facts, client_table(prepared.workplace, federation))
         _write_graph(folder, method.facts.graph, cohort)
         observer(RunBegun(folder.path, facts))
         with folder.logging():
-            for note in built.notes:
+            for note in [*built.notes, *notes]:
                 log.warning(note)
             clients = where(prepared, built, seed, federation, folder.path)
-            course = Course(config.federation.rounds, config.evaluation.every, seed, config.training.learning_rate)
+            rounds, rate = config.federation.rounds, built.training.learning_rate
+            schedule = schedule_of(built.training, rounds)
+            course = Course(rounds, config.evaluation.every, seed, rate, schedule)
             ended = run_rounds(
                 federation, method, clients, cohort.schedule, folder, course=course, start=start, observer=observer
             )
@@ -198,10 +203,10 @@ def _run_one(
     observer(RunDone(folder.path, refused))
 
 
-def _reopen(folder: RunFolder, config: Config, facts: RunFacts) -> None:
+def _reopen(folder: RunFolder, config: Config, facts: RunFacts, schedule: Schedule) -> list[str]:
     """Prepare an earlier run to go on: same graph, no stale adapters, and a note of when, where and with what.
 
-    Raises MethodError if the graph is not the one the run began with.
+    Returns what is to be logged. Raises MethodError if the graph is not the one the run began with.
     """
     began = folder.facts
     if began.graph_sha256 != facts.graph_sha256:
@@ -212,7 +217,19 @@ def _reopen(folder: RunFolder, config: Config, facts: RunFacts) -> None:
     if folder.adapters.is_dir():  # of an earlier end: they would pass for those of the rounds to come
         shutil.rmtree(folder.adapters)
     folder.rewrite(config)
-    this_time = {"started": facts.started, "versions": facts.versions, "device": facts.device, "command": facts.command}
+    this_time: dict[str, Any] = {
+        "started": facts.started,
+        "versions": facts.versions,
+        "device": facts.device,
+        "command": facts.command,
+    }
+    notes = []
+    if began.rounds < facts.rounds and schedule.depends_on_rounds:
+        this_time["rounds_before"] = began.rounds
+        notes.append(
+            f"{facts.label}: the learning rate of earlier rounds followed a schedule of {began.rounds} rounds, that of "
+            f"the rest follows one of {facts.rounds}: a run of {facts.rounds} rounds from the start would differ"
+        )
     folder.update(
         replace(
             facts,
@@ -225,6 +242,7 @@ def _reopen(folder: RunFolder, config: Config, facts: RunFacts) -> None:
     )
     if began.versions != facts.versions:
         log.warning("'%s' began with other library versions: the same bits are not promised", folder.path)
+    return notes
 
 
 @contextmanager
@@ -272,7 +290,10 @@ def _facts(prepared: Prepared, built: Built, seed: int) -> RunFacts:
         state="running",
         method=method.name,
         label=entry.folder,
-        settings=entry.settings | ({"with": entry.wrappers} if entry.wrappers else {}),
+        settings=entry.settings
+        | ({"with": entry.wrappers} if entry.wrappers else {})
+        | ({"training": entry.training.given} if entry.training is not None and entry.training.given else {}),
+        training=built.training.model_dump(mode="json"),
         seed=seed,
         rounds=config.federation.rounds,
         clients=len(federation),
