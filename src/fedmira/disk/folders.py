@@ -66,6 +66,7 @@ class RoundRecord:
     tokens: int  # unpadded tokens trained on
     notes: Mapping[str, float] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)  # client -> reason
+    stopped_early: str | None = None  # why no further round follows; absent from the line if None
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,10 @@ class RunFolder:
         if lines := buffer.getvalue():
             append_lines(self.path / "results.csv", [lines.removesuffix("\n")])
         if record is not None:
-            append_lines(self.path / "metrics.jsonl", [json.dumps(_finite(asdict(record)), allow_nan=False)])
+            line = _finite(asdict(record))
+            if record.stopped_early is None:
+                del line["stopped_early"]
+            append_lines(self.path / "metrics.jsonl", [json.dumps(line, allow_nan=False)])
 
     def write_examples(self, examples: Iterable[Mapping[str, Any]]) -> None:
         """Write examples.jsonl: prompts, references and answers, where report.examples is true."""

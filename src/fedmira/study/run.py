@@ -23,14 +23,14 @@ from fedmira.disk.run_facts import SCHEMA, RunFacts, State
 from fedmira.engine.clients import AtHand, Scores
 from fedmira.engine.events import AnswersWritten, Observer
 from fedmira.engine.federation import Federation
-from fedmira.engine.run import Course, run_rounds
+from fedmira.engine.run import run_rounds
 from fedmira.engine.scoring import examples_of, score_start
 from fedmira.engine.simulated import make_clients
 from fedmira.errors import FedMiraError, MethodError, Stopped, StoreError, WireError
 from fedmira.graphs.graph import Graph
 from fedmira.methods.base import Cohort
 from fedmira.reports.render import write_report
-from fedmira.study.assemble import Built, Prepared, client_table, prepare, training_of, using_threads
+from fedmira.study.assemble import Built, Prepared, client_table, course_of, prepare, training_of, using_threads
 from fedmira.study.events import ReportBegun, RunBegun, RunDone, StepBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.trackers import tracking
@@ -170,7 +170,7 @@ def _run_one(
             for note in built.notes:
                 log.warning(note)
             clients = where(prepared, built, seed, federation, folder.path)
-            course = Course(config.federation.rounds, config.evaluation.every, seed, config.training.learning_rate)
+            course = course_of(config, seed)
             ended = run_rounds(
                 federation, method, clients, cohort.schedule, folder, course=course, start=start, observer=observer
             )
@@ -178,14 +178,20 @@ def _run_one(
                 folder.write_examples(examples_of(prepared.workplace, start, ended.test))
             _write_graph(folder, ended.graph, cohort)
             serve = partial(clients.adapters, send=ended.send)
-            write_adapters(folder, prepared, federation, method, serve, observer, start=start, test=ended.test)
+            write_adapters(folder, prepared, federation, method, serve, observer, start=start, ended=ended)
         records = folder.records()
         refused = sum(len(record["refused"]) for record in records)
+        kept = sorted(number or len(records) for number in ended.chosen)
+        early = None
+        if ended.stopped_early is not None:
+            early = {"round": len(records), "reason": ended.stopped_early}
         folder.update(
             replace(
                 folder.facts,
                 state="complete",
                 finished=_now(),
+                kept_rounds=(kept[0], kept[len(kept) // 2], kept[-1]) if course.keep == "best" else None,
+                stopped_early=early,
                 bytes_up=sum(record["bytes_up"] for record in records),
                 bytes_down=sum(record["bytes_down"] for record in records),
                 seconds=sum(record["seconds"] for record in records),
@@ -274,6 +280,7 @@ def _facts(prepared: Prepared, built: Built, seed: int) -> RunFacts:
         settings=entry.settings | ({"with": entry.wrappers} if entry.wrappers else {}),
         seed=seed,
         rounds=config.federation.rounds,
+        keep=config.evaluation.keep,
         clients=len(federation),
         sampled=prepared.sampled,
         personal=method.personal,
