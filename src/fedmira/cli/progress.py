@@ -12,7 +12,7 @@ from fedmira.adapters.ranks import shown
 from fedmira.cli.show import plural, visible
 from fedmira.data.partition import shown_name
 from fedmira.data.rows import FAULTS_SHOWN
-from fedmira.engine.events import AnswersWritten, ClientsDone, ClientsTuned, Event, RoundDone
+from fedmira.engine.events import AnswersWritten, ClientsDone, ClientsTuned, Event, RoundDone, StoppedEarly
 from fedmira.study.events import AdaptersWritten, ClientsEncoded, DataRead, RunBegun, RunDone, StepBegun, StudyPrepared
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class Watch:
                 self._show_run(event.facts)
             case RoundDone():
                 self._show_round(event.record, event.rounds)
+            case StoppedEarly():
+                self.say(f"{self.name}: stopped early after round {event.round} of {event.rounds}: {event.reason}")
             case ClientsEncoded():
                 self._move_step("tokenising clients", event)
             case AnswersWritten():
