@@ -240,7 +240,8 @@ class Config(Strict):
     methods: Annotated[list[MethodEntry], Field(min_length=1)]
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
-    report_to: list[Literal["tensorboard", "trackio"]] = Field(default=[])  # follow rounds there; extras
+    # follow rounds there; extras
+    report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(default=[])
 
     @model_validator(mode="after")
     def _distinct(self) -> "Config":

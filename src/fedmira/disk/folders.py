@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 View = Literal["personal", "global"]  # each client's own adapter, or the shared one
-TRACKIO_FOLDER = ".trackio"  # of a study; a method's label never starts with a dot
+TRACKIO_FOLDER, MLFLOW_FOLDER = ".trackio", ".mlflow"  # of a study; a method's label never starts with a dot
 RESULT_COLUMNS = ("client", "method", "seed", "round", "view", "split", "metric", "value")
 
 
@@ -281,7 +281,7 @@ def _finite(value: Any) -> Any:
 def _belongs(path: Path) -> bool:
     """Is this entry of a study's folder one that FedMira wrote?"""
     if path.is_dir() and not path.is_symlink():
-        if path.name == TRACKIO_FOLDER:
+        if path.name in (TRACKIO_FOLDER, MLFLOW_FOLDER):
             return True
         runs = list(path.iterdir())
         return bool(runs) and all(run.name.startswith("seed-") and (run / "config.yaml").is_file() for run in runs)
