@@ -26,8 +26,8 @@ import fedmira
 from fedmira.config.faults import check_config
 from fedmira.config.sections import Config
 from fedmira.disk.folders import RunFolder, StudyFolder
-from fedmira.errors import ConfigError
 from fedmira.engine.events import Event
+from fedmira.errors import ConfigError
 from fedmira.study.events import Tracked
 from fedmira.study.trackers import check_trackers, measures
 
@@ -85,7 +85,7 @@ from types import SimpleNamespace as Settings
 
 
 def init(project, id, name, group, config, mode, dir, settings):
-    about = {"id": id, "run": name, "mode": mode, "config": config, "settings": vars(settings), "environment": dict(os.environ)}
+    about = {"id": id, "run": name, "mode": mode, "environment": dict(os.environ)}
     file = pathlib.Path(dir, "wandb", f"offline-run-{id}.jsonl")
     file.parent.mkdir()  # an earlier start would be in the way
     print("this must reach nobody")
@@ -116,8 +116,8 @@ class MlflowClient:
         return name
 
     def search_runs(self, experiments, words):
-        wanted = words.split("'")[1]
-        return [SimpleNamespace(info=SimpleNamespace(run_id=run)) for run in {line["run"] for line in self.lines} & {wanted}]
+        found = {line["run"] for line in self.lines} & {words.split("'")[1]}
+        return [SimpleNamespace(info=SimpleNamespace(run_id=run)) for run in found]
 
     def delete_run(self, run):
         self.lines = [line for line in self.lines if line["run"] != run]
@@ -486,7 +486,7 @@ def test_trackio_itself_shows_every_round_once_after_a_resume(raw: dict[str, Any
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
-    """Records of a .wandb file: after 7 bytes a LevelDB log, blocks of 32 KiB with checksum, length and type of each."""
+    """Records of a .wandb file: after 7 bytes a LevelDB log, blocks of 32 KiB, with checksum, length and type."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, place, whole = file.read_bytes(), 7, b""
