@@ -28,7 +28,7 @@ from fedmira.engine.clients import Scores
 from fedmira.engine.events import Event, StoppedEarly
 from fedmira.engine.simulated import Simulated
 from fedmira.errors import MethodError
-from fedmira.methods import build
+from fedmira.methods import build, names
 from fedmira.methods.base import Method, State
 from fedmira.methods.wrappers import only, server_optimizer, tuned_after
 
@@ -97,23 +97,20 @@ def step_by_step(name: str, folder: Path, start: Scores) -> Steps:
     return Steps(rows, added, ran)
 
 
-def best_rounds(name: str, losses: list[list[float]]) -> list[int]:
+def best_rounds(played: Method, losses: list[list[float]]) -> list[int]:
     """By the definition: the earliest of the lowest, of each client or of the mean; 0 = the client never trained."""
-    if name in ("local", "mira"):
-        ever = [
-            min((n for n, ids in enumerate(SCHEDULE, 1) if k in ids), default=ROUNDS + 1) for k in range(len(TRAIN))
-        ]
-        columns = [
-            [math.inf if n < first else row[k] for n, row in enumerate(losses, 1)] for k, first in enumerate(ever)
-        ]
-    elif name == "private":
+    columns = [[sum(row) / len(row) for row in losses]] * len(TRAIN)
+    if played.personal and played.regime.tune is None:
         columns = [list(column) for column in zip(*losses, strict=True)]
-    else:
-        columns = [[sum(row) / len(row) for row in losses]] * len(TRAIN)
+    if played.has_row_of_each:
+        for k, column in enumerate(columns):
+            first = min((number for number, ids in enumerate(SCHEDULE, 1) if k in ids), default=ROUNDS + 1)
+            column[: first - 1] = [math.inf] * (first - 1)
     return [0 if math.isinf(min(column)) else 1 + column.index(min(column)) for column in columns]
 
 
-KINDS = ("local", "mira", "private", "groupavg", "flexlora", "server", "pooled", "fedex", "fedptuning")
+# those of the tree, but for one that trains nobody and one with a test of its own below
+KINDS = (*(name for name in names() if name not in ("untouched", "fedavg_ft")), "private", "server", "fedex")
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -121,9 +118,9 @@ def test_every_client_keeps_the_bits_of_the_round_whose_validation_was_lowest(
     name: str, tmp_path: Path, start: Scores
 ) -> None:
     steps = step_by_step(name, tmp_path, start)
-    wanted = best_rounds(name, steps.losses())
-    assert set(wanted) - {0, ROUNDS}, "the last round is the best of everybody: nothing is shown"
     of = world(learning_rate=RATES.get(name, RATE))
+    wanted = best_rounds(method(name, of), steps.losses())
+    assert set(wanted) - {0, ROUNDS}, "the last round is the best of everybody: nothing is shown; choose another rate"
     for number in (3, ROUNDS):  # what was kept when it stopped has to come back
         ran = run(of, method(name, of), tmp_path / "best", schedule=SCHEDULE, rounds=number, start=start)
     assert list(ran.ended.chosen) == wanted
