@@ -25,6 +25,7 @@ from fedmira.adapters import Pairs
 from fedmira.disk import table
 from fedmira.engine.best import Best, Patience
 from fedmira.engine.clients import Scores
+from fedmira.engine.cost import Work, count_run
 from fedmira.engine.events import Event, StoppedEarly
 from fedmira.engine.simulated import Simulated
 from fedmira.errors import MethodError
@@ -239,6 +240,22 @@ def test_nobody_trains_and_nothing_is_chosen(tmp_path: Path, start: Scores) -> N
     ran = run(of, method("untouched", of), tmp_path / "run", schedule=SCHEDULE, start=start)
     assert set(ran.ended.chosen) == {0}
     assert {row["round"] for row in ran.results if row["split"] == "test"} == {"0", str(ROUNDS)}
+
+
+@pytest.mark.parametrize("name", ["mira", "fedavg", "tuned"])
+def test_a_plan_counts_both_tests_and_both_fine_tunings(name: str) -> None:
+    of = world()
+
+    def count(ends: int) -> Work:
+        schedule = of.cohort(SCHEDULE).schedule
+        options: dict[str, Any] = {"batch_size": 2, "steps": 1, "epochs": None, "every": 1, "max_examples": None}
+        return count_run(of.clients, schedule, method=method(name, of), writes=True, ends=ends, **options)
+
+    one, both = count(1), count(2)
+    tested = of.clients[:3] if name == "mira" else of.clients
+    assert both.scored - one.scored == sum(len(example.ids) for client in tested for example in client.test)
+    assert both.answers == 2 * one.answers == 2 * sum(len(client.test) for client in tested)
+    assert (both.trained > one.trained) == (name == "tuned")
 
 
 # ---------------------------------------------------------------- laws of the choice

@@ -194,6 +194,7 @@ def _cost(prepared: Prepared, method: Method, seed: int, probe: _Probe) -> _Cost
         every=config.evaluation.every,
         writes=bool(prepared.workplace.evaluation.metrics),
         max_examples=config.evaluation.max_examples,
+        ends=2 if config.evaluation.keep == "best" else 1,
     )
     speeds = probe.measure(federation)
     if regime.trainees == "pool":
