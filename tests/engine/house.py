@@ -30,7 +30,7 @@ from fedmira.engine.workplace import Workplace
 from fedmira.methods.base import Change, Clock, Cohort, Message, Method, State
 from fedmira.model.base.load import Base
 from fedmira.study.assemble import evaluation_of
-from fedmira.study.training import schedule_of, training_of
+from fedmira.study.training import course_of, training_of
 
 RANKS = (2, 1, 2, 1)
 TRAIN = (5, 2, 3, 4)  # in batches of two: 3, 1, 2 and 2 steps
@@ -88,9 +88,8 @@ class House:
         )
 
     def course(self, rounds: int | None = None) -> Course:
-        section, count = self.config.training, rounds or self.config.federation.rounds
-        schedule = schedule_of(section, self.config.federation.rounds)
-        return Course(count, self.config.evaluation.every, SEED, section.learning_rate, schedule)
+        course = course_of(self.config, self.config.training, SEED)
+        return course if rounds is None else replace(course, rounds=rounds)
 
     def start(self) -> Scores:
         return score_start(self.workplace, self.federation, lambda done: None)
@@ -103,18 +102,20 @@ def house(
     cohort: int = 8,
     count: int = len(SCHEDULE),
     metrics: Sequence[str] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    early_stopping: Mapping[str, Any] | None = None,
     **training: Any,
 ) -> House:
-    """cohort: clients in one pass; count: rounds; training: settings of that section."""
+    """cohort: clients in one pass; count: rounds; evaluation, training: settings of these sections."""
     settings = {
         "seeds": [SEED],
         "output_dir": "unused",
         "model": {"base_model": "tiny", "dtype": "float32", "device": "cpu"},
         "lora": {"r": 2, "lora_alpha": 3},
         "data": {"path": "unused"},
-        "federation": {"rounds": count},
+        "federation": {"rounds": count, "early_stopping": early_stopping},
         "training": {"local_epochs": 1, "batch_size": 2, "learning_rate": 0.02, **training},
-        "evaluation": {} if metrics is None else {"metrics": list(metrics)},
+        "evaluation": {**(evaluation or {}), **({} if metrics is None else {"metrics": list(metrics)})},
         "methods": [{"name": "local"}],
     }
     config = Config.model_validate(settings)

@@ -51,6 +51,10 @@ def site(pipe: Connection, config: Config, client: ClientData, federation: Feder
             pipe.send(clients.train(ME, *sent))
         elif order == "keep":
             clients.keep(ME).apply()
+        elif order == "set aside":
+            clients.set_aside(ME, Fixed(*sent))
+        elif order == "take up":
+            clients.take_up()
         elif order == "end":
             return
         else:
@@ -139,6 +143,14 @@ class Elsewhere:
         found: list[Adapters] = self.order("adapters", ids.tolist(), send)
         rows = torch.cat([adapters.rows for adapters in found])
         return replace(self.federation.adapters(ids, rows), added=found[0].added)
+
+    def set_aside(self, ids: Tensor, send: Send) -> None:
+        for k in ids.tolist():
+            self.pipes[k].send(("set aside", send(torch.tensor([k])).map(torch.clone), send.clock))
+
+    def take_up(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(("take up",))
 
     def keep(self, ids: Tensor) -> None:
         for k in ids.tolist():

@@ -35,7 +35,8 @@ METHODS: list[Mapping[str, Any]] = [
 CHANGES: Mapping[str, Any] = {
     "federation": {"rounds": 3, "participation": 0.5, "cohort": 1},
     "lora": {"ranks": [1, 2, 2, 1, 2, 2], "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]},
-    "training": {"local_steps": 2, "batch_size": 2, "learning_rate": 0.05, "keep_optimizer": True},
+    "training": {"local_steps": 2, "batch_size": 2, "learning_rate": 0.3, "keep_optimizer": True},
+    "evaluation": {"keep": "best", "metrics": ["loss", "exact_match"], "max_new_tokens": 2},  # each where it belongs
     "methods": METHODS,
 }
 

@@ -1,15 +1,19 @@
 """Trackers: off unless asked for, every round once whatever happened in between, and nothing that leaves the study.
 
-TensorBoard is itself where it is installed. trackio, which few have, is a stand-in that writes what it is told to a
-file, so that our process for it is tested everywhere; the real one is tested where it is installed.
+TensorBoard is itself where it is installed. trackio, wandb and MLflow, which few have, are stand-ins that write what
+they are given to a file, so that our processes for them are tested everywhere; the real ones are tested where they are
+installed.
 """
 
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import sqlite3
+import struct
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,9 @@ import fedmira
 from fedmira.config.faults import check_config
 from fedmira.config.sections import Config
 from fedmira.disk.folders import RunFolder, StudyFolder
+from fedmira.engine.events import Event
 from fedmira.errors import ConfigError
+from fedmira.study.events import Tracked
 from fedmira.study.trackers import check_trackers, measures
 
 LOCAL = [{"name": "local"}]
@@ -70,6 +76,64 @@ def finish():
     if "FAIL_AT_END" in os.environ:
         raise RuntimeError
     FILE.with_name(f"{os.getpid()}.end").touch()
+"""
+
+
+WANDB_STAND_IN = """
+import json, os, pathlib, sys
+from types import SimpleNamespace as Settings
+
+
+def init(project, id, name, group, config, mode, dir, settings):
+    about = {"id": id, "run": name, "mode": mode, "environment": dict(os.environ)}
+    file = pathlib.Path(dir, "wandb", f"offline-run-{id}.jsonl")
+    file.parent.mkdir()  # an earlier start would be in the way
+    print("this must reach nobody")
+
+    def log(values, step):
+        with file.open("a") as lines:
+            lines.write(json.dumps({**about, "step": step, "values": values}) + "\\n")
+
+    return Settings(log=log, finish=lambda: None)
+"""
+MLFLOW_STAND_IN = """
+import json, os, pathlib
+from types import SimpleNamespace
+
+
+class MlflowClient:
+    def __init__(self, tracking_uri):
+        self.file = pathlib.Path(tracking_uri.removeprefix("sqlite:///"))
+        self.lines = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.is_file() else []
+
+    def save(self):
+        self.file.write_text("".join(json.dumps(line) + "\\n" for line in self.lines))
+
+    def get_experiment_by_name(self, name):
+        return None
+
+    def create_experiment(self, name):
+        return name
+
+    def search_runs(self, experiments, words):
+        found = {line["run"] for line in self.lines} & {words.split("'")[1]}
+        return [SimpleNamespace(info=SimpleNamespace(run_id=run)) for run in found]
+
+    def delete_run(self, run):
+        self.lines = [line for line in self.lines if line["run"] != run]
+
+    def create_run(self, experiment, run_name, tags):
+        return SimpleNamespace(info=SimpleNamespace(run_id=run_name))
+
+    def log_param(self, run, key, value):
+        pass
+
+    def log_metric(self, run, key, value, step):
+        self.lines.append({"run": run, "step": step, "values": {key: value}, "environment": dict(os.environ)})
+        self.save()
+
+    def set_terminated(self, run):
+        pass
 """
 
 
@@ -125,7 +189,9 @@ def needs(package: str) -> None:
 def test_without_report_to_nothing_is_tracked_and_nothing_imported(raw: dict[str, Any], tmp_path: Path) -> None:
     before = set(sys.modules)
     fedmira.run(tracked(raw))
-    assert not [name for name in set(sys.modules) - before if name.startswith(("tensorboard", "trackio"))]
+    assert not [
+        name for name in set(sys.modules) - before if name.startswith(("tensorboard", "trackio", "wandb", "mlflow"))
+    ]
     assert "report_to: []" in (tmp_path / "study" / "config.yaml").read_text()
     assert {path.name for path in (tmp_path / "study").iterdir()} == {
         *("config.yaml", "summary.json", "report.html", "local"),
@@ -133,7 +199,7 @@ def test_without_report_to_nothing_is_tracked_and_nothing_imported(raw: dict[str
     assert not (tmp_path / "study" / "local" / "seed-3" / "tensorboard").exists()
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "trackio"])
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb", "mlflow"])
 def test_a_missing_package_is_named_with_its_extra_before_anything_is_done(
     name: str, raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +231,7 @@ def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (["wandb"], "report_to.0: found 'wandb': input should be 'tensorboard' or 'trackio'"),
+        (["comet"], "report_to.0: found 'comet': input should be 'tensorboard', 'trackio', 'wandb' or 'mlflow'"),
         ("trackio", "report_to: found 'trackio': input should be a valid list"),
         (["trackio", "trackio"], "report_to ['trackio', 'trackio'] repeats: name each tracker once"),
     ],
@@ -301,6 +367,51 @@ def test_a_study_with_trackers_is_overwritten_whole(raw: dict[str, Any], tmp_pat
     assert not (study / ".trackio").exists()
 
 
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_wandb_and_mlflow_get_every_round_once_after_a_resume_and_no_secret(
+    name: str,
+    raw: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stand_in: None,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The user's own settings would lead out of the study: online, to a server, with a key."""
+    program = {"wandb": WANDB_STAND_IN, "mlflow": MLFLOW_STAND_IN}[name]
+    (tmp_path / "packages" / f"{name}.py").write_text(program)
+    secrets = ("WANDB_API_KEY", "WANDB_BASE_URL", "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN")
+    for secret in secrets:
+        monkeypatch.setenv(secret, "elsewhere")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    study = fedmira.run(tracked(raw, name, federation={"rounds": 2})).path
+    ids = [line.get("id") for line in lines_of(name, study)]
+    observed: list[Event] = []
+    fedmira.resume(study, ["federation.rounds=4"], observer=observed.append)
+    (run,) = fedmira.study.face.Study(study).runs
+    lines = lines_of(name, study)
+    found: dict[int, dict[str, float]] = {}
+    for line in lines:
+        assert not line["values"].keys() & found.setdefault(line["step"], {}).keys(), "a round is there twice"
+        found[line["step"]] |= line["values"]
+        assert line["run"] == "local/seed-3"
+        assert not [key for key in secrets if key in line["environment"]]
+        assert line["environment"].get("WANDB_MODE", "offline") == line.get("mode", "offline") == "offline"
+    assert found == {record["round"]: measures(record) for record in run.rounds}
+    assert {line.get("id") for line in lines} == set(ids)  # uploaded, it is one run
+    (told,) = [event for event in observed if isinstance(event, Tracked)]
+    assert told.tracker == name
+    assert str(study) in told.command
+    assert capfd.readouterr().out == ""
+    StudyFolder(study).check_free(overwrite=True)
+
+
+def lines_of(name: str, study: Path) -> list[dict[str, Any]]:
+    """What a stand-in was given."""
+    places = {"wandb": "local/seed-3/wandb/wandb/offline-run-*", "mlflow": ".mlflow/mlflow.db"}
+    (file,) = study.glob(places[name])
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 # ---------------------------------------------------------------- trackers that fail
 
 
@@ -372,3 +483,67 @@ def test_trackio_itself_shows_every_round_once_after_a_resume(raw: dict[str, Any
     (run,) = fedmira.study.face.Study(study).runs
     assert [(name, step) for name, step, _ in rows] == [("local/seed-3", step) for step in (1, 2, 3, 4)]
     assert [json.loads(values) for _, _, values in rows] == [measures(record) for record in run.rounds]
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """Records of a .wandb file: after 7 bytes a LevelDB log, blocks of 32 KiB, with checksum, length and type."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, whole = file.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:  # the rest of a block
+            place += 32768 - place % 32768
+            continue
+        length, kind = struct.unpack("<HB", content[place + 4 : place + 7])
+        whole += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            record = Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+@pytest.mark.xdist_group("trackers")
+def test_wandb_itself_has_every_round_once_after_a_resume_and_nothing_of_the_machine(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("wandb")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 3)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    study = fedmira.run(tracked(raw, "wandb", federation={"rounds": 2})).path
+    fedmira.resume(study, ["federation.rounds=4"])
+    (run,) = fedmira.study.face.Study(study).runs
+    (file,) = (run.path / "wandb" / "wandb").glob("offline-run-*/run-*.wandb")
+    rounds = {}
+    for record in wandb_records(file):
+        if record.WhichOneof("record_type") == "history":
+            values = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+            }
+            assert values["_step"] not in rounds
+            rounds[values["_step"]] = {name: value for name, value in values.items() if not name.startswith("_")}
+    assert rounds == {record["round"]: measures(record) for record in run.rounds}
+    secret = (b"0123456789abcdef" * 3, platform.node().encode() or b"?", str(tmp_path).encode())
+    assert not [word for word in secret if len(word) > 3 and word in file.read_bytes()]
+    kept = [path.name for path in file.parent.rglob("*") if path.is_file() and path.suffix not in (".log", ".wandb")]
+    assert kept == []
+
+
+@pytest.mark.xdist_group("trackers")
+def test_mlflow_itself_shows_every_round_once_after_a_resume(raw: dict[str, Any], tmp_path: Path) -> None:
+    needs("mlflow")
+    study = fedmira.run(tracked(raw, "mlflow", federation={"rounds": 2})).path
+    fedmira.resume(study, ["federation.rounds=4"])
+    (run,) = fedmira.study.face.Study(study).runs
+    with sqlite3.connect(study / ".mlflow" / "mlflow.db") as database:
+        shown = database.execute("select run_uuid, name, user_id, status from runs where lifecycle_stage = 'active'")
+        ((number, *about),) = shown.fetchall()
+        rows = database.execute("select step, key, value from metrics where run_uuid = ?", (number,)).fetchall()
+    assert about == ["local/seed-3", "unknown", "FINISHED"]
+    found: dict[int, dict[str, float]] = {}
+    for step, key, value in rows:
+        assert key not in found.setdefault(step, {})
+        found[step][key] = value
+    assert found == {record["round"]: measures(record) for record in run.rounds}
+    assert {path.name for path in (study / ".mlflow").iterdir()} <= {"mlflow.db"}

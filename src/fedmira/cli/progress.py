@@ -12,8 +12,17 @@ from fedmira.adapters.ranks import shown
 from fedmira.cli.show import plural, visible
 from fedmira.data.partition import shown_name
 from fedmira.data.rows import FAULTS_SHOWN
-from fedmira.engine.events import AnswersWritten, ClientsDone, ClientsTuned, Event, RoundDone
-from fedmira.study.events import AdaptersWritten, ClientsEncoded, DataRead, RunBegun, RunDone, StepBegun, StudyPrepared
+from fedmira.engine.events import AnswersWritten, ClientsDone, ClientsTuned, Event, RoundDone, StoppedEarly
+from fedmira.study.events import (
+    AdaptersWritten,
+    ClientsEncoded,
+    DataRead,
+    RunBegun,
+    RunDone,
+    StepBegun,
+    StudyPrepared,
+    Tracked,
+)
 
 if TYPE_CHECKING:
     from fedmira.disk.folders import RoundRecord
@@ -70,6 +79,8 @@ class Watch:
                 self._show_run(event.facts)
             case RoundDone():
                 self._show_round(event.record, event.rounds)
+            case StoppedEarly():
+                self.say(f"{self.name}: stopped early after round {event.round} of {event.rounds}: {event.reason}")
             case ClientsEncoded():
                 self._move_step("tokenising clients", event)
             case AnswersWritten():
@@ -82,6 +93,9 @@ class Watch:
                 self._drop()
                 if event.refused:
                     self.say(f"warning: {self.name}: {event.refused} uploads were refused; log.txt says which and why")
+
+            case Tracked():
+                self.say(f"{event.tracker}: {event.command}")
 
     def say(self, text: str) -> None:
         self.console.print(visible(text), highlight=False, markup=False, soft_wrap=True)

@@ -145,10 +145,18 @@ class DataConfig(Strict):
     seed: Seed = 0  # of splits, subsample and partitioners; the same for all methods and training seeds
 
 
+class EarlyStoppingConfig(Strict):
+    """When a run ends before its last round; meaning as of transformers' EarlyStoppingCallback."""
+
+    patience: Count  # validations in a row without an improvement after which the run ends
+    threshold: Annotated[float, Field(ge=0)] = 0.0  # nats by which the mean validation loss must be below the lowest
+
+
 class FederationConfig(Strict):
     """Rounds and who takes part."""
 
-    rounds: Length
+    rounds: Length  # at most, with early_stopping
+    early_stopping: EarlyStoppingConfig | None = None  # null: every run has all its rounds
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0  # fraction of clients per round, at least one
     cohort: Count | Literal["auto"] = "auto"  # clients trained in one pass
 
@@ -263,6 +271,7 @@ class EvaluationConfig(Strict):
     """What is measured; the final test on all clients always runs."""
 
     every: Count = 1  # rounds between validations of all clients (the curve)
+    keep: Literal["last", "best"] = "last"  # adapters that are tested and exported; best: of the lowest validation loss
     metrics: list[Metric] = Field(default=["loss"])
     max_new_tokens: Count = 64
     max_examples: Count | None = None  # generated answers per client; None = its whole test split
@@ -326,7 +335,8 @@ class Config(Strict):
     methods: Annotated[list[MethodEntry], Field(min_length=1)]
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
-    report_to: list[Literal["tensorboard", "trackio"]] = Field(default=[])  # follow rounds there; extras
+    # follow rounds there; extras
+    report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(default=[])
 
     def training_of(self, entry: MethodEntry) -> TrainingConfig:
         """Return how the clients of one method train: `training`, changed by what its entry says."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 View = Literal["personal", "global"]  # each client's own adapter, or the shared one
-TRACKIO_FOLDER = ".trackio"  # of a study; a method's label never starts with a dot
+TRACKIO_FOLDER, MLFLOW_FOLDER = ".trackio", ".mlflow"  # of a study; a method's label never starts with a dot
 RESULT_COLUMNS = ("client", "method", "seed", "round", "view", "split", "metric", "value")
 
 
@@ -66,6 +66,7 @@ class RoundRecord:
     tokens: int  # unpadded tokens trained on
     notes: Mapping[str, float] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)  # client -> reason
+    stopped_early: str | None = None  # why no further round follows; absent from the line if None
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,10 @@ class RunFolder:
         if lines := buffer.getvalue():
             append_lines(self.path / "results.csv", [lines.removesuffix("\n")])
         if record is not None:
-            append_lines(self.path / "metrics.jsonl", [json.dumps(_finite(asdict(record)), allow_nan=False)])
+            line = _finite(asdict(record))
+            if record.stopped_early is None:
+                del line["stopped_early"]
+            append_lines(self.path / "metrics.jsonl", [json.dumps(line, allow_nan=False)])
 
     def write_examples(self, examples: Iterable[Mapping[str, Any]]) -> None:
         """Write examples.jsonl: prompts, references and answers, where report.examples is true."""
@@ -277,7 +281,7 @@ def _finite(value: Any) -> Any:
 def _belongs(path: Path) -> bool:
     """Is this entry of a study's folder one that FedMira wrote?"""
     if path.is_dir() and not path.is_symlink():
-        if path.name == TRACKIO_FOLDER:
+        if path.name in (TRACKIO_FOLDER, MLFLOW_FOLDER):
             return True
         runs = list(path.iterdir())
         return bool(runs) and all(run.name.startswith("seed-") and (run / "config.yaml").is_file() for run in runs)

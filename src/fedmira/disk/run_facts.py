@@ -29,7 +29,7 @@ class RunFacts:
     settings: Mapping[str, Any]  # as the config has them
     training: Mapping[str, Any] | None = None  # of its clients, in full; None in runs of earlier versions
     seed: int
-    rounds: int  # when it is complete
+    rounds: int  # when it is complete, unless it stopped early
     clients: int
     sampled: int  # of these, in one round
     personal: bool  # has each client an adapter of its own?
@@ -50,6 +50,9 @@ class RunFacts:
     started: str  # ISO 8601, as is `finished`
     seconds_tuning: float | None = None  # fine-tuning after the last round; None: there was none
     tokens_tuning: int | None = None
+    keep: Literal["last", "best"] = "last"  # whose adapters are tested and exported: of which round
+    kept_rounds: Sequence[int] | None = None  # first, median and last of the clients' best rounds; None: keep is last
+    stopped_early: Mapping[str, Any] | None = None  # round, reason; None: it had, or will have, all its rounds
     finished: str | None = None  # when it ended last, well or not
     bytes_up: int | None = None  # this and the rest: sums over all rounds, once the run is complete
     bytes_down: int | None = None

@@ -124,6 +124,14 @@ class Clients(Trainers, Protocol):
         """
         ...
 
+    def set_aside(self, ids: Tensor, send: Send) -> None:
+        """Let the clients `ids` set aside the adapters that they would use now, instead of what they had set aside."""
+        ...
+
+    def take_up(self) -> None:
+        """From now on let each client use the adapter that it has set aside; one that has none goes on as before."""
+        ...
+
     def keep(self, ids: Tensor) -> Kept | None:
         """Count the last round of the clients `ids`, whose uploads were admitted; None = nothing is kept here."""
         ...

@@ -124,10 +124,14 @@ def count_run(
     every: int,
     writes: bool,
     max_examples: int | None,
+    ends: int = 1,
 ) -> Work:
     """Count one run: the local phases of a schedule, the sampled clients' losses before and after each merge, what is
     due for the curve, what clients fine-tune at the end, and the test of everyone who was ever sampled (of all, where
-    one model is shared or all fine-tune). Where nobody trains, the scores are those of the start."""
+    one model is shared or all fine-tune). Where nobody trains, the scores are those of the start.
+
+    ends: adapters with which each client is tested at the end: 2, at most, where the best are kept beside the last.
+    """
     regime = method.regime
     if regime.trainees == "nobody":
         return Work(0.0, 0.0, 0)
@@ -156,14 +160,14 @@ def count_run(
     if regime.tune is not None:
         kind, length = regime.tune
         steps, epochs = (length, None) if kind == "steps" else (None, length)
-        trained += sum(
+        trained += ends * sum(
             count_examples(len(client.train), batch_size=batch_size, steps=steps, epochs=epochs) * tokens
             for client, tokens in zip(clients, means, strict=True)
         )
     elif method.has_row_of_each:
         tested = sorted({int(k) for ids in schedule for k in ids})
-    scored += sum(_tokens(clients[k].test) for k in tested)
-    return Work(trained, scored, _answers(clients, tested, max_examples) if writes else 0)
+    scored += ends * sum(_tokens(clients[k].test) for k in tested)
+    return Work(trained, scored, ends * _answers(clients, tested, max_examples) if writes else 0)
 
 
 def _tokens(examples: Sequence[Encoded]) -> int:

@@ -49,3 +49,12 @@ class RoundDone(Event):
 
     record: RoundRecord
     rounds: int
+
+
+@dataclass(frozen=True)
+class StoppedEarly(Event):
+    """A run ends after `round` of `rounds`, because its validation loss no longer falls. reason: in words."""
+
+    round: int
+    rounds: int
+    reason: str

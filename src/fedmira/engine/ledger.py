@@ -15,6 +15,8 @@ from fedmira.adapters import Pairs
 from fedmira.adapters.added import count_bytes, from_named, named
 from fedmira.disk.checkpoints import Tensors, load_chain, prune, save_checkpoint
 from fedmira.disk.table import Overlay, Picked, Table
+from fedmira.engine.best import FILE as BEST_FILE
+from fedmira.engine.best import Best, Patience
 from fedmira.engine.clients import Clients, Kept
 from fedmira.engine.federation import Federation
 from fedmira.methods.base import Change, State
@@ -25,12 +27,15 @@ class Ledger:
     """The server's side of a run between rounds; only the engine writes it. It knows no client's data or memory.
 
     state: of the method. validation [K]: the newest validation loss of every client, nan where none is known; saved
-    [K]: as the newest checkpoint has it. known [K]: how many changes of the base each client has received.
+    [K]: as the newest checkpoint has it. known [K]: how many changes of the base each client has received. best: the
+    round to keep, None = the last; patience: when the run ends early, None = never.
     """
 
     federation: Federation
     state: State
     validation: Tensor
+    best: Best | None = None
+    patience: Patience | None = None
     round: int = 0
     delta_bytes: int = 0  # of the deltas since the last full checkpoint
     last_full: int = 0
@@ -89,6 +94,9 @@ def commit(
     state, had = ledger.after(change), len(ledger.state.base)
     whole = len(touched) * each + count_bytes(state.base) + (0 if kept is None else kept.bytes_of_all)
     delta = len(change.ids) * each + count_bytes(state.base[had:]) + (0 if kept is None else kept.bytes_of_round)
+    if ledger.best is not None:
+        whole += ledger.best.count_bytes(full=True)
+        delta += ledger.best.count_bytes(full=False)
     # The second is full as well: were the first the only one, damage to it would lose the run.
     full = number <= 2 or ledger.delta_bytes + delta >= whole
     ids = touched if full else change.ids
@@ -96,14 +104,18 @@ def commit(
     tables = {f"table.{name}": Picked(value, ids) for name, value in state.tables.items()}
     base = named(state.base, 0) if full else named(state.base[had:], had)
     known = {"known": ledger.known} if state.base else {}
+    waited = {} if ledger.patience is None else {"patience": ledger.patience.as_tensor()}
     files: dict[str, Tensors] = {
         "state": {"ids": ids, "rows": Picked(state.adapters.rows, ids), **shared, **tables},
-        "engine": {**({"validation": ledger.validation} if full else _measured(ledger)), **known},
+        "engine": {**({"validation": ledger.validation} if full else _measured(ledger)), **known, **waited},
         **({} if not base else {"base": base}),
+        **({} if ledger.best is None else ledger.best.files(full=full)),
         **({} if kept is None else kept.files(full=full)),
     }
     save_checkpoint(checkpoints, number, files, full=full, facts=facts or {})
     ledger.saved = ledger.validation.clone()
+    if ledger.best is not None:
+        ledger.best.fresh[:] = False
     if full:
         prune(checkpoints, ledger.last_full)
         ledger.last_full, ledger.delta_bytes = number, 0
@@ -137,13 +149,20 @@ def restore(checkpoints: Path, ledger: Ledger, clients: Clients) -> Mapping[str,
         engine = checkpoint.files["engine"]
         ledger.validation[engine.get("ids", slice(None))] = engine["validation"]  # without ids: everybody's
         ledger.known = engine.get("known", ledger.known)
+        if ledger.patience is not None and "patience" in engine:
+            ledger.patience.restore(engine["patience"])
+        if ledger.best is not None:
+            ledger.best.restore(checkpoint.files, ledger.state)
         clients.restore(checkpoint.files)
         ledger.round, facts = checkpoint.round, checkpoint.facts
         if checkpoint.full:
             ledger.last_full, ledger.delta_bytes = checkpoint.round, 0
         else:
             memory = checkpoint.files.get("memory", {})
+            chosen = checkpoint.files.get(BEST_FILE, {})
             values = [state["rows"], *tables.values(), *(value for name, value in memory.items() if name != "ids")]
+            values += [value for name, value in chosen.items() if name not in ("units", "loss", "round")]
+            values += [value for name, value in checkpoint.files.get("aside", {}).items() if name != "ids"]
             ledger.delta_bytes += sum(value.numel() * value.element_size() for value in values) + count_bytes(base)
     ledger.saved = ledger.validation.clone()
     if ledger.round:  # what is beyond is done again, and must not be taken for the new rounds' own

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedmira.disk.checkpoints import Tensors
 from fedmira.disk.table import Overlay, Picked, Table
 
-FILE = "memory"  # of a checkpoint
+FILE, ASIDE_FILE = "memory", "aside"  # of a checkpoint
 
 
 @dataclass(eq=False)
@@ -57,16 +57,47 @@ class ClientMemory:
             self.stage(values.pop("ids"), values).apply()
 
 
+@dataclass(eq=False)
+class Aside:
+    """Rows [K, P] that clients set aside as their best so far. fresh: clients that did since the newest checkpoint."""
+
+    table: Table
+    fresh: set[int] = field(default_factory=set)
+
+    def put(self, ids: Tensor, rows: Tensor) -> None:
+        """Set aside the rows [n, P] of the clients `ids` [n], instead of what they had set aside."""
+        self.table.write(ids, rows)
+        self.fresh.update(ids.tolist())
+
+    def choose(self, *, full: bool) -> Tensor:
+        """Return the clients [n] of a checkpoint: all that set a row aside (full), or those that did since the last."""
+        if full:
+            return self.table.written.nonzero().flatten()
+        return torch.tensor(sorted(self.fresh), dtype=torch.int64)
+
+    def restore(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take back what one checkpoint holds."""
+        if ASIDE_FILE in files:
+            self.table.write(files[ASIDE_FILE]["ids"], files[ASIDE_FILE]["rows"])
+
+
 @dataclass(frozen=True, eq=False)
 class Staged:
-    """What the clients `ids` [n] remember of a round that is not durable yet."""
+    """What the clients `ids` [n] remember of a round that is not durable yet, and what they have set aside by now."""
 
     memory: ClientMemory
     ids: Tensor
     values: Mapping[str, Tensor]
+    aside: Aside | None = None
 
     def files(self, *, full: bool) -> Mapping[str, Tensors]:
-        """Return the file of a checkpoint: of all clients that have trained (full), or of those of the round."""
+        """Return the files of a checkpoint: of all clients that have trained (full), or of those of the round."""
+        files = dict(self._memory_file(full=full))
+        if self.aside is not None and len(chosen := self.aside.choose(full=full)):
+            files[ASIDE_FILE] = {"ids": chosen, "rows": Picked(self.aside.table, chosen)}
+        return files
+
+    def _memory_file(self, *, full: bool) -> Mapping[str, Tensors]:
         if not self.memory.tables:
             return {}
         if not full:
@@ -81,12 +112,15 @@ class Staged:
     @property
     def bytes_of_all(self) -> int:
         """Bytes of a checkpoint of all clients that have trained."""
-        return self._bytes_each * len({*self.memory.remembered, *self.ids.tolist()})
+        return self._bytes_each * len({*self.memory.remembered, *self.ids.tolist()}) + self._bytes_aside(full=True)
 
     @property
     def bytes_of_round(self) -> int:
         """Bytes of a checkpoint of the round's clients."""
-        return self._bytes_each * len(self.ids)
+        return self._bytes_each * len(self.ids) + self._bytes_aside(full=False)
+
+    def _bytes_aside(self, *, full: bool) -> int:
+        return 0 if self.aside is None else self.aside.table.row_bytes * len(self.aside.choose(full=full))
 
     @property
     def _bytes_each(self) -> int:
@@ -98,3 +132,5 @@ class Staged:
             self.memory.tables[name].write(self.ids, value)
         if self.values:
             self.memory.remembered.update(self.ids.tolist())
+        if self.aside is not None:
+            self.aside.fresh.clear()

@@ -8,20 +8,22 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedmira.disk.folders import RoundRecord, RunFolder
+from fedmira.disk.folders import RoundRecord, RunFolder, View
+from fedmira.engine.best import Best, Patience, copy_state
 from fedmira.engine.clients import Asked, Clients, Reply, Scores
-from fedmira.engine.events import AnswersWritten, ClientsTuned, Observer, RoundDone
+from fedmira.engine.events import AnswersWritten, ClientsTuned, Observer, RoundDone, StoppedEarly
 from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger, commit, restore
 from fedmira.engine.rates import CONSTANT, Schedule
 from fedmira.engine.round import Round, Sender, mask_change, play
-from fedmira.engine.scoring import final_scores, known, note, results_of, validate, view_of
+from fedmira.engine.scoring import final_scores, known, note, results_of, tests_of, validate, view_of
+from fedmira.errors import MethodError
 from fedmira.graphs.graph import Graph
 from fedmira.methods.base import Clock, Method
 
@@ -30,13 +32,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Course:
-    """How long a run is and when it is measured. every: rounds between validations of all clients."""
+    """How long a run is and when it is measured. every: rounds between validations of all clients.
+
+    keep: which adapters are tested and exported: those after the last round, or of the lowest validation loss.
+    patience: validations without an improvement by more than threshold nats after which it ends; None = never.
+    """
 
     rounds: int
     every: int
     seed: int
     learning_rate: float
     schedule: Schedule = CONSTANT
+    keep: Literal["last", "best"] = "last"
+    patience: int | None = None
+    threshold: float = 0.0
 
     def is_due(self, number: int) -> bool:
         """Is everybody validated after this round?"""
@@ -45,14 +54,17 @@ class Course:
 
 @dataclass(frozen=True, eq=False)
 class Ended:
-    """What a run has come to. send: what any clients would be sent now; graph: what was learned on the way, if one was.
+    """What a run has come to. send: what the adapters that are kept come from; graph: what was learned, if one was.
 
-    test: of every client with the adapter that it uses now.
+    test: of every client with the adapter that it keeps. chosen [K]: the best round of each client, whose adapter it
+    keeps; 0 = none was chosen, it keeps that of the last. stopped_early: why the run ended early, None = it did not.
     """
 
     send: Sender
     graph: Graph | None
     test: Scores
+    chosen: Sequence[int]
+    stopped_early: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +77,7 @@ class Run:
     course: Course
     folder: RunFolder
     ledger: Ledger
+    last_sampled: Tensor  # [K] round in which each client was sampled last, 0 = never
     observer: Observer
 
     @property
@@ -75,7 +88,10 @@ class Run:
     @property
     def clock(self) -> Clock:
         """Of the next round."""
-        number = self.ledger.round + 1
+        return self.clock_of(self.ledger.round + 1)
+
+    def clock_of(self, number: int) -> Clock:
+        """Of any round."""
         return Clock(number, learning_rate=self.course.schedule.of_round(self.peak, number))
 
     @property
@@ -83,6 +99,23 @@ class Run:
         """The learning rate that a schedule multiplies: the config's, or the method's own."""
         rate = self.method.regime.learning_rate
         return self.course.learning_rate if rate is None else rate
+
+    @property
+    def is_personal(self) -> bool:
+        """Is each client validated with a separate adapter, so that each has its own best round?"""
+        return view_of(self.method) == "personal"
+
+    @property
+    def best_is_with_clients(self) -> bool:
+        """Do clients set the best adapters aside, because the server cannot know them?"""
+        return self.is_personal or self.method.regime.trainees == "pool"
+
+    @property
+    def stopped_early(self) -> str | None:
+        """Why no further round follows, although the run is not at its last one; None = it goes on, or has ended."""
+        patience = self.ledger.patience
+        stops = patience is not None and patience.is_exhausted and self.ledger.round < self.course.rounds
+        return patience.reason if patience is not None and stops else None
 
     def progress(self, clients: int) -> Callable[[int], None]:
         return lambda done: self.observer(AnswersWritten(done, clients))
@@ -102,12 +135,20 @@ def run_rounds(
     """Carry one method with one seed from the newest checkpoint to the last round.
 
     A round counts once its checkpoint is written; then it is applied and measured, and its line goes to metrics.jsonl.
-    A crash loses at most the round under way. The newest durable round is measured again after a resume.
+    A crash loses at most the round under way. The newest durable round is measured again after a resume. Raises
+    MethodError if the best adapters are to be kept of a method with which that cannot be done.
     """
     validation = torch.tensor([math.nan if value is None else value for value in start.validation], dtype=torch.float64)
-    ledger = Ledger(federation, federation.first_state(course.seed, method, folder.path), validation)
-    run = Run(federation, method, clients, course, folder, ledger, observer)
+    best = None
+    if course.keep == "best" and method.regime.trainees != "nobody":
+        best = Best(len(federation) if view_of(method) == "personal" else 1)
+    patience = None if course.patience is None else Patience(course.patience, course.threshold)
+    ledger = Ledger(federation, federation.first_state(course.seed, method, folder.path), validation, best, patience)
+    last_sampled = torch.zeros(len(federation), dtype=torch.int64)
+    run = Run(federation, method, clients, course, folder, ledger, last_sampled, observer)
     facts = restore(folder.checkpoints, ledger, clients)
+    for number, ids in enumerate(schedule[: ledger.round], 1):
+        last_sampled[torch.from_numpy(ids)] = number
     folder.cut_back(ledger.round - 1)
     if ledger.round == 0:
         folder.append(None, results_of(federation.names, 0, view_of(method), start))
@@ -117,21 +158,64 @@ def run_rounds(
     if ledger.round:
         log.info("resumed after round %d", ledger.round)
         _measure(run, facts, torch.from_numpy(schedule[ledger.round - 1]))
-    for number in range(ledger.round + 1, course.rounds + 1):
-        record = _one_round(run, schedule[number - 1])
+    while ledger.round < course.rounds and run.stopped_early is None:
+        record = _one_round(run, schedule[ledger.round])
         observer(RoundDone(record, course.rounds))
-    view = view_of(method)
-    if method.regime.tune is not None:
-        _tune(run)
-        view = "personal"
-    send = run.sender
-    ever = sorted({int(k) for ids in schedule[: course.rounds] for k in ids})
-    count = len(ever) if method.has_row_of_each and not drawn else len(federation)
-    final = final_scores(clients, method, ledger, send, ever, start, run.progress(count))
-    last = [row for row in results_of(federation.names, ledger.round, view, final) if row.split == "test"]
-    folder.append(None, last)
+    if run.stopped_early is not None:
+        observer(StoppedEarly(ledger.round, course.rounds, run.stopped_early))
+        log.info("stopped early after round %d of %d: %s", ledger.round, course.rounds, run.stopped_early)
+    return _end(run, start, everyone_is_tested=not method.has_row_of_each or drawn)
+
+
+def _end(run: Run, start: Scores, *, everyone_is_tested: bool) -> Ended:
+    """Test the adapters that are kept, and where others are kept than those of the last round, these too."""
+    ledger, method, names = run.ledger, run.method, run.federation.names
+    view: View = "personal" if method.regime.tune is not None else view_of(method)
+    tunings: list[tuple[float, int]] = []  # seconds and tokens of each
+
+    def test(send: Sender, ids: Sequence[int]) -> Scores:
+        if method.regime.tune is not None:
+            tunings.append(_tune(run, send))
+        count = len(run.federation) if everyone_is_tested else len(ids)
+        return final_scores(run.clients, method, ledger, send, ids, start, run.progress(count))
+
+    send, best, chosen = run.sender, ledger.best, torch.zeros(len(names), dtype=torch.int64)
+    last: Scores | None = None
+    changed = chosen > 0
+    if best is not None and bool((best.round > 0).any()):
+        chosen = best.round if run.is_personal else best.round.expand(len(names))
+        # where each client has a row, its adapter changes in its own rounds alone
+        changed = (chosen > 0) & (chosen < (run.last_sampled if method.has_row_of_each else ledger.round))
+        if bool(changed.any()):
+            last = test(send, changed.nonzero().flatten().tolist())
+        if best.state is None:
+            run.clients.take_up()
+        else:
+            send = replace(send, clock=run.clock_of(int(best.round) + 1), state=best.state)
+    rounds = [number or ledger.round for number in chosen.tolist()]
+    final = test(send, run.last_sampled.nonzero().flatten().tolist())
+    run.folder.append(None, tests_of(names, rounds, view, final))
+    if any(number < ledger.round for number in rounds):
+        whole = final if last is None else _laid_over(final, last, changed)
+        tests = tests_of(names, [ledger.round] * len(names), view, whole)
+        again = {name for name, number in zip(names, rounds, strict=True) if number < ledger.round}
+        run.folder.append(None, [row for row in tests if row.client in again])
+    if tunings:
+        seconds, tokens = (sum(values) for values in zip(*tunings, strict=True))
+        run.folder.update(replace(run.folder.facts, seconds_tuning=seconds, tokens_tuning=tokens))
     learned = method.facts.learned
-    return Ended(send, None if learned is None else learned(ledger.state), final)
+    graph = None if learned is None else learned(ledger.state)
+    return Ended(send, graph, final, chosen.tolist(), run.stopped_early)
+
+
+def _laid_over(scores: Scores, others: Scores, changed: Tensor) -> Scores:
+    """Return test scores with those of others for the clients that are `changed` [K]."""
+    places = changed.tolist()
+    test = {
+        metric: [others.test[metric][k] if places[k] else value for k, value in enumerate(values)]
+        for metric, values in scores.test.items()
+    }
+    return Scores(scores.validation, test)
 
 
 def _one_round(run: Run, sampled: np.ndarray) -> RoundRecord:
@@ -141,6 +225,11 @@ def _one_round(run: Run, sampled: np.ndarray) -> RoundRecord:
     ids = torch.from_numpy(sampled)
     asked = clients.ask(ids)
     played = play(run.method, ledger, clients, asked.ids, run.clock)
+    if played.change.base and ledger.best is not None and run.best_is_with_clients:
+        raise MethodError(
+            f"evaluation.keep: best with method '{run.method.name}': its merges add to the base of everybody, and "
+            "clients that each keep the adapter of another round would each need another base; use evaluation.keep=last"
+        )
     after: list[float | None] | None = None
     if run.method.regime.tolerance is not None:
         played, after = _let_refuse(run, played, run.method.regime.tolerance)
@@ -154,6 +243,7 @@ def _one_round(run: Run, sampled: np.ndarray) -> RoundRecord:
         kept.apply()
     ledger.apply(played.change)
     ledger.round += 1
+    run.last_sampled[ids] = ledger.round
     return _measure(run, facts, ids, began=began)
 
 
@@ -256,12 +346,16 @@ def _measure(run: Run, facts: Mapping[str, Any], sampled: Tensor, *, began: floa
         facts["loss_before"] = after if facts["answered"] else [None] * len(sampled)
     everyone = known(ledger.validation)
     measured = [value for value in everyone if value is not None]
+    mean = sum(measured) / len(measured) if due and measured else None
+    if due:
+        _choose(run, mean)
     earlier = 0.0 if began is not None else facts["seconds_training"] + facts["seconds_merge"]
     record = RoundRecord(
         round=ledger.round,
         loss_after=after,
-        validation_loss=sum(measured) / len(measured) if due and measured else None,
+        validation_loss=mean,
         seconds=earlier + time.monotonic() - (again if began is None else began),
+        stopped_early=run.stopped_early,
         **facts,
     )
     results = results_of(run.federation.names, record.round, view_of(run.method), Scores(everyone, {})) if due else []
@@ -269,16 +363,36 @@ def _measure(run: Run, facts: Mapping[str, Any], sampled: Tensor, *, began: floa
     return record
 
 
-def _tune(run: Run) -> None:
-    """Let every client fine-tune what it would be sent now.
+def _choose(run: Run, mean: float | None) -> None:
+    """Keep the newest round where its validation losses are the lowest so far. mean: of all clients; None = unknown."""
+    ledger = run.ledger
+    if ledger.patience is not None:
+        ledger.patience.note(mean)
+    if ledger.best is None:
+        return
+    losses = torch.tensor([math.nan if mean is None else mean], dtype=torch.float64)
+    if run.is_personal:
+        losses = ledger.validation.clone()
+        if run.method.has_row_of_each:  # whoever never trained is at the common start, which is not a candidate
+            losses[run.last_sampled == 0] = math.nan
+    units = ledger.best.offer(losses, ledger.round)
+    if not len(units):
+        return
+    if run.best_is_with_clients:
+        run.clients.set_aside(units, run.sender)
+    else:
+        ledger.best.state = copy_state(ledger.state, rows_only=run.method.send is None)
+
+
+def _tune(run: Run, send: Sender) -> tuple[float, int]:
+    """Let every client fine-tune what it would be sent by `send`; return the seconds and tokens of that.
 
     Nothing of it enters the ledger: after a kill it is done again, to the same bits, and more rounds later go on from
     what the server has.
     """
     began, clients = time.monotonic(), len(run.federation)
-    tuned = run.clients.tune(run.sender, lambda done: run.observer(ClientsTuned(done, clients)))
+    tuned = run.clients.tune(send, lambda done: run.observer(ClientsTuned(done, clients)))
     for k, reason in tuned.refused.items():
         name = run.federation.names[k]
         log.warning("what client '%s' fine-tuned was refused (%s): it keeps what it was sent", name, reason)
-    seconds = time.monotonic() - began
-    run.folder.update(replace(run.folder.facts, seconds_tuning=seconds, tokens_tuning=tuned.tokens))
+    return time.monotonic() - began, tuned.tokens

@@ -144,10 +144,18 @@ def view_of(method: Method) -> View:
 
 
 def results_of(names: Sequence[str], number: int, view: View, scores: Scores) -> list[Result]:
+    """Return the results of all clients after one round."""
     rows = [
         Result(name, number, view, "validation", "loss", value)
         for name, value in zip(names, scores.validation, strict=True)
     ]
-    for metric, values in scores.test.items():
-        rows += [Result(name, number, view, "test", metric, value) for name, value in zip(names, values, strict=True)]
-    return rows
+    return rows + tests_of(names, [number] * len(names), view, scores)
+
+
+def tests_of(names: Sequence[str], rounds: Sequence[int], view: View, scores: Scores) -> list[Result]:
+    """Return the test results of all clients. rounds [K]: after which each had the adapter that was tested."""
+    return [
+        Result(name, number, view, "test", metric, value)
+        for metric, values in scores.test.items()
+        for name, number, value in zip(names, rounds, values, strict=True)
+    ]

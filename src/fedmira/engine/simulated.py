@@ -22,7 +22,7 @@ from fedmira.disk.table import Table
 from fedmira.engine.clients import Asked, Reply, Scores, Send, Tuned, everybody, nobody
 from fedmira.engine.federation import Federation
 from fedmira.engine.gate import MAX_NORM, Header
-from fedmira.engine.memory import ClientMemory, Staged
+from fedmira.engine.memory import ASIDE_FILE, Aside, ClientMemory, Staged
 from fedmira.engine.phase import PhaseResult, local_phase, plan_steps
 from fedmira.engine.scoring import score_test_split
 from fedmira.engine.tools import Moments, Toolbox, Training
@@ -50,6 +50,8 @@ class Simulated:
         self.memory = ClientMemory(len(federation), scratch)
         self.staged = Staged(self.memory, torch.empty(0, dtype=torch.int64), {})
         self.tuned: Table | None = None  # rows that every client fine-tuned after the last round
+        self.aside: Aside | None = None  # rows that clients keep as their best so far
+        self.taken_up = False  # do they use these?
         self.versions: tuple[Pairs, ...] = ()  # changes of the base that were received
         self.added: Pairs = {}  # their sum
 
@@ -165,6 +167,17 @@ class Simulated:
         """Return the adapters that the clients `ids` would use now, at their ranks."""
         if self.tuned is not None:
             return self._adapters(ids, self.tuned[ids])
+        if self.aside is None or not self.taken_up:
+            return self._newest(ids, send)
+        has = self.aside.table.written[ids]
+        if bool(has.all()):
+            return self.federation.adapters(ids, self.aside.table[ids])
+        rows = self._newest(ids, send).rows.clone()
+        rows[has] = self.aside.table[ids[has]]
+        return self._adapters(ids, rows)
+
+    def _newest(self, ids: Tensor, send: Send) -> Adapters:
+        """Return the adapters of the clients `ids` after the newest round."""
         given = self._whole(ids, send(ids), send.clock)
         start = self._adapters(ids, given.rows)
         if start.is_padded or start.layout.gaps or not given.rows.is_contiguous():
@@ -216,12 +229,35 @@ class Simulated:
         chosen = {k: n for n, k in enumerate(self.staged.ids.tolist())}
         index = torch.tensor([chosen[k] for k in ids.tolist()], dtype=torch.int64)
         staged, self.staged = self.staged, Staged(self.memory, ids[:0], {})
-        return Staged(self.memory, ids, {name: value[index] for name, value in staged.values.items()})
+        values = {name: value[index] for name, value in staged.values.items()}
+        return Staged(self.memory, ids, values, self.aside)
+
+    def set_aside(self, ids: Tensor, send: Send) -> None:
+        """Set the rows aside a pass at a time, so that no more of them are in memory than in training."""
+        if not len(ids):
+            return
+        aside = self._aside()
+        for first in range(0, len(ids), self.workplace.cohort):
+            some_ids = ids[first : first + self.workplace.cohort]
+            aside.put(some_ids, self._newest(some_ids, send).rows)
+
+    def take_up(self) -> None:
+        self.taken_up = True
 
     def restore(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
         if "row" in files.get("memory", {}):
             self._own_rows()
         self.memory.restore(files)
+        if ASIDE_FILE in files:
+            self._aside().restore(files)
+
+    def _aside(self) -> Aside:
+        """What clients have set aside: one more row of each that has."""
+        if self.aside is None:
+            nothing = torch.zeros(1, self.federation.layout.size, dtype=self.federation.dtype)
+            kinds = torch.zeros(len(self.federation), dtype=torch.int64)
+            self.aside = Aside(Table(nothing, kinds, self.memory.scratch))
+        return self.aside
 
     def _own_rows(self) -> Table:
         """The rows of clients that keep columns to themselves; they begin as the common start."""
@@ -324,6 +360,14 @@ class Pool:
 
     def tune(self, send: Send, progress: Callable[[int], None]) -> Tuned:
         raise NotImplementedError("clients of a pool do not fine-tune: a Method that says so is refused")
+
+    def set_aside(self, ids: Tensor, send: Send) -> None:
+        """Set the pool's row aside, which everybody uses."""
+        if len(ids):
+            self.trainer.set_aside(HOLDER, send)
+
+    def take_up(self) -> None:
+        self.trainer.take_up()
 
     def keep(self, ids: Tensor) -> Staged:
         return self.trainer.keep(ids)

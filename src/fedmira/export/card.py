@@ -43,6 +43,7 @@ class Card(TypedDict, total=False):
     method: str
     settings: Mapping[str, Any]
     rounds: int
+    round: int  # after which the adapter was the best by validation loss
     drawn: int  # rounds in which this client trained
     seed: int
     base_sha256: str
@@ -159,6 +160,8 @@ def _facts(base: str, card: Card) -> dict[str, str]:
         facts["method"] = f"{card['method']}{shown}"
     if "rounds" in card:
         facts["rounds"] = f"{card['rounds']}, of which this client trained in {card.get('drawn', 0)}"
+    if "round" in card:
+        facts["kept"] = f"the adapter after round {card['round']}, the best by validation loss"
     if "seed" in card:
         facts["seed"] = str(card["seed"])
     facts["base"] = f"`{_quoted(base)}`"

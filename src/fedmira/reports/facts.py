@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from fedmira.reports.axes import spread_out
 from fedmira.reports.record import Metric, RunRecord, StudyRecord
 from fedmira.reports.stats import base_values, client_values, gains
-from fedmira.reports.wording import between, clean, count, listed, plural, seconds, size, spread
+from fedmira.reports.wording import between, clean, count, listed, number, plural, seconds, size, spread
 
 CLIENTS_LISTED = 300  # in a table; of more clients the ends are listed
 ENDS_LISTED = 25
@@ -57,8 +57,14 @@ def notices(record: StudyRecord) -> list[str]:
     if unfinished:
         said.append(f"Not complete, so read with care: {listed(unfinished, NAMES_LISTED)}.")
     rounds = sorted({turn for metric in record.metrics for item in metric.methods for turn in item.rounds})
+    tested_after = "tested after"
+    if record.results.kept:  # clients keep adapters of different rounds: no run is shorter for that
+        rounds, tested_after = sorted({len(run.rounds) for run in record.runs if run.rounds}), "trained for"
     if len(rounds) > 1:
-        said.append(f"The runs were tested after different numbers of rounds: {', '.join(map(str, rounds))}.")
+        said.append(f"The runs were {tested_after} different numbers of rounds: {', '.join(map(str, rounds))}.")
+    early = [f"{clean(run.folder)} {clean(run.stopped_early)}" for run in record.runs if run.stopped_early]
+    if early:
+        said.append(f"Stopped early, as the config asks: {listed(early, NAMES_LISTED)}.")
     tested = {item.method for metric in record.metrics for item in metric.methods}
     untested = [label for label in record.labels if label not in tested]
     if tested and untested:
@@ -129,7 +135,10 @@ def basis(record: StudyRecord) -> str:
     if not rounds:
         return f"{plural(len(record.results.clients), 'client')}; not tested yet."
     after = plural(rounds[0], "round") if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]} rounds"
-    said = f"Test split after {after}; {plural(len(record.results.clients), 'client')}; "
+    said = f"Test split after {after}; "
+    if record.results.kept:
+        said = f"Test split with the adapters of the best round by validation loss ({after}); "
+    said += f"{plural(len(record.results.clients), 'client')}; "
     if len(seeds) == 1:
         return f"{said}one seed ({seeds[0]}): chance in training and sampling is not averaged out."
     return f"{said}{len(seeds)} seeds. A client counts once: its seeds are averaged first."
@@ -217,6 +226,14 @@ def setup_facts(record: StudyRecord) -> list[tuple[str, str]]:
     versions = _mapping(first_run.versions)
     if versions:
         facts.append(("Versions", ", ".join(f"{clean(name)} {clean(version)}" for name, version in versions.items())))
+    for metric in record.metrics:
+        last = [
+            f"{clean(item.method)} {number(item.mean)}"
+            for item in record.of_last_round.get(metric.name, [])
+            if item.mean is not None
+        ]
+        if last:
+            facts.append((f"{metric.title} of the last round", f"{', '.join(last)} (mean over clients; not kept)"))
     times = [str(run.facts.started) for run in record.runs if run.facts.started]
     if times:
         facts.append(("Begun", clean(min(times))))
@@ -234,10 +251,11 @@ def _run_line(run: RunRecord) -> RunLine:
     training = run.total("seconds_training")
     planned = run.facts.rounds
     never = run.never_sampled
+    rounds = f"{len(run.rounds)} of {planned}{', stopped early' if run.stopped_early else ''}"
     return RunLine(
         folder=run.folder,
         state=run.state,
-        rounds=f"{len(run.rounds)} of {planned}" if isinstance(planned, int) and run.logged else "n/a",
+        rounds=rounds if isinstance(planned, int) and run.logged else "n/a",
         time=seconds(run.total("seconds")),
         training=seconds(training),
         merging=seconds(run.total("seconds_merge")),

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +45,8 @@ class ShownFacts(NamedTuple):
     refused_uploads: Any = None
     refused_replies: Any = None
     resumed: Any = None
+    keep: Any = None
+    stopped_early: Any = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,14 @@ class RunRecord:
     @property
     def state(self) -> str:
         return str(self.facts.state)
+
+    @property
+    def stopped_early(self) -> str:
+        """After which of its rounds the run ended, and why; "" if it had, or will have, all of them."""
+        early = self.facts.stopped_early
+        if not isinstance(early, dict):
+            return ""
+        return f"after round {early.get('round')} of {self.facts.rounds}: {early.get('reason')}"
 
     @cached_property
     def sampled(self) -> Counter[str]:
@@ -125,6 +135,14 @@ class StudyRecord:
         """The metric that gain is measured by: the first but the loss, which hedging between answers can lower."""
         return next((metric for metric in self.metrics if metric.name != "loss"), next(iter(self.metrics), None))
 
+    @cached_property
+    def of_last_round(self) -> dict[str, list[MethodSummary]]:
+        """The results on each metric with the adapters of the last round; {} if no run keeps others."""
+        if not self.results.kept:
+            return {}
+        last = replace(self.results, kept=frozenset())
+        return {metric.name: summarise(last, metric=metric.name, baseline=self.baseline) for metric in self.metrics}
+
     def first_run(self, label: str) -> RunRecord | None:
         """The run of a method with the lowest seed."""
         return next((run for run in self.runs if run.label == label), None)
@@ -145,6 +163,7 @@ def read_study(study: Path) -> StudyRecord:
     folders = find_runs(study)
     results = read_results(study, folders)
     runs = [_read_run(study, folder) for folder in folders]
+    results = replace(results, kept=frozenset((run.label, run.seed) for run in runs if run.facts.keep == "best"))
     # `local` may have another label in a study; run.json names the method
     baseline = next((run.label for run in runs if run.facts.method == "local"), "local")
     measured = dict.fromkeys(row.metric for row in results.rows if row.split == "test" and row.round > 0)

@@ -72,6 +72,7 @@ def render_page(record: StudyRecord) -> str:
 
 def _summary_json(record: StudyRecord) -> str:
     """Return summary.json: every figure of the headline tables, numbers unrounded, null = n/a."""
+    kept = record.of_last_round
     summary = {
         "schema": SCHEMA,
         "study": record.name,
@@ -84,6 +85,7 @@ def _summary_json(record: StudyRecord) -> str:
                 "lower_is_better": metric.lower_is_better,
                 "base": asdict(metric.base) if metric.base else None,
                 "methods": [asdict(item) for item in metric.methods],
+                **({"of_last_round": [asdict(item) for item in last]} if (last := kept.get(metric.name)) else {}),
             }
             for metric in record.metrics
         },
@@ -93,6 +95,8 @@ def _summary_json(record: StudyRecord) -> str:
             | {"adapters": run.adapters, "never_sampled": run.never_sampled}
             | {"method": run.facts.method, "bytes_up": run.facts.bytes_up, "bytes_down": run.facts.bytes_down}
             | {"seconds": run.facts.seconds}
+            | ({"keep": "best"} if run.facts.keep == "best" else {})
+            | ({"stopped_early": run.facts.stopped_early} if run.stopped_early else {})
             for run in record.runs
         ],
     }

@@ -30,9 +30,14 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """The rows of all runs of a study, methods in the order of its config."""
+    """The rows of all runs of a study, methods in the order of its config.
+
+    kept: (method, seed) of the runs that keep the adapters of the best rounds. There a client has two test results of a
+    metric: of the round whose adapter it keeps, and of the last round, unless that is the same.
+    """
 
     rows: list[Row]
+    kept: frozenset[tuple[str, int]] = frozenset()
 
     @cached_property
     def clients(self) -> list[str]:
@@ -46,7 +51,7 @@ class Results:
 
     def where(self, keep: Callable[[Row], bool]) -> "Results":
         """Return the results with only the rows for which `keep` is true."""
-        return Results([row for row in self.rows if keep(row)])
+        return Results([row for row in self.rows if keep(row)], self.kept)
 
     def of(self, *, metric: str, split: str) -> list[Row]:
         """Return the rows of one metric and split."""

@@ -42,13 +42,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class MethodSummary:
-    """One method on one metric at each run's last round; x_k is client k's mean over seeds, K the clients with a value.
+    """One method on one metric at each run's last round, or those it keeps; x_k is client k's mean over seeds.
 
-    mean = sum_k x_k / K; half_width = t_{0.975, K-1} s / sqrt(K) with s^2 = sum_k (x_k - mean)^2 / (K - 1), None below
-    two clients; lowest_tenth = mean of the worst ceil(K / 10) clients. missing: clients of the study without a value
-    (n/a), left out of everything else. mean and worst are None if K = 0. views: whose adapter was measured, each
-    client's own (personal) or the shared one (global); empty for the untouched base. against: None for the baseline
-    itself, or if the study has no baseline.
+    mean = sum_k x_k / K, K the clients with a value; half_width = t_{0.975, K-1} s / sqrt(K) with
+    s^2 = sum_k (x_k - mean)^2 / (K - 1), None below two clients; lowest_tenth = mean of the worst ceil(K / 10) clients.
+    missing: clients of the study without a value (n/a), left out of everything else. mean and worst are None if K = 0.
+    views: whose adapter was measured, each client's own (personal) or the shared one (global); empty for the untouched
+    base. against: None for the baseline itself, or if the study has no baseline.
     """
 
     method: str
@@ -68,7 +68,7 @@ class MethodSummary:
 
 
 def client_values(results: Results, *, metric: str, split: str = "test") -> dict[str, Values]:
-    """Return x_k of each method, for every client: the mean over seeds at each run's last round.
+    """Return x_k of each method, for every client: the mean over seeds at each run's last round, or those it keeps.
 
     A method that was not yet measured after round 0 is left out.
     """
@@ -167,12 +167,18 @@ def _served(results: Results, *, metric: str, split: str) -> list[Row]:
 
 
 def _last_rounds(results: Results, *, metric: str, split: str) -> list[Row]:
-    """Return the rows of one metric and split at the last measured round of each run; round 0 is never a result."""
+    """Return the rows of one metric and split at the last measured round of each run; round 0 is never a result.
+
+    Of tests in a run that keeps the best rounds: each client's row of the round that it keeps, the earlier one.
+    """
     rows = [row for row in _served(results, metric=metric, split=split) if row.round > 0]
     last: dict[tuple[str, int], int] = {}
+    kept: dict[tuple[str, str, int], int] = {}
     for row in rows:
         last[row.method, row.seed] = max(row.round, last.get((row.method, row.seed), 0))
-    return [row for row in rows if row.round == last[row.method, row.seed]]
+        if split == "test" and (row.method, row.seed) in results.kept:
+            kept[row[:3]] = min(row.round, kept.get(row[:3], row.round))
+    return [row for row in rows if row.round == kept.get(row[:3], last[row.method, row.seed])]
 
 
 def _by_method(rows: Iterable[Row]) -> dict[str, Values]:

@@ -85,6 +85,18 @@ def _labels(record: StudyRecord) -> list[str]:
 
 def _caption(record: StudyRecord) -> Text:
     lines = ["mean ± half of the 95 % t-interval over clients"]
+    if record.results.kept and record.metrics:
+        first = record.metrics[0]
+        last = [
+            f"{item.method} {number(item.mean)}" for item in record.of_last_round[first.name] if item.mean is not None
+        ]
+        lines.append(
+            f"adapters of the best round by validation loss; {first.title.lower()} with those of the last: "
+            f"{', '.join(last) or 'n/a'}"
+        )
+    early = [f"{run.folder} {run.stopped_early}" for run in record.runs if run.stopped_early]
+    if early:
+        lines.append(f"stopped early: {', '.join(early)}")
     missing = max((item.missing for metric in record.metrics for item in metric.methods), default=0)
     if missing:
         lines.append(f"clients without a value (n/a), left out: {missing}")

@@ -27,7 +27,7 @@ from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
 from fedmira.engine.schedule import draw_schedule
 from fedmira.engine.workplace import Evaluation, Workplace
-from fedmira.errors import MethodError, ModelError, nearest
+from fedmira.errors import ConfigError, MethodError, ModelError, nearest
 from fedmira.evaluation.embed import embed_prompts
 from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort, Method
@@ -138,6 +138,7 @@ def prepare(
         materials = Materials(*take_in(config, observer))
     dtype = config.model.dtype if saved is None else saved.dtype
     clients = materials.intake.clients
+    check_validation(config, clients)
     ranks = client_ranks(
         config.lora.ranks,
         usual=config.lora.r,
@@ -321,6 +322,23 @@ def evaluation_of(config: Config) -> Evaluation:
         max_examples=section.max_examples,
         examples=config.report.examples,
     )
+
+
+def check_validation(config: Config, clients: Sequence[ClientData]) -> None:
+    """Raise ConfigError if a round is to be chosen by validation losses and no client has a validation example."""
+    asks = []
+    if config.evaluation.keep == "best":
+        asks.append("evaluation.keep: best")
+    if config.federation.early_stopping is not None:
+        asks.append("federation.early_stopping")
+    if asks and not any(client.validation for client in clients):
+        faults = [
+            f"{ask} needs a validation loss, and no client has a validation example (data.split.validation: "
+            f"{config.data.split.validation:g}); raise that fraction, name a data.split_column with validation "
+            "examples, or remove this key"
+            for ask in asks
+        ]
+        raise ConfigError(faults)
 
 
 def linears_of(base: Base) -> list[str]:

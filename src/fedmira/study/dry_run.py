@@ -17,6 +17,7 @@ from fedmira.disk.folders import StudyFolder
 from fedmira.engine.cost import Plan, Speeds, Work, count_run, count_start, measure_speeds
 from fedmira.engine.events import Observer, silent
 from fedmira.engine.federation import Federation
+from fedmira.engine.scoring import view_of
 from fedmira.engine.tools import Training
 from fedmira.export.peft_folder import count_exported
 from fedmira.methods import build, recipe_of
@@ -195,6 +196,7 @@ def _cost(prepared: Prepared, built: Built, seed: int, probe: _Probe) -> _Cost:
         every=config.evaluation.every,
         writes=bool(prepared.workplace.evaluation.metrics),
         max_examples=config.evaluation.max_examples,
+        ends=2 if config.evaluation.keep == "best" else 1,
     )
     speeds = probe.measure(federation, training)
     if regime.trainees == "pool":
@@ -210,12 +212,15 @@ def _cost(prepared: Prepared, built: Built, seed: int, probe: _Probe) -> _Cost:
     at_server = ever if method.has_row_of_each else method.count_rows(len(clients))  # rows that differ from the start
     moments = sum(name != "steps" for name in training.optimizer.keys) if training.keep_optimizer else 0
     kept = trainees * (moments + (0 if bool(down.all()) else 1))
+    best = 0  # rows of the best rounds, with the clients or, of a shared adapter, with the server
+    if config.evaluation.keep == "best" and trainees:
+        best = ever if method.has_row_of_each else len(clients) if view_of(method) == "personal" else at_server
     if not bool(down.any()):
         at_server = 0
     changed = at_server if trainees else 0
     tuned = len(clients) if regime.tune is not None else 0
     rows = {"memory": 0 if method.has_row_of_each else at_server * row, "disk": 0}
-    of_clients = (at_server if method.has_row_of_each else 0) + kept + tuned
+    of_clients = (at_server if method.has_row_of_each else 0) + kept + tuned + best
     rows["disk" if len(clients) * row > table.RAM_BYTES else "memory"] += of_clients * row
     whole = count_exported(federation.layout) * 4
     links = len(clients) * whole > handover.LINK_BYTES  # then equal adapters share a file
@@ -225,7 +230,7 @@ def _cost(prepared: Prepared, built: Built, seed: int, probe: _Probe) -> _Cost:
         seconds=speeds.seconds(work),
         travels=round(len(schedule[0]) * 4 * numbers),
         rows=rows,
-        checkpoints=COPIES * (changed + kept) * row,
+        checkpoints=COPIES * (changed + kept + best) * row,
         adapters=(distinct if links else len(clients)) * whole,
     )
 

@@ -62,5 +62,13 @@ class RunDone(Event):
 
 
 @dataclass(frozen=True)
+class Tracked(Event):
+    """The runs of a study are in a tracker. command: which shows them or, of wandb, uploads them."""
+
+    tracker: str
+    command: str
+
+
+@dataclass(frozen=True)
 class ReportBegun(Event):
     """No run is left to carry out; the report is about to be written."""

@@ -19,6 +19,7 @@ from fedmira.disk.folders import RunFolder
 from fedmira.engine.clients import Scores
 from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
+from fedmira.engine.run import Ended
 from fedmira.export.card import Card, licence_of, model_card
 from fedmira.export.peft_folder import count_exported, depth_of, describe, export_adapter, short_targets
 from fedmira.methods.base import Method
@@ -39,13 +40,13 @@ def write_adapters(
     observer: Observer,
     *,
     start: Scores,
-    test: Scores,
+    ended: Ended,
 ) -> None:
     """Write one PEFT folder per client of a run that has been tested.
 
-    start: scores of the untouched base; test: of these adapters. Clients with the same adapter, as all of a shared
-    method and those never drawn of a personal one, get hard links to one read-only file where there are so many that
-    copies would fill the disk.
+    start: scores of the untouched base; ended: scores of these adapters, and the round of each. Clients with the same
+    adapter, as all of a shared method and those never drawn of a personal one, get hard links to one read-only file
+    where there are so many that copies would fill the disk.
     """
     facts = folder.facts
     base, clients = prepared.workplace.base, prepared.workplace.clients
@@ -53,7 +54,8 @@ def write_adapters(
     own, trainees, tuned = method.personal, method.regime.trainees, method.regime.tune is not None
     shared_by_all = not own and method.count_rows(len(federation)) == 1  # else by a group
     targets = short_targets([name for name, _, _ in base.shapes], prepared.linears)
-    drawn = count_drawn(method, folder.records(), federation.names)
+    records = folder.records()
+    drawn = count_drawn(method, records, federation.names)
     links = len(federation) * count_exported(federation.layout) * 4 > LINK_BYTES
     pool = (sum(len(client.train) for client in clients), sum(client.trained_tokens for client in clients))
     common: dict[tuple[tuple[int, ...], str], Path] = {}  # ranks and sha256 of a row that others may have -> its folder
@@ -66,14 +68,16 @@ def write_adapters(
             "group": client.group,
             "method": facts.method,
             "settings": facts.settings,
-            "rounds": facts.rounds,
+            "rounds": len(records),
             "seed": facts.seed,
             "base_sha256": facts.base_fingerprint,
             "licence": licence_of(client.columns),
-            "scores": _pairs(start, test, position),
+            "scores": _pairs(start, ended.test, position),
             "version": facts.versions["fedmira"],
             "date": facts.started[:10],
         }
+        if ended.chosen[position]:
+            card["round"] = ended.chosen[position]
         if not prompts:
             card["targets"] = sorted({name.rsplit(".", 1)[-1] for name, _, _ in base.shapes})
             card["layers"] = len(base.shapes)

@@ -24,8 +24,7 @@ from fedmira.disk.run_facts import SCHEMA, RunFacts, State
 from fedmira.engine.clients import AtHand, Scores
 from fedmira.engine.events import AnswersWritten, Observer
 from fedmira.engine.federation import Federation
-from fedmira.engine.rates import Schedule
-from fedmira.engine.run import Course, run_rounds
+from fedmira.engine.run import run_rounds
 from fedmira.engine.scoring import examples_of, score_start
 from fedmira.engine.simulated import make_clients
 from fedmira.errors import FedMiraError, MethodError, Stopped, StoreError, WireError
@@ -36,7 +35,7 @@ from fedmira.study.assemble import Built, Prepared, client_table, prepare, using
 from fedmira.study.events import ReportBegun, RunBegun, RunDone, StepBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.trackers import tracking
-from fedmira.study.training import schedule_of, training_of
+from fedmira.study.training import course_of, schedule_of, training_of
 
 log = logging.getLogger(__name__)
 
@@ -174,9 +173,7 @@ def _run_one(
             for note in [*built.notes, *notes]:
                 log.warning(note)
             clients = where(prepared, built, seed, federation, folder.path)
-            rounds, rate = config.federation.rounds, built.training.learning_rate
-            schedule = schedule_of(built.training, rounds)
-            course = Course(rounds, config.evaluation.every, seed, rate, schedule)
+            course = course_of(config, built.training, seed)
             ended = run_rounds(
                 federation, method, clients, cohort.schedule, folder, course=course, start=start, observer=observer
             )
@@ -184,14 +181,20 @@ def _run_one(
                 folder.write_examples(examples_of(prepared.workplace, start, ended.test))
             _write_graph(folder, ended.graph, cohort)
             serve = partial(clients.adapters, send=ended.send)
-            write_adapters(folder, prepared, federation, method, serve, observer, start=start, test=ended.test)
+            write_adapters(folder, prepared, federation, method, serve, observer, start=start, ended=ended)
         records = folder.records()
         refused = sum(len(record["refused"]) for record in records)
+        kept = sorted(number or len(records) for number in ended.chosen)
+        early = None
+        if ended.stopped_early is not None:
+            early = {"round": len(records), "reason": ended.stopped_early}
         folder.update(
             replace(
                 folder.facts,
                 state="complete",
                 finished=_now(),
+                kept_rounds=(kept[0], kept[len(kept) // 2], kept[-1]) if course.keep == "best" else None,
+                stopped_early=early,
                 bytes_up=sum(record["bytes_up"] for record in records),
                 bytes_down=sum(record["bytes_down"] for record in records),
                 seconds=sum(record["seconds"] for record in records),
@@ -296,6 +299,7 @@ def _facts(prepared: Prepared, built: Built, seed: int) -> RunFacts:
         training=built.training.model_dump(mode="json"),
         seed=seed,
         rounds=config.federation.rounds,
+        keep=config.evaluation.keep,
         clients=len(federation),
         sampled=prepared.sampled,
         personal=method.personal,

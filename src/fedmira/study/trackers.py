@@ -1,44 +1,100 @@
-"""Optional trackers: every round's losses, bytes and seconds in TensorBoard or trackio, where `report_to` asks for it.
+"""Optional trackers: every round's losses, bytes and seconds in TensorBoard, trackio, wandb or MLflow (`report_to`).
 
-Both write inside the study and reach no network. TensorBoard's events lie in STUDY/<method>/seed-<n>/tensorboard (to
-see them: `tensorboard --logdir STUDY`), trackio's database in STUDY/.trackio (`TRACKIO_DIR=STUDY/.trackio trackio
-show`). What a run has tracked is written anew from metrics.jsonl when it goes on: after a resume, and after any crash,
-nothing is there twice and nothing is missing. A tracker that fails is reported once, and the run continues without it.
+All write inside the study and reach no network, whatever the environment says: TensorBoard's events are in
+STUDY/<method>/seed-<n>/tensorboard, trackio's database in STUDY/.trackio, MLflow's in STUDY/.mlflow, and wandb's runs,
+always offline, in STUDY/<method>/seed-<n>/wandb. The command that shows them, or uploads those of wandb, is reported
+at the end. What a run has tracked is written anew from metrics.jsonl when it goes on: after a resume, and after any
+crash, nothing is there twice and nothing is missing. A tracker that fails is reported once, and the run continues
+without it.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.util
 import json
 import logging
 import math
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fedmira.disk.folders import TRACKIO_FOLDER, RunFolder
+from fedmira.disk.folders import MLFLOW_FOLDER, TRACKIO_FOLDER, RunFolder
 from fedmira.engine.events import RoundDone
 from fedmira.errors import ConfigError
-from fedmira.study.events import RunBegun, RunDone
+from fedmira.study.events import RunBegun, RunDone, Tracked
 
 if TYPE_CHECKING:
-    from fedmira.disk.run_facts import RunFacts
     from fedmira.engine.events import Event, Observer
 
 log = logging.getLogger(__name__)
 
-PROJECT = "fedmira"  # trackio's name for a database; there is one in each study
-END_S = 60  # for trackio to write what it still holds
-_PROGRAM = Path(__file__).with_name("trackio_program.py")
-# What could make trackio send anything anywhere; its folder is set below.
-_REMOTE = ("TRACKIO_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SPACE_ID")
+PROJECT = "fedmira"  # name of a database, project or experiment; there is one in each study
+# What could make a tracker send anything anywhere, or hold a secret; its folder is set below.
+_REMOTE = ("TRACKIO_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SPACE_ID", "WANDB_", "MLFLOW_", "DATABRICKS_", "OTEL_")
+
+
+@dataclass(frozen=True)
+class Service:
+    """A tracker that a separate process writes to.
+
+    program: which it runs; in_run: is its folder in a run's or in the study's; environment: of the process, where {} is
+    the folder; end_s: for it to write what it still holds; command: shows what is there, where {} is the study.
+    """
+
+    program: str
+    folder: str
+    in_run: bool
+    environment: Mapping[str, str]
+    end_s: float
+    command: str
+
+
+SERVICES = {
+    "trackio": Service(
+        "trackio_program.py",
+        TRACKIO_FOLDER,
+        False,
+        {
+            "TRACKIO_DIR": "{}",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_TOKEN_PATH": os.devnull,
+            "SYSTEM": "",
+        },
+        60,
+        f"TRACKIO_DIR={{}}/{TRACKIO_FOLDER} trackio show --project {PROJECT}",
+    ),
+    "wandb": Service(
+        "wandb_program.py",
+        "wandb",
+        True,
+        {
+            "WANDB_MODE": "offline",
+            "WANDB_ERROR_REPORTING": "false",
+            **dict.fromkeys(("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"), "{}"),
+        },
+        300,
+        "wandb sync {}/*/seed-*/wandb/wandb/offline-run-*",
+    ),
+    "mlflow": Service(
+        "mlflow_program.py",
+        MLFLOW_FOLDER,
+        False,
+        {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"},
+        300,  # it creates its tables first
+        f"mlflow ui --backend-store-uri sqlite:///{{}}/{MLFLOW_FOLDER}/mlflow.db",
+    ),
+}
 
 
 class Tracker(Protocol):
@@ -85,6 +141,9 @@ def tracking(names: Sequence[str], study: Path, observer: Observer) -> Iterator[
         yield trackers
     finally:
         trackers.close()
+    for name in sorted(trackers.written):
+        command = SERVICES[name].command if name in SERVICES else "tensorboard --logdir {}"
+        observer(Tracked(name, command.replace("{}", shlex.quote(str(study.absolute())))))
 
 
 @dataclass(eq=False)
@@ -96,6 +155,7 @@ class Trackers:
     observer: Observer
     run: RunBegun | None = None  # the run under way; None between runs
     opened: dict[str, Tracker] | None = None  # None before the first round
+    written: set[str] = field(default_factory=set)  # trackers that hold at least one whole run
 
     def __call__(self, event: Event) -> None:
         self.observer(event)
@@ -114,6 +174,7 @@ class Trackers:
         for name, tracker in list((self.opened or {}).items()):
             with self._guarded(name):
                 tracker.close()
+                self.written.add(name)
         self.opened, self.run = None, None
 
     def _follow(self, record: Mapping[str, Any] | None) -> None:
@@ -135,7 +196,7 @@ class Trackers:
     def _open(self, name: str, run: RunBegun) -> Tracker:
         if name == "tensorboard":
             return TensorBoard(run.folder / "tensorboard")
-        return Trackio(self.study / TRACKIO_FOLDER, run.facts)
+        return Separate(name, self.study, run)
 
     @contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
@@ -168,23 +229,29 @@ class TensorBoard:
         self.writer.close()
 
 
-class Trackio:
-    """A separate process that logs to trackio what it reads, line by line, until its input ends.
+class Separate:
+    """A separate process that logs to one of SERVICES what it reads, line by line, until its input ends.
 
-    trackio takes its folder from the environment when it is imported, once for a process, talks on standard output,
-    and would follow the name of a Space or server in the environment. None of that reaches this process so.
+    These libraries take folders and modes from the environment when they are imported, once for a process, talk on
+    standard output, and would follow the name of a server in the environment. None of that reaches this process so.
     """
 
-    def __init__(self, folder: Path, facts: RunFacts) -> None:
+    def __init__(self, name: str, study: Path, run: RunBegun) -> None:
+        self.name, self.service, facts = name, SERVICES[name], run.facts
+        folder = ((run.folder if self.service.in_run else study) / self.service.folder).absolute()
         about = {"method": facts.method, "seed": facts.seed, "rounds": facts.rounds}
-        request = json.dumps([PROJECT, f"{facts.label}/seed-{facts.seed}", facts.label, about])
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(_REMOTE)}
-        quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN_PATH": os.devnull, "SYSTEM": ""}
+        request = [PROJECT, f"{facts.label}/seed-{facts.seed}", facts.label, about, _mark(run.folder), str(folder)]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(_REMOTE)}
+        environment |= {key: str(folder) if value == "{}" else value for key, value in self.service.environment.items()}
         folder.mkdir(exist_ok=True)
-        with _held(folder) as handle:
+        with _held(folder, self.service.end_s) as handle:
+            if self.service.in_run:  # what is there is an earlier start of this run
+                for path in folder.iterdir():
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            program = str(Path(__file__).with_name(self.service.program))
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-W", "ignore", str(_PROGRAM), request],  # -P: no module of the current folder
-                env={**kept, **quiet, "TRACKIO_DIR": str(folder.absolute())},
+                [sys.executable, "-P", "-W", "ignore", program, json.dumps(request)],  # -P: no module of its folder
+                env=environment,
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
@@ -204,20 +271,27 @@ class Trackio:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        code = self.process.wait(END_S)
+        code = self.process.wait(self.service.end_s)
         if code != 0:
-            raise ChildProcessError(f"trackio ended with {code}")
+            raise ChildProcessError(f"{self.name} ended with {code}")
+
+
+def _mark(run: Path) -> str:
+    """Return an id of a run that every start of it has, and no other run."""
+    facts = RunFolder(run).facts
+    words = [facts.label, facts.seed, facts.started, facts.base_fingerprint, facts.layout_fingerprint]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[int]:
+def _held(folder: Path, seconds: float) -> Iterator[int]:
     """Wait until no process that an earlier start left behind writes there; give a handle that keeps others waiting.
 
     The lock lasts until all who have the handle are gone: a killed run's process may still read what it was given.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        until = time.monotonic() + END_S
+        until = time.monotonic() + seconds
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 
-def follow(project: str, name: str, group: str, about: dict[str, Any]) -> None:
+def follow(project: str, name: str, group: str, about: dict[str, Any], mark: str, folder: str) -> None:
     trackio = importlib.import_module("trackio")  # an extra, which need not be there when this file is checked
     try:
         earlier = [run for run in trackio.Api().runs(project) if run.name == name]

@@ -3,6 +3,7 @@
 from fedmira.adapters.optim import Optimizer, adamw, sgd
 from fedmira.config.sections import Config, SchedulerKwargs, TrainingConfig
 from fedmira.engine.rates import Schedule
+from fedmira.engine.run import Course
 from fedmira.engine.tools import Training
 from fedmira.errors import MethodError
 from fedmira.methods.base import Method
@@ -43,6 +44,22 @@ def training_of(config: Config, seed: int, section: TrainingConfig | None = None
         seed=seed,
         accumulation=section.gradient_accumulation_steps,
         schedule=schedule_of(section, config.federation.rounds),
+    )
+
+
+def course_of(config: Config, section: TrainingConfig, seed: int) -> Course:
+    """Return how long a run is, when it is measured and what of it is kept, as plain values. section: of its method."""
+    federation, evaluation = config.federation, config.evaluation
+    stopping = federation.early_stopping
+    return Course(
+        federation.rounds,
+        evaluation.every,
+        seed,
+        section.learning_rate,
+        schedule=schedule_of(section, federation.rounds),
+        keep=evaluation.keep,
+        patience=None if stopping is None else stopping.patience,
+        threshold=0.0 if stopping is None else stopping.threshold,
     )
 
 
