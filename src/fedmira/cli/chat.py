@@ -22,6 +22,7 @@ from fedmira.export.peft_folder import PROMPT, read_adapter
 from fedmira.model.answers.generate import answers
 from fedmira.model.base.load import Base, load_base, load_tokenizer
 from fedmira.model.base.trial import check_embeddings
+from fedmira.model.base.vocabulary import check_ids
 from fedmira.study.face import Run
 
 BASE = "base"
@@ -80,6 +81,13 @@ class Chat:
             self.base.tokenizer,
             self.template,
             max_question=None if positions is None else positions - taken,
+        )
+        check_ids(
+            encoded,
+            self.base.tokenizer,
+            vocabulary=self.base.vocabulary,
+            name=self.base.name,
+            where=f"questions (template {self.template.name})",
         )
         texts = answers(self.base, panel.adapters, [[ids] for ids in encoded], max_new_tokens=self.max_new_tokens)
         return [speaker_texts[0].strip() for speaker_texts in texts]
@@ -167,7 +175,7 @@ def _panels(base: Base, folders: Sequence[Path], configs: Sequence[Mapping[str, 
     adapters = Adapters(layout, torch.cat(rows), all_ranks, torch.tensor(scales))
     panels = [Panel((0, *(index + 1 for index in lora)), adapters)]
     if any(tokens):
-        check_embeddings(base.decoder, base.model.get_input_embeddings(), name=base.name)
+        check_embeddings(base.decoder, base.model.get_input_embeddings(), vocabulary=base.vocabulary, name=base.name)
     for count in sorted(set(tokens) - {0}):
         layout = soft_layout(base.width, count)
         prompts = [index for index, other in enumerate(tokens) if other == count]

@@ -36,7 +36,7 @@ from fedmira.methods.base import Cohort, Method
 from fedmira.model.base.load import Base, choose_device, load_base
 from fedmira.model.base.trial import check_embeddings
 from fedmira.study.events import StudyPrepared
-from fedmira.study.intake import Intake, take_in
+from fedmira.study.intake import Intake, check_examples, take_in
 
 # Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
 # more than it brings (the demo, 0.26 M: 44 s on one thread, 59 s on two).
@@ -66,9 +66,9 @@ class Materials:
     profiles: dict[str | None, np.ndarray] = field(default_factory=dict)
 
     def load(self, config: Config, dtype: str) -> Base:
-        """Return the base, loaded at the first call."""
+        """Return the base, loaded at the first call. Raises ModelError if it cannot read an id of the examples."""
         if self.base is None:
-            self.base = load_base(
+            base = load_base(
                 bundled.resolve(config.model.base_model),
                 revision=config.model.revision,
                 dtype=dtype,
@@ -76,6 +76,10 @@ class Materials:
                 targets=config.lora.target_modules,
                 tokenizer=self.tokenizer,
             )
+            check_examples(
+                self.intake, self.tokenizer, vocabulary=base.vocabulary, name=config.model.base_model
+            )  # the weights may have fewer embeddings than the config says
+            self.base = base
         return self.base
 
 
@@ -265,7 +269,12 @@ def check_virtual_tokens(config: Config, prepared: Prepared, kinds: Mapping[Layo
             )
     if any(layout.virtual_tokens for layout in kinds):
         base = prepared.workplace.base
-        check_embeddings(base.decoder, base.model.get_input_embeddings(), name=config.model.base_model)
+        check_embeddings(
+            base.decoder,
+            base.model.get_input_embeddings(),
+            vocabulary=base.vocabulary,
+            name=config.model.base_model,
+        )
 
 
 def width_of_passes(
