@@ -266,9 +266,9 @@ def test_an_adapter_that_is_not_finite_is_not_merged(here: Path, tmp_path: Path)
     tensors = load_file(path)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, path)
-    with pytest.raises(ModelError, match=r"ada' cannot be merged: NaNs detected"):
+    with pytest.raises(StoreError, match=r"ada/adapter_model\.safetensors' has numbers that are not finite"):
         merge_adapters([tmp_path / "ada"], [tmp_path / "out" / "ada"], facts=facts)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_that_fills_up_leaves_nothing_half(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 from fedmira import bundled
 from fedmira.disk.run_facts import RunFacts
 from fedmira.errors import ConfigError, ModelError, StoreError
+from fedmira.export.adapter_config import WEIGHTS, adapted_modules, read_shapes
 from fedmira.export.card import merged_card
-from fedmira.export.peft_folder import PROMPT, check_adapters, check_free, kind_of, new_folder
+from fedmira.export.peft_folder import check_adapters, check_free, new_folder
 from fedmira.model.base.load import quiet
 from fedmira.model.base.source import digest, find_folder, first_line, load_config, positions
 
@@ -70,11 +71,10 @@ def merge_adapters(
     kind = dtype or facts.dtype
     if kind not in DTYPES:
         raise ConfigError([f"--dtype: found '{kind}'; allowed: {', '.join(DTYPES)}"], "export")
-    check_adapters(sources)
-    for source in sources:
-        if kind_of(source) == PROMPT:
+    for config in check_adapters(sources):
+        if config.is_prompt:
             raise StoreError(
-                f"'{source}' is a prompt of virtual tokens, which precede a text and cannot be merged into "
+                f"'{config.folder}' is a prompt of virtual tokens, which precede a text and cannot be merged into "
                 "weights; export it without --merge, and load it with PEFT"
             )
     check_free(targets)
@@ -102,7 +102,7 @@ def _merge_one(source: Path, target: Path, *, folder: Path, base_model: str, dty
     bare = _logits(model, ids)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a call in PEFT
-        joined = PeftModel.from_pretrained(model, str(source)).eval()
+        joined = _join(model, source)
     apart = _logits(joined, ids)
     scale = float(apart.abs().max()) or 1.0
     with new_folder(target) as temporary:
@@ -130,6 +130,26 @@ def _merge_one(source: Path, target: Path, *, folder: Path, base_model: str, dty
             path.chmod((temporary / "README.md").stat().st_mode)
     effect = float((bare - apart).abs().max()) / scale
     return Merged(target.name, target, dtype, difference, effect)
+
+
+def _join(model: Any, source: Path) -> Any:
+    """Return the base with an adapter beside it. Raises StoreError if the adapter was made for another base.
+
+    PEFT only warns of a layer that the adapter has no tensors for.
+    """
+    try:
+        joined = PeftModel.from_pretrained(model, str(source)).eval()
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise StoreError(f"'{source}' does not fit its base: {first_line(error)}") from None
+    factors = (value for name, value in joined.named_parameters() if "lora_" in name)
+    if not all(bool(value.isfinite().all()) for value in factors):
+        raise StoreError(f"'{source / WEIGHTS}' has numbers that are not finite; export the adapter again")
+    expected = {name.removeprefix("base_model.model.") for name in joined.base_model.targeted_module_names}
+    stored = set(adapted_modules(read_shapes(source / WEIGHTS)))
+    if odd := sorted(expected ^ stored):
+        what = "no tensors for" if odd[0] in expected else "tensors for another base's"
+        raise StoreError(f"'{source}' does not fit its base: it has {what} '{odd[0]}'")
+    return joined
 
 
 def _check(target: Path, logits: Tensor, expected: Tensor, tolerance: float, of: str) -> None:

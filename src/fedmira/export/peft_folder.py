@@ -21,14 +21,10 @@ from fedmira.adapters import Adapters, Layout
 from fedmira.adapters.ranks import by_ending
 from fedmira.disk.files import sync_folder, write_atomic
 from fedmira.errors import StoreError
+from fedmira.export.adapter_config import CARD, CONFIG, EMBEDDINGS, FILES, PREFIX, WEIGHTS, AdapterConfig, check_adapter
 from fedmira.export.card import Card, model_card, shown_base
 from fedmira.model.base.source import join_some, list_pickles
 from fedmira.model.packed.virtual import embeddings
-
-PREFIX = "base_model.model."
-EMBEDDINGS = "prompt_embeddings"  # the one tensor of a prompt
-PROMPT = "P_TUNING"  # the peft_type of a prompt
-FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
 
 
 @dataclass(frozen=True)
@@ -78,11 +74,11 @@ def export_adapter(
     config.base_model_name_or_path, config.revision = base_model, revision
     tensors = peft_tensors(adapters)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_atomic(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     config.save_pretrained(str(folder))
-    _sort_targets(folder / "adapter_config.json")
+    _sort_targets(folder / CONFIG)
     full_card: Card = {**card, **describe(adapters)}
-    write_atomic(folder / "README.md", model_card(base_model, full_card, revision=revision).encode())
+    write_atomic(folder / CARD, model_card(base_model, full_card, revision=revision).encode())
 
 
 def _sort_targets(path: Path) -> None:
@@ -187,17 +183,24 @@ def copy_adapters(sources: Sequence[Path], targets: Sequence[Path]) -> None:
         for source, temporary in zip(sources, temporaries, strict=True):
             for name in FILES:
                 shutil.copyfile(source / name, temporary / name)
-            _name_base_only(temporary / "adapter_config.json")
+            _name_base_only(temporary / CONFIG)
 
 
-def check_adapters(folders: Sequence[Path]) -> None:
-    """Raise StoreError unless every folder holds an adapter's three files and no pickle."""
+def check_adapters(folders: Sequence[Path]) -> list[AdapterConfig]:
+    """Return the settings of adapters' folders. Raises StoreError unless each is whole, and has a card."""
     for folder in folders:
-        if pickles := list_pickles(folder):  # of any origin: it must not be passed on
-            raise StoreError(f"'{folder}' holds a pickle, {pickles[0]}, which FedMira never writes; remove it")
-        missing = [name for name in FILES if not (folder / name).is_file()]
+        if folder.is_symlink():
+            raise StoreError(f"'{folder}' is a link, which FedMira never writes; put the folder itself there")
+        missing = [name for name in FILES if not (folder / name).exists() and not (folder / name).is_symlink()]
         if missing:
             raise StoreError(f"'{folder}' has no {missing[0]}; was the run cut short at its end? 'fedmira resume' it")
+    configs = [check_adapter(folder, files=FILES) for folder in folders]
+    for folder in folders:
+        try:
+            (folder / CARD).read_text(encoding="utf-8")
+        except ValueError:
+            raise StoreError(f"'{folder / CARD}' is damaged: it is not UTF-8; put back a copy of it") from None
+    return configs
 
 
 def check_free(targets: Sequence[Path]) -> None:
@@ -242,12 +245,12 @@ def read_adapter(folder: Path, layout: Layout) -> Tensor:
     A prompt needs a soft_layout: its encoder is not in the folder.
     Raises StoreError if it does not fit the layout, is damaged, or the folder has pickles.
     """
-    path = folder / "adapter_model.safetensors"
+    path = folder / WEIGHTS
     pickles = list_pickles(folder) if folder.is_dir() else []
     if pickles:
         raise StoreError(
-            f"'{folder}' holds pickles, which can run code: {join_some(pickles)}. "
-            "FedMira reads only adapter_model.safetensors; remove the pickles."
+            f"'{folder}' holds pickles, which can run code: {join_some(pickles)}. FedMira reads only {WEIGHTS}; remove "
+            "the pickles"
         )
     if not path.is_file():
         raise StoreError(f"'{folder}' holds no adapter_model.safetensors")
@@ -258,6 +261,8 @@ def read_adapter(folder: Path, layout: Layout) -> Tensor:
     row = (_prompt_row if layout.virtual_tokens else _lora_row)(path, tensors, layout)
     if tensors:
         raise StoreError(f"'{path}': unexpected tensor '{next(iter(tensors))}'")
+    if not bool(row.isfinite().all()):
+        raise StoreError(f"'{path}' has numbers that are not finite; export or download the adapter again")
     return row
 
 
@@ -270,8 +275,14 @@ def _lora_row(path: Path, tensors: dict[str, Tensor], layout: Layout) -> Tensor:
             raise StoreError(f"'{path}': no tensor '{name}'; was it made for another base or other target_modules?")
         factor = tensors.pop(name)
         columns = row[0, leaf.start : leaf.stop].view(leaf.shape)
-        if factor.ndim != 2 or any(size > room for size, room in zip(factor.shape, leaf.shape, strict=True)):
-            raise StoreError(f"'{path}': '{name}' is {tuple(factor.shape)}, at most {leaf.shape} fits")
+        rank_axis = 0 if leaf.factor == "A" else 1
+        if factor.ndim != 2 or any(
+            size > room or (size < room and axis != rank_axis)
+            for axis, (size, room) in enumerate(zip(factor.shape, leaf.shape, strict=True))
+        ):
+            raise StoreError(
+                f"'{path}': '{name}' is {tuple(factor.shape)}, at most {leaf.shape} fits; was it made for another base?"
+            )
         columns[: factor.shape[0], : factor.shape[1]] = factor
     return row
 
@@ -292,15 +303,6 @@ def _prompt_row(path: Path, tensors: dict[str, Tensor], layout: Layout) -> Tenso
     row = torch.zeros(1, layout.size)
     row[0, leaf.start : leaf.stop] = prompt.flatten()
     return row
-
-
-def kind_of(folder: Path) -> str:
-    """Return the peft_type of an adapter's folder. Raises StoreError if its adapter_config.json cannot be read."""
-    path = folder / "adapter_config.json"
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["peft_type"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise StoreError(f"'{path}' is missing or damaged; export the adapter again") from None
 
 
 def short_targets(modules: Sequence[str], linears: Sequence[str]) -> list[str]:

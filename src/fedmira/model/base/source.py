@@ -36,10 +36,26 @@ _NOT_FETCHED = ["*/*", "*.fp16*"]  # copies in other formats are in folders and 
 # Keys about the form of a model's outputs, and about who computes them. They do not change what a base computes, but
 # tuples instead of named outputs, or kernels fetched from a hub, would change or stop our passes.
 _FORM = frozenset(
-    "return_dict use_return_dict return_dict_in_generate output_hidden_states output_attentions _output_attentions "
-    "output_router_logits output_scores output_logits use_cache torchscript attn_implementation _attn_implementation "
-    "_attn_implementation_internal experts_implementation _experts_implementation _experts_implementation_internal "
-    "use_kernels".split()
+    [
+        "return_dict",
+        "use_return_dict",
+        "return_dict_in_generate",
+        "output_hidden_states",
+        "output_attentions",
+        "_output_attentions",
+        "output_router_logits",
+        "output_scores",
+        "output_logits",
+        "use_cache",
+        "torchscript",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "experts_implementation",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "use_kernels",
+    ]
 )
 _CAUSAL = "FedMira needs a causal decoder (GPT-2, Llama, Qwen, Mistral, Gemma, Phi, ...)"
 
