@@ -21,7 +21,7 @@ FIELDS = ("instruction", "input")  # what a template file for single requests ma
 # The date given to templates that write today's, so that data do not change overnight: 26 July 2024, as in Llama 3's.
 _DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
 _TODAY = "format" + "".join(f" | replace('{code}', '{text}')" for code, text in _DATE.items())
-_SAME_DAY = f"{{%- macro strftime_now(format) -%}}{{{{ {_TODAY} }}}}{{%- endmacro -%}}"
+SAME_DAY = f"{{%- macro strftime_now(format) -%}}{{{{ {_TODAY} }}}}{{%- endmacro -%}}"
 
 _TASK = "Below is an instruction that describes a task"
 _REQUEST = "Write a response that appropriately completes the request."
@@ -181,7 +181,7 @@ def _chat_template(name: str, source: str, tokenizer: ChatTokenizer) -> Template
     """
 
     if "strftime_now" in source:
-        source = _SAME_DAY + source
+        source = SAME_DAY + source
 
     def show(turns: Sequence[Turn], record: Record, *, ask: bool = False) -> str:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]

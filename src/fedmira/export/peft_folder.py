@@ -5,25 +5,27 @@ It contains what PEFT saves: LoRA's factors, or the embeddings computed by a pro
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PromptEncoderConfig
+from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fedmira.adapters import Adapters, Layout
 from fedmira.adapters.ranks import by_ending
 from fedmira.disk.files import sync_folder, write_atomic
-from fedmira.errors import StoreError
+from fedmira.errors import ModelError, StoreError
 from fedmira.export.adapter_config import CARD, CONFIG, EMBEDDINGS, FILES, PREFIX, WEIGHTS, AdapterConfig, check_adapter
 from fedmira.export.card import Card, model_card, shown_base
-from fedmira.model.base.source import join_some, list_pickles
+from fedmira.model.base.load import quiet
+from fedmira.model.base.source import first_line, join_some, list_pickles
 from fedmira.model.packed.virtual import embeddings
 
 
@@ -305,14 +307,41 @@ def _prompt_row(path: Path, tensors: dict[str, Tensor], layout: Layout) -> Tenso
     return row
 
 
-def short_targets(modules: Sequence[str], linears: Sequence[str]) -> list[str]:
-    """Name the adapted modules by their endings (q_proj) if these match no other linear layer, else in full.
+def short_targets(modules: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Name the adapted modules by the shortest endings (q_proj) that no other module has; `others`: names of all.
 
-    PEFT and vLLM match a module by its ending; `linears`: all linear layers of the base below its head.
+    PEFT and vLLM match by endings, and whatever has one: a list of layers too, whose first is named `layers.0`.
     """
-    endings = sorted({name.rsplit(".", 1)[-1] for name in modules})
-    matched = {name for name in linears if name.rsplit(".", 1)[-1] in endings}
-    return endings if matched == set(modules) else list(modules)
+    adapted = frozenset(modules)
+    names = list(dict.fromkeys([*modules, *others]))
+    endings = by_ending(names, [name in adapted for name in names])
+    return sorted(ending for ending, own in endings.items() if own)
+
+
+def check_targets(model: PreTrainedModel, modules: Sequence[str], targets: Sequence[str]) -> None:
+    """Raise ModelError unless PEFT puts adapters on exactly these modules of a base when it reads `targets`.
+
+    Tried before anything is trained, on a copy of the base's architecture without weights (on the device "meta").
+    """
+    settings = LoraConfig(target_modules=list(targets), r=1, task_type="CAUSAL_LM", inference_mode=True)
+    problem = ""
+    try:
+        with quiet(), warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            bare = AutoModelForCausalLM.from_config(model.config)
+            joined = get_peft_model(bare, settings, low_cpu_mem_usage=True)
+        found = set(joined.base_model.targeted_module_names)
+    except Exception as error:  # PEFT's and any architecture's own code
+        problem = first_line(error)
+    else:
+        odd = sorted(found ^ set(modules))
+        if odd:
+            problem = f"it adapts '{odd[0]}' too" if odd[0] in found else f"it leaves out '{odd[0]}'"
+    if problem:
+        raise ModelError(
+            f"lora.target_modules: PEFT could not load what would be exported for {type(model).__name__}: {problem}. "
+            "Name other layers, such as [q_proj, v_proj]"
+        )
 
 
 def _plain(value: float) -> float | int:

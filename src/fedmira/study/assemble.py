@@ -31,6 +31,7 @@ from fedmira.engine.tools import Training
 from fedmira.engine.workplace import Evaluation, Workplace
 from fedmira.errors import MethodError, ModelError, nearest
 from fedmira.evaluation.embed import embed_prompts
+from fedmira.export.peft_folder import check_targets, short_targets
 from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort, Method
 from fedmira.model.base.load import Base, choose_device, load_base
@@ -93,7 +94,7 @@ class Prepared:
     materials: Materials
     cohorts: Mapping[int, Cohort]  # seed -> what a method may know of the federation
     built: Mapping[str, Built]  # label -> method
-    linears: Sequence[str]  # names of the base's linear layers below its head
+    targets: Sequence[str]  # the adapted modules, as exported adapters name them
     threads: int
 
     @property
@@ -153,9 +154,12 @@ def prepare(
     )
     sampled = len(next(iter(cohorts.values())).schedule[0])
     workplace = Workplace(base, tuple(clients), sampled, evaluation_of(config))
-    prepared = Prepared(config, federation, workplace, materials, cohorts, built, linears_of(base), threads)
+    targets = targets_of(base)
+    prepared = Prepared(config, federation, workplace, materials, cohorts, built, targets, threads)
     kinds = prepared.kinds()
     check_virtual_tokens(config, prepared, kinds)
+    if not all(layout.virtual_tokens for layout in kinds):
+        check_targets(base.model, [name for name, _, _ in base.shapes], targets)
     cohort = width_of_passes(config, workplace, list(kinds), sampled, saved)
     prepared = replace(prepared, workplace=replace(workplace, cohort=cohort))
     observer(StudyPrepared(prepared))
@@ -327,9 +331,9 @@ def training_of(config: Config, seed: int) -> Training:
     )
 
 
-def linears_of(base: Base) -> list[str]:
-    """List the names of the base's linear layers."""
-    return [name for name, module in base.model.named_modules() if _is_linear(module)]
+def targets_of(base: Base) -> list[str]:
+    """Name the adapted modules of a base as exported adapters do."""
+    return short_targets([name for name, _, _ in base.shapes], [name for name, _ in base.model.named_modules()])
 
 
 def count_values(clients: Sequence[ClientData], column: str) -> np.ndarray:
@@ -348,12 +352,6 @@ def count_values(clients: Sequence[ClientData], column: str) -> np.ndarray:
         [[client.counts.get(column, {}).get(value, 0) for value in values] for client in clients]
     )
     return counts_of_clients / np.maximum(counts_of_clients.sum(axis=1, keepdims=True), 1)
-
-
-def _is_linear(module: torch.nn.Module) -> bool:
-    return (
-        hasattr(module, "weight") and getattr(module.weight, "ndim", 0) == 2 and not hasattr(module, "num_embeddings")
-    )
 
 
 def client_table(workplace: Workplace, federation: Federation) -> dict[str, Any]:

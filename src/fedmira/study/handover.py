@@ -20,7 +20,7 @@ from fedmira.engine.clients import Scores
 from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
 from fedmira.export.card import Card, licence_of, model_card
-from fedmira.export.peft_folder import count_exported, depth_of, describe, export_adapter, short_targets
+from fedmira.export.peft_folder import count_exported, depth_of, describe, export_adapter
 from fedmira.methods.base import Method
 from fedmira.study.assemble import Prepared
 from fedmira.study.events import AdaptersWritten
@@ -52,7 +52,6 @@ def write_adapters(
     prompts = federation.layout.virtual_tokens > 0
     own, trainees, tuned = method.personal, method.regime.trainees, method.regime.tune is not None
     shared_by_all = not own and method.count_rows(len(federation)) == 1  # else by a group
-    targets = short_targets([name for name, _, _ in base.shapes], prepared.linears)
     drawn = count_drawn(method, folder.records(), federation.names)
     links = len(federation) * count_exported(federation.layout) * 4 > LINK_BYTES
     pool = (sum(len(client.train) for client in clients), sum(client.trained_tokens for client in clients))
@@ -97,7 +96,7 @@ def write_adapters(
                 served,
                 base_model=model.base_model,
                 revision=model.revision,
-                target_modules=targets,
+                target_modules=prepared.targets,
                 fan_in_fan_out=base.transposed,
                 depth=depth_of(base.model.config) if prompts else None,
                 card=card,
