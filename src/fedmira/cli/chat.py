@@ -17,6 +17,7 @@ from fedmira.data.templates import Template, make_template
 from fedmira.disk.folders import RunFolder
 from fedmira.errors import ConfigError, ModelError
 from fedmira.export.adapter_config import AdapterConfig, check_adapter
+from fedmira.export.asking import CHAT_TEMPLATE, takes_single_requests
 from fedmira.export.peft_folder import read_adapter
 from fedmira.model.answers.generate import answers
 from fedmira.model.base.load import Base, load_base, load_tokenizer
@@ -48,6 +49,7 @@ class Chat:
     panels: tuple[Panel, ...]
     template: Template
     max_new_tokens: int
+    remembers: bool = True  # the template shows conversations
     turns: list[list[Turn]] = field(default_factory=list)  # of each speaker; stays empty for single requests
 
     def ask(self, text: str) -> dict[str, str]:
@@ -66,7 +68,7 @@ class Chat:
             panel_replies = self._answers(panel, [questions[speaker] for speaker in panel.speakers])
             for speaker, reply in zip(panel.speakers, panel_replies, strict=True):
                 replies[speaker] = reply
-        if self.template.complete:
+        if self.template.complete and self.remembers:
             for history, reply in zip(self.turns, replies, strict=True):
                 history += [Turn("user", text), Turn("assistant", reply)]
         return dict(zip(self.names, replies, strict=True))
@@ -104,7 +106,8 @@ def open_chat(
     """Load a base with the adapter of a run's client, or PEFT folders made for it, or both.
 
     model and template: instead of the run's; without a run, the default is the base that the first folder names, and
-    the tokenizer's chat template if it has one. max_new_tokens: None = 128, or half of the base's positions.
+    the chat template in that folder, else the tokenizer's if it has one. max_new_tokens: None = 128, or half of the
+    base's positions.
     Raises ConfigError, StoreError or ModelError: no adapter, no such client, folders for other bases or layers.
     """
     faults = []
@@ -132,9 +135,12 @@ def open_chat(
     settings = None if opened is None else opened.config
     revision = settings.model.revision if settings is not None and model is None else None
     tokenizer = load_tokenizer(base_name, revision=revision)
+    beside = configs[0].folder / CHAT_TEMPLATE  # how the first adapter was trained
     usual = "chat" if getattr(tokenizer, "chat_template", None) else "none"
+    usual = str(beside) if facts is None and beside.is_file() else usual
     template_name = template or (None if facts is None else facts.template) or usual
     rendered_by = make_template(template_name, usual=usual, tokenizer=tokenizer)
+    single = template_name == str(beside) and takes_single_requests(beside.read_text(encoding="utf-8"))
     usual_targets = "auto" if settings is None else settings.lora.target_modules  # prompts do not name any
     targets = next((config.targets for config in configs if not config.is_prompt), usual_targets)
     dtype = "auto" if facts is None else facts.dtype
@@ -147,7 +153,7 @@ def open_chat(
     names = [BASE, *(name for name, _ in chosen)]
     distinct = tuple(name if names.count(name) == 1 else f"{name} ({index})" for index, name in enumerate(names))
     new_tokens = _new_tokens(max_new_tokens, base.max_positions, ahead=max(config.virtual_tokens for config in configs))
-    return Chat(distinct, base, _panels(base, configs), rendered_by, new_tokens)
+    return Chat(distinct, base, _panels(base, configs), rendered_by, new_tokens, not single)
 
 
 def _new_tokens(requested: int | None, positions: int | None, *, ahead: int) -> int:

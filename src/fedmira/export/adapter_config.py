@@ -147,7 +147,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     path = folder / CONFIG
     if not path.exists() and not path.is_symlink():
         raise StoreError(f"'{folder}' is not an adapter: it has no {CONFIG}")
-    _check_plain(path)
+    check_plain(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -193,7 +193,7 @@ def check_adapter(folder: Path, *, files: Sequence[str] = (WEIGHTS, CONFIG)) -> 
     if missing:
         raise StoreError(f"'{folder}' has no {missing[0]}; export or download the adapter again")
     for name in files:
-        _check_plain(folder / name)
+        check_plain(folder / name)
     _check_tensors(config, read_shapes(folder / WEIGHTS))
     return config
 
@@ -213,7 +213,7 @@ def adapted_modules(shapes: Mapping[str, object]) -> list[str]:
     return list(dict.fromkeys(ending.sub("", name).removeprefix(PREFIX) for name in shapes))
 
 
-def _check_plain(path: Path) -> None:
+def check_plain(path: Path) -> None:
     """Raise StoreError for what is not a regular file, and for a link, except one within the hub's cache.
 
     A link in a folder that somebody else made leads to any file of this machine, and its content would be copied.

@@ -22,7 +22,18 @@ from fedmira.adapters import Adapters, Layout
 from fedmira.adapters.ranks import by_ending
 from fedmira.disk.files import sync_folder, write_atomic
 from fedmira.errors import ModelError, StoreError
-from fedmira.export.adapter_config import CARD, CONFIG, EMBEDDINGS, FILES, PREFIX, WEIGHTS, AdapterConfig, check_adapter
+from fedmira.export.adapter_config import (
+    CARD,
+    CONFIG,
+    EMBEDDINGS,
+    FILES,
+    PREFIX,
+    WEIGHTS,
+    AdapterConfig,
+    check_adapter,
+    check_plain,
+)
+from fedmira.export.asking import TOKENIZER_FILES, share_files, tokenizer_files
 from fedmira.export.card import Card, model_card, shown_base
 from fedmira.model.base.load import quiet
 from fedmira.model.base.source import first_line, join_some, list_pickles
@@ -173,19 +184,28 @@ def _by_module(adapters: Adapters) -> tuple[list[str], list[int], list[float | i
 
 
 def copy_adapters(sources: Sequence[Path], targets: Sequence[Path]) -> None:
-    """Copy the three files of each adapter folder, and no others; all folders or none.
+    """Copy the three files of each adapter folder, those of its tokenizer, and no others; all folders or none.
 
+    Where folders share a tokenizer's files, their copies do too.
     An absolute path of the base is shortened to its last name in the copies, because they are shared.
     Raises StoreError if a file is missing, a folder has a pickle, a target exists or the disk is full.
     """
     check_adapters(sources)
     check_free(targets)
+    copied: dict[tuple[int, int], Path] = {}  # a tokenizer's file -> its first copy
     with ExitStack() as stack:
         temporaries = [stack.enter_context(new_folder(target)) for target in targets]
         for source, temporary in zip(sources, temporaries, strict=True):
             for name in FILES:
                 shutil.copyfile(source / name, temporary / name)
             _name_base_only(temporary / CONFIG)
+            for path in tokenizer_files(source):
+                facts = path.stat()
+                first = copied.setdefault((facts.st_dev, facts.st_ino), temporary / path.name)
+                if first.parent == temporary:
+                    shutil.copyfile(path, first)
+                else:
+                    share_files([first], temporary)
 
 
 def check_adapters(folders: Sequence[Path]) -> list[AdapterConfig]:
@@ -198,6 +218,9 @@ def check_adapters(folders: Sequence[Path]) -> list[AdapterConfig]:
             raise StoreError(f"'{folder}' has no {missing[0]}; was the run cut short at its end? 'fedmira resume' it")
     configs = [check_adapter(folder, files=FILES) for folder in folders]
     for folder in folders:
+        for path in folder.iterdir():
+            if any(path.match(pattern) for pattern in TOKENIZER_FILES):
+                check_plain(path)
         try:
             (folder / CARD).read_text(encoding="utf-8")
         except ValueError:

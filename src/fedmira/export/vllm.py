@@ -31,6 +31,7 @@ from pathlib import Path
 
 from fedmira import bundled
 from fedmira.export.adapter_config import read_adapter_config
+from fedmira.export.asking import CHAT_TEMPLATE
 
 VERSION = "0.33"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -80,7 +81,10 @@ def serve_line(
     base = bundled.resolve(base_model)
     few = folders[:SHOWN]
     words = ["vllm", "serve", base, *([] if revision is None else ["--revision", revision])]
-    words += ["--enable-lora", "--max-lora-rank", str(allowed), "--max-loras", str(len(few)), "--lora-modules"]
+    words += ["--enable-lora", "--max-lora-rank", str(allowed), "--max-loras", str(len(few))]
+    template = few[0] / CHAT_TEMPLATE  # vLLM reads that of the base, not of an adapter
+    words += ["--chat-template", str(template)] if template.is_file() else []
+    words += ["--lora-modules"]
     words += [_module(folder.name if folder.name != base else f"{folder.name}-lora", str(folder)) for folder in few]
     remaining = len(folders) - len(few)
     return shlex.join(words) + (f"  # ... and {remaining} more in {_parents(folders)}" if remaining else "")

@@ -22,6 +22,7 @@ from fedmira.adapters.ranks import by_ending, client_ranks, is_mixed, shown
 from fedmira.config.sections import Config
 from fedmira.data.batches import ClientData
 from fedmira.data.partition import client_key
+from fedmira.data.templates import make_template
 from fedmira.disk.run_facts import RunFacts
 from fedmira.engine.cost import plan_cohort
 from fedmira.engine.events import Observer
@@ -31,6 +32,7 @@ from fedmira.engine.tools import Training
 from fedmira.engine.workplace import Evaluation, Workplace
 from fedmira.errors import MethodError, ModelError, nearest
 from fedmira.evaluation.embed import embed_prompts
+from fedmira.export.asking import Asking, find_asking
 from fedmira.export.peft_folder import check_targets, short_targets
 from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort, Method
@@ -95,6 +97,7 @@ class Prepared:
     cohorts: Mapping[int, Cohort]  # seed -> what a method may know of the federation
     built: Mapping[str, Built]  # label -> method
     targets: Sequence[str]  # the adapted modules, as exported adapters name them
+    asking: Asking  # how exported adapters are asked
     threads: int
 
     @property
@@ -155,7 +158,9 @@ def prepare(
     sampled = len(next(iter(cohorts.values())).schedule[0])
     workplace = Workplace(base, tuple(clients), sampled, evaluation_of(config))
     targets = targets_of(base)
-    prepared = Prepared(config, federation, workplace, materials, cohorts, built, targets, threads)
+    used = materials.intake.template
+    asking = find_asking(make_template(used, usual=used, tokenizer=materials.tokenizer), materials.tokenizer)
+    prepared = Prepared(config, federation, workplace, materials, cohorts, built, targets, asking, threads)
     kinds = prepared.kinds()
     check_virtual_tokens(config, prepared, kinds)
     if not all(layout.virtual_tokens for layout in kinds):

@@ -19,6 +19,7 @@ from fedmira.disk.folders import RunFolder
 from fedmira.engine.clients import Scores
 from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
+from fedmira.export.asking import share_files, tokenizer_files
 from fedmira.export.card import Card, licence_of, model_card
 from fedmira.export.peft_folder import count_exported, depth_of, describe, export_adapter
 from fedmira.methods.base import Method
@@ -45,7 +46,7 @@ def write_adapters(
 
     start: scores of the untouched base; test: of these adapters. Clients with the same adapter, as all of a shared
     method and those never drawn of a personal one, get hard links to one read-only file where there are so many that
-    copies would fill the disk.
+    copies would fill the disk. All folders have the tokenizer and the chat template, as hard links to one copy.
     """
     facts = folder.facts
     base, clients = prepared.workplace.base, prepared.workplace.clients
@@ -55,6 +56,9 @@ def write_adapters(
     drawn = count_drawn(method, folder.records(), federation.names)
     links = len(federation) * count_exported(federation.layout) * 4 > LINK_BYTES
     pool = (sum(len(client.train) for client in clients), sum(client.trained_tokens for client in clients))
+    model, asking = prepared.config.model, prepared.asking
+    local = Path(model.base_model).is_dir()
+    tokenizer: list[Path] = []  # the files of the first client's folder, which the others share
     common: dict[tuple[tuple[int, ...], str], Path] = {}  # ranks and sha256 of a row that others may have -> its folder
     for position, client in enumerate(clients):
         used = serve(torch.tensor([position]))
@@ -72,6 +76,10 @@ def write_adapters(
             "scores": _pairs(start, test, position),
             "version": facts.versions["fedmira"],
             "date": facts.started[:10],
+            "template": asking.template,
+            "prompt": asking.prompt,
+            "chat_template": asking.source is not None,
+            "local": local,
         }
         if not prompts:
             card["targets"] = sorted({name.rsplit(".", 1)[-1] for name, _, _ in base.shapes})
@@ -86,7 +94,6 @@ def write_adapters(
         card["cut"] = not own and trainees == "sampled" and is_mixed(federation.ranks)
         if drawn[client.id] or not tuned:  # a card takes a personal adapter never drawn for the common start
             card["drawn"] = drawn[client.id]
-        model = prepared.config.model
         digest = hashlib.sha256(served.rows.numpy().tobytes()).hexdigest() if links else ""
         key = tuple(served.ranks.flatten().tolist()), digest
         like = common.get(key)
@@ -106,6 +113,11 @@ def write_adapters(
         else:
             linked: Card = {**card, **describe(served)}
             write_atomic(target / "README.md", model_card(model.base_model, linked, revision=model.revision).encode())
+        if tokenizer:
+            share_files(tokenizer, target)
+        else:
+            asking.write(target)
+            tokenizer = tokenizer_files(target)
         observer(AdaptersWritten(position + 1, len(federation)))
 
 
