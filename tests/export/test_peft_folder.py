@@ -39,6 +39,7 @@ from fedmira.study.face import Run
 pytestmark = pytest.mark.xdist_group("peft_folder")
 
 LOCAL = [{"name": "local"}]
+ASKING = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_a_dangling_link_counts_as_taken_too(run: Run, tmp_path: Path) -> None:
         fedmira.export(run, client="cy", out=tmp_path)
 
 
-def test_only_the_three_files_of_an_adapter_are_copied(here: Path, tmp_path: Path) -> None:
+def test_only_the_files_of_an_adapter_and_its_tokenizer_are_copied(here: Path, tmp_path: Path) -> None:
     own = tmp_path / "study"
     shutil.copytree(here / "near", own)
     folder = own / "local" / "seed-3" / "adapters" / "ada"
@@ -116,7 +117,7 @@ def test_only_the_three_files_of_an_adapter_are_copied(here: Path, tmp_path: Pat
     (folder.parent / ".DS_Store").write_text("x")
     made = fedmira.export(own / "local" / "seed-3", out=tmp_path / "out")
     assert {path.name for path in made[0].parent.iterdir()} == set(CLIENTS)
-    assert {path.name for path in (tmp_path / "out" / "ada").iterdir()} == set(FILES)
+    assert {path.name for path in (tmp_path / "out" / "ada").iterdir()} == {*FILES, *ASKING}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -150,7 +151,7 @@ def test_a_partial_copy_left_by_a_crash_is_replaced(run: Run, tmp_path: Path) ->
     (tmp_path / ".ada.tmp").mkdir()
     (tmp_path / ".ada.tmp" / "half").write_text("x")
     fedmira.export(run, client="ada", out=tmp_path)
-    assert {path.name for path in tmp_path.rglob("*")} == {"ada", *FILES}
+    assert {path.name for path in tmp_path.rglob("*")} == {"ada", *FILES, *ASKING}
 
 
 def test_a_file_instead_of_the_folder_is_reported(run: Run, tmp_path: Path) -> None:
@@ -480,7 +481,8 @@ def test_export_prints_paths_on_one_stream_and_how_to_serve_them_on_the_other(he
     ended = command("export", place, "--client", "ada", "--out", tmp_path / "out", folder=here)
     assert (ended.code, ended.out) == (0, f"{tmp_path / 'out' / 'ada'}\n")
     serve = "vllm serve base --enable-lora --max-lora-rank 8 --max-loras 1"
-    assert ended.err == f"{serve} --lora-modules ada={tmp_path / 'out' / 'ada'}\n"
+    made = tmp_path / "out" / "ada"
+    assert ended.err == f"{serve} --chat-template {made}/chat_template.jinja --lora-modules ada={made}\n"
     every = json.loads(command("export", place, "--json", "--out", tmp_path / "all").out)
     assert [Path(path).name for path in every["adapters"]] == sorted(CLIENTS)
     assert every["vllm"].endswith(f"# ... and 2 more in {tmp_path / 'all'}")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import fedmira
 from fedmira.adapters import lora_layout, soft_layout
 from fedmira.errors import StoreError
+from fedmira.export.card import USE
 from fedmira.export.merged_model import merge_adapters
 from fedmira.export.peft_folder import Depth, count_exported, depth_of, read_adapter
 from fedmira.export.vllm import serve_line
@@ -210,7 +211,7 @@ def test_the_folder_of_a_run_has_the_test_loss_of_its_results_in_peft(
     for client in ("007", "ada"):
         card = (run.adapters(client) / "README.md").read_text(encoding="utf-8")
         names: dict[str, Any] = {}
-        program = card.split("```python\n")[1].split("```")[0]
+        program = card.split(USE)[1].split("```python\n")[1].split("```")[0]
         exec(program.replace("path/to/this/folder", str(run.adapters(client))), names)
         losses = []
         for row in data:

@@ -158,7 +158,7 @@ def takes_single_requests(source: str) -> bool:
     return source.startswith(_ONE)
 
 
-def _candidates(template: Template, tokenizer: Any, questions: Sequence[tuple[str, str, list[int]]]) -> Iterator[str]:
+def _candidates(template: Template, tokenizer: Any, questions: Sequence[_Question]) -> Iterator[str]:
     """Give chat templates, the likeliest first.
 
     Those of single requests differ in what precedes the text: the ids that the tokenizer puts before one, and a space
