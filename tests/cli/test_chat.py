@@ -129,7 +129,7 @@ def test_an_adapter_of_another_base_or_kind_is_refused(done: Path, tmp_path: Pat
     for config, words in (
         ("{", "damaged"),
         ('{"peft_type": "PROMPT_TUNING"}', "only plain LoRA"),
-        ('{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_dora": true}', "not use_dora"),
+        ('{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_dora": true}', "use_dora is true; allowed: only null"),
     ):
         (odd / "adapter_config.json").write_text(config)
         ended = command("chat", run, "--adapter", odd, "-p", "w3")

@@ -122,10 +122,8 @@ def test_a_merged_folder_is_a_model_with_its_tokenizer_and_a_card(here: Path, ru
     names = {path.name for path in made.path.iterdir()}
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors"),
-        *("tokenizer.json", "tokenizer_config.json", "README.md"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"),
     }
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (made.path / name).read_bytes() == (here / "base" / name).read_bytes()
     assert AutoTokenizer.from_pretrained(made.path)("w3 w4")["input_ids"] == [3, 4]
     assert "library_name: transformers" in (made.path / "README.md").read_text()
     assert {path.stat().st_mode for path in made.path.iterdir()} == {(made.path / "README.md").stat().st_mode}
@@ -266,9 +264,9 @@ def test_an_adapter_that_is_not_finite_is_not_merged(here: Path, tmp_path: Path)
     tensors = load_file(path)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, path)
-    with pytest.raises(ModelError, match=r"ada' cannot be merged: NaNs detected"):
+    with pytest.raises(StoreError, match=r"ada/adapter_model\.safetensors' has numbers that are not finite"):
         merge_adapters([tmp_path / "ada"], [tmp_path / "out" / "ada"], facts=facts)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_that_fills_up_leaves_nothing_half(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

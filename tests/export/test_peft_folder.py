@@ -36,6 +36,7 @@ from fedmira.study import face as study
 from fedmira.study.face import Run
 
 LOCAL = [{"name": "local"}]
+ASKING = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_a_dangling_link_counts_as_taken_too(run: Run, tmp_path: Path) -> None:
         fedmira.export(run, client="cy", out=tmp_path)
 
 
-def test_only_the_three_files_of_an_adapter_are_copied(here: Path, tmp_path: Path) -> None:
+def test_only_the_files_of_an_adapter_and_its_tokenizer_are_copied(here: Path, tmp_path: Path) -> None:
     own = tmp_path / "study"
     shutil.copytree(here / "near", own)
     folder = own / "local" / "seed-3" / "adapters" / "ada"
@@ -113,7 +114,7 @@ def test_only_the_three_files_of_an_adapter_are_copied(here: Path, tmp_path: Pat
     (folder.parent / ".DS_Store").write_text("x")
     made = fedmira.export(own / "local" / "seed-3", out=tmp_path / "out")
     assert {path.name for path in made[0].parent.iterdir()} == set(CLIENTS)
-    assert {path.name for path in (tmp_path / "out" / "ada").iterdir()} == set(FILES)
+    assert {path.name for path in (tmp_path / "out" / "ada").iterdir()} == {*FILES, *ASKING}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -147,7 +148,7 @@ def test_a_partial_copy_left_by_a_crash_is_replaced(run: Run, tmp_path: Path) ->
     (tmp_path / ".ada.tmp").mkdir()
     (tmp_path / ".ada.tmp" / "half").write_text("x")
     fedmira.export(run, client="ada", out=tmp_path)
-    assert {path.name for path in tmp_path.rglob("*")} == {"ada", *FILES}
+    assert {path.name for path in tmp_path.rglob("*")} == {"ada", *FILES, *ASKING}
 
 
 def test_a_file_instead_of_the_folder_is_reported(run: Run, tmp_path: Path) -> None:
@@ -386,10 +387,13 @@ def test_the_max_rank_is_the_smallest_that_vllm_allows(rank: int, allowed: int |
     assert max_lora_rank(rank) == allowed
 
 
+PLAIN = {"peft_type": "LORA", "lora_alpha": 4, "target_modules": ["q_proj"]}
+
+
 def adapters(folder: Path, *names: str, rank: int = 4) -> list[Path]:
     for name in names:
         (folder / name).mkdir(parents=True)
-        (folder / name / "adapter_config.json").write_text(json.dumps({"r": rank}))
+        (folder / name / "adapter_config.json").write_text(json.dumps(PLAIN | {"r": rank}))
     return [folder / name for name in names]
 
 
@@ -416,9 +420,9 @@ def test_the_line_has_the_largest_of_several_ranks(tmp_path: Path) -> None:
 def test_an_adapter_whose_layers_differ_in_rank_is_not_offered_to_vllm(tmp_path: Path) -> None:
     (folder,) = adapters(tmp_path, "ada")
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps({"r": 8, "rank_pattern": {"mlp": 4}}))
+    path.write_text(json.dumps(PLAIN | {"r": 8, "rank_pattern": {"mlp": 4}}))
     assert serve_line("base", [folder]).startswith("# vLLM")
-    path.write_text(json.dumps({"r": 8, "rank_pattern": {}}))
+    path.write_text(json.dumps(PLAIN | {"r": 8, "rank_pattern": {}}))
     assert serve_line("base", [folder]).startswith("vllm serve")
 
 
@@ -450,11 +454,19 @@ def test_what_vllm_cannot_serve_is_reported_with_an_alternative(tmp_path: Path) 
         assert "--merge" in line
 
 
-@pytest.mark.parametrize("text", [None, "{", "{}", '{"r": "x"}', "[]"])
-def test_a_folder_whose_rank_cannot_be_read_is_refused(text: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "has no adapter_config"),
+        ("{", "is damaged"),
+        ("{}", "peft_type is null"),
+        (json.dumps(PLAIN | {"r": "x"}), 'r is "x"'),
+    ],
+)
+def test_a_folder_whose_rank_cannot_be_read_is_refused(text: str | None, words: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(StoreError, match=r"adapter_config\.json' is missing or damaged"):
+    with pytest.raises(StoreError, match=words):
         serve_line("base", [tmp_path])
 
 
@@ -466,7 +478,8 @@ def test_export_prints_paths_on_one_stream_and_how_to_serve_them_on_the_other(he
     ended = command("export", place, "--client", "ada", "--out", tmp_path / "out", folder=here)
     assert (ended.code, ended.out) == (0, f"{tmp_path / 'out' / 'ada'}\n")
     serve = "vllm serve base --enable-lora --max-lora-rank 8 --max-loras 1"
-    assert ended.err == f"{serve} --lora-modules ada={tmp_path / 'out' / 'ada'}\n"
+    made = tmp_path / "out" / "ada"
+    assert ended.err == f"{serve} --chat-template {made}/chat_template.jinja --lora-modules ada={made}\n"
     every = json.loads(command("export", place, "--json", "--out", tmp_path / "all").out)
     assert [Path(path).name for path in every["adapters"]] == sorted(CLIENTS)
     assert every["vllm"].endswith(f"# ... and 2 more in {tmp_path / 'all'}")

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 import fedmira
 from fedmira.adapters import lora_layout, soft_layout
 from fedmira.errors import StoreError
+from fedmira.export.card import USE
 from fedmira.export.merged_model import merge_adapters
-from fedmira.export.peft_folder import Depth, count_exported, depth_of, kind_of, read_adapter
+from fedmira.export.peft_folder import Depth, count_exported, depth_of, read_adapter
 from fedmira.export.vllm import serve_line
 from fedmira.model.answers.generate import answers
 from fedmira.model.packed.virtual import embeddings
@@ -153,9 +154,8 @@ def test_a_prompt_is_not_merged_and_no_weights_are_loaded(
     facts = run_facts(base_model=str(tmp_path / "nowhere"))
     with pytest.raises(StoreError, match=r"ada' is a prompt of virtual tokens.* cannot be merged.* without --merge"):
         merge_adapters([folder], [tmp_path / "out"], facts=facts)
-    assert kind_of(folder) == "P_TUNING"
     (folder / "adapter_config.json").write_text("[]")
-    with pytest.raises(StoreError, match=r"adapter_config\.json' is missing or damaged"):
+    with pytest.raises(StoreError, match=r"adapter_config\.json' is damaged"):
         merge_adapters([folder], [tmp_path / "out"], facts=facts)
     assert not (tmp_path / "out").exists()
 
@@ -211,7 +211,7 @@ def test_the_folder_of_a_run_has_the_test_loss_of_its_results_in_peft(
     for client in ("007", "ada"):
         card = (run.adapters(client) / "README.md").read_text(encoding="utf-8")
         names: dict[str, Any] = {}
-        program = card.split("```python\n")[1].split("```")[0]
+        program = card.split(USE)[1].split("```python\n")[1].split("```")[0]
         exec(program.replace("path/to/this/folder", str(run.adapters(client))), names)
         losses = []
         for row in data:

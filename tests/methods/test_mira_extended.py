@@ -126,6 +126,24 @@ def test_the_exact_solver_needs_no_limit_of_coupling(tmp_path: Path) -> None:
     mira(tmp_path, **{"lambda": 5}, solver="exact")
 
 
+@pytest.mark.parametrize("space", ["factors", "product"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_client_without_neighbours_keeps_its_factors_to_the_bit(seed: int, space: str, tmp_path: Path) -> None:
+    """Between others: the inverse of the whole round has weights of 1e-20 there."""
+    stream = np.random.default_rng(seed)
+    order = stream.permutation(CLIENTS)
+    path = tmp_path / "graph.csv"
+    pairs = list(itertools.combinations(order[: CLIENTS - 1], 2))
+    lines = [f"c{one},c{other},{stream.random():.17g}" for one, other in pairs]
+    path.write_text("\n".join(["client,neighbour,weight", *lines]) + "\n", encoding="utf-8")
+    graph = {"kind": "file", "path": str(path)}
+    method = build("mira", {"lambda": 3.0, "space": space, "solver": "exact", "graph": graph}, cohort())
+    uploads, alone = adapters(seed), int(order[-1])
+    rows = merged(method, uploads, tuple(range(CLIENTS)))
+    assert torch.equal(rows[alone], uploads.rows[alone])
+    assert not any(torch.equal(rows[k], uploads.rows[k]) for k in order[:-1].tolist())
+
+
 # ---------------------------------------------------------------- the product space
 
 

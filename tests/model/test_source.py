@@ -9,14 +9,19 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.model import hub
 
 from fedmira.errors import ModelError
 from fedmira.model.base.load import load_base
-from fedmira.model.base.source import count_positions, fingerprint, load_tokenizer
+from fedmira.model.base.source import find_folder, fingerprint, load_config, load_tokenizer, positions
 
 Change = Callable[..., Path]
+
+
+def count_positions(name: str) -> int | None:
+    return positions(load_config(name, find_folder(name)))
 
 
 @pytest.fixture
@@ -309,6 +314,14 @@ def test_only_the_needed_files_of_a_hub_name_are_fetched_and_only_once(served: l
     assert base.name == hub.NAME
     torch.testing.assert_close(base.head.weight, tiny.model("llama", dtype=torch.float32).lm_head.weight.data)
     assert base.fingerprint == fingerprint(hub.NAME)
+
+
+@pytest.mark.usefixtures("served")
+def test_a_tensor_that_no_layer_of_a_hub_name_takes_is_refused(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    save_file(load_file(path) | {"lm_head.bias": torch.ones(23)}, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"some-one/tiny': .* no place for 1 of the tensors, lm_head\.bias"):
+        load_base(hub.NAME, dtype="float32", device="cpu")
 
 
 @pytest.mark.usefixtures("served")

@@ -101,7 +101,7 @@ def test_a_base_that_mixes_tokens_after_its_last_attention_is_not_cut() -> None:
     model = tiny.model("llama")
     for layer in model.model.layers:
         layer.mlp = Shift(layer.mlp)
-    assert find_tail(model, model.model, Stack()) is None
+    assert find_tail(model, model.model, Stack(), vocabulary=tiny.VOCABULARY) is None
     x = torch.randn(1, 4, 16, dtype=torch.float64)
     for layer in model.model.layers:  # nothing stays wrapped
         assert torch.equal(layer.mlp(x), Shift.forward(layer.mlp, x))
@@ -111,4 +111,4 @@ def test_a_base_that_mixes_tokens_after_its_last_attention_is_not_cut() -> None:
 def test_a_base_whose_layers_share_their_weights_is_not_cut() -> None:
     model = tiny.model("llama")
     model.model.layers[1] = model.model.layers[0]
-    assert find_tail(model, model.model, Stack()) is None
+    assert find_tail(model, model.model, Stack(), vocabulary=tiny.VOCABULARY) is None

@@ -208,8 +208,8 @@ def test_a_base_that_reads_more_than_embeddings_takes_no_virtual_tokens() -> Non
 
     base, _ = make("llama-tied")
     embedding = base.model.get_input_embeddings()
-    check_embeddings(base.decoder, embedding, name="x")
+    check_embeddings(base.decoder, embedding, vocabulary=tiny.VOCABULARY, name="x")
     with pytest.raises(ModelError, match="reads more than embeddings"):
-        check_embeddings(Odd(base.decoder), embedding, name="x")
+        check_embeddings(Odd(base.decoder), embedding, vocabulary=tiny.VOCABULARY, name="x")
     with pytest.raises(ModelError, match="takes no virtual tokens"):
-        check_embeddings(Blind(), embedding, name="x")
+        check_embeddings(Blind(), embedding, vocabulary=tiny.VOCABULARY, name="x")

@@ -18,7 +18,6 @@ from fedmira.export.peft_folder import export_adapter, read_adapter, short_targe
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message
 from fedmira.model.answers.generate import answers
-from fedmira.model.packed.lora import find_targets
 from fedmira.model.passes import losses
 
 SHORT = {"gpt2": ["c_attn"]}
@@ -196,7 +195,7 @@ def test_an_exported_adapter_reloads_in_peft_with_equal_logits(family: str, targ
     if targets == "one layer":  # its ending would match the other layer too
         wanted = ["transformer.h.1.attn.c_attn" if family == "gpt2" else "model.layers.1.self_attn.q_proj"]
     pairing = pair(family, wanted, torch.float32)
-    linears = find_targets(pairing.plain, "all-linear", head=pairing.plain.get_output_embeddings())
+    others = [name for name, _ in pairing.plain.named_modules()]
     logits = stacked_logits(pairing.base, pairing.stack, pairing.batch)
     for k, texts in enumerate(pairing.texts):
         folder = tmp_path / f"client-{k}"
@@ -205,7 +204,7 @@ def test_an_exported_adapter_reloads_in_peft_with_equal_logits(family: str, targ
             folder,
             own,
             base_model="tiny",
-            target_modules=short_targets(pairing.modules, linears),
+            target_modules=short_targets(pairing.modules, others),
             fan_in_fan_out=pairing.base.transposed,
             card={"client": k},
         )

@@ -3,8 +3,7 @@
 The base and all LoRA adapters answer in one pass, prompts in another pass for each number of virtual tokens.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,14 @@ from fedmira.data.formats import Record, Turn
 from fedmira.data.special import as_text
 from fedmira.data.templates import Template, make_template
 from fedmira.disk.folders import RunFolder
-from fedmira.errors import ConfigError, ModelError, StoreError
-from fedmira.export.peft_folder import PROMPT, read_adapter
+from fedmira.errors import ConfigError, ModelError
+from fedmira.export.adapter_config import AdapterConfig, check_adapter
+from fedmira.export.asking import CHAT_TEMPLATE, takes_single_requests
+from fedmira.export.peft_folder import read_adapter
 from fedmira.model.answers.generate import answers
 from fedmira.model.base.load import Base, load_base, load_tokenizer
 from fedmira.model.base.trial import check_embeddings
+from fedmira.model.base.vocabulary import check_ids
 from fedmira.study.face import Run
 
 BASE = "base"
@@ -49,6 +51,7 @@ class Chat:
     panels: tuple[Panel, ...]
     template: Template
     max_new_tokens: int
+    remembers: bool = True  # the template shows conversations
     turns: list[list[Turn]] = field(default_factory=list)  # of each speaker; stays empty for single requests
     reader: Any = None  # the tokenizer of questions, where it is not the base's: special tokens in them are text
 
@@ -68,7 +71,7 @@ class Chat:
             panel_replies = self._answers(panel, [questions[speaker] for speaker in panel.speakers])
             for speaker, reply in zip(panel.speakers, panel_replies, strict=True):
                 replies[speaker] = reply
-        if self.template.complete:
+        if self.template.complete and self.remembers:
             for history, reply in zip(self.turns, replies, strict=True):
                 history += [Turn("user", text), Turn("assistant", reply)]
         return dict(zip(self.names, replies, strict=True))
@@ -82,6 +85,13 @@ class Chat:
             self.reader or self.base.tokenizer,
             self.template,
             max_question=None if positions is None else positions - taken,
+        )
+        check_ids(
+            encoded,
+            self.base.tokenizer,
+            vocabulary=self.base.vocabulary,
+            name=self.base.name,
+            where=f"questions (template {self.template.name})",
         )
         texts = answers(self.base, panel.adapters, [[ids] for ids in encoded], max_new_tokens=self.max_new_tokens)
         return [speaker_texts[0].strip() for speaker_texts in texts]
@@ -99,7 +109,8 @@ def open_chat(
     """Load a base with the adapter of a run's client, or PEFT folders made for it, or both.
 
     model and template: instead of the run's; without a run, the default is the base that the first folder names, and
-    the tokenizer's chat template if it has one. max_new_tokens: None = 128, or half of the base's positions.
+    the chat template in that folder, else the tokenizer's if it has one. max_new_tokens: None = 128, or half of the
+    base's positions.
     Raises ConfigError, StoreError or ModelError: no adapter, no such client, folders for other bases or layers.
     """
     faults = []
@@ -119,20 +130,25 @@ def open_chat(
     chosen = ([] if opened is None or client is None else [(client, opened.adapters(client))]) + [
         (_name(folder), folder) for folder in folders
     ]
-    configs = [_read_config(folder) for _, folder in chosen]
-    usual_base = str(configs[0].get("base_model_name_or_path")) if facts is None else facts.base_model
-    base_name = bundled.resolve(model or usual_base)
+    configs = [check_adapter(folder) for _, folder in chosen]
+    usual_base = configs[0].base_model if facts is None else facts.base_model
+    if not (model or usual_base):
+        raise ConfigError([f"'{configs[0].folder}' names no base model; give --model"], "chat")
+    base_name = bundled.resolve(model or str(usual_base))
     settings = None if opened is None else opened.config
     revision = settings.model.revision if settings is not None and model is None else None
     tokenizer = load_tokenizer(base_name, revision=revision)
+    beside = configs[0].folder / CHAT_TEMPLATE  # how the first adapter was trained
     usual = "chat" if getattr(tokenizer, "chat_template", None) else "none"
+    usual = str(beside) if facts is None and beside.is_file() else usual
     template_name = template or (None if facts is None else facts.template) or usual
     rendered_by = make_template(template_name, usual=usual, tokenizer=tokenizer)
     reader = None
     if settings is not None and settings.data.special_tokens == "text":
         rendered_by, reader = as_text(rendered_by, tokenizer)
+    single = template_name == str(beside) and takes_single_requests(beside.read_text(encoding="utf-8"))
     usual_targets = "auto" if settings is None else settings.lora.target_modules  # prompts do not name any
-    targets = next((config["target_modules"] for config in configs if not _tokens(config)), usual_targets)
+    targets = next((config.targets for config in configs if not config.is_prompt), usual_targets)
     dtype = "auto" if facts is None else facts.dtype
     base = load_base(base_name, revision=revision, dtype=dtype, targets=targets, tokenizer=tokenizer)
     if model is None and facts is not None and facts.base_fingerprint != base.fingerprint:
@@ -142,10 +158,8 @@ def open_chat(
         )
     names = [BASE, *(name for name, _ in chosen)]
     distinct = tuple(name if names.count(name) == 1 else f"{name} ({index})" for index, name in enumerate(names))
-    new_tokens = _new_tokens(max_new_tokens, base.max_positions, ahead=max(map(_tokens, configs)))
-    return Chat(
-        distinct, base, _panels(base, [folder for _, folder in chosen], configs), rendered_by, new_tokens, reader=reader
-    )
+    new_tokens = _new_tokens(max_new_tokens, base.max_positions, ahead=max(config.virtual_tokens for config in configs))
+    return Chat(distinct, base, _panels(base, configs), rendered_by, new_tokens, not single, reader=reader)
 
 
 def _new_tokens(requested: int | None, positions: int | None, *, ahead: int) -> int:
@@ -162,23 +176,24 @@ def _new_tokens(requested: int | None, positions: int | None, *, ahead: int) -> 
     return new
 
 
-def _panels(base: Base, folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> tuple[Panel, ...]:
+def _panels(base: Base, configs: Sequence[AdapterConfig]) -> tuple[Panel, ...]:
     """Put the base (speaker 0) and all LoRA adapters in one panel, prompts in one for each number of virtual tokens."""
-    tokens = [_tokens(config) for config in configs]
-    lora = [index for index, count in enumerate(tokens) if not count]
-    ranks = [int(configs[index]["r"]) for index in lora]
-    layout = lora_layout(base.shapes, max(ranks, default=1))
-    rows = [torch.zeros(1, layout.size), *(read_adapter(folders[index], layout) for index in lora)]
-    scales = [0.0, *(float(configs[index]["lora_alpha"]) / rank for index, rank in zip(lora, ranks, strict=True))]
-    all_ranks = torch.tensor([max(ranks, default=1), *ranks])
-    adapters = Adapters(layout, torch.cat(rows), all_ranks, torch.tensor(scales))
+    lora = [index for index, config in enumerate(configs) if not config.is_prompt]
+    modules = [name for name, _, _ in base.shapes]
+    ranks = torch.tensor([[configs[index].rank_of(name) for name in modules] for index in lora], dtype=torch.int64)
+    scales = torch.tensor([[0.0] * len(modules), *([configs[i].scale_of(name) for name in modules] for i in lora)])
+    largest = ranks.amax(dim=0) if lora else torch.ones(len(modules), dtype=torch.int64)
+    layout = lora_layout(base.shapes, largest.tolist())
+    rows = [torch.zeros(1, layout.size), *(read_adapter(configs[index].folder, layout) for index in lora)]
+    adapters = Adapters(layout, torch.cat(rows), torch.cat([largest[None], ranks.view(-1, len(modules))]), scales)
     panels = [Panel((0, *(index + 1 for index in lora)), adapters)]
-    if any(tokens):
-        check_embeddings(base.decoder, base.model.get_input_embeddings(), name=base.name)
-    for count in sorted(set(tokens) - {0}):
+    counts = {config.virtual_tokens for config in configs} - {0}
+    if counts:
+        check_embeddings(base.decoder, base.model.get_input_embeddings(), vocabulary=base.vocabulary, name=base.name)
+    for count in sorted(counts):
         layout = soft_layout(base.width, count)
-        prompts = [index for index, other in enumerate(tokens) if other == count]
-        rows = [read_adapter(folders[index], layout) for index in prompts]
+        prompts = [index for index, config in enumerate(configs) if config.virtual_tokens == count]
+        rows = [read_adapter(configs[index].folder, layout) for index in prompts]
         unranked = torch.zeros(len(prompts), dtype=torch.int64)
         adapters = Adapters(layout, torch.cat(rows), unranked, torch.ones(len(prompts)))
         panels.append(Panel(tuple(index + 1 for index in prompts), adapters))
@@ -191,30 +206,3 @@ def _name(folder: Path) -> str:
     if folder.absolute().parent.name != "adapters" or not (run.path / "run.json").is_file():
         return folder.name
     return f"{folder.name} of {run.facts.label}"
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json. Raises StoreError if it is missing, damaged, or of a kind that is not supported."""
-    path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config["peft_type"] == PROMPT:
-            fits = int(config["num_virtual_tokens"]) > 0 and config.get("num_transformer_submodules") in (None, 1)
-        else:
-            fits = config["peft_type"] == "LORA" and int(config["r"]) > 0 and float(config["lora_alpha"]) > 0
-            fits = fits and bool(config.get("target_modules"))
-    except FileNotFoundError:
-        raise StoreError(f"'{folder}' is not an adapter: it has no adapter_config.json") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise StoreError(f"'{path}' is damaged, or neither that of a LoRA adapter nor of a P-tuned prompt") from None
-    variants = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
-    unsupported = next((key for key in variants if config.get(key)), None)
-    if not fits or unsupported:
-        hint = f", not {unsupported}" if unsupported else ""
-        raise StoreError(f"'{path}': only plain LoRA and P-tuning are supported{hint}")
-    return dict(config)
-
-
-def _tokens(config: Mapping[str, Any]) -> int:
-    """Return how many virtual tokens an adapter has; LoRA has none."""
-    return int(config["num_virtual_tokens"]) if config["peft_type"] == PROMPT else 0

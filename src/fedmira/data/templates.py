@@ -22,7 +22,7 @@ FIELDS = ("instruction", "input")  # what a template file for single requests ma
 # The date given to templates that write today's, so that data do not change overnight: 26 July 2024, as in Llama 3's.
 _DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
 _TODAY = "format" + "".join(f" | replace('{code}', '{text}')" for code, text in _DATE.items())
-_SAME_DAY = f"{{%- macro strftime_now(format) -%}}{{{{ {_TODAY} }}}}{{%- endmacro -%}}"
+SAME_DAY = f"{{%- macro strftime_now(format) -%}}{{{{ {_TODAY} }}}}{{%- endmacro -%}}"
 
 _TASK = "Below is an instruction that describes a task"
 _REQUEST = "Write a response that appropriately completes the request."
@@ -188,7 +188,7 @@ def _chat_template(name: str, source: str, tokenizer: ChatTokenizer) -> Template
     """
 
     if "strftime_now" in source:
-        source = _SAME_DAY + source
+        source = SAME_DAY + source
 
     shows: dict[tuple[str, str], bool] = {}  # (role, key) -> does the template show it?
 

@@ -24,6 +24,7 @@ openrail osl-3.0 pddl postgresql unlicense wtfpl zlib
 """
 LICENCES = frozenset(_KNOWN.split())
 USE = "## How to load it"
+EXAMPLE = "Name the largest planet."  # neutral, and never from anybody's data
 NO_CACHE = (
     "Generate with `use_cache=False`: PEFT 0.21.2 with transformers 5.24 writes other answers after virtual tokens "
     "if it keeps a cache. Earlier releases of transformers write the same either way."
@@ -58,6 +59,10 @@ class Card(TypedDict, total=False):
     trained_tokens: int
     licence: str | None  # of the data; None = not stated
     scores: Mapping[str, tuple[float | None, float | None]]  # test metric -> (untouched base, this adapter)
+    template: str  # that it was trained with
+    prompt: str  # one in full, for a neutral request
+    chat_template: bool  # the folder has the tokenizer and a chat template that writes such prompts
+    local: bool  # the base is a folder of the machine that trained
     version: str
     date: str  # on which the run started
 
@@ -79,7 +84,7 @@ def model_card(base_model: str, card: Card, *, revision: str | None = None) -> s
     if "client" in card:
         title = f"# {kind} of client {card['client']}, made with FedMira"
     body = [title, "", *(f"- {name}: {value}" for name, value in _facts(shown, card).items()), ""]
-    for section in (_test(card), _made(card), _inside(card), _warning(), _use(base_model, revision, card)):
+    for section in (_test(card), _made(card), _inside(card), _warning(), _ask(card), _use(base_model, revision, card)):
         body += section
     return "\n".join(["---", *front, "---", "", *body])
 
@@ -224,6 +229,38 @@ def _warning() -> list[str]:
     ]
 
 
+def _ask(card: Card) -> list[str]:
+    """Say what a prompt looks like; an adapter asked in another form answers worse, without a word."""
+    if "template" not in card:
+        return []
+    about = f"It was trained on prompts of the template `{_quoted(card['template'])}`"
+    lines = ["## How to ask it", "", f"{about}.", ""]
+    if card.get("prompt"):
+        fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", card["prompt"])), default=0))
+        lines[2:] = [f"{about}. This is one in full, as the model reads it:", "", f"{fence}text", card["prompt"], fence]
+        lines.append("")
+    if not card.get("chat_template"):
+        no = "No chat template writes such prompts with this tokenizer, so none is in this folder: `fedmira chat` asks "
+        return [*lines, f"{no}in the trained form.", ""]
+    extra = ' Give one message and, if the request has one, `input="..."`.' * (card["template"] in ("alpaca", "none"))
+    return [
+        *lines,
+        f"The tokenizer in this folder writes such prompts.{extra}",
+        "",
+        "```python",
+        "from transformers import AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        f'messages = [{{"role": "user", "content": "{EXAMPLE}"}}]',
+        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")',
+        "```",
+        "",
+        "vLLM uses the base's template unless it is started with `--chat-template "
+        "path/to/this/folder/chat_template.jinja`.",
+        "",
+    ]
+
+
 def _use(base_model: str, revision: str | None, card: Card) -> list[str]:
     load, comment = repr(base_model), ""
     if base_model.startswith(bundled.PREFIX):
@@ -244,7 +281,21 @@ def _use(base_model: str, revision: str | None, card: Card) -> list[str]:
         f'model = PeftModel.from_pretrained(base, "path/to/this/folder"){ahead}',
         "```",
         "",
+        *_not_found(base_model, card),
         *([NO_CACHE, ""] if "virtual_tokens" in card else []),
+    ]
+
+
+def _not_found(base_model: str, card: Card) -> list[str]:
+    """Say that PEFT's classes which load the base too do not find one that is not on the hub."""
+    bundled_base = base_model.startswith(bundled.PREFIX)
+    if not (bundled_base or card.get("local") or shown_base(base_model) != base_model):
+        return []
+    name = _quoted(shown_base(base_model))
+    return [
+        f"`AutoPeftModelForCausalLM` does not find this base: adapter_config.json has `{name}`, which is not a name on "
+        "the hub. Load the base first, as above.",
+        "",
     ]
 
 

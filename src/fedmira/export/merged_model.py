@@ -22,17 +22,19 @@ from transformers import AutoModelForCausalLM
 from fedmira import bundled
 from fedmira.disk.run_facts import RunFacts
 from fedmira.errors import ConfigError, ModelError, StoreError
+from fedmira.export.adapter_config import WEIGHTS, adapted_modules, read_shapes
+from fedmira.export.asking import tokenizer_files
 from fedmira.export.card import merged_card
-from fedmira.export.peft_folder import PROMPT, check_adapters, check_free, kind_of, new_folder
+from fedmira.export.peft_folder import check_adapters, check_free, new_folder
 from fedmira.model.base.load import quiet
 from fedmira.model.base.source import digest, find_folder, first_line, load_config, positions
+from fedmira.model.base.vocabulary import count_known_ids
 
 # Largest difference of logits, as a fraction of the largest logit, that a merge may make. Measured with random adapters
 # of several sizes on three small trained Llamas (2 to 6 layers) and on random Llamas and GPT-2 of 2 to 32 layers:
 # float64 exact, float32 at most 9.7e-7. Rounding to bfloat16 then changes logits by 3e-2 or more.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4}
 DTYPES = ("float32", "bfloat16", "float64")
-TOKENIZER_FILES = ("tokenizer*", "*tokens*.json", "vocab.*", "merges.txt", "*.model", "*.jinja")
 SAMPLE = (2, 32)  # texts, tokens
 
 
@@ -70,18 +72,17 @@ def merge_adapters(
     kind = dtype or facts.dtype
     if kind not in DTYPES:
         raise ConfigError([f"--dtype: found '{kind}'; allowed: {', '.join(DTYPES)}"], "export")
-    check_adapters(sources)
-    for source in sources:
-        if kind_of(source) == PROMPT:
+    for config in check_adapters(sources):
+        if config.is_prompt:
             raise StoreError(
-                f"'{source}' is a prompt of virtual tokens, which precede a text and cannot be merged into "
+                f"'{config.folder}' is a prompt of virtual tokens, which precede a text and cannot be merged into "
                 "weights; export it without --merge, and load it with PEFT"
             )
     check_free(targets)
     name = facts.base_model
     folder = find_folder(bundled.resolve(name), revision=revision, weights=True)
     size = _count_parameters(folder) * getattr(torch, kind).itemsize
-    _check_room(targets, size + sum(path.stat().st_size for path in _tokenizer_files(folder)))
+    _check_room(targets, size + sum(path.stat().st_size for path in tokenizer_files(folder)))
     base_sha256 = digest(folder)
     if base_sha256 != facts.base_fingerprint:
         raise ModelError(
@@ -102,7 +103,7 @@ def _merge_one(source: Path, target: Path, *, folder: Path, base_model: str, dty
     bare = _logits(model, ids)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a call in PEFT
-        joined = PeftModel.from_pretrained(model, str(source)).eval()
+        joined = _join(model, source)
     apart = _logits(joined, ids)
     scale = float(apart.abs().max()) or 1.0
     with new_folder(target) as temporary:
@@ -121,7 +122,7 @@ def _merge_one(source: Path, target: Path, *, folder: Path, base_model: str, dty
         del model, joined, whole
         _check(target, _logits(_load(temporary, exact), ids), merged_logits, TOLERANCES[exact], "the saved model")
         difference = float((_logits(_load(temporary, dtype), ids) - apart).abs().max()) / scale
-        for path in _tokenizer_files(folder):
+        for path in tokenizer_files(source) or tokenizer_files(folder):  # the adapter's has the trained prompt
             shutil.copyfile(path, temporary / path.name)
         card = (source / "README.md").read_text(encoding="utf-8")
         text = merged_card(card, base_model=base_model, dtype=dtype, difference=difference)
@@ -130,6 +131,26 @@ def _merge_one(source: Path, target: Path, *, folder: Path, base_model: str, dty
             path.chmod((temporary / "README.md").stat().st_mode)
     effect = float((bare - apart).abs().max()) / scale
     return Merged(target.name, target, dtype, difference, effect)
+
+
+def _join(model: Any, source: Path) -> Any:
+    """Return the base with an adapter beside it. Raises StoreError if the adapter was made for another base.
+
+    PEFT only warns of a layer that the adapter has no tensors for.
+    """
+    try:
+        joined = PeftModel.from_pretrained(model, str(source)).eval()
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise StoreError(f"'{source}' does not fit its base: {first_line(error)}") from None
+    factors = (value for name, value in joined.named_parameters() if "lora_" in name)
+    if not all(bool(value.isfinite().all()) for value in factors):
+        raise StoreError(f"'{source / WEIGHTS}' has numbers that are not finite; export the adapter again")
+    expected = {name.removeprefix("base_model.model.") for name in joined.base_model.targeted_module_names}
+    stored = set(adapted_modules(read_shapes(source / WEIGHTS)))
+    if odd := sorted(expected ^ stored):
+        what = "no tensors for" if odd[0] in expected else "tensors for another base's"
+        raise StoreError(f"'{source}' does not fit its base: it has {what} '{odd[0]}'")
+    return joined
 
 
 def _check(target: Path, logits: Tensor, expected: Tensor, tolerance: float, of: str) -> None:
@@ -158,7 +179,7 @@ def _draw_ids(model: Any) -> Tensor:
     texts, tokens = SAMPLE
     length = min(tokens, positions(model.config) or tokens)
     stream = torch.Generator().manual_seed(0)
-    return torch.randint(len(model.get_input_embeddings().weight), (texts, length), generator=stream)
+    return torch.randint(count_known_ids(model, name="the base"), (texts, length), generator=stream)
 
 
 @torch.no_grad()
@@ -166,10 +187,6 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     with quiet():
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.to(torch.float64)
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
 
 
 def _count_parameters(folder: Path) -> int:

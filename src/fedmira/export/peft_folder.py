@@ -5,30 +5,39 @@ It contains what PEFT saves: LoRA's factors, or the embeddings computed by a pro
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PromptEncoderConfig
+from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fedmira.adapters import Adapters, Layout
 from fedmira.adapters.ranks import by_ending
 from fedmira.disk.files import sync_folder, write_atomic
-from fedmira.errors import StoreError
+from fedmira.errors import ModelError, StoreError
+from fedmira.export.adapter_config import (
+    CARD,
+    CONFIG,
+    EMBEDDINGS,
+    FILES,
+    PREFIX,
+    WEIGHTS,
+    AdapterConfig,
+    check_adapter,
+    check_plain,
+)
+from fedmira.export.asking import TOKENIZER_FILES, share_files, tokenizer_files
 from fedmira.export.card import Card, model_card, shown_base
-from fedmira.model.base.source import join_some, list_pickles
+from fedmira.model.base.load import quiet
+from fedmira.model.base.source import first_line, join_some, list_pickles
 from fedmira.model.packed.virtual import embeddings
-
-PREFIX = "base_model.model."
-EMBEDDINGS = "prompt_embeddings"  # the one tensor of a prompt
-PROMPT = "P_TUNING"  # the peft_type of a prompt
-FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
 
 
 @dataclass(frozen=True)
@@ -78,11 +87,11 @@ def export_adapter(
     config.base_model_name_or_path, config.revision = base_model, revision
     tensors = peft_tensors(adapters)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_atomic(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     config.save_pretrained(str(folder))
-    _sort_targets(folder / "adapter_config.json")
+    _sort_targets(folder / CONFIG)
     full_card: Card = {**card, **describe(adapters)}
-    write_atomic(folder / "README.md", model_card(base_model, full_card, revision=revision).encode())
+    write_atomic(folder / CARD, model_card(base_model, full_card, revision=revision).encode())
 
 
 def _sort_targets(path: Path) -> None:
@@ -175,29 +184,48 @@ def _by_module(adapters: Adapters) -> tuple[list[str], list[int], list[float | i
 
 
 def copy_adapters(sources: Sequence[Path], targets: Sequence[Path]) -> None:
-    """Copy the three files of each adapter folder, and no others; all folders or none.
+    """Copy the three files of each adapter folder, those of its tokenizer, and no others; all folders or none.
 
+    Where folders share a tokenizer's files, their copies do too.
     An absolute path of the base is shortened to its last name in the copies, because they are shared.
     Raises StoreError if a file is missing, a folder has a pickle, a target exists or the disk is full.
     """
     check_adapters(sources)
     check_free(targets)
+    copied: dict[tuple[int, int], Path] = {}  # a tokenizer's file -> its first copy
     with ExitStack() as stack:
         temporaries = [stack.enter_context(new_folder(target)) for target in targets]
         for source, temporary in zip(sources, temporaries, strict=True):
             for name in FILES:
                 shutil.copyfile(source / name, temporary / name)
-            _name_base_only(temporary / "adapter_config.json")
+            _name_base_only(temporary / CONFIG)
+            for path in tokenizer_files(source):
+                facts = path.stat()
+                first = copied.setdefault((facts.st_dev, facts.st_ino), temporary / path.name)
+                if first.parent == temporary:
+                    shutil.copyfile(path, first)
+                else:
+                    share_files([first], temporary)
 
 
-def check_adapters(folders: Sequence[Path]) -> None:
-    """Raise StoreError unless every folder holds an adapter's three files and no pickle."""
+def check_adapters(folders: Sequence[Path]) -> list[AdapterConfig]:
+    """Return the settings of adapters' folders. Raises StoreError unless each is whole, and has a card."""
     for folder in folders:
-        if pickles := list_pickles(folder):  # of any origin: it must not be passed on
-            raise StoreError(f"'{folder}' holds a pickle, {pickles[0]}, which FedMira never writes; remove it")
-        missing = [name for name in FILES if not (folder / name).is_file()]
+        if folder.is_symlink():
+            raise StoreError(f"'{folder}' is a link, which FedMira never writes; put the folder itself there")
+        missing = [name for name in FILES if not (folder / name).exists() and not (folder / name).is_symlink()]
         if missing:
             raise StoreError(f"'{folder}' has no {missing[0]}; was the run cut short at its end? 'fedmira resume' it")
+    configs = [check_adapter(folder, files=FILES) for folder in folders]
+    for folder in folders:
+        for path in folder.iterdir():
+            if any(path.match(pattern) for pattern in TOKENIZER_FILES):
+                check_plain(path)
+        try:
+            (folder / CARD).read_text(encoding="utf-8")
+        except ValueError:
+            raise StoreError(f"'{folder / CARD}' is damaged: it is not UTF-8; put back a copy of it") from None
+    return configs
 
 
 def check_free(targets: Sequence[Path]) -> None:
@@ -242,12 +270,12 @@ def read_adapter(folder: Path, layout: Layout) -> Tensor:
     A prompt needs a soft_layout: its encoder is not in the folder.
     Raises StoreError if it does not fit the layout, is damaged, or the folder has pickles.
     """
-    path = folder / "adapter_model.safetensors"
+    path = folder / WEIGHTS
     pickles = list_pickles(folder) if folder.is_dir() else []
     if pickles:
         raise StoreError(
-            f"'{folder}' holds pickles, which can run code: {join_some(pickles)}. "
-            "FedMira reads only adapter_model.safetensors; remove the pickles."
+            f"'{folder}' holds pickles, which can run code: {join_some(pickles)}. FedMira reads only {WEIGHTS}; remove "
+            "the pickles"
         )
     if not path.is_file():
         raise StoreError(f"'{folder}' holds no adapter_model.safetensors")
@@ -258,6 +286,8 @@ def read_adapter(folder: Path, layout: Layout) -> Tensor:
     row = (_prompt_row if layout.virtual_tokens else _lora_row)(path, tensors, layout)
     if tensors:
         raise StoreError(f"'{path}': unexpected tensor '{next(iter(tensors))}'")
+    if not bool(row.isfinite().all()):
+        raise StoreError(f"'{path}' has numbers that are not finite; export or download the adapter again")
     return row
 
 
@@ -270,8 +300,14 @@ def _lora_row(path: Path, tensors: dict[str, Tensor], layout: Layout) -> Tensor:
             raise StoreError(f"'{path}': no tensor '{name}'; was it made for another base or other target_modules?")
         factor = tensors.pop(name)
         columns = row[0, leaf.start : leaf.stop].view(leaf.shape)
-        if factor.ndim != 2 or any(size > room for size, room in zip(factor.shape, leaf.shape, strict=True)):
-            raise StoreError(f"'{path}': '{name}' is {tuple(factor.shape)}, at most {leaf.shape} fits")
+        rank_axis = 0 if leaf.factor == "A" else 1
+        if factor.ndim != 2 or any(
+            size > room or (size < room and axis != rank_axis)
+            for axis, (size, room) in enumerate(zip(factor.shape, leaf.shape, strict=True))
+        ):
+            raise StoreError(
+                f"'{path}': '{name}' is {tuple(factor.shape)}, at most {leaf.shape} fits; was it made for another base?"
+            )
         columns[: factor.shape[0], : factor.shape[1]] = factor
     return row
 
@@ -294,23 +330,41 @@ def _prompt_row(path: Path, tensors: dict[str, Tensor], layout: Layout) -> Tenso
     return row
 
 
-def kind_of(folder: Path) -> str:
-    """Return the peft_type of an adapter's folder. Raises StoreError if its adapter_config.json cannot be read."""
-    path = folder / "adapter_config.json"
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["peft_type"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise StoreError(f"'{path}' is missing or damaged; export the adapter again") from None
+def short_targets(modules: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Name the adapted modules by the shortest endings (q_proj) that no other module has; `others`: names of all.
 
-
-def short_targets(modules: Sequence[str], linears: Sequence[str]) -> list[str]:
-    """Name the adapted modules by their endings (q_proj) if these match no other linear layer, else in full.
-
-    PEFT and vLLM match a module by its ending; `linears`: all linear layers of the base below its head.
+    PEFT and vLLM match by endings, and whatever has one: a list of layers too, whose first is named `layers.0`.
     """
-    endings = sorted({name.rsplit(".", 1)[-1] for name in modules})
-    matched = {name for name in linears if name.rsplit(".", 1)[-1] in endings}
-    return endings if matched == set(modules) else list(modules)
+    adapted = frozenset(modules)
+    names = list(dict.fromkeys([*modules, *others]))
+    endings = by_ending(names, [name in adapted for name in names])
+    return sorted(ending for ending, own in endings.items() if own)
+
+
+def check_targets(model: PreTrainedModel, modules: Sequence[str], targets: Sequence[str]) -> None:
+    """Raise ModelError unless PEFT puts adapters on exactly these modules of a base when it reads `targets`.
+
+    Tried before anything is trained, on a copy of the base's architecture without weights (on the device "meta").
+    """
+    settings = LoraConfig(target_modules=list(targets), r=1, task_type="CAUSAL_LM", inference_mode=True)
+    problem = ""
+    try:
+        with quiet(), warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            bare = AutoModelForCausalLM.from_config(model.config)
+            joined = get_peft_model(bare, settings, low_cpu_mem_usage=True)
+        found = set(joined.base_model.targeted_module_names)
+    except Exception as error:  # PEFT's and any architecture's own code
+        problem = first_line(error)
+    else:
+        odd = sorted(found ^ set(modules))
+        if odd:
+            problem = f"it adapts '{odd[0]}' too" if odd[0] in found else f"it leaves out '{odd[0]}'"
+    if problem:
+        raise ModelError(
+            f"lora.target_modules: PEFT could not load what would be exported for {type(model).__name__}: {problem}. "
+            "Name other layers, such as [q_proj, v_proj]"
+        )
 
 
 def _plain(value: float) -> float | int:

@@ -26,12 +26,12 @@ Of models with fused projections it serves LoRA on Phi-3 (qkv_proj, gate_up_proj
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedmira import bundled
-from fedmira.errors import StoreError
-from fedmira.export.peft_folder import PROMPT
+from fedmira.export.adapter_config import read_adapter_config
+from fedmira.export.asking import CHAT_TEMPLATE
 
 VERSION = "0.33"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -57,10 +57,10 @@ def serve_line(
     """Return the `vllm serve` command for exported adapters, named after their folders; or a comment that says why not.
 
     base_model, revision: as in the config; architecture: the class of the base, None = unknown.
-    Raises StoreError if a folder's adapter_config.json cannot be read.
+    Raises StoreError if a folder's adapter_config.json cannot be used.
     """
-    configs = [_read(folder) for folder in folders]
-    if any(config.get("peft_type") == PROMPT for config in configs):
+    configs = [read_adapter_config(folder) for folder in folders]
+    if any(config.is_prompt for config in configs):
         return (
             f"# vLLM {VERSION} does not serve virtual tokens: load base and prompt with PEFT, as each README.md shows"
         )
@@ -69,19 +69,22 @@ def serve_line(
             f"# vLLM {VERSION} does not serve LoRA on {architecture}: export whole models with --merge, and serve one "
             "with 'vllm serve FOLDER'"
         )
-    if any(config.get("rank_pattern") for config in configs):
+    if any(config.rank_pattern or config.alpha_pattern for config in configs):
         return (
-            f"# vLLM {VERSION} reads one rank per adapter, and here ranks differ between layers: export whole "
-            "models with --merge"
+            f"# vLLM {VERSION} reads one rank and one alpha per adapter, and here they differ between layers: export "
+            "whole models with --merge"
         )
-    rank = max(int(str(config["r"])) for config in configs)
+    rank = max(config.rank for config in configs)
     allowed = max_lora_rank(rank)
     if allowed is None:
         return f"# vLLM {VERSION} allows ranks up to {RANKS[-1]}, and this is {rank}: export whole models with --merge"
     base = bundled.resolve(base_model)
     few = folders[:SHOWN]
     words = ["vllm", "serve", base, *([] if revision is None else ["--revision", revision])]
-    words += ["--enable-lora", "--max-lora-rank", str(allowed), "--max-loras", str(len(few)), "--lora-modules"]
+    words += ["--enable-lora", "--max-lora-rank", str(allowed), "--max-loras", str(len(few))]
+    template = few[0] / CHAT_TEMPLATE  # vLLM reads that of the base, not of an adapter
+    words += ["--chat-template", str(template)] if template.is_file() else []
+    words += ["--lora-modules"]
     words += [_module(folder.name if folder.name != base else f"{folder.name}-lora", str(folder)) for folder in few]
     remaining = len(folders) - len(few)
     return shlex.join(words) + (f"  # ... and {remaining} more in {_parents(folders)}" if remaining else "")
@@ -99,14 +102,3 @@ def _module(name: str, path: str) -> str:
 
 def _parents(folders: Sequence[Path]) -> str:
     return shlex.quote(str(folders[0].parent))
-
-
-def _read(folder: Path) -> Mapping[str, object]:
-    path = folder / "adapter_config.json"
-    try:
-        config: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))
-        if config.get("peft_type") != PROMPT:
-            int(str(config["r"]))
-        return config
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise StoreError(f"'{path}' is missing or damaged; export the adapter again") from None

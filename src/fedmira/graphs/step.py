@@ -129,13 +129,34 @@ def check_stable(coupling: float, graph: Graph, rounds: Sequence[Coupling], *, n
 def transfer(near: Coupling, coupling: float, *, exact: bool) -> tuple[np.ndarray, np.ndarray]:
     """The step as weights of rows [S, S] and [S, N]: W_S <- within V_S + outside W_N; rows of both sum to 1 together.
 
-    explicit: I - c L_SS and c A~_SN (equation 8); exact: (I + c L_SS)^-1 and c (I + c L_SS)^-1 A~_SN.
+    explicit: I - c L_SS and c A~_SN (equation 8); exact: (I + c L_SS)^-1 and c (I + c L_SS)^-1 A~_SN. A client without
+    neighbours has the weight 1 of its row and 0 of all others, exactly.
     """
-    identity = np.eye(len(near.within))
     if not exact:
-        return identity - coupling * near.laplacian, coupling * near.outside
-    inverse = np.linalg.inv(identity + coupling * near.laplacian)
+        return np.eye(len(near.within)) - coupling * near.laplacian, coupling * near.outside
+    inverse = _invert(near, coupling)
     return inverse, coupling * inverse @ near.outside
+
+
+def _invert(near: Coupling, coupling: float) -> np.ndarray:
+    """(I + c L_SS)^-1, inverted apart for each connected part of the round's graph.
+
+    As a whole it would have weights of 1e-20 where there is no path, and a client far from everybody would be mixed.
+    """
+    from scipy.sparse.csgraph import connected_components
+
+    operator = np.eye(len(near.within)) + coupling * near.laplacian
+    joined = near.within != 0
+    inverse = np.zeros_like(operator)
+    _, parts = connected_components(sparse.csr_array(joined), directed=False)
+    for part in np.flatnonzero(np.bincount(parts) > 1):
+        members = np.flatnonzero(parts == part)
+        block = np.ix_(members, members)
+        inverse[block] = np.linalg.inv(operator[block])
+    alone = np.flatnonzero(~joined.any(axis=1))  # in an asymmetric graph others may still take from it
+    inverse[alone] = 0.0
+    inverse[alone, alone] = 1 / operator[alone, alone]
+    return inverse
 
 
 def shorten(near: Coupling, uploads: Adapters, stored: Stored, tau: float, *, products: bool) -> tuple[Coupling, float]:

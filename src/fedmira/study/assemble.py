@@ -21,6 +21,7 @@ from fedmira.adapters.ranks import by_ending, client_ranks, is_mixed, shown
 from fedmira.config.sections import Config, TrainingConfig
 from fedmira.data.batches import ClientData
 from fedmira.data.partition import client_key
+from fedmira.data.templates import make_template
 from fedmira.disk.run_facts import RunFacts
 from fedmira.engine.cost import CohortPlan, plan_cohort
 from fedmira.engine.events import Observer
@@ -29,12 +30,14 @@ from fedmira.engine.schedule import draw_schedule
 from fedmira.engine.workplace import Evaluation, Workplace
 from fedmira.errors import ConfigError, MethodError, ModelError, nearest
 from fedmira.evaluation.embed import embed_prompts
+from fedmira.export.asking import Asking, find_asking
+from fedmira.export.peft_folder import check_targets, short_targets
 from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort, Method
 from fedmira.model.base.load import Base, choose_device, load_base
 from fedmira.model.base.trial import check_embeddings
 from fedmira.study.events import StudyPrepared
-from fedmira.study.intake import Intake, take_in
+from fedmira.study.intake import Intake, check_examples, take_in
 from fedmira.study.training import check_least_rate
 
 # Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
@@ -69,9 +72,9 @@ class Materials:
     profiles: dict[str | None, np.ndarray] = field(default_factory=dict)
 
     def load(self, config: Config, dtype: str) -> Base:
-        """Return the base, loaded at the first call."""
+        """Return the base, loaded at the first call. Raises ModelError if it cannot read an id of the examples."""
         if self.base is None:
-            self.base = load_base(
+            base = load_base(
                 bundled.resolve(config.model.base_model),
                 revision=config.model.revision,
                 dtype=dtype,
@@ -79,6 +82,10 @@ class Materials:
                 targets=config.lora.target_modules,
                 tokenizer=self.tokenizer,
             )
+            check_examples(
+                self.intake, self.tokenizer, vocabulary=base.vocabulary, name=config.model.base_model
+            )  # the weights may have fewer embeddings than the config says
+            self.base = base
         return self.base
 
 
@@ -92,7 +99,8 @@ class Prepared:
     materials: Materials
     cohorts: Mapping[int, Cohort]  # seed -> what a method may know of the federation
     built: Mapping[str, Built]  # label -> method
-    linears: Sequence[str]  # names of the base's linear layers below its head
+    targets: Sequence[str]  # the adapted modules, as exported adapters name them
+    asking: Asking  # how exported adapters are asked
     threads: int
 
     @property
@@ -165,9 +173,14 @@ def prepare(
     )
     sampled = len(next(iter(cohorts.values())).schedule[0])
     workplace = Workplace(base, tuple(clients), sampled, evaluation_of(config))
-    prepared = Prepared(config, federation, workplace, materials, cohorts, built, linears_of(base), threads)
+    targets = targets_of(base)
+    used = materials.intake.template
+    asking = find_asking(make_template(used, usual=used, tokenizer=materials.tokenizer), materials.tokenizer)
+    prepared = Prepared(config, federation, workplace, materials, cohorts, built, targets, asking, threads)
     kinds = prepared.kinds()
     check_virtual_tokens(config, prepared, kinds)
+    if not all(layout.virtual_tokens for layout in kinds):
+        check_targets(base.model, [name for name, _, _ in base.shapes], targets)
     cohort = width_of_passes(config, workplace, prepared.passes(), sampled, saved)
     prepared = replace(prepared, workplace=replace(workplace, cohort=cohort))
     observer(StudyPrepared(prepared))
@@ -282,7 +295,12 @@ def check_virtual_tokens(config: Config, prepared: Prepared, kinds: Mapping[Layo
             )
     if any(layout.virtual_tokens for layout in kinds):
         base = prepared.workplace.base
-        check_embeddings(base.decoder, base.model.get_input_embeddings(), name=config.model.base_model)
+        check_embeddings(
+            base.decoder,
+            base.model.get_input_embeddings(),
+            vocabulary=base.vocabulary,
+            name=config.model.base_model,
+        )
 
 
 def width_of_passes(
@@ -341,9 +359,9 @@ def check_validation(config: Config, clients: Sequence[ClientData]) -> None:
         raise ConfigError(faults)
 
 
-def linears_of(base: Base) -> list[str]:
-    """List the names of the base's linear layers."""
-    return [name for name, module in base.model.named_modules() if _is_linear(module)]
+def targets_of(base: Base) -> list[str]:
+    """Name the adapted modules of a base as exported adapters do."""
+    return short_targets([name for name, _, _ in base.shapes], [name for name, _ in base.model.named_modules()])
 
 
 def count_values(clients: Sequence[ClientData], column: str) -> np.ndarray:
@@ -362,12 +380,6 @@ def count_values(clients: Sequence[ClientData], column: str) -> np.ndarray:
         [[client.counts.get(column, {}).get(value, 0) for value in values] for client in clients]
     )
     return counts_of_clients / np.maximum(counts_of_clients.sum(axis=1, keepdims=True), 1)
-
-
-def _is_linear(module: torch.nn.Module) -> bool:
-    return (
-        hasattr(module, "weight") and getattr(module.weight, "ndim", 0) == 2 and not hasattr(module, "num_embeddings")
-    )
 
 
 def client_table(workplace: Workplace, federation: Federation) -> dict[str, Any]:

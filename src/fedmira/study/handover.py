@@ -20,8 +20,9 @@ from fedmira.engine.clients import Scores
 from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
 from fedmira.engine.run import Ended
+from fedmira.export.asking import share_files, tokenizer_files
 from fedmira.export.card import Card, licence_of, model_card
-from fedmira.export.peft_folder import count_exported, depth_of, describe, export_adapter, short_targets
+from fedmira.export.peft_folder import count_exported, depth_of, describe, export_adapter
 from fedmira.methods.base import Method
 from fedmira.study.assemble import Prepared
 from fedmira.study.events import AdaptersWritten
@@ -46,18 +47,21 @@ def write_adapters(
 
     start: scores of the untouched base; ended: scores of these adapters, and the round of each. Clients with the same
     adapter, as all of a shared method and those never drawn of a personal one, get hard links to one read-only file
-    where there are so many that copies would fill the disk.
+    where there are so many that copies would fill the disk. All folders have the tokenizer
+    and the chat template, as hard links to one copy.
     """
     facts = folder.facts
     base, clients = prepared.workplace.base, prepared.workplace.clients
     prompts = federation.layout.virtual_tokens > 0
     own, trainees, tuned = method.personal, method.regime.trainees, method.regime.tune is not None
     shared_by_all = not own and method.count_rows(len(federation)) == 1  # else by a group
-    targets = short_targets([name for name, _, _ in base.shapes], prepared.linears)
     records = folder.records()
     drawn = count_drawn(method, records, federation.names)
     links = len(federation) * count_exported(federation.layout) * 4 > LINK_BYTES
     pool = (sum(len(client.train) for client in clients), sum(client.trained_tokens for client in clients))
+    model, asking = prepared.config.model, prepared.asking
+    local = Path(model.base_model).is_dir()
+    tokenizer: list[Path] = []  # the files of the first client's folder, which the others share
     common: dict[tuple[tuple[int, ...], str], Path] = {}  # ranks and sha256 of a row that others may have -> its folder
     for position, client in enumerate(clients):
         used = serve(torch.tensor([position]))
@@ -75,6 +79,10 @@ def write_adapters(
             "scores": _pairs(start, ended.test, position),
             "version": facts.versions["fedmira"],
             "date": facts.started[:10],
+            "template": asking.template,
+            "prompt": asking.prompt,
+            "chat_template": asking.source is not None,
+            "local": local,
         }
         if ended.chosen[position]:
             card["round"] = ended.chosen[position]
@@ -91,7 +99,6 @@ def write_adapters(
         card["cut"] = not own and trainees == "sampled" and is_mixed(federation.ranks)
         if drawn[client.id] or not tuned:  # a card takes a personal adapter never drawn for the common start
             card["drawn"] = drawn[client.id]
-        model = prepared.config.model
         digest = hashlib.sha256(served.rows.numpy().tobytes()).hexdigest() if links else ""
         key = tuple(served.ranks.flatten().tolist()), digest
         like = common.get(key)
@@ -101,7 +108,7 @@ def write_adapters(
                 served,
                 base_model=model.base_model,
                 revision=model.revision,
-                target_modules=targets,
+                target_modules=prepared.targets,
                 fan_in_fan_out=base.transposed,
                 depth=depth_of(base.model.config) if prompts else None,
                 card=card,
@@ -111,6 +118,11 @@ def write_adapters(
         else:
             linked: Card = {**card, **describe(served)}
             write_atomic(target / "README.md", model_card(model.base_model, linked, revision=model.revision).encode())
+        if tokenizer:
+            share_files(tokenizer, target)
+        else:
+            asking.write(target)
+            tokenizer = tokenizer_files(target)
         observer(AdaptersWritten(position + 1, len(federation)))
 
 

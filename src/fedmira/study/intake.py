@@ -20,7 +20,8 @@ from fedmira.data.special import as_text, count_special, special_names
 from fedmira.data.templates import Template, make_template
 from fedmira.engine.events import Observer
 from fedmira.errors import ConfigError
-from fedmira.model.base.load import count_positions, load_tokenizer
+from fedmira.model.base.source import find_folder, load_config, load_tokenizer, positions, vocabulary_of
+from fedmira.model.base.vocabulary import check_end, check_ids
 from fedmira.study.events import ClientsEncoded, DataRead
 
 SHORTEST = 4  # tokens of a text, as data.max_length has it
@@ -56,10 +57,28 @@ def take_in(config: Config, observer: Observer) -> tuple[Any, Intake]:
     """
     base_path, revision = bundled.resolve(config.model.base_model), config.model.revision
     tokenizer = load_tokenizer(base_path, revision=revision)
-    max_question = _check_positions(config, count_positions(base_path, revision=revision))
+    base_config = load_config(base_path, find_folder(base_path, revision=revision))
+    max_question = _check_positions(config, positions(base_config))
+    vocabulary = vocabulary_of(base_config)
+    if vocabulary is not None:
+        check_end(tokenizer, vocabulary=vocabulary, name=config.model.base_model)
     intake = _read_clients(config, tokenizer, max_question, observer)
+    if vocabulary is not None:
+        check_examples(intake, tokenizer, vocabulary=vocabulary, name=config.model.base_model)
     observer(DataRead(intake))
     return tokenizer, intake
+
+
+def check_examples(intake: Intake, tokenizer: Any, *, vocabulary: int, name: str) -> None:
+    """Raise ModelError if an example, or the prompt that asks for its answer, has an id that the base cannot read."""
+    texts = (
+        (*example.ids, *(example.own_question or ()))
+        for client in intake.clients
+        for split in (client.train, client.validation, client.test)
+        for example in split
+    )
+    where = f"examples (data.template {intake.template})"
+    check_ids(texts, tokenizer, vocabulary=vocabulary, name=name, where=where)
 
 
 def _read_clients(config: Config, tokenizer: Any, max_question: int | None, observer: Observer) -> Intake:

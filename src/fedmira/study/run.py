@@ -24,6 +24,7 @@ from fedmira.disk.run_facts import SCHEMA, RunFacts, State
 from fedmira.engine.clients import AtHand, Scores
 from fedmira.engine.events import AnswersWritten, Observer
 from fedmira.engine.federation import Federation
+from fedmira.engine.rates import Schedule
 from fedmira.engine.run import run_rounds
 from fedmira.engine.scoring import examples_of, score_start
 from fedmira.engine.simulated import make_clients

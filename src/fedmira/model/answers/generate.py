@@ -84,7 +84,14 @@ def padded_answers(
     for row, ids in enumerate(rows):
         tokens[row, longest - len(ids) :] = torch.tensor(ids)
         mask[row, longest - len(ids) :] = 1
-    greedy = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=base.pad_id)
+    unread = list(range(base.vocabulary, len(base.head.weight)))  # the next step could not read them
+    greedy = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=base.pad_id,
+        suppress_tokens=unread or None,
+    )
     with base.stack.filled(adapters, dtype=base.dtype, device=base.device), torch.no_grad(), quiet():
         inputs = base.inputs(tokens.to(base.device), find_virtual(tokens))
         out = base.model.generate(**inputs, attention_mask=mask.to(base.device), generation_config=greedy)
@@ -288,9 +295,11 @@ def _step(base: Base, rules: Rules, rows: _AnswerRows, step: int) -> Tensor:
 
 
 def _choose(base: Base, states: Tensor) -> Tensor:
-    """The token with the largest logit [R], the lowest among equals."""
+    """The token with the largest logit [R], the lowest among equals; a token that the base cannot read is none."""
     size = max(1, LOGIT_BYTES // (4 * len(base.head.weight)))
-    return torch.cat([base.head.logits(chunk).argmax(dim=-1) for chunk in torch.split(states, size)])
+    return torch.cat(
+        [base.head.logits(chunk)[:, : base.vocabulary].argmax(dim=-1) for chunk in torch.split(states, size)]
+    )
 
 
 _known: WeakKeyDictionary[Base, CacheFacts | None] = WeakKeyDictionary()
@@ -310,7 +319,7 @@ def _find_cache_facts(base: Base) -> CacheFacts | None:
 def _try_cache(base: Base) -> CacheFacts | None:
     """Compare hidden states of passes over a cache with those of whole texts, each alone, on random tokens."""
     stream = torch.Generator().manual_seed(4)
-    drawn = torch.randint(len(base.head.weight), (12,), generator=stream).tolist()
+    drawn = torch.randint(base.vocabulary, (12,), generator=stream).tolist()
     device = base.device
     # Lanes of two prompts with a prefix of 2 tokens, and of one alone; 2 steps each.
     lanes = [

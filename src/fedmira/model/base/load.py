@@ -20,24 +20,26 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from fedmira.errors import ModelError
 from fedmira.model.base.memory import keep_freed_memory
 from fedmira.model.base.source import (
-    count_positions,
     digest,
     find_folder,
     fingerprint,
     first_line,
+    join_some,
     load_config,
     load_tokenizer,
     positions,
     refuse,
 )
 from fedmira.model.base.trial import check_decoder, check_prompts, list_unfit, try_packing
+from fedmira.model.base.vocabulary import check_end, count_known_ids
+from fedmira.model.base.weights import check_fit
 from fedmira.model.packed.fused import fuse
 from fedmira.model.packed.lora import Stack, find_targets, install
 from fedmira.model.packed.loss import Head
 from fedmira.model.packed.tail import Tail, find_tail
 from fedmira.model.packed.virtual import VirtualIndex
 
-__all__ = ["Base", "choose_device", "choose_dtype", "count_positions", "fingerprint", "load_base", "load_tokenizer"]
+__all__ = ["Base", "choose_device", "choose_dtype", "fingerprint", "load_base", "load_tokenizer"]
 __all__ += ["quiet", "wrap"]
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class Base:
     head: Head
     shapes: tuple[tuple[str, int, int], ...]  # adapted modules: (name, in, out)
     fingerprint: str  # sha256 over config, tokenizer and weights
+    vocabulary: int  # it can read ids below this; its tokenizer may know more tokens
     dtype: torch.dtype
     device: torch.device
     max_positions: int | None
@@ -67,7 +70,7 @@ class Base:
     def pad_id(self) -> int:
         """Any id works: padding is right of every label in training and masked in generation."""
         pad = self.tokenizer.pad_token_id
-        known = pad is not None and pad < len(self.head.weight)  # some tokenizers add one that their base does not have
+        known = pad is not None and pad < self.vocabulary  # some tokenizers add one that their base does not have
         return int(pad if known else self.tokenizer.eos_token_id)
 
     @property
@@ -119,9 +122,7 @@ def load_base(
             )
     except Exception as error:  # a damaged file, or a config that no model can be built from
         raise refuse(name, f"weights cannot be loaded: {type(error).__name__}: {first_line(error)}") from None
-    unfit = sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]])
-    if unfit:
-        raise refuse(name, f"weights do not fit its config.json: {len(unfit)} such as {unfit[0]}")
+    check_fit(model, report, name=name)
     try:
         model = model.to(on)
     except torch.OutOfMemoryError as error:
@@ -140,22 +141,16 @@ def wrap(
     """Freeze a loaded model and install stacked layers in it, as load_base does; tests do so with random weights."""
     model.eval().requires_grad_(False)
     config = model.config
-    # A checkpoint's sampling settings (penalties, ...) would change greedy decoding; only its ends of text stay.
-    stops = getattr(model.generation_config, "eos_token_id", None)
-    stops = [stops] if isinstance(stops, int) else list(stops or [])
-    model.generation_config = GenerationConfig(eos_token_id=sorted({tokenizer.eos_token_id, *stops}))
     decoder = model.base_model if model.base_model is not model else getattr(model, "model", model)
     output = model.get_output_embeddings()
     if output is None or decoder is model:
         raise refuse(name, f"{type(model).__name__} has no separate decoder and output head")
     head = _make_head(output, config)
-    vocabulary = len(model.get_input_embeddings().weight)
-    if tokenizer.eos_token_id >= vocabulary:
-        raise refuse(
-            name, f"its tokenizer ends texts with id {tokenizer.eos_token_id}, the model knows {vocabulary} ids"
-        )
     with quiet():
-        check_decoder(model, decoder, head, name=name)
+        vocabulary = count_known_ids(model, name=name)
+        check_end(tokenizer, vocabulary=vocabulary, name=name)
+        model.generation_config = _ends_only(model.generation_config, tokenizer, vocabulary=vocabulary, name=name)
+        check_decoder(model, decoder, head, vocabulary=vocabulary, name=name)
         check_prompts(model, vocabulary=vocabulary, name=name)
         fuse(decoder)
         names = _choose_targets(model, targets, head=output)
@@ -165,8 +160,8 @@ def wrap(
             names = _leave_out(names, unfit, targets, name=name)
         stack = Stack()
         shapes = install(model, names, stack)
-        reaches = try_packing(model, decoder)
-        tail = find_tail(model, decoder, stack) if reaches is not None else None
+        reaches = try_packing(model, decoder, vocabulary=vocabulary)
+        tail = find_tail(model, decoder, stack, vocabulary=vocabulary) if reaches is not None else None
     return Base(
         name=name,
         model=model,
@@ -175,6 +170,7 @@ def wrap(
         head=head,
         shapes=tuple(shapes),
         fingerprint=fingerprint,
+        vocabulary=vocabulary,
         dtype=head.weight.dtype,
         device=head.weight.device,
         max_positions=positions(config),
@@ -184,6 +180,28 @@ def wrap(
         stack=stack,
         tail=tail,
     )
+
+
+def _ends_only(
+    settings: GenerationConfig | None,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    *,
+    vocabulary: int,
+    name: str,
+) -> GenerationConfig:
+    """Return what stays of a checkpoint's settings: its ends of text. Others (penalties, ...) change greedy answers."""
+    stated = getattr(settings, "eos_token_id", None)
+    ends = [stated] if isinstance(stated, int) else list(stated or [])
+    unknown = [index for index in ends if not 0 <= index < vocabulary]
+    if unknown:
+        log.warning(
+            "%s: its generation settings end answers at id %s, which no answer can have: its embeddings have ids 0 to "
+            "%d",
+            name,
+            join_some([str(index) for index in unknown]),
+            vocabulary - 1,
+        )
+    return GenerationConfig(eos_token_id=sorted({tokenizer.eos_token_id, *ends} - {*unknown}))
 
 
 def _make_head(output: nn.Linear, config: transformers.PretrainedConfig) -> Head:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -33,6 +33,30 @@ _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]
 _WEIGHTS = ["model*.safetensors"]
 _NOT_FETCHED = ["*/*", "*.fp16*"]  # copies in other formats are in folders and under other names
+# Keys about the form of a model's outputs, and about who computes them. They do not change what a base computes, but
+# tuples instead of named outputs, or kernels fetched from a hub, would change or stop our passes.
+_FORM = frozenset(
+    [
+        "return_dict",
+        "use_return_dict",
+        "return_dict_in_generate",
+        "output_hidden_states",
+        "output_attentions",
+        "_output_attentions",
+        "output_router_logits",
+        "output_scores",
+        "output_logits",
+        "use_cache",
+        "torchscript",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "experts_implementation",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "use_kernels",
+    ]
+)
 _CAUSAL = "FedMira needs a causal decoder (GPT-2, Llama, Qwen, Mistral, Gemma, Phi, ...)"
 
 
@@ -58,11 +82,15 @@ def find_folder(name: str, *, revision: str | None = None, weights: bool = False
 
 
 def load_config(name: str, folder: Path) -> transformers.PretrainedConfig:
-    """Read a base's config. Raises ModelError with the reason if it is not a causal decoder that can be used."""
+    """Read a base's config; what it says about the form of outputs is left out.
+
+    Raises ModelError with the reason if it is not a causal decoder that can be used.
+    """
     facts = _read_json(name, folder / "config.json")
     kind = _check_facts(name, facts)
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        facts, _ = PretrainedConfig.get_config_dict(str(folder))
+        config = CONFIG_MAPPING[kind].from_dict({key: value for key, value in facts.items() if key not in _FORM})
         whole = config.get_text_config() is config
     except Exception as error:  # any error of transformers here is the config's fault
         raise refuse(name, f"config.json cannot be used: {first_line(error)}") from None
@@ -71,9 +99,21 @@ def load_config(name: str, folder: Path) -> transformers.PretrainedConfig:
     if not whole:
         parts = ", ".join(sorted(config.sub_configs))
         raise refuse(name, f"a {kind} model is more than a text decoder (its config holds {parts}); {_CAUSAL}")
-    # A config may ask for attention kernels from a hub, which are code too; None lets transformers choose.
-    config._attn_implementation = None
+    vocabulary, pad = vocabulary_of(config), getattr(config, "pad_token_id", None)
+    if vocabulary is not None and isinstance(pad, int) and not -vocabulary <= pad < vocabulary:
+        raise refuse(
+            name,
+            f"config.json has pad_token_id {pad}, and vocab_size {vocabulary}: its embeddings have ids 0 to "
+            f"{vocabulary - 1}. Set pad_token_id to one of them, or to null",
+        )
+    config._attn_implementation = None  # transformers chooses
     return config
+
+
+def vocabulary_of(config: transformers.PretrainedConfig) -> int | None:
+    """Return the number of embeddings that a config states; None: it states none."""
+    size = getattr(config, "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 def _check_facts(name: str, facts: Mapping[str, Any]) -> str:
@@ -107,9 +147,9 @@ def _check_facts(name: str, facts: Mapping[str, Any]) -> str:
 def load_tokenizer(name: str, *, revision: str | None = None) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer alone. Raises ModelError if there is none, or it has no end-of-text token."""
     folder = find_folder(name, revision=revision)
-    load_config(name, folder)
+    config = load_config(name, folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), config=config, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise refuse(name, f"no usable tokenizer: {first_line(error)}") from None
     # Without its files transformers returns an empty tokenizer for some kinds, and texts would have no tokens.
@@ -118,14 +158,6 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> transformers.Pr
     if tokenizer.eos_token_id is None:
         raise refuse(name, "the tokenizer has no end-of-text token, so answers could not end")
     return tokenizer
-
-
-def count_positions(name: str, *, revision: str | None = None) -> int | None:
-    """Return the number of positions of a base, by its config alone; None where there is no limit.
-
-    Raises ModelError like load_base, before weights are read.
-    """
-    return positions(load_config(name, find_folder(name, revision=revision)))
 
 
 def positions(config: transformers.PretrainedConfig) -> int | None:

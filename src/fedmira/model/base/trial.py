@@ -25,9 +25,8 @@ from fedmira.model.seam import attending
 log = logging.getLogger(__name__)
 
 
-def check_decoder(model: nn.Module, decoder: nn.Module, head: Head, *, name: str) -> None:
+def check_decoder(model: nn.Module, decoder: nn.Module, head: Head, *, vocabulary: int, name: str) -> None:
     """Raise ModelError unless the base is a causal decoder whose logits are our head on its hidden states."""
-    vocabulary = len(head.weight)
     ids = _draw(vocabulary, 1, 8, seed=0, like=head.weight)
     changed = ids.clone()
     changed[0, -1] = (changed[0, -1] + 1) % vocabulary
@@ -77,11 +76,11 @@ def check_prompts(model: transformers.PreTrainedModel, *, vocabulary: int, name:
         )
 
 
-def check_embeddings(decoder: nn.Module, embedding: nn.Module, *, name: str) -> None:
+def check_embeddings(decoder: nn.Module, embedding: nn.Module, *, vocabulary: int, name: str) -> None:
     """Raise ModelError unless a base gives the same states for the embeddings of tokens as for the tokens."""
     weight = embedding.weight
     assert isinstance(weight, Tensor)
-    ids = _draw(len(weight), 1, 8, seed=4, like=weight)
+    ids = _draw(vocabulary, 1, 8, seed=4, like=weight)
     try:
         with torch.no_grad():
             by_ids = decoder(input_ids=ids, use_cache=False).last_hidden_state
@@ -117,7 +116,7 @@ def list_unfit(decoder: nn.Module, layers: dict[str, nn.Module], *, vocabulary: 
     return unfit
 
 
-def try_packing(model: transformers.PreTrainedModel, decoder: nn.Module) -> frozenset[int] | None:
+def try_packing(model: transformers.PreTrainedModel, decoder: nn.Module, *, vocabulary: int) -> frozenset[int] | None:
     """Measure whether uneven examples laid end to end give the hidden states that each gives alone.
 
     Return the reaches of its windows and chunks in tokens, empty where it has none; None if it cannot be packed.
@@ -125,7 +124,7 @@ def try_packing(model: transformers.PreTrainedModel, decoder: nn.Module) -> froz
     embeddings = model.get_input_embeddings().weight
     stream = torch.Generator().manual_seed(1)
     lengths = [5, 9, 2, 9]
-    examples = [torch.randint(len(embeddings), (1, 1, length), generator=stream) for length in lengths]
+    examples = [torch.randint(vocabulary, (1, 1, length), generator=stream) for length in lengths]
     batch = Batch(
         ids=torch.cat([nn.functional.pad(ids, (0, 9 - ids.shape[-1])) for ids in examples]),
         labels=torch.full((len(lengths), 1, 9), -100),

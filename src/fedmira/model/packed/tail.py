@@ -68,14 +68,14 @@ class Tail:
         return forward
 
 
-def find_tail(model: PreTrainedModel, decoder: nn.Module, stack: Stack) -> Tail | None:
+def find_tail(model: PreTrainedModel, decoder: nn.Module, stack: Stack, *, vocabulary: int) -> Tail | None:
     """Find and wrap the tail of a base that packs; None, and nothing wrapped, where a cut pass differs.
 
     Candidates are modules with a matrix that are children of the last attention or of what contains it, are called once
     in a pass, after that attention, with one [1, N, d] and give one. They are the tail if a pass of random tokens cut
     to its labels has the states there that it has uncut.
     """
-    plan = _random_pass(model)
+    plan = _random_pass(model, vocabulary)
     if plan.attention is None:
         return None
     module_calls: dict[str, list[tuple[int, bool]]] = {}  # of each: how many layers had attended, and whether it fits
@@ -120,11 +120,11 @@ def find_tail(model: PreTrainedModel, decoder: nn.Module, stack: Stack) -> Tail 
     return None
 
 
-def _random_pass(model: PreTrainedModel) -> Pass:
+def _random_pass(model: PreTrainedModel, vocabulary: int) -> Pass:
     """Three texts of random tokens, the last three of each with a label."""
     lengths = torch.tensor([[9], [14], [7]])
     embedding = model.get_input_embeddings().weight
-    ids = torch.randint(embedding.shape[0], (3, 1, 14), generator=torch.Generator().manual_seed(5))
+    ids = torch.randint(vocabulary, (3, 1, 14), generator=torch.Generator().manual_seed(5))
     steps = torch.arange(14)
     labels = ids.masked_fill((steps < lengths[..., None] - 3) | (steps >= lengths[..., None]), NO_LOSS)
     batch = Batch(ids, labels, lengths)
