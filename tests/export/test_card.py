@@ -14,7 +14,8 @@ from tests.small_study import CLIENTS, command
 
 import fedmira
 from fedmira.config.faults import check_config
-from fedmira.export.card import LICENCES, USE, Card, licence_of, merged_card, model_card, without_folders
+from fedmira.export.card import LICENCES, USE, Card, licence_of, merged_card, model_card
+from fedmira.reports.paths import without_folders
 
 LICENSED = {"ada": "CC BY-SA 4.0", "bo": "Unknown", "cy": "Our own terms: `ask` us"}  # 007 has two, the others none
 
@@ -210,6 +211,11 @@ def test_a_card_contains_no_folder_of_any_path(here: Path) -> None:
         ("../shared/model and a/b/c and bundled:model", "../shared/model and a/b/c and bundled:model"),
         ("/", ""),
         ("https://x.org/a", "https://x.org/a"),
+        ("3 / 4 and 1/2", "3 / 4 and 1/2"),
+        (r"C:\Users\me\x.jsonl", "x.jsonl"),
+        (r"data.path=C:\Users\me\x.jsonl", "data.path=x.jsonl"),
+        ("see file:///home/u/x y", "see x y"),
+        ("~user/a/b", "b"),
     ],
 )
 def test_absolute_paths_are_cut_to_their_last_name_and_others_stay(text: Any, left: Any) -> None:

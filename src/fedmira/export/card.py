@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 from fedmira import bundled
 from fedmira.data.partition import shown_name
+from fedmira.reports.paths import without_folders
 
 # The hub's identifiers of licences used for data; any other licence is `other`, with its name.
 _KNOWN = """
@@ -29,7 +30,6 @@ NO_CACHE = (
     "if it keeps a cache. Earlier releases of transformers write the same either way."
 )
 _UNITS = {"loss": "loss (nats per token)"}
-_FOLDERS = re.compile(r"(?:(?<=^)|(?<=[\s\"'=,(\[{]))~?/(?:[^/\s\"',\]})]+/)*(?=[^/\s\"',\]})]*)")
 
 
 class Card(TypedDict, total=False):
@@ -117,20 +117,6 @@ def merged_card(adapter_card: str, *, base_model: str, dtype: str, difference: f
 def shown_base(name: str) -> str:
     """Return a base's name as in the config; only the last name of an absolute path."""
     return PurePath(name).name if name.startswith(("/", "~")) else name
-
-
-def without_folders(value: Any) -> Any:
-    """Shorten every absolute path in a text, or in the texts of a mapping or list, to its last name.
-
-    A text that is one path may contain spaces; inside a text a path ends at a space.
-    """
-    if isinstance(value, Mapping):
-        return {key: without_folders(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_folders(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    return PurePath(value).name if value.startswith(("/", "~")) else _FOLDERS.sub("", value)
 
 
 def licence_of(columns: Mapping[str, str]) -> str | None:

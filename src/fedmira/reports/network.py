@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from fedmira.errors import StoreError
 from fedmira.reports.axes import CIRCLE, DIAMOND, SQUARE, Box, gain_colour
+from fedmira.reports.paths import without_folders
 from fedmira.reports.places import Disc, Point, Weights, lay_out, pack
 from fedmira.reports.record import StudyRecord, read_object
 from fedmira.reports.stats import gains
@@ -109,7 +110,7 @@ def read_graph(record: StudyRecord, folder: str) -> TaskGraph | None:
     entries = stored.get("entries")
     return TaskGraph(
         kind=str(stored.get("kind", "unknown")),
-        note=str(stored.get("note", "")),
+        note=without_folders(str(stored.get("note", ""))),
         clients=clients,
         entries=entries if isinstance(entries, int) else len(edges or ()),
         edges=edges,

@@ -12,6 +12,7 @@ from fedmira.disk.folders import RunFolder
 from fedmira.errors import StoreError
 from fedmira.reports import wording
 from fedmira.reports.examples import Example, read_examples
+from fedmira.reports.paths import without_folders
 from fedmira.reports.results import LOWER_IS_BETTER, Results, find_runs, read_results
 from fedmira.reports.stats import MethodSummary, summarise, summarise_base
 
@@ -46,7 +47,10 @@ class ShownFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run, from its folder. fields: run.json, which a page shows whole; rounds: metrics.jsonl."""
+    """One run, from its folder.
+
+    fields: run.json, which a page shows whole but for the folders of absolute paths; rounds: metrics.jsonl.
+    """
 
     folder: str  # relative to the study, with forward slashes
     label: str
@@ -186,7 +190,7 @@ def _read_run(study: Path, folder: Path) -> RunRecord:
         label=folder.parent.name,
         seed=int(folder.name.removeprefix("seed-")),
         adapters=sum(entry.is_dir() for entry in adapters.iterdir()) if adapters.is_dir() else 0,
-        fields=read_object(folder / "run.json"),
+        fields=without_folders(read_object(folder / "run.json")),
         rounds=[line for line in RunFolder(folder).records() if isinstance(line, dict)] if logged else [],
         logged=logged,
     )

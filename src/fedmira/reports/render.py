@@ -9,6 +9,7 @@ from typing import Any
 from fedmira.disk.files import write_atomic
 from fedmira.reports import axes, curves, facts, gain, network
 from fedmira.reports.headline import headline
+from fedmira.reports.paths import config_without_folders
 from fedmira.reports.record import StudyRecord, read_study
 from fedmira.reports.stats import UNTOUCHED_BASE, curve
 from fedmira.reports.templates import page_template
@@ -64,7 +65,7 @@ def render_page(record: StudyRecord) -> str:
         data=facts.data_facts(record),
         sampling=facts.sampling_facts(record),
         setup=facts.setup_facts(record),
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        config=config_without_folders(config.read_text(encoding="utf-8", errors="replace")) if config.is_file() else "",
         marks={"better": axes.CIRCLE, "worse": axes.SQUARE, "level": axes.DIAMOND},
         colours={"better": axes.BETTER, "worse": axes.WORSE, "level": "#767676"},
     )

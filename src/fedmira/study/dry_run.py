@@ -1,5 +1,6 @@
 """Look before you run: what a study would cost, and what its examples look like to the model. Nothing is written."""
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +27,8 @@ from fedmira.study.assemble import Prepared, keep_positions, optimizer_of, prepa
 from fedmira.study.events import StepBegun
 from fedmira.study.intake import take_in
 from fedmira.study.trackers import check_trackers
+
+log = logging.getLogger(__name__)
 
 COPIES = 4  # full checkpoints and the deltas since, at most, in the size of one that is full
 
@@ -78,11 +81,13 @@ def _spans(example: Encoded) -> Iterator[tuple[int, int, bool]]:
 def plan_study(config: Config, *, overwrite: bool = False, observer: Observer = silent) -> Plan:
     """Check everything that `run` checks, measure a short probe, and return what the study would cost.
 
-    Raises what `run` would raise before it starts.
+    Raises what `run` would raise before it starts; only an output_dir that is taken is a warning.
     """
     check_trackers(config.report_to)
     folder = StudyFolder(Path(config.output_dir))
-    folder.check_free(overwrite=overwrite)
+    folder.check_place()
+    if folder.is_begun and not overwrite:  # not an error: nothing is written
+        log.warning("output_dir '%s' is not empty: 'run' needs another one, or --overwrite for a study", folder.path)
     prepared = prepare(config, observer)
     observer(StepBegun("measuring a few passes"))
     with using_threads(prepared.threads):

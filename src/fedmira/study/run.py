@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fedmira.config.sections import Config
-from fedmira.disk.files import read_json, write_json
+from fedmira.disk.files import read_json, remove_temporaries, write_json
 from fedmira.disk.folders import RunFolder, StudyFolder
 from fedmira.disk.run_facts import SCHEMA, RunFacts, State
 from fedmira.engine.clients import AtHand, Scores
@@ -160,6 +160,7 @@ def _run_one(
     )
     facts = _facts(prepared, built, seed)
     with _marked(folder):
+        remove_temporaries(folder.path)
         if (folder.path / "run.json").is_file():
             _reopen(folder, config, facts)
         else:

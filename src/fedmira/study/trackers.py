@@ -8,7 +8,6 @@ nothing is there twice and nothing is missing. A tracker that fails is reported 
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
 import logging
@@ -16,13 +15,13 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fedmira.disk.files import make_folder
 from fedmira.disk.folders import TRACKIO_FOLDER, RunFolder
 from fedmira.engine.events import RoundDone
 from fedmira.errors import ConfigError
@@ -154,7 +153,7 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second, and the package may not be there
 
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         for path in folder.glob("events.out.tfevents.*"):
             path.unlink()
         self.writer: Any = SummaryWriter(str(folder))
@@ -180,18 +179,20 @@ class Trackio:
         request = json.dumps([PROJECT, f"{facts.label}/seed-{facts.seed}", facts.label, about])
         kept = {name: value for name, value in os.environ.items() if not name.startswith(_REMOTE)}
         quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN_PATH": os.devnull, "SYSTEM": ""}
-        folder.mkdir(exist_ok=True)
-        with _held(folder) as handle:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-W", "ignore", str(_PROGRAM), request],  # -P: no module of the current folder
-                env={**kept, **quiet, "TRACKIO_DIR": str(folder.absolute())},
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is ours: it reads to the end what it was given
-                pass_fds=[handle],
-            )
+        make_folder(folder)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-W", "ignore", str(_PROGRAM), request],  # -P: no module of the current folder
+            env={**kept, **quiet, "TRACKIO_DIR": str(folder.absolute())},
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is ours: it reads to the end what it was given
+        )
+        assert self.process.stdout is not None
+        with self.process.stdout as output:
+            if not output.readline():  # it ended before it could write: the process of an earlier start did not end
+                self.close()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         assert self.process.stdin is not None
@@ -207,28 +208,6 @@ class Trackio:
         code = self.process.wait(END_S)
         if code != 0:
             raise ChildProcessError(f"trackio ended with {code}")
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[int]:
-    """Wait until no process that an earlier start left behind writes there; give a handle that keeps others waiting.
-
-    The lock lasts until all who have the handle are gone: a killed run's process may still read what it was given.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        until = time.monotonic() + END_S
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.1)
-        yield handle
-    finally:
-        os.close(handle)
 
 
 def _kind(error: Exception) -> str:

@@ -1,12 +1,19 @@
 """A program, not a module: logs to trackio the lines of its input, [round, {name: value}] each, until that ends.
 
-trackers.py runs it. A run of that name that is there already is an earlier start of the same one, and is replaced.
+trackers.py runs it. A run of that name that is there already is an earlier start of the same one, and is replaced. The
+process of an earlier start may still be writing what it was given: this one waits until that has ended.
 """
 
 import importlib
 import json
+import os
 import sys
+from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
+
+WAIT_S = 60
 
 
 def follow(project: str, name: str, group: str, about: dict[str, Any]) -> None:
@@ -34,4 +41,7 @@ def follow(project: str, name: str, group: str, about: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    follow(*json.loads(sys.argv[1]))
+    with FileLock(Path(os.environ["TRACKIO_DIR"], ".lock"), mode=0o600, timeout=WAIT_S):
+        os.write(1, b"ready\n")  # a closed pipe means that whoever started this is gone: then nothing is changed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # trackio talks, and nobody reads it
+        follow(*json.loads(sys.argv[1]))
