@@ -242,7 +242,7 @@ def _measure(run: Run, facts: Mapping[str, Any], sampled: Tensor, *, began: floa
     record = RoundRecord(
         round=ledger.round,
         loss_after=after,
-        validation_loss=sum(measured) / len(measured) if due and measured else None,
+        validation_loss=math.fsum(measured) / len(measured) if due and measured else None,
         seconds=earlier + time.monotonic() - (again if began is None else began),
         **facts,
     )
