@@ -9,11 +9,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fedmira.adapters.ranks import shown
+from fedmira.cli.ending import course
 from fedmira.cli.show import plural, visible
 from fedmira.data.partition import shown_name
 from fedmira.data.rows import FAULTS_SHOWN
 from fedmira.engine.events import AnswersWritten, ClientsDone, ClientsTuned, Event, RoundDone
-from fedmira.study.events import AdaptersWritten, ClientsEncoded, DataRead, RunBegun, RunDone, StepBegun, StudyPrepared
+from fedmira.study.events import (
+    AdaptersWritten,
+    ClientsEncoded,
+    DataRead,
+    RunBegun,
+    RunDone,
+    StepBegun,
+    StudyBegun,
+    StudyPrepared,
+)
 
 if TYPE_CHECKING:
     from fedmira.disk.folders import RoundRecord
@@ -37,9 +47,9 @@ class Watch:
     """Prints what a study does: live bars on a terminal, plain lines elsewhere."""
 
     def __init__(self, quiet: bool) -> None:
-        self.console = Console(stderr=True, quiet=quiet)
+        self.console = Console(stderr=True, quiet=quiet, markup=False, emoji=False)
         self.bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -66,6 +76,8 @@ class Watch:
                 self._show_study(event.prepared)
             case StepBegun():
                 self.say(f"{event.what} ...")
+            case StudyBegun():
+                course.study = event.folder
             case RunBegun():
                 self._show_run(event.facts)
             case RoundDone():

@@ -224,8 +224,8 @@ class StudyFolder:
             )
         if self.is_begun and not overwrite:
             raise StoreError(
-                f"output_dir '{self.path}' already holds a study; continue with "
-                f"'fedmira resume {shlex.quote(str(self.path))}', choose another output_dir=..., or use --overwrite"
+                f"output_dir '{self.path}' already holds a study; choose another output_dir=..., use --overwrite, "
+                f"or continue with: fedmira resume {shlex.quote(str(self.path))}"
             )
 
     def check_place(self) -> None:

@@ -31,7 +31,7 @@ from fedmira.graphs.graph import Graph
 from fedmira.methods.base import Cohort
 from fedmira.reports.render import write_report
 from fedmira.study.assemble import Built, Prepared, client_table, prepare, training_of, using_threads
-from fedmira.study.events import ReportBegun, RunBegun, RunDone, StepBegun
+from fedmira.study.events import ReportBegun, RunBegun, RunDone, StepBegun, StudyBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.trackers import tracking
 
@@ -127,17 +127,20 @@ def _run_all(
     def written(done: int) -> None:
         observer(AnswersWritten(done, len(prepared.federation)))
 
+    due = [
+        (run, prepared.built[label], seed)
+        for seed in config.seeds
+        for label in prepared.built
+        if not _is_complete(run := folder.run(label, seed), config)
+        and (only is None or run.path.resolve() == only.path.resolve())
+    ]
+    observer(StudyBegun(folder.path, len(due)))
     with using_threads(prepared.threads):
-        for seed in config.seeds:
-            for label, built in prepared.built.items():
-                run_folder = folder.run(label, seed)
-                other = only is not None and run_folder.path.resolve() != only.path.resolve()
-                if other or _is_complete(run_folder, config):
-                    continue
-                if start is None:
-                    observer(StepBegun("scoring the untouched base"))
-                    start = score_start(prepared.workplace, prepared.federation, written)
-                _run_one(run_folder, prepared, built, seed, start, observer, where)
+        for run, built, seed in due:
+            if start is None:
+                observer(StepBegun("scoring the untouched base"))
+                start = score_start(prepared.workplace, prepared.federation, written)
+            _run_one(run, prepared, built, seed, start, observer, where)
     observer(ReportBegun())
     write_report(folder.path)
 
