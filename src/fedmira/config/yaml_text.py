@@ -141,5 +141,9 @@ _Dumper.add_representer(str, _represent_text)
 
 def dump_config(config: Config) -> str:
     """Write a Config as YAML that runs again as it is."""
-    content = config.model_dump(mode="json", by_alias=True)
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json", by_alias=True))
+
+
+def dump_yaml(content: Any) -> str:
+    """Write plain values as YAML, each text on one line, so that any reader of YAML gets them back to the letter."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9)

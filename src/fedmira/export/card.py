@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import Any, TypedDict
 
 from fedmira import bundled
+from fedmira.config.yaml_text import dump_yaml
 from fedmira.data.partition import shown_name
 from fedmira.reports.paths import without_folders
 
@@ -66,21 +67,21 @@ def model_card(base_model: str, card: Card, *, revision: str | None = None) -> s
     shown = shown_base(base_model)
     prompt = "virtual_tokens" in card
     kind = "P-tuned prompt" if prompt else "LoRA adapter"
-    front = [
-        f"base_model: {json.dumps(shown, ensure_ascii=False)}",
-        "base_model_relation: adapter",
-        "library_name: peft",
-        "pipeline_tag: text-generation",
-        f"tags: [{'p-tuning' if prompt else 'lora'}, federated-learning, fedmira]",
-        *_licence_lines(card.get("licence")),
-    ]
+    front = {
+        "base_model": shown,
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["p-tuning" if prompt else "lora", "federated-learning", "fedmira"],
+        **_licence(card.get("licence")),
+    }
     title = f"# {kind} made with FedMira"
     if "client" in card:
         title = f"# {kind} of client {card['client']}, made with FedMira"
     body = [title, "", *(f"- {name}: {value}" for name, value in _facts(shown, card).items()), ""]
     for section in (_test(card), _made(card), _inside(card), _warning(), _use(base_model, revision, card)):
         body += section
-    return "\n".join(["---", *front, "---", "", *body])
+    return "\n".join(["---", dump_yaml(front).rstrip("\n"), "---", "", *body])
 
 
 def merged_card(adapter_card: str, *, base_model: str, dtype: str, difference: float) -> str:
@@ -231,14 +232,12 @@ def _use(base_model: str, revision: str | None, card: Card) -> list[str]:
     ]
 
 
-def _licence_lines(stated: str | None) -> list[str]:
-    """Return the front matter's lines about a licence: a name that the hub knows, or `other` with the stated name."""
+def _licence(stated: str | None) -> dict[str, str]:
+    """Return the front matter's keys about a licence: a name that the hub knows, or `other` with the stated name."""
     if stated is None:
-        return []
+        return {}
     known = re.sub(r"[\s_]+", "-", stated.strip().lower())
-    if known in LICENCES:
-        return [f"license: {known}"]
-    return ["license: other", f"license_name: {json.dumps(shown_name(stated), ensure_ascii=False)}"]
+    return {"license": known} if known in LICENCES else {"license": "other", "license_name": shown_name(stated)}
 
 
 def _number(value: float | None) -> str:

@@ -45,7 +45,7 @@ def render_page(record: StudyRecord) -> str:
         base_name=UNTOUCHED_BASE,
         statements=headline(record),
         basis=facts.basis(record),
-        notices=facts.notices(record),
+        notices=[*network.notices(record), *facts.notices(record)],
         styles=styles,
         tables=[(metric, *gain.dots(metric)) for metric in ordered],
         dots_box=gain.DOTS,

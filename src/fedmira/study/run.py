@@ -30,7 +30,7 @@ from fedmira.errors import FedMiraError, MethodError, Stopped, StoreError, WireE
 from fedmira.graphs.graph import Graph
 from fedmira.methods.base import Cohort
 from fedmira.reports.render import write_report
-from fedmira.study.assemble import Built, Prepared, client_table, prepare, training_of, using_threads
+from fedmira.study.assemble import Built, Prepared, client_table, lonely_notes, prepare, training_of, using_threads
 from fedmira.study.events import ReportBegun, RunBegun, RunDone, StepBegun, StudyBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.trackers import tracking
@@ -181,6 +181,10 @@ def _run_one(
             if prepared.workplace.evaluation.examples:
                 folder.write_examples(examples_of(prepared.workplace, start, ended.test))
             _write_graph(folder, ended.graph, cohort)
+            if method.facts.learned is not None:
+                seen = sorted({int(k) for ids in cohort.schedule for k in ids})
+                for note in lonely_notes(built.label, ended.graph, cohort.ids, of=seen):
+                    log.warning(note)
             serve = partial(clients.adapters, send=ended.send)
             write_adapters(folder, prepared, federation, method, serve, observer, start=start, test=ended.test)
         records = folder.records()
@@ -313,6 +317,7 @@ def _write_graph(folder: RunFolder, graph: Graph | None, cohort: Cohort) -> None
             "note": graph.note,
             "clients": list(cohort.ids),
             "entries": graph.entries,
+            "lonely": len(graph.lonely),
             "edges": graph.edges(MAX_GRAPH_EDGES),
         },
     )
