@@ -155,18 +155,33 @@ def resume(
 @app.command()
 def report(
     path: Annotated[Path, typer.Argument(help="a study, or one of its runs")],
+    table: Annotated[str | None, typer.Option(help="print the main table as csv, md or latex")] = None,
+    figures: Annotated[Path | None, typer.Option(help="folder into which the charts are written as SVG")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write report.html and summary.json again from a study's files."""
+    """Write report.html, summary.json and results.csv again from a study's files."""
     from fedmira.disk.folders import find_study
     from fedmira.reports.record import read_study
     from fedmira.reports.render import write_pages
 
     folder, _ = find_study(path)
     record = read_study(folder.path)
+    text = None
+    if table is not None:
+        from fedmira.reports.tables import table_text
+
+        text = table_text(record, table)
     write_pages(record)
-    _show(record, as_json)
+    if figures is not None:
+        from fedmira.reports.figures import write_figures
+
+        for written in write_figures(record, figures):
+            print(visible(f"figure: {written}"), file=sys.stderr)
+    if text is not None:
+        print(text, end="")
+    else:
+        _show(record, as_json)
 
 
 @app.command()

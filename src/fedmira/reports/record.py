@@ -122,6 +122,11 @@ class StudyRecord:
         return list(dict.fromkeys(run.label for run in self.runs))
 
     @property
+    def repeated(self) -> bool:
+        """Was a method tested with more than one seed?"""
+        return any(len(item.seeds) > 1 for metric in self.metrics for item in metric.methods)
+
+    @property
     def judged(self) -> Metric | None:
         """The metric that gain is measured by: the first but the loss, which hedging between answers can lower."""
         return next((metric for metric in self.metrics if metric.name != "loss"), next(iter(self.metrics), None))

@@ -12,13 +12,14 @@ from fedmira.reports.headline import headline
 from fedmira.reports.paths import config_without_folders
 from fedmira.reports.record import StudyRecord, read_study
 from fedmira.reports.stats import UNTOUCHED_BASE, curve
+from fedmira.reports.tables import results_csv
 from fedmira.reports.templates import page_template
 
 SCHEMA = 1
 
 
 def write_report(study: Path) -> Path:
-    """Write STUDY/report.html and STUDY/summary.json, each atomically; return the page's path.
+    """Write STUDY/report.html, summary.json and results.csv, each atomically; return the page's path.
 
     Raises StoreError if the study has no results, or cannot be written.
     """
@@ -28,8 +29,12 @@ def write_report(study: Path) -> Path:
 
 
 def write_pages(record: StudyRecord) -> None:
-    """Write report.html and summary.json of a study that has been read. Raises StoreError if they cannot be written."""
+    """Write report.html, summary.json and results.csv of a study that has been read.
+
+    Raises StoreError if they cannot be written.
+    """
     page, summary = render_page(record), _summary_json(record)
+    write_atomic(record.path / "results.csv", results_csv(record).encode("utf-8", "backslashreplace"))
     write_atomic(record.path / "summary.json", summary.encode("utf-8", "backslashreplace"))
     write_atomic(record.path / "report.html", page.encode("utf-8", "backslashreplace"))
 
