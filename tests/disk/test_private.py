@@ -303,4 +303,7 @@ def test_a_report_shows_no_absolute_path(study: Path) -> None:
 def test_the_config_of_a_report_is_the_same_but_for_its_folders() -> None:
     text = "lr: 3e-4\nid: '007'\ndata: {path: '/home/my user/a b/c.jsonl', by: x}\nuse:\n- no\n- /a/b: /c/d\n"
     assert config_without_folders(text) == text.replace("/home/my user/a b/", "").replace("/a/", "").replace("/c/", "")
+    plain = "a: /x/y\nb:\n- /c/d\n- e: /f/g\n"
+    assert config_without_folders(plain) == "a: y\nb:\n- d\n- e: g\n"
+    assert "user" not in config_without_folders("a: /home/my\n  user/data set/x\nb: 1\n")
     assert config_without_folders("a: [1, /x/y") == without_folders("a: [1, /x/y")

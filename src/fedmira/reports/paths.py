@@ -14,6 +14,10 @@ _FOLDERS = re.compile(
 _WHOLE = re.compile(rf"([\w.-]+=)?({_ROOT}.*)", re.DOTALL)  # also where an override sets it: data.path=/a b/c.jsonl
 
 
+# a line of YAML that is one path without spaces or quotes, and does not go on in the next line
+_LINE = re.compile(rf"^( *(?:- )*(?:[\w.-]+: )?)({_ROOT}\S*)$(?=\n(?: *- | *[\w.-]+:)|\n?\Z)", re.MULTILINE)
+
+
 def without_folders(value: Any) -> Any:
     """Shorten every absolute path in a text, or in the texts of a mapping or list, to its last name.
 
@@ -39,9 +43,10 @@ def config_without_folders(text: str) -> str:
 
     Text that is not YAML is shortened word by word.
     """
-    if not _FOLDERS.search(text):
-        return text
-    import yaml  # few configs of a report need it, and it takes as long as all templates
+    shortened = _LINE.sub(lambda line: line[1] + last_name(line[2]), text)
+    if not _FOLDERS.search(shortened):
+        return shortened
+    import yaml  # few configs of a report need it, and its import takes as long as all templates
 
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
