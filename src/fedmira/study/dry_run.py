@@ -112,6 +112,7 @@ def _plan(prepared: Prepared) -> Plan:
     needed = [cost.rows for cost in costs.values()]  # of the run that needs most; runs follow each other
     runs = len(prepared.built) * len(config.seeds)
     seconds = {label: cost.seconds for label, cost in costs.items()}
+    total = speeds.seconds(start_work) + len(config.seeds) * sum(seconds.values())
     return Plan(
         clients=len(clients),
         sampled=sampled,
@@ -149,7 +150,8 @@ def _plan(prepared: Prepared) -> Plan:
         work={label: cost.work for label, cost in costs.items()},
         run_seconds=seconds,
         runs=runs,
-        total_seconds=speeds.seconds(start_work) + len(config.seeds) * sum(seconds.values()),
+        total_seconds=total,
+        cpu_seconds=total * speeds.cpu,
     )
 
 
