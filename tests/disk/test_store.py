@@ -82,8 +82,8 @@ class FullDisk:
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-    opened = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, *rest, **more: FullDisk(opened(self, *rest, **more), room))
+    opened = os.fdopen
+    monkeypatch.setattr(os, "fdopen", lambda *rest, **more: FullDisk(opened(*rest, **more), room))
 
 
 def assert_old_or_new(folder: Path, old: bytes | None, new: bytes) -> None:

@@ -6,15 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from tests import small_study, tiny
 from tests.small_study import CLIENTS, command
 
 import fedmira
 from fedmira.config.faults import check_config
-from fedmira.export.card import LICENCES, USE, Card, licence_of, merged_card, model_card, without_folders
+from fedmira.data.partition import shown_name
+from fedmira.export.card import LICENCES, USE, Card, licence_of, merged_card, model_card
+from fedmira.reports.paths import without_folders
 
 LICENSED = {"ada": "CC BY-SA 4.0", "bo": "Unknown", "cy": "Our own terms: `ask` us"}  # 007 has two, the others none
 
@@ -66,7 +71,7 @@ def front(text: str) -> dict[str, Any]:
 
 def facts(text: str) -> dict[str, str]:
     """The list of a card."""
-    return dict(line[2:].split(": ", 1) for line in text.splitlines() if line.startswith("- "))
+    return dict(line[2:].split(": ", 1) for line in text.split("---\n", 2)[2].splitlines() if line[:2] == "- ")
 
 
 def test_the_front_matter_is_what_the_hub_reads(here: Path) -> None:
@@ -210,6 +215,11 @@ def test_a_card_contains_no_folder_of_any_path(here: Path) -> None:
         ("../shared/model and a/b/c and bundled:model", "../shared/model and a/b/c and bundled:model"),
         ("/", ""),
         ("https://x.org/a", "https://x.org/a"),
+        ("3 / 4 and 1/2", "3 / 4 and 1/2"),
+        (r"C:\Users\me\x.jsonl", "x.jsonl"),
+        (r"data.path=C:\Users\me\x.jsonl", "data.path=x.jsonl"),
+        ("see file:///home/u/x y", "see x y"),
+        ("~user/a/b", "b"),
     ],
 )
 def test_absolute_paths_are_cut_to_their_last_name_and_others_stay(text: Any, left: Any) -> None:
@@ -285,3 +295,21 @@ def test_a_prompt_that_was_never_drawn_is_not_said_to_change_nothing() -> None:
     given: Card = {"personal": True, "drawn": 0, "scores": {"loss": (2.0, 3.0)}}
     assert "is the common start and changes nothing." in model_card("x", given)
     assert "is the common start.\n" in model_card("x", {**given, "virtual_tokens": 2, "hidden": 4})
+
+
+@given(st.text(st.characters(exclude_categories=("Cs",)), max_size=12))
+def test_the_front_matter_is_read_back_to_the_letter_whatever_a_licence_is_called(text: str) -> None:
+    """U+0085, U+2028, quotes, colons, a byte order mark, control characters: as the hub's own reader sees them."""
+    read = huggingface_hub.ModelCard(model_card(f"some/{text}", {"licence": text})).data.to_dict()
+    assert read["base_model"] == f"some/{text}"
+    assert read["license"] == "other" or read["license"] in LICENCES
+    if read["license"] == "other":
+        assert read["license_name"] == shown_name(text)
+    assert read["tags"] == ["lora", "federated-learning", "fedmira"]
+
+
+@pytest.mark.parametrize(
+    "letter", ["\x85", "\u2028", "\u2029", "\ufeff", "\x07", "\t", "'", '"', "\\", ": ", " #", "\U0001f600"]
+)
+def test_an_odd_character_of_a_base_survives_the_front_matter(letter: str) -> None:
+    assert huggingface_hub.ModelCard(model_card(f"some/a{letter}b", {})).data.base_model == f"some/a{letter}b"

@@ -1,5 +1,7 @@
 """Graphs, their Laplacians and the largest stable coupling, in numbers worked by hand."""
 
+import csv
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -308,3 +310,62 @@ def test_ten_thousand_clients_need_no_matrix(kind: str) -> None:
 def test_a_small_graph_lists_its_edges() -> None:
     assert group_graph(["x", "y", "x"]).edges(2) == [(0, 2, 1.0), (2, 0, 1.0)]
     assert group_graph(["x", "y", "x"]).edges(1) is None
+
+
+NAMES = some.text(some.characters(exclude_categories=("Cs",), exclude_characters="\x00\r"), min_size=1, max_size=6).map(
+    str.strip
+)
+
+
+@given(
+    some.lists(NAMES.filter(bool), min_size=2, max_size=5, unique=True), some.sampled_from(["\n", "\r\n"]), some.data()
+)
+def test_a_graph_file_is_what_any_program_writes_as_separated_values(
+    ids: list[str], end: str, data: some.DataObject
+) -> None:
+    """Quoted where needed or everywhere, with any letters in a name: the cells that csv.writer was given come back."""
+    quoting = data.draw(some.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "graph.csv")
+        with path.open("w", encoding=data.draw(some.sampled_from(["utf-8", "utf-8-sig"])), newline="") as file:
+            writer = csv.writer(file, quoting=quoting, lineterminator=end)
+            writer.writerow(["client", "neighbour", "weight"])
+            writer.writerow([ids[0], ids[1], 0.5])
+        graph = file_graph(path, ids)
+    assert graph.subgraph(np.array([0, 1])).tolist() == [[0, 0.5], [0.5, 0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('"client","neighbour","weight"\n"a","b,0.5\n', "graph.csv:2: not comma-separated values"),
+        ('client,neighbour,weight\n"a"x,b,0.5\n', "graph.csv:2: not comma-separated values"),
+        ("client;neighbour;weight\na;b;1\n", "graph.csv:1: the first line must be"),
+        ("", "graph.csv:1: the first line must be"),
+        ('client,neighbour,weight\n\n"a","b"\n', "graph.csv:3: found 2 cells"),
+        ('client,neighbour,weight\n"a\nx",b,1\n', r"graph.csv:3: no client 'a\nx'"),
+    ],
+)
+def test_a_graph_file_that_is_damaged_is_refused_with_its_line(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "graph.csv").write_text(text)
+    with pytest.raises(MethodError) as caught:
+        file_graph(tmp_path / "graph.csv", ["a", "b"])
+    assert words.replace(r"\n", "\n") in str(caught.value)
+
+
+@given(some.lists(some.sampled_from("abcdef"), min_size=1, max_size=12))
+def test_lonely_are_those_whose_group_has_no_other_member(groups: list[str]) -> None:
+    expected = [place for place, group in enumerate(groups) if groups.count(group) == 1]
+    assert group_graph(groups).lonely.tolist() == expected
+
+
+def test_lonely_are_counted_where_a_graph_is_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmira.graphs.graph._LISTED", 1)
+    assert group_graph(["a", "b", "a", "c"]).lonely.tolist() == [1, 3]
+    assert uniform_graph(5).lonely.tolist() == []
+    assert random_graph(5, seed=0).lonely.tolist() == []
+
+
+def test_a_weight_of_zero_makes_no_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "graph.csv").write_text("client,neighbour,weight\na,b,0\nb,c,1\nc,b,0\n")
+    assert file_graph(tmp_path / "graph.csv", ["a", "b", "c"]).lonely.tolist() == [0, 2]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.reports.hand_made import page, rows, six
+from tests.reports.made_study import make_study
 
 from fedmira.errors import StoreError
 from fedmira.graphs.graph import Graph, from_matrix, group_graph, random_graph
@@ -16,6 +17,7 @@ from fedmira.reports import axes, network
 from fedmira.reports.network import Network, networks
 from fedmira.reports.places import lay_out, pack
 from fedmira.reports.record import read_study
+from fedmira.reports.render import render_page
 
 
 def write_graph(run: Path, graph: Graph | None, names: list[str], **changes: object) -> None:
@@ -255,3 +257,25 @@ def test_a_graph_that_cannot_be_is_refused_with_its_file(damage: dict[str, objec
     write_graph(run, group_graph(["a"] * 2), clients, **damage)
     with pytest.raises(StoreError, match=r"graph\.json' is damaged .* restore it from a copy"):
         drawn(study)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize(
+    ("groups", "told"),
+    [
+        ("abcd", "The graph of mira joins nobody: its results are those of training alone."),
+        ("aabc", "2 clients of 4 have no neighbour in the graph of mira, and learn alone."),
+        ("aaab", "1 client of 4 has no neighbour in the graph of mira, and learns alone."),
+        ("aabb", None),
+    ],
+)
+def test_a_page_says_whom_a_graph_leaves_alone(groups: str, told: str | None, stored: bool, tmp_path: Path) -> None:
+    """Where graph.json has no count of them, as earlier versions wrote it, they are counted."""
+    study = make_study(tmp_path / "study", ["c0", "c1", "c2", "c3"], sampled=2, graph=group_graph(list(groups)))
+    path = study / "mira" / "seed-0" / "graph.json"
+    content = json.loads(path.read_text())
+    lonely = sum(groups.count(group) == 1 for group in groups)
+    path.write_text(json.dumps({**content, "lonely": lonely} if stored else content))
+    said = network.notices(read_study(study))
+    assert said == ([] if told is None else [told])
+    assert told is None or told in render_page(read_study(study))

@@ -325,7 +325,11 @@ def test_the_same_study_gives_the_same_page(pair: Path):
 
 def test_no_temporary_file_is_left(pair: Path):
     write_report(pair)
-    assert sorted(entry.name for entry in pair.iterdir() if entry.is_file()) == ["report.html", "summary.json"]
+    assert sorted(entry.name for entry in pair.iterdir() if entry.is_file()) == [
+        "report.html",
+        "results.csv",
+        "summary.json",
+    ]
 
 
 def test_a_failed_write_keeps_the_old_page(pair: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,7 +11,8 @@ from tests import small_study
 from fedmira.config.faults import check_config
 from fedmira.engine.events import silent
 from fedmira.errors import ConfigError, DataError, MethodError
-from fedmira.study.assemble import Intake, prepare, take_in
+from fedmira.graphs.graph import group_graph
+from fedmira.study.assemble import Intake, lonely_notes, prepare, take_in
 
 KINDS = ("red", "green", "blue")
 
@@ -186,3 +187,38 @@ def test_a_fault_of_a_method_names_its_place(base: Path, rows: Path, tmp_path: P
     raw = small_study.settings(base, rows, tmp_path / "out", methods=methods, data={"clients": {"by": "kind"}})
     with pytest.raises(MethodError, match=r"methods\.1 \(groupavg\): groupavg: column 'nope'"):
         prepare(check_config(raw, "test"), silent)
+
+
+@pytest.mark.parametrize(
+    ("column", "told"),
+    [
+        ("site", ["mira: the graph joins nobody", "groupavg: the graph joins nobody"]),
+        ("ward", ["1 of 3 clients have no neighbour in the graph and learn alone: 'blue'"]),
+        ("house", []),
+    ],
+)
+def test_a_coupling_that_joins_nobody_or_leaves_some_alone_is_said(
+    column: str, told: list[str], base: Path, rows: Path
+) -> None:
+    wards = {"red": "a", "green": "a", "blue": "b"}
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    named = [{**line, "site": line["kind"], "ward": wards[line["kind"]], "house": "one"} for line in lines]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in named))
+    mira = {"name": "mira", "lambda": 0.1, "graph": {"kind": "groups", "column": column}}
+    raw = small_study.settings(
+        base, rows, rows.parent / "study", methods=[mira, {"name": "groupavg", "column": column}]
+    )
+    raw["data"] = {"path": str(rows), "max_length": 12, "clients": {"by": "kind"}}
+    built = prepare(check_config(raw), silent).built
+    notes = [note for one in built.values() for note in one.notes]
+    assert len(notes) == (2 if told else 0)
+    assert all(any(words in note for note in notes) for words in told)
+
+
+def test_of_a_learned_graph_only_clients_that_took_part_are_looked_at() -> None:
+    ids = ["a", "b", "c", "d"]
+    graph = group_graph(["x", "x", "y", "z"])
+    assert lonely_notes("mira", graph, ids, of=[0, 1]) == []
+    assert "have no neighbour in the graph and learn alone: 'c'" in lonely_notes("mira", graph, ids, of=[0, 1, 2])[0]
+    assert "joins nobody" in lonely_notes("mira", graph, ids, of=[2, 3])[0]
+    assert lonely_notes("local", None, ids) == []

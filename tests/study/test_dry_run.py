@@ -120,12 +120,20 @@ def test_a_dry_run_in_json_is_the_plan(config: Path) -> None:
 
 
 def test_a_dry_run_refuses_what_a_run_refuses(config: Path, tmp_path: Path) -> None:
-    (tmp_path / "study").mkdir()
-    (tmp_path / "study" / "thesis.tex").write_text("mine")
+    (tmp_path / "study").write_text("mine")
     for overrides in (["lora.r=0"], [], ["data.path=none.jsonl", f"output_dir={tmp_path / 'other'}"]):
         ended = command("run", config, "--dry-run", *overrides)
         assert (ended.code, ended.out) == (2, "")
         assert not has_traceback(ended.err)
+
+
+def test_a_dry_run_writes_nothing_so_a_folder_that_is_taken_is_only_a_warning(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "thesis.tex").write_text("mine")
+    ended = command("run", config, "--dry-run")
+    assert ended.code == 0
+    assert "warning: output_dir" in ended.err
+    assert [path.name for path in (tmp_path / "study").iterdir()] == ["thesis.tex"]
 
 
 # ---------------------------------------------------------------- what the model gets

@@ -56,7 +56,7 @@ def draft_config(file: Path, *, data: str | None = None, model: str | None = Non
     text = text.replace("partitioner: null ", f"partitioner: {partitioner} ", 1)
     if data is not None or model is not None:
         text = re.sub(r"# As written it runs .*\n", "", text)
-    write_atomic(file, text.encode())
+    write_atomic(file, text.encode(), shared=True)
     return {**settings, "partitioner": partitioner}
 
 

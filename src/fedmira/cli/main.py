@@ -8,7 +8,7 @@ file is read (no `from __future__ import annotations`): typer compiles those tha
 import json
 import logging
 import os
-import signal
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,6 +19,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmira import bundled
+from fedmira.cli.ending import (
+    INTERRUPTED,
+    Terminated,
+    catch_signals,
+    course,
+    flush_streams,
+    output_failed,
+    resume_command,
+    steady_streams,
+)
 from fedmira.cli.show import questions, show_examples, show_plan, side_by_side, visible
 from fedmira.errors import ConfigError, FedMiraError, Stopped
 
@@ -29,7 +39,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Federated multi-task fine-tuning of language models with LoRA: one base, one personal adapter per client.",
 )
 
 # Newer typer contains its own click: its errors are not those of the package `click`, which may not be installed.
@@ -42,8 +51,24 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="show what the lo
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 
-SAVED = "finished rounds of a study that had started are saved; continue with 'fedmira resume STUDY'"
 PLAIN_WIDTH = 120  # of tables in a file or a pipe
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        import importlib.metadata
+
+        print(f"fedmira {importlib.metadata.version('fedmira')}")
+        raise typer.Exit
+
+
+@app.callback()
+def fedmira(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Federated multi-task fine-tuning of language models with LoRA: one base, one personal adapter per client."""
 
 
 @app.command()
@@ -63,8 +88,10 @@ def init(
         return
     clients = f"one client per {draft['by']}" if draft["partitioner"] == "null" else f"clients: {draft['partitioner']}"
     if note := draft.get("note"):
-        print(f"note: {note}", file=sys.stderr)
-    print(f"wrote {file}: format {draft['format']}, {clients}\nnext: fedmira run {file} --show-example, then --dry-run")
+        print(visible(f"note: {note}"), file=sys.stderr)
+    shown = shlex.quote(str(file))
+    print(visible(f"wrote {file}: format {draft['format']}, {clients}"))
+    print(visible(f"next: fedmira run {shown} --show-example, then --dry-run"))
 
 
 @app.command()
@@ -120,6 +147,7 @@ def resume(
     from fedmira.study import face as study
 
     with Watch(quiet or as_json) as watch:
+        course.study = path  # whatever happens now, this goes on with it
         done = study.resume(path, overrides or [], observer=watch)
     _show_study(done.path, as_json)
 
@@ -127,18 +155,33 @@ def resume(
 @app.command()
 def report(
     path: Annotated[Path, typer.Argument(help="a study, or one of its runs")],
+    table: Annotated[str | None, typer.Option(help="print the main table as csv, md or latex")] = None,
+    figures: Annotated[Path | None, typer.Option(help="folder into which the charts are written as SVG")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write report.html and summary.json again from a study's files."""
+    """Write report.html, summary.json and results.csv again from a study's files."""
     from fedmira.disk.folders import find_study
     from fedmira.reports.record import read_study
     from fedmira.reports.render import write_pages
 
     folder, _ = find_study(path)
     record = read_study(folder.path)
+    text = None
+    if table is not None:
+        from fedmira.reports.tables import table_text
+
+        text = table_text(record, table)
     write_pages(record)
-    _show(record, as_json)
+    if figures is not None:
+        from fedmira.reports.figures import write_figures
+
+        for written in write_figures(record, figures):
+            print(visible(f"figure: {written}"), file=sys.stderr)
+    if text is not None:
+        print(text, end="")
+    else:
+        _show(record, as_json)
 
 
 @app.command()
@@ -173,7 +216,7 @@ def export(
     if as_json:
         print(json.dumps({"adapters": [str(path) for path in copies], "vllm": line}))
         return
-    print("\n".join(str(path) for path in copies))
+    print("\n".join(visible(str(path)) for path in copies))
     print(line, file=sys.stderr)
 
 
@@ -197,10 +240,12 @@ def chat(
     opened = open_chat(
         run, client=client, folders=adapter or (), model=model, template=template, max_new_tokens=max_new_tokens
     )
-    print(f"template {opened.template.name}; greedy answers; Ctrl-D ends", file=sys.stderr)
+    print(visible(f"template {opened.template.name}; greedy answers; Ctrl-D ends"), file=sys.stderr)
     for text in [prompt] if prompt is not None else questions():
         replies = opened.ask(text)
         print(json.dumps(replies, ensure_ascii=False) if as_json else side_by_side(replies), flush=True)
+        if output_failed():
+            break
 
 
 @app.command()
@@ -219,7 +264,7 @@ def methods(as_json: AsJson = False, debug: Debug = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:  # one line each, for grep
         print("\n".join(f"{name:12s} {facts.about} {facts.line}" for name, facts in facts_by_name.items()))
         return
@@ -236,7 +281,7 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     from fedmira.cli.doctor import describe_machine, examine
 
     facts = examine(Path.cwd())
-    print(json.dumps(facts, indent=2) if as_json else "\n".join(describe_machine(facts)))
+    print(json.dumps(facts, indent=2) if as_json else visible("\n".join(describe_machine(facts))))
 
 
 def _show_study(path: Path, as_json: bool) -> None:
@@ -261,8 +306,8 @@ def _show(record: "StudyRecord", as_json: bool) -> None:
     for table in summary_tables(record):
         console.print(table)
     for run in record.runs:
-        print(f"adapters: {record.path / run.folder / 'adapters'}")
-    print(f"report:   {record.path / 'report.html'}")
+        print(visible(f"adapters: {record.path / run.folder / 'adapters'}"))
+    print(visible(f"report:   {record.path / 'report.html'}"))
 
 
 def _show_merged(models: "Sequence[Merged]", as_json: bool) -> None:
@@ -273,19 +318,21 @@ def _show_merged(models: "Sequence[Merged]", as_json: bool) -> None:
         return
     from fedmira.export.vllm import serve_merged_line
 
-    print("\n".join(str(model.path) for model in models))
+    print("\n".join(visible(str(model.path)) for model in models))
     for model in models:
         blurred = "; rounding hides much of what the adapter does: --dtype float32 keeps it" if model.blurred else ""
-        print(
+        about = (
             f"{model.client}: logits differ by at most {model.difference:.1e} of the largest from base and adapter "
-            f"apart ({model.dtype}); the adapter moves them by {model.effect:.1e}{blurred}",
-            file=sys.stderr,
+            f"apart ({model.dtype}); the adapter moves them by {model.effect:.1e}{blurred}"
         )
-    print(serve_merged_line(models[0].path), file=sys.stderr)
+        print(visible(about), file=sys.stderr)
+    print(visible(serve_merged_line(models[0].path)), file=sys.stderr)
 
 
 def main() -> None:
     """Run the command line and turn every error into one message and an exit code of the contract."""
+    steady_streams()
+    catch_signals()
     logger = logging.getLogger("fedmira")
     logger.setLevel(logging.INFO)
     logger.propagate = False  # libraries configure the root logger
@@ -294,41 +341,42 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # looking for them reads the metadata of every package
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is first asked for something
-    debug = "--debug" in sys.argv
-    signal.signal(signal.SIGTERM, _stop)
-    try:
-        ended = app(standalone_mode=False)
-        if ended == 130:  # newer typer catches Ctrl-C and returns the exit code
-            raise KeyboardInterrupt
-        code = 0
-    except USAGE_ERROR as error:
-        error.show()  # type: ignore[attr-defined]
-        code = 2
-    except (KeyboardInterrupt, typer.Abort):
-        print(f"interrupted: {SAVED}", file=sys.stderr)
-        code = 130
-    except _Terminated:
-        print(f"stopped: {SAVED}", file=sys.stderr)
-        code = Stopped.exit_code
-    except FedMiraError as error:
-        if debug:
-            _trace(error)
-        print(f"error: {visible(str(error))}", file=sys.stderr)
-        code = error.exit_code
-    except Exception as error:
-        _trace(error)
-        print(f"bug: {type(error).__name__}; please report it with the lines above", file=sys.stderr)
-        code = 1
+    code = _run_command(debug="--debug" in sys.argv)
+    flush_streams()
     sys.exit(code)
 
 
-class _Terminated(SystemExit):
-    """SIGTERM was received; unlike other exits (a closed pipe) it is reported as a stop."""
-
-
-def _stop(number: int, frame: object) -> None:
-    """End a run that a scheduler stops (SIGTERM) as Ctrl-C does: SystemExit passes every `except Exception`."""
-    raise _Terminated(Stopped.exit_code)
+def _run_command(*, debug: bool) -> int:
+    """Run one command; print what went wrong and return the exit code."""
+    try:
+        ended = app(standalone_mode=False)
+        if ended == INTERRUPTED:  # newer typer catches Ctrl-C and returns the exit code
+            raise KeyboardInterrupt
+    except USAGE_ERROR as error:
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print(visible(f"interrupted: {course.how_to_go_on()}"), file=sys.stderr)
+        return INTERRUPTED
+    except Terminated:
+        print(visible(f"stopped: {course.how_to_go_on()}"), file=sys.stderr)
+        return Stopped.exit_code
+    except FedMiraError as error:
+        if debug:
+            _trace(error)
+        text = str(error)
+        if isinstance(error, Stopped) and course.study is not None:
+            text += f"; continue with: {resume_command(course.study)}"
+        print(f"error: {visible(text)}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        if course.interrupted:  # a library has turned it into an error of its own
+            print(visible(f"interrupted: {course.how_to_go_on()}"), file=sys.stderr)
+            return INTERRUPTED
+        _trace(error)
+        print(f"bug: {type(error).__name__}; please report it with the lines above", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _trace(error: BaseException) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fedmira.adapters.ranks import shown
-from fedmira.cli.show import plural, visible
+from fedmira.cli.ending import course
+from fedmira.cli.show import plural, time_of, visible
 from fedmira.data.partition import shown_name
 from fedmira.data.rows import FAULTS_SHOWN
 from fedmira.engine.events import AnswersWritten, ClientsDone, ClientsTuned, Event, RoundDone, StoppedEarly
@@ -20,6 +23,7 @@ from fedmira.study.events import (
     RunBegun,
     RunDone,
     StepBegun,
+    StudyBegun,
     StudyPrepared,
     Tracked,
 )
@@ -42,13 +46,37 @@ def _adapter(of: Federation, layers: int) -> str:
     return f"{what}, {of.layout.parameters:,} parameters each"
 
 
+@dataclass
+class Remaining:
+    """How long the runs of a study will still take, if their rounds go on as those seen so far.
+
+    seconds left = (seconds since the first run began / rounds seen) x rounds left, of this run and the runs after it.
+    What a finished run needed beside its rounds (tests, adapters) is in the mean.
+    """
+
+    runs: int  # to be carried out, this one included
+    began: float | None = None  # when the first of them began, in seconds of any clock
+    begun: int = 0  # runs
+    seen: int = 0  # rounds
+
+    def begin_run(self, now: float) -> None:
+        self.began = now if self.began is None else self.began
+        self.begun += 1
+
+    def end_round(self, number: int, rounds: int, now: float) -> float:
+        """Return the seconds left after round `number` of `rounds`."""
+        self.seen += 1
+        left = rounds - number + max(self.runs - self.begun, 0) * rounds
+        return 0.0 if self.began is None else (now - self.began) / self.seen * left
+
+
 class Watch:
     """Prints what a study does: live bars on a terminal, plain lines elsewhere."""
 
     def __init__(self, quiet: bool) -> None:
-        self.console = Console(stderr=True, quiet=quiet)
+        self.console = Console(stderr=True, quiet=quiet, markup=False, emoji=False)
         self.bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -59,6 +87,7 @@ class Watch:
         self.task: TaskID | None = None
         self.name = ""  # of the run under way
         self.step = ""  # what the bar counts, if not rounds
+        self.remaining = Remaining(1)
 
     def __enter__(self) -> Watch:
         self.bars.start()
@@ -75,6 +104,9 @@ class Watch:
                 self._show_study(event.prepared)
             case StepBegun():
                 self.say(f"{event.what} ...")
+            case StudyBegun():
+                course.study = event.folder
+                self.remaining = Remaining(event.runs)
             case RunBegun():
                 self._show_run(event.facts)
             case RoundDone():
@@ -181,6 +213,7 @@ class Watch:
                 self.say(f"warning: no client has a {split} example (data.split, split_column): its scores are n/a")
 
     def _show_run(self, facts: RunFacts) -> None:
+        self.remaining.begin_run(time.monotonic())
         self.name = f"{facts.label}, seed {facts.seed}"
         pull = facts.pull_percent
         coupled = f": pull per round {pull[1]:.3g} % (from {pull[0]:.3g} to {pull[2]:.3g})" if pull else ""
@@ -191,7 +224,9 @@ class Watch:
         loss = "" if record.validation_loss is None else f", validation loss {record.validation_loss:.4f}"
         trained = sum(record.train_loss) / len(record.train_loss)
         learned = "nobody trains" if math.isnan(trained) else f"train loss {trained:.4f}"
-        line = f"{learned}{loss}, {record.seconds:.1f} s"
+        left = self.remaining.end_round(record.round, rounds, time.monotonic())
+        further = f", about {time_of(left)} left" if left else ""
+        line = f"{learned}{loss}, {record.seconds:.1f} s{further}"
         if self.console.is_terminal:
             self._move(record.round, f"{self.name}: {line}")
         else:

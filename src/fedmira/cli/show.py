@@ -53,7 +53,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         print(json.dumps(asdict(plan)))
         return
     memory, disk, cut = plan.memory, plan.disk, plan.truncation
-    each = ", ".join(f"{label} {_time(seconds)}" for label, seconds in plan.run_seconds.items())
+    each = ", ".join(f"{label} {time_of(seconds)}" for label, seconds in plan.run_seconds.items())
     travels = ", ".join(f"{label} {_size(count)}" for label, count in plan.bytes_per_round.items())
     speeds = [f"{1 / plan.speeds.trained:,.0f} tokens/s trained"]
     if plan.speeds.scored:
@@ -72,8 +72,10 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         f"{f', rows while a run lasts {_size(rows)}' if (rows := disk['rows']) else ''}; free {_size(disk['free'])}",
         "travels": f"per round, up and down: {travels}",
         "speed": f"{', '.join(speeds)} (measured just now)",
-        "time": f"about {_time(plan.total_seconds)} for {plan.runs} runs (each: {each}; scoring the untouched base "
-        f"{_time(plan.start_seconds)})",
+        "time": f"about {time_of(plan.total_seconds)}, of which {time_of(plan.cpu_seconds)} CPU time, for {plan.runs} "
+        f"runs (each: {each}; scoring the untouched base {time_of(plan.start_seconds)})",
+        "assumed": "the machine stays as busy as in these seconds. Counted are training, scoring and answers; merges, "
+        "checkpoints and files of adapters come on top. A running study says how long it will still take",
     }
     for label, keys in plan.training.items():
         said = ", ".join(f"{key} {json.dumps(value)}" for key, value in keys.items())
@@ -102,7 +104,8 @@ def _size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def _time(seconds: float) -> str:
+def time_of(seconds: float) -> str:
+    """Write a time, rounded."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,6 +1,7 @@
 """A config as YAML text: read without YAML's traps, changed by dotted overrides, written so that it runs again."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises ConfigError if the file is missing or is not a mapping, or an override does not lead to a key.
     """
+    if path.is_dir():
+        raise ConfigError([_about_folder(path)], str(path))
     if not path.is_file():
         raise ConfigError(
             [
@@ -80,6 +83,16 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if faults:
         raise ConfigError(faults, "overrides")
     return raw
+
+
+def _about_folder(path: Path) -> str:
+    """Say what to do with a folder that was given as a config."""
+    if (path / "run.json").is_file() or next(path.glob("*/seed-*"), None) is not None:
+        command = shlex.join(["fedmira", "resume", str(path)])
+        return f"is the folder of a study, not a config; to continue it: {command}"
+    inside = next((found for found in (path / "config.yaml", path / "fedmira.yaml") if found.is_file()), None)
+    meant = f"; did you mean '{inside}'?" if inside else "; 'fedmira init' writes a config"
+    return f"is a folder, not a config{meant}"
 
 
 def _override(raw: dict[str, Any], override: str) -> str | None:
@@ -130,5 +143,9 @@ _Dumper.add_representer(str, _represent_text)
 
 def dump_config(config: Config) -> str:
     """Write a Config as YAML that runs again as it is."""
-    content = config.model_dump(mode="json", by_alias=True)
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json", by_alias=True))
+
+
+def dump_yaml(content: Any) -> str:
+    """Write plain values as YAML, each text on one line, so that any reader of YAML gets them back to the letter."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9)

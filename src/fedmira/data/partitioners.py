@@ -324,7 +324,7 @@ def _draw_dirichlet(
         shares = generator.dirichlet(alphas)
         if self_balancing:
             shares[sizes > average] = 0.0
-            total = sum(shares.tolist())  # added one by one as in flwr: np.sum may round differently
+            total = _add(shares.tolist())
             if not total > 0:
                 return []
             shares /= total
@@ -333,6 +333,14 @@ def _draw_dirichlet(
             partition.append(piece)
         sizes += np.diff(cuts, prepend=0, append=len(members))
     return pieces
+
+
+def _add(numbers: Sequence[float]) -> float:
+    """Add numbers one by one, as flwr does on Python 3.11: since 3.12 `sum` compensates, and cuts elsewhere."""
+    total = 0.0
+    for number in numbers:
+        total += number
+    return total
 
 
 def _choose_classes(

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmira.disk.files import sync_folder, write_atomic, write_pieces
+from fedmira.disk.files import make_folder, sync_folder, write_atomic, write_pieces
 from fedmira.disk.table import Picked, bytes_of
 from fedmira.errors import StoreError
 
@@ -101,7 +101,7 @@ def save_checkpoint(
     target = folder / f"round-{round_number:06d}"
     if target.exists():
         shutil.rmtree(target)
-    target.mkdir(parents=True)
+    make_folder(target)
     listed = {name: _write_tensors(target / f"{name}.safetensors", tensors) for name, tensors in files.items()}
     manifest = {
         "schema": SCHEMA,

@@ -7,20 +7,32 @@ graph.json, metrics.jsonl, results.csv, log.txt, checkpoints/ and adapters/.
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import logging
 import math
 import os
+import re
+import shlex
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedmira.disk.files import append_lines, write_atomic, write_json
+from fedmira.disk.files import (
+    FILE_MODE,
+    NO_LINK,
+    append_lines,
+    describe_link,
+    make_folder,
+    remove_temporaries,
+    temporary_of,
+    write_atomic,
+    write_json,
+)
 from fedmira.disk.run_facts import RunFacts, read_run_facts, write_run_facts
 from fedmira.errors import StoreError
 
@@ -31,6 +43,16 @@ log = logging.getLogger(__name__)
 
 View = Literal["personal", "global"]  # each client's own adapter, or the shared one
 TRACKIO_FOLDER, MLFLOW_FOLDER = ".trackio", ".mlflow"  # of a study; a method's label never starts with a dot
+LOCK = ".lock"  # of a study; an empty file
+# What runs and reports write, by paths below a study; of adapters, what PEFT and tokenizers save.
+_RUN = re.compile(r"seed-\d+")
+_ADAPTER = r"adapter_model\.safetensors|adapter_config\.json|README\.md|[^/]*token[^/]*|vocab\.[^/]*|merges\.txt"
+_WRITTEN = re.compile(
+    rf"config\.yaml|summary\.json|report\.html|results\.csv|{re.escape(LOCK)}|(?:{re.escape(TRACKIO_FOLDER)}|{re.escape(MLFLOW_FOLDER)})/.*"
+    r"|[^/]+/seed-\d+/(?:config\.yaml|run\.json|clients\.json|graph\.json|metrics\.jsonl|results\.csv|examples\.jsonl"
+    r"|log\.txt|wandb/.*|checkpoints/round-\d+/(?:[^/]+\.safetensors|manifest\.json)|tensorboard/events\.out\.tfevents\.[^/]*"
+    rf"|adapters/[^/]+/(?:{_ADAPTER}|[^/]+\.(?:jinja|model)))"
+)
 RESULT_COLUMNS = ("client", "method", "seed", "round", "view", "split", "metric", "value")
 
 
@@ -94,7 +116,7 @@ class RunFolder:
 
     def create(self, config: Config, facts: RunFacts, clients: Mapping[str, Any]) -> None:
         """Create the folder with config.yaml (can be run as it is), clients.json and run.json."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         _write_config(self.path, config)
         write_json(self.path / "clients.json", dict(clients))
         write_atomic(self.path / "results.csv", (",".join(RESULT_COLUMNS) + "\n").encode())
@@ -170,7 +192,13 @@ class RunFolder:
     @contextmanager
     def logging(self) -> Any:
         """Send FedMira's log records to log.txt during the run."""
-        handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        path = self.path / "log.txt"
+        try:
+            opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, FILE_MODE)
+        except OSError as error:
+            link = f"{describe_link(path)}; " if path.is_symlink() else ""
+            raise StoreError(f"cannot write '{path}': {link}{error.strerror}; remove it, and resume") from error
+        handler = logging.StreamHandler(os.fdopen(opened, "a", encoding="utf-8"))
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("fedmira")
         logger.addHandler(handler)
@@ -179,6 +207,7 @@ class RunFolder:
         finally:
             logger.removeHandler(handler)
             handler.close()
+            handler.stream.close()
 
 
 @dataclass(frozen=True)
@@ -188,21 +217,38 @@ class StudyFolder:
     path: Path
 
     def check_free(self, *, overwrite: bool = False) -> None:
-        """Raise StoreError unless the folder is empty or absent or, with `overwrite`, a study only."""
-        if self.path.exists() and not self.path.is_dir():
-            raise StoreError(f"output_dir '{self.path}' is a file; choose another output_dir=...")
-        foreign = [path.name for path in self._entries() if not _belongs(path)]
-        if foreign:
+        """Raise StoreError unless the folder can be created, or is empty, or, with `overwrite`, is a study only."""
+        self.check_place()
+        foreign = next(self._foreign(), None)
+        if foreign is not None:
+            link = f" ({describe_link(foreign)})" if foreign.is_symlink() else ""
             raise StoreError(
-                f"output_dir '{self.path}' already holds files that are not a study's, such as '{foreign[0]}'; they "
-                "are never overwritten: choose another output_dir=..."
+                f"output_dir '{self.path}' already holds files that are not a study's, such as "
+                f"'{foreign.relative_to(self.path)}'{link}; they are never overwritten: choose another output_dir=..."
             )
-        begun = [path for path in self._entries() if not path.name.endswith(".tmp")]  # a crash may leave only a .tmp
-        if begun and not overwrite:
+        if self.is_begun and not overwrite:
             raise StoreError(
-                f"output_dir '{self.path}' already holds a study; continue with 'fedmira resume {self.path}', "
-                "choose another output_dir=..., or use --overwrite"
+                f"output_dir '{self.path}' already holds a study; choose another output_dir=..., use --overwrite, "
+                f"or continue with: fedmira resume {shlex.quote(str(self.path))}"
             )
+
+    def check_place(self) -> None:
+        """Raise StoreError if the folder is a file or a link to nothing, or cannot be created or written to."""
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            what = "a link to nothing" if self.path.is_symlink() else "a file"
+            raise StoreError(f"output_dir '{self.path}' is {what}; choose another output_dir=...")
+        try:
+            _try_folder(self.path.absolute())
+        except OSError as error:
+            raise StoreError(
+                f"output_dir '{self.path}' cannot be created or written: {error.strerror}; choose another "
+                "output_dir=..."
+            ) from None
+
+    @property
+    def is_begun(self) -> bool:
+        """Does the folder hold anything but a lock and what a crash left half-written?"""
+        return any(path.name != LOCK and not temporary_of(path.name) for path in self._entries())
 
     def clear(self) -> None:
         """Remove the existing study. Raises StoreError, and removes nothing, if the folder has other files."""
@@ -210,37 +256,53 @@ class StudyFolder:
         for path in self._entries():
             if path.is_dir():
                 shutil.rmtree(path)
-            else:
+            elif path.name != LOCK:  # this process holds it
                 path.unlink()
 
     def _entries(self) -> list[Path]:
         return sorted(self.path.iterdir()) if self.path.is_dir() else []
 
+    def _foreign(self) -> Iterator[Path]:
+        """Yield what no run wrote: links, files of other names, and folders that hold no run."""
+        for entry in self._entries():
+            if entry.is_symlink() or not entry.is_dir():
+                if not _is_written(entry, self.path):
+                    yield entry
+            elif entry.name != TRACKIO_FOLDER and not any(_RUN.fullmatch(run.name) for run in entry.iterdir()):
+                yield entry
+            else:
+                for folder, folders, files in os.walk(entry):  # links to folders are listed, and not followed
+                    paths = [Path(folder, name) for name in sorted(files)]
+                    paths += [path for name in sorted(folders) if (path := Path(folder, name)).is_symlink()]
+                    yield from (path for path in paths if not _is_written(path, self.path))
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Lock the study while this process writes. Raises StoreError if another process holds the lock.
 
-        The lock is on the folder itself and ends with the process, even after a crash.
+        The lock is on the file `.lock` of the study and ends with the process, even after a crash.
         """
-        handle = os.open(self.path, os.O_RDONLY)
+        import filelock  # takes as long to import as the rest of a refusal
+
+        lock = filelock.FileLock(self.path / LOCK, mode=FILE_MODE, timeout=0)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StoreError(
-                    f"'{self.path}' is in use by another fedmira process; wait for it or stop it"
-                ) from None
-            except OSError as error:
-                log.warning("'%s' cannot be locked (%s): start only one process on it", self.path, error.strerror)
+            lock.acquire()
+        except filelock.Timeout:
+            raise StoreError(f"'{self.path}' is in use by another fedmira process; wait for it or stop it") from None
+        except (OSError, NotImplementedError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            log.warning("'%s' cannot be locked (%s): start only one process on it", self.path, why)
+        try:
+            remove_temporaries(self.path)
             yield
         finally:
-            os.close(handle)
+            lock.release()
 
     def create(self, config: Config) -> None:
         """Create the folder. Raises StoreError if it is not empty: nothing saved is overwritten."""
         self.check_free()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         except OSError as error:
             raise StoreError(f"output_dir '{self.path}' cannot be created: {error.strerror}") from error
         _write_config(self.path, config)
@@ -278,14 +340,18 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _belongs(path: Path) -> bool:
-    """Is this entry of a study's folder one that FedMira wrote?"""
-    if path.is_dir() and not path.is_symlink():
-        if path.name in (TRACKIO_FOLDER, MLFLOW_FOLDER):
-            return True
-        runs = list(path.iterdir())
-        return bool(runs) and all(run.name.startswith("seed-") and (run / "config.yaml").is_file() for run in runs)
-    return path.name.removeprefix(".").removesuffix(".tmp") in ("config.yaml", "summary.json", "report.html")
+def _is_written(path: Path, study: Path) -> bool:
+    """Has a file of a study's folder a name that FedMira writes? A link has none."""
+    relative = path.relative_to(study)
+    name = temporary_of(path.name) or path.name
+    return not path.is_symlink() and _WRITTEN.fullmatch((relative.parent / name).as_posix()) is not None
+
+
+def _try_folder(folder: Path) -> None:
+    """Create the folders of a path that are missing, under another name, and remove them. Raises OSError."""
+    above = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=above) as trial:
+        Path(trial, folder.relative_to(above)).mkdir(parents=True, exist_ok=True)
 
 
 def _write_config(folder: Path, config: Config) -> None:

@@ -98,11 +98,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What a probe measured on this machine, in seconds. None = there was nothing to measure on."""
+    """What a probe measured on this machine, in seconds. None = there was nothing to measure on.
+
+    cpu: CPU seconds of this process in each of these seconds; below the number of threads where others compute too.
+    """
 
     trained: float  # per token
     scored: float | None  # per token
     answer: float | None  # per written answer, many in one pass
+    cpu: float = 1.0
 
     def seconds(self, work: Work) -> float:
         """Time that some work will take."""
@@ -206,11 +210,13 @@ def measure_speeds(
         )
         return (time.monotonic() - began) / max(done.tokens, 1)
 
-    began = time.monotonic()
+    began, began_cpu = time.monotonic(), time.process_time()
     trained = train(1)
     if time.monotonic() - began < LONG_S:
         trained = train(3)
-    return Speeds(trained, _score(workplace, start, ids), _write(workplace, start, ids))
+    scored, answer = _score(workplace, start, ids), _write(workplace, start, ids)
+    cpu = (time.process_time() - began_cpu) / max(time.monotonic() - began, 1e-9)
+    return Speeds(trained, scored, answer, cpu)
 
 
 def _score(workplace: Workplace, start: Adapters, ids: Tensor) -> float | None:
@@ -276,5 +282,6 @@ class Plan:
     work: dict[str, Work]  # label -> what one run passes through the base
     run_seconds: dict[str, float]  # label -> one run
     runs: int  # methods x seeds
-    total_seconds: float
+    total_seconds: float  # if the machine stays as busy as it was while the speeds were measured
+    cpu_seconds: float  # of these, in which this process computes, all threads together
     training: dict[str, dict[str, Any]] = field(default_factory=dict)  # label -> keys that differ from the study's

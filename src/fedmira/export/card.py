@@ -12,7 +12,9 @@ from pathlib import PurePath
 from typing import Any, TypedDict
 
 from fedmira import bundled
+from fedmira.config.yaml_text import dump_yaml
 from fedmira.data.partition import shown_name
+from fedmira.reports.paths import without_folders
 
 # The hub's identifiers of licences used for data; any other licence is `other`, with its name.
 _KNOWN = """
@@ -30,7 +32,6 @@ NO_CACHE = (
     "if it keeps a cache. Earlier releases of transformers write the same either way."
 )
 _UNITS = {"loss": "loss (nats per token)"}
-_FOLDERS = re.compile(r"(?:(?<=^)|(?<=[\s\"'=,(\[{]))~?/(?:[^/\s\"',\]})]+/)*(?=[^/\s\"',\]})]*)")
 
 
 class Card(TypedDict, total=False):
@@ -72,21 +73,21 @@ def model_card(base_model: str, card: Card, *, revision: str | None = None) -> s
     shown = shown_base(base_model)
     prompt = "virtual_tokens" in card
     kind = "P-tuned prompt" if prompt else "LoRA adapter"
-    front = [
-        f"base_model: {json.dumps(shown, ensure_ascii=False)}",
-        "base_model_relation: adapter",
-        "library_name: peft",
-        "pipeline_tag: text-generation",
-        f"tags: [{'p-tuning' if prompt else 'lora'}, federated-learning, fedmira]",
-        *_licence_lines(card.get("licence")),
-    ]
+    front = {
+        "base_model": shown,
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["p-tuning" if prompt else "lora", "federated-learning", "fedmira"],
+        **_licence(card.get("licence")),
+    }
     title = f"# {kind} made with FedMira"
     if "client" in card:
         title = f"# {kind} of client {card['client']}, made with FedMira"
     body = [title, "", *(f"- {name}: {value}" for name, value in _facts(shown, card).items()), ""]
     for section in (_test(card), _made(card), _inside(card), _warning(), _ask(card), _use(base_model, revision, card)):
         body += section
-    return "\n".join(["---", *front, "---", "", *body])
+    return "\n".join(["---", dump_yaml(front).rstrip("\n"), "---", "", *body])
 
 
 def merged_card(adapter_card: str, *, base_model: str, dtype: str, difference: float) -> str:
@@ -123,20 +124,6 @@ def merged_card(adapter_card: str, *, base_model: str, dtype: str, difference: f
 def shown_base(name: str) -> str:
     """Return a base's name as in the config; only the last name of an absolute path."""
     return PurePath(name).name if name.startswith(("/", "~")) else name
-
-
-def without_folders(value: Any) -> Any:
-    """Shorten every absolute path in a text, or in the texts of a mapping or list, to its last name.
-
-    A text that is one path may contain spaces; inside a text a path ends at a space.
-    """
-    if isinstance(value, Mapping):
-        return {key: without_folders(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_folders(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    return PurePath(value).name if value.startswith(("/", "~")) else _FOLDERS.sub("", value)
 
 
 def licence_of(columns: Mapping[str, str]) -> str | None:
@@ -299,14 +286,12 @@ def _not_found(base_model: str, card: Card) -> list[str]:
     ]
 
 
-def _licence_lines(stated: str | None) -> list[str]:
-    """Return the front matter's lines about a licence: a name that the hub knows, or `other` with the stated name."""
+def _licence(stated: str | None) -> dict[str, str]:
+    """Return the front matter's keys about a licence: a name that the hub knows, or `other` with the stated name."""
     if stated is None:
-        return []
+        return {}
     known = re.sub(r"[\s_]+", "-", stated.strip().lower())
-    if known in LICENCES:
-        return [f"license: {known}"]
-    return ["license: other", f"license_name: {json.dumps(shown_name(stated), ensure_ascii=False)}"]
+    return {"license": known} if known in LICENCES else {"license": "other", "license_name": shown_name(stated)}
 
 
 def _number(value: float | None) -> str:

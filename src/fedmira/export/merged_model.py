@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedmira import bundled
+from fedmira.disk.files import FILE_MODE
 from fedmira.disk.run_facts import RunFacts
 from fedmira.errors import ConfigError, ModelError, StoreError
 from fedmira.export.adapter_config import WEIGHTS, adapted_modules, read_shapes
@@ -127,8 +128,9 @@ def _merge_one(source: Path, target: Path, *, folder: Path, base_model: str, dty
         card = (source / "README.md").read_text(encoding="utf-8")
         text = merged_card(card, base_model=base_model, dtype=dtype, difference=difference)
         (temporary / "README.md").write_text(text, encoding="utf-8")
-        for path in temporary.glob("*.safetensors"):  # saved readable by the owner only, unlike the other files
-            path.chmod((temporary / "README.md").stat().st_mode)
+        mode = (source / "adapter_model.safetensors").stat().st_mode & FILE_MODE
+        for path in temporary.iterdir():  # the adapter is in the weights: nobody else may read them either
+            path.chmod(mode)
     effect = float((bare - apart).abs().max()) / scale
     return Merged(target.name, target, dtype, difference, effect)
 

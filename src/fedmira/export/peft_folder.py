@@ -5,6 +5,7 @@ It contains what PEFT saves: LoRA's factors, or the embeddings computed by a pro
 
 import json
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fedmira.adapters import Adapters, Layout
 from fedmira.adapters.ranks import by_ending
-from fedmira.disk.files import sync_folder, write_atomic
+from fedmira.disk.files import copy_file, describe_link, make_folder, sync_folder, write_atomic
 from fedmira.errors import ModelError, StoreError
 from fedmira.export.adapter_config import (
     CARD,
@@ -86,7 +87,7 @@ def export_adapter(
         config = _lora_config(adapters, target_modules, fan_in_fan_out=fan_in_fan_out)
     config.base_model_name_or_path, config.revision = base_model, revision
     tensors = peft_tensors(adapters)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_atomic(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     config.save_pretrained(str(folder))
     _sort_targets(folder / CONFIG)
@@ -99,7 +100,7 @@ def _sort_targets(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(config.get("target_modules"), list):
         config["target_modules"] = sorted(config["target_modules"])
-        path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    write_atomic(path, json.dumps(config, indent=2, sort_keys=True).encode())  # PEFT writes it for everybody to read
 
 
 def _lora_config(adapters: Adapters, target_modules: Sequence[str], *, fan_in_fan_out: bool) -> LoraConfig:
@@ -197,13 +198,13 @@ def copy_adapters(sources: Sequence[Path], targets: Sequence[Path]) -> None:
         temporaries = [stack.enter_context(new_folder(target)) for target in targets]
         for source, temporary in zip(sources, temporaries, strict=True):
             for name in FILES:
-                shutil.copyfile(source / name, temporary / name)
+                copy_file(source / name, temporary / name)
             _name_base_only(temporary / CONFIG)
             for path in tokenizer_files(source):
                 facts = path.stat()
                 first = copied.setdefault((facts.st_dev, facts.st_ino), temporary / path.name)
                 if first.parent == temporary:
-                    shutil.copyfile(path, first)
+                    copy_file(path, first)
                 else:
                     share_files([first], temporary)
 
@@ -211,8 +212,9 @@ def copy_adapters(sources: Sequence[Path], targets: Sequence[Path]) -> None:
 def check_adapters(folders: Sequence[Path]) -> list[AdapterConfig]:
     """Return the settings of adapters' folders. Raises StoreError unless each is whole, and has a card."""
     for folder in folders:
-        if folder.is_symlink():
-            raise StoreError(f"'{folder}' is a link, which FedMira never writes; put the folder itself there")
+        for path in (folder.parent, folder):
+            if path.is_symlink():  # the run may come from others, and its links lead to files of this machine
+                raise StoreError(f"{describe_link(path)}, and links in a run are not followed; replace it by a copy")
         missing = [name for name in FILES if not (folder / name).exists() and not (folder / name).is_symlink()]
         if missing:
             raise StoreError(f"'{folder}' has no {missing[0]}; was the run cut short at its end? 'fedmira resume' it")
@@ -241,19 +243,18 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Raises StoreError if the disk is full or read-only, or the path cannot be created.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if temporary.exists():  # a crash left it
-            shutil.rmtree(temporary)
-        temporary.mkdir()
+        make_folder(target.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         yield temporary
         temporary.rename(target)
         sync_folder(target.parent)
     except OSError as error:
         raise StoreError(f"cannot write '{target}': {error.strerror or error}; choose another --out") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _name_base_only(path: Path) -> None:
@@ -261,7 +262,8 @@ def _name_base_only(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     name = config.get("base_model_name_or_path")
     if isinstance(name, str) and shown_base(name) != name:
-        path.write_text(json.dumps({**config, "base_model_name_or_path": shown_base(name)}, indent=2, sort_keys=True))
+        shortened = {**config, "base_model_name_or_path": shown_base(name)}
+        write_atomic(path, json.dumps(shortened, indent=2, sort_keys=True).encode())
 
 
 def read_adapter(folder: Path, layout: Layout) -> Tensor:

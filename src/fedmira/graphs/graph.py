@@ -11,8 +11,10 @@ Source: MIRA (arXiv:2410.15524), equations 3, 4 and 8; normalisation is ours. Ne
 
 from __future__ import annotations
 
+import csv
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,6 +118,18 @@ class Graph:
         else:
             joined = np.unique(self.weights[ids].indices)
         return np.setdiff1d(joined, ids)
+
+    @cached_property
+    def lonely(self) -> Array:
+        """The ids, ascending, of the clients that have no neighbour: no other client pulls them.
+
+        None of the rules `uniform` and `random`, which would have to be computed for all pairs.
+        """
+        if isinstance(self.weights, Rule):
+            if self.kind != "groups":
+                return np.empty(0, dtype=np.int64)
+            return np.flatnonzero(self.degrees(np.arange(self.clients)) == 0)
+        return np.flatnonzero(abs(self.weights).sum(axis=1) == 0)
 
     def degrees(self, ids: Array) -> Array:
         """Return each client's sum of similarities [N] to the others of `ids`."""
@@ -248,15 +262,16 @@ def file_graph(path: str | Path, ids: Sequence[str]) -> Graph:
     index = {name: position for position, name in enumerate(ids)}
     listed: dict[tuple[int, int], float] = {}
     try:
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
+        text = source.read_bytes().decode("utf-8-sig")  # line breaks inside quotes are kept as they are
     except UnicodeDecodeError as error:
         raise MethodError(f"graph file '{path}': byte {error.start} is not UTF-8; save it as UTF-8") from None
-    if not lines or [cell.strip() for cell in lines[0].split(",")] != ["client", "neighbour", "weight"]:
-        raise MethodError(f"{path}:1: the first line must be 'client,neighbour,weight'")
-    for number, line in enumerate(lines[1:], start=2):
-        if not line.strip():
+    lines = _cells_of(text, str(path))
+    number, cells = next(lines, (1, []))
+    if cells != ["client", "neighbour", "weight"]:
+        raise MethodError(f"{path}:{number}: the first line must be 'client,neighbour,weight'")
+    for number, cells in lines:
+        if not any(cells):
             continue
-        cells = [cell.strip() for cell in line.split(",")]
         if len(cells) != 3:
             raise MethodError(f"{path}:{number}: found {len(cells)} cells, need client,neighbour,weight")
         unknown = [cell for cell in cells[:2] if cell not in index]
@@ -279,3 +294,16 @@ def file_graph(path: str | Path, ids: Sequence[str]) -> Graph:
                 values.append(weight)
     matrix = sparse.csr_array((values, (rows, columns)), shape=(len(ids), len(ids)), dtype=np.float64)
     return Graph(matrix, "file", str(path))
+
+
+def _cells_of(text: str, path: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the last line number and the cells of each record of comma-separated values, without outer spaces.
+
+    Raises MethodError with file and line if quotes do not match.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    try:
+        for cells in reader:
+            yield reader.line_num, [cell.strip() for cell in cells]
+    except csv.Error as error:
+        raise MethodError(f"{path}:{reader.line_num}: not comma-separated values: {error}") from None

@@ -56,9 +56,17 @@ def half_width(values: Sequence[float]) -> float | None:
     count = len(values)
     if count < 2 or not all(math.isfinite(value) for value in values):
         return None
+    return t_quantile(count - 1) * _deviation(values) / math.sqrt(count)
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Sample standard deviation; None below two values, or if one is infinite or NaN."""
+    return None if len(values) < 2 or not all(map(math.isfinite, values)) else _deviation(values)
+
+
+def _deviation(values: Sequence[float]) -> float:
     middle = mean(values)
-    variance = math.fsum((value - middle) ** 2 for value in values) / (count - 1)
-    return t_quantile(count - 1) * math.sqrt(variance) / math.sqrt(count)
+    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1))
 
 
 def t_quantile(freedom: int) -> float:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from fedmira.errors import StoreError
 from fedmira.reports.axes import CIRCLE, DIAMOND, SQUARE, Box, gain_colour
+from fedmira.reports.paths import without_folders
 from fedmira.reports.places import Disc, Point, Weights, lay_out, pack
 from fedmira.reports.record import StudyRecord, read_object
 from fedmira.reports.stats import gains
@@ -26,6 +27,7 @@ class TaskGraph(NamedTuple):
     note: str
     clients: list[str]
     entries: int
+    lonely: int  # clients without a neighbour
     edges: list[tuple[int, int, float]] | None
 
 
@@ -106,14 +108,42 @@ def read_graph(record: StudyRecord, folder: str) -> TaskGraph | None:
             f"'{path}' is damaged ({type(error).__name__}: {error}): graph.json has clients and edges "
             "[[from, to, weight], ...] between their indices; restore it from a copy"
         ) from None
-    entries = stored.get("entries")
+    entries, lonely = stored.get("entries"), stored.get("lonely")
+    if not isinstance(lonely, int):  # of an earlier version, which did not count them
+        lonely = 0 if edges is None else len(clients) - len({row for row, _, weight in edges if weight})
     return TaskGraph(
         kind=str(stored.get("kind", "unknown")),
-        note=str(stored.get("note", "")),
+        note=without_folders(str(stored.get("note", ""))),
         clients=clients,
         entries=entries if isinstance(entries, int) else len(edges or ()),
+        lonely=lonely
+        if isinstance(lonely, int)
+        else len(clients) - len({row for row, _, weight in edges or () if weight}),
         edges=edges,
     )
+
+
+def notices(record: StudyRecord) -> list[str]:
+    """Say where a graph joins nobody, or leaves clients alone. Raises StoreError if a graph.json is damaged."""
+    said = []
+    for label in record.labels:
+        run = record.first_run(label)
+        graph = read_graph(record, run.folder) if run else None
+        if run is None or graph is None:
+            continue
+        if graph.lonely >= len(graph.clients):
+            said.append(f"The graph of {clean(label)} joins nobody: its results are those of training alone.")
+        elif graph.lonely:
+            said.append(
+                f"{plural(graph.lonely, 'client')} of {len(graph.clients):,} {'has' if graph.lonely == 1 else 'have'} "
+                f"no neighbour in the graph of {clean(label)}, and {'learns' if graph.lonely == 1 else 'learn'} alone."
+            )
+        elif isinstance(pulls := run.facts.pull_percent, list) and pulls and max(pulls) == 0:
+            said.append(
+                f"No merge of {clean(label)} moves a client: those sampled together are not joined, or the coupling is "
+                "0."
+            )
+    return said
 
 
 def _read_edge(edge: Any, clients: int) -> tuple[int, int, float]:

@@ -12,6 +12,7 @@ from fedmira.disk.folders import RunFolder
 from fedmira.errors import StoreError
 from fedmira.reports import wording
 from fedmira.reports.examples import Example, read_examples
+from fedmira.reports.paths import without_folders
 from fedmira.reports.results import LOWER_IS_BETTER, Results, find_runs, read_results
 from fedmira.reports.stats import MethodSummary, summarise, summarise_base
 
@@ -51,7 +52,10 @@ class ShownFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run, from its folder. fields: run.json, which a page shows whole; rounds: metrics.jsonl."""
+    """One run, from its folder.
+
+    fields: run.json, which a page shows whole but for the folders of absolute paths; rounds: metrics.jsonl.
+    """
 
     folder: str  # relative to the study, with forward slashes
     label: str
@@ -131,6 +135,11 @@ class StudyRecord:
         return list(dict.fromkeys(run.label for run in self.runs))
 
     @property
+    def repeated(self) -> bool:
+        """Was a method tested with more than one seed?"""
+        return any(len(item.seeds) > 1 for metric in self.metrics for item in metric.methods)
+
+    @property
     def judged(self) -> Metric | None:
         """The metric that gain is measured by: the first but the loss, which hedging between answers can lower."""
         return next((metric for metric in self.metrics if metric.name != "loss"), next(iter(self.metrics), None))
@@ -208,7 +217,7 @@ def _read_run(study: Path, folder: Path) -> RunRecord:
         label=folder.parent.name,
         seed=int(folder.name.removeprefix("seed-")),
         adapters=sum(entry.is_dir() for entry in adapters.iterdir()) if adapters.is_dir() else 0,
-        fields=read_object(folder / "run.json"),
+        fields=without_folders(read_object(folder / "run.json")),
         rounds=[line for line in RunFolder(folder).records() if isinstance(line, dict)] if logged else [],
         logged=logged,
     )

@@ -9,15 +9,17 @@ from typing import Any
 from fedmira.disk.files import write_atomic
 from fedmira.reports import axes, curves, facts, gain, network
 from fedmira.reports.headline import headline
+from fedmira.reports.paths import config_without_folders
 from fedmira.reports.record import StudyRecord, read_study
 from fedmira.reports.stats import UNTOUCHED_BASE, curve
+from fedmira.reports.tables import results_csv
 from fedmira.reports.templates import page_template
 
 SCHEMA = 1
 
 
 def write_report(study: Path) -> Path:
-    """Write STUDY/report.html and STUDY/summary.json, each atomically; return the page's path.
+    """Write STUDY/report.html, summary.json and results.csv, each atomically; return the page's path.
 
     Raises StoreError if the study has no results, or cannot be written.
     """
@@ -27,8 +29,12 @@ def write_report(study: Path) -> Path:
 
 
 def write_pages(record: StudyRecord) -> None:
-    """Write report.html and summary.json of a study that has been read. Raises StoreError if they cannot be written."""
+    """Write report.html, summary.json and results.csv of a study that has been read.
+
+    Raises StoreError if they cannot be written.
+    """
     page, summary = render_page(record), _summary_json(record)
+    write_atomic(record.path / "results.csv", results_csv(record).encode("utf-8", "backslashreplace"))
     write_atomic(record.path / "summary.json", summary.encode("utf-8", "backslashreplace"))
     write_atomic(record.path / "report.html", page.encode("utf-8", "backslashreplace"))
 
@@ -44,7 +50,7 @@ def render_page(record: StudyRecord) -> str:
         base_name=UNTOUCHED_BASE,
         statements=headline(record),
         basis=facts.basis(record),
-        notices=facts.notices(record),
+        notices=[*network.notices(record), *facts.notices(record)],
         styles=styles,
         tables=[(metric, *gain.dots(metric)) for metric in ordered],
         dots_box=gain.DOTS,
@@ -64,7 +70,7 @@ def render_page(record: StudyRecord) -> str:
         data=facts.data_facts(record),
         sampling=facts.sampling_facts(record),
         setup=facts.setup_facts(record),
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        config=config_without_folders(config.read_text(encoding="utf-8", errors="replace")) if config.is_file() else "",
         marks={"better": axes.CIRCLE, "worse": axes.SQUARE, "level": axes.DIAMOND},
         colours={"better": axes.BETTER, "worse": axes.WORSE, "level": "#767676"},
     )

@@ -5,10 +5,10 @@ never narrows an interval.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from fedmira.reports.averages import half_width, holm, mean, signed_rank_p
+from fedmira.reports.averages import deviation, half_width, holm, mean, signed_rank_p
 from fedmira.reports.results import LOWER_IS_BETTER, Results, Row
 
 UNTOUCHED_BASE = "untouched base"
@@ -44,11 +44,14 @@ class Comparison:
 class MethodSummary:
     """One method on one metric at each run's last round, or those it keeps; x_k is client k's mean over seeds.
 
-    mean = sum_k x_k / K, K the clients with a value; half_width = t_{0.975, K-1} s / sqrt(K) with
-    s^2 = sum_k (x_k - mean)^2 / (K - 1), None below two clients; lowest_tenth = mean of the worst ceil(K / 10) clients.
-    missing: clients of the study without a value (n/a), left out of everything else. mean and worst are None if K = 0.
-    views: whose adapter was measured, each client's own (personal) or the shared one (global); empty for the untouched
-    base. against: None for the baseline itself, or if the study has no baseline.
+    x_k is client k's mean over seeds, K the clients with a value. mean = sum_k x_k / K; half_width = t_{0.975, K-1} s /
+    sqrt(K) with s^2 = sum_k (x_k - mean)^2 / (K - 1), None below two clients; lowest_tenth = mean of the worst
+    ceil(K / 10) clients. missing: clients of the study without a value (n/a), left out of everything else. mean and
+    worst are None if K = 0. views: whose adapter was measured, each client's own (personal) or the shared one (global);
+    empty for the untouched base. against: None for the baseline itself, or if the study has no baseline.
+
+    by_seed: for each seed the mean over its clients; seed_deviation: their sample standard deviation, None below two
+    seeds. It says how much a repetition changes the mean, the interval how much another choice of clients would.
     """
 
     method: str
@@ -64,6 +67,8 @@ class MethodSummary:
     worst: float | None
     lowest_tenth: float | None
     views: tuple[str, ...]
+    by_seed: Mapping[int, float] = field(default_factory=dict)
+    seed_deviation: float | None = None
     against: Comparison | None = None
 
 
@@ -202,11 +207,13 @@ def _summary(values: Values, *, method: str, metric: str, split: str, runs: Sequ
     worst_first = sorted(known, key=lambda item: item[1], reverse=metric in LOWER_IS_BETTER)
     ordered = [value for _, value in worst_first]
     count = len(ordered)
+    of_seeds = {seed: [row.value for row in runs if row.seed == seed] for seed in sorted({row.seed for row in runs})}
+    by_seed = {seed: mean(seed_values) for seed, seed_values in of_seeds.items()}
     return MethodSummary(
         method=method,
         metric=metric,
         split=split,
-        seeds=tuple(sorted({row.seed for row in runs})),
+        seeds=tuple(of_seeds),
         rounds=tuple(sorted({row.round for row in runs})),
         clients=count,
         missing=len(values) - count,
@@ -216,6 +223,8 @@ def _summary(values: Values, *, method: str, metric: str, split: str, runs: Sequ
         worst=ordered[0] if count else None,
         lowest_tenth=mean(ordered[: math.ceil(count / 10)]) if count else None,
         views=tuple(sorted({row.view for row in runs})),
+        by_seed=by_seed,
+        seed_deviation=deviation(list(by_seed.values())),
     )
 
 

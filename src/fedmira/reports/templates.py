@@ -32,6 +32,7 @@ def page_template() -> Template:
         "number": wording.number,
         "signed": wording.signed,
         "interval": wording.interval,
+        "seeds": wording.seeds,
         "chance": wording.chance,
         "clean": wording.clean,
         "short": wording.short,

@@ -61,6 +61,8 @@ def _method_table(record: StudyRecord) -> Table:
     table.add_column("method")
     for metric in record.metrics:
         table.add_column(metric.title.lower() if metric.name == "loss" else metric.title, justify="right")
+        if record.repeated:
+            table.add_column("sd over seeds", justify="right")
         table.add_column("worst", justify="right")
     judged = record.judged
     if judged:
@@ -70,7 +72,10 @@ def _method_table(record: StudyRecord) -> Table:
         compared = ""
         for metric in record.metrics:
             summary = next((item for item in metric.lines if item.method == label), None)
-            cells += [Text(interval(summary)), Text(number(summary.worst) if summary else "n/a")]
+            cells.append(Text(interval(summary)))
+            if record.repeated:
+                cells.append(Text(number(summary.seed_deviation) if summary else "n/a"))
+            cells.append(Text(number(summary.worst) if summary else "n/a"))
             if metric is judged and summary:
                 compared = counts(summary)
         table.add_row(*cells, Text(compared))

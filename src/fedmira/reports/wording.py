@@ -59,6 +59,11 @@ def interval(summary: MethodSummary | None) -> str:
     return number(summary.mean) + half
 
 
+def seeds(summary: MethodSummary) -> str:
+    """List the mean of each seed."""
+    return ", ".join(f"seed {seed}: {number(value)}" for seed, value in summary.by_seed.items()) or "n/a"
+
+
 def counts(summary: MethodSummary) -> str:
     """Format wins/ties/losses; empty where nothing is compared."""
     return f"{summary.against.wins}/{summary.against.ties}/{summary.against.losses}" if summary.against else ""

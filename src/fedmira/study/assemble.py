@@ -32,6 +32,7 @@ from fedmira.errors import ConfigError, MethodError, ModelError, nearest
 from fedmira.evaluation.embed import embed_prompts
 from fedmira.export.asking import Asking, find_asking
 from fedmira.export.peft_folder import check_targets, short_targets
+from fedmira.graphs.graph import Graph
 from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort, Method
 from fedmira.model.base.load import Base, choose_device, load_base
@@ -43,6 +44,7 @@ from fedmira.study.training import check_least_rate
 # Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
 # more than it brings (the demo, 0.26 M: 44 s on one thread, 59 s on two).
 SMALL_BASE = 1_000_000
+LONELY_NAMED = 5  # clients without a neighbour, in a warning
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,6 +252,7 @@ def build(recipe: Recipe, place: int, cohorts: Mapping[int, Cohort], ranks: Tens
             except MethodError as error:
                 raise MethodError(f"methods.{place} ({label}): {error}") from error
         notes = [str(warning.message) for warning in caught] + rank_notes(label, methods[seed], ranks)
+        notes += lonely_notes(label, methods[seed].facts.graph, cohort.ids)
         check_least_rate(methods[seed], training, f"methods.{place} ({label})")
     return Built(recipe, methods, notes, training)
 
@@ -264,6 +267,20 @@ def rank_notes(label: str, method: Method, ranks: Tensor) -> list[str]:
         f"{label}: clients have ranks {shown(ranks)}, and their factors are mixed as if padded with zeros, and "
         "cut to each client's rank; flexlora, and mira with space: product, mix the updates themselves"
     ]
+
+
+def lonely_notes(label: str, graph: Graph | None, ids: Sequence[str], *, of: Sequence[int] | None = None) -> list[str]:
+    """Say which clients a graph joins to nobody. of: look at these clients only; None = at all."""
+    lonely = [] if graph is None else [int(k) for k in graph.lonely if of is None or int(k) in of]
+    if not lonely:
+        return []
+    if len(lonely) == len(ids if of is None else of):
+        return [
+            f"{label}: the graph joins nobody, no client has a neighbour, so nothing is shared: the results are those "
+            "of training alone; give clients that belong together the same value, or take another graph"
+        ]
+    named = ", ".join(f"'{ids[k]}'" for k in lonely[:LONELY_NAMED]) + (", ..." if len(lonely) > LONELY_NAMED else "")
+    return [f"{label}: {len(lonely)} of {len(ids)} clients have no neighbour in the graph and learn alone: {named}"]
 
 
 def count_threads(base: Base, saved: RunFacts | None) -> int:

@@ -1,5 +1,6 @@
 """Look before you run: what a study would cost, and what its examples look like to the model. Nothing is written."""
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +29,8 @@ from fedmira.study.events import StepBegun
 from fedmira.study.intake import take_in
 from fedmira.study.trackers import check_trackers
 from fedmira.study.training import training_of
+
+log = logging.getLogger(__name__)
 
 COPIES = 4  # full checkpoints and the deltas since, at most, in the size of one that is full
 
@@ -80,11 +83,13 @@ def _spans(example: Encoded) -> Iterator[tuple[int, int, bool]]:
 def plan_study(config: Config, *, overwrite: bool = False, observer: Observer = silent) -> Plan:
     """Check everything that `run` checks, measure a short probe, and return what the study would cost.
 
-    Raises what `run` would raise before it starts.
+    Raises what `run` would raise before it starts; only an output_dir that is taken is a warning.
     """
     check_trackers(config.report_to)
     folder = StudyFolder(Path(config.output_dir))
-    folder.check_free(overwrite=overwrite)
+    folder.check_place()
+    if folder.is_begun and not overwrite:  # not an error: nothing is written
+        log.warning("output_dir '%s' is not empty: 'run' needs another one, or --overwrite for a study", folder.path)
     prepared = prepare(config, observer)
     observer(StepBegun("measuring a few passes"))
     with using_threads(prepared.threads):
@@ -107,6 +112,7 @@ def _plan(prepared: Prepared) -> Plan:
     needed = [cost.rows for cost in costs.values()]  # of the run that needs most; runs follow each other
     runs = len(prepared.built) * len(config.seeds)
     seconds = {label: cost.seconds for label, cost in costs.items()}
+    total = speeds.seconds(start_work) + len(config.seeds) * sum(seconds.values())
     return Plan(
         clients=len(clients),
         sampled=sampled,
@@ -149,7 +155,8 @@ def _plan(prepared: Prepared) -> Plan:
         work={label: cost.work for label, cost in costs.items()},
         run_seconds=seconds,
         runs=runs,
-        total_seconds=speeds.seconds(start_work) + len(config.seeds) * sum(seconds.values()),
+        total_seconds=total,
+        cpu_seconds=total * speeds.cpu,
     )
 
 

@@ -34,6 +34,14 @@ class StudyPrepared(Event):
 
 
 @dataclass(frozen=True)
+class StudyBegun(Event):
+    """The study's folder has what a resume needs. runs: how many are to be carried out."""
+
+    folder: Path
+    runs: int
+
+
+@dataclass(frozen=True)
 class StepBegun(Event):
     """Something that takes a while has begun. what: in words, such as `scoring the untouched base`."""
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from fedmira.adapters import Adapters
 from fedmira.adapters.added import fold
 from fedmira.adapters.ranks import is_mixed
-from fedmira.disk.files import write_atomic
+from fedmira.disk.files import copy_file, make_folder, write_atomic
 from fedmira.disk.folders import RunFolder
 from fedmira.engine.clients import Scores
 from fedmira.engine.events import Observer
@@ -141,13 +140,13 @@ def _link(like: Path, target: Path) -> bool:
     The weights become read-only: written through one name, they would change under all.
     """
     weights = "adapter_model.safetensors"
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     try:
         os.link(like / weights, target / weights)
     except OSError:  # a file system without links, or one that takes no more of them
         return False
-    (like / weights).chmod(0o444)
-    shutil.copyfile(like / "adapter_config.json", target / "adapter_config.json")
+    (like / weights).chmod(0o400)
+    copy_file(like / "adapter_config.json", target / "adapter_config.json")
     return True
 
 

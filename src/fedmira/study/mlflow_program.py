@@ -1,6 +1,6 @@
-"""A program, not a module: logs to MLflow the lines of its input until it ends, [round, {name: value}] each.
+"""Run by tracker_program.py: logs to MLflow the lines of its input until it ends, [round, {name: value}] each.
 
-trackers.py runs it, in the database's folder. A run of that name that is there already is an earlier start of the same
+A run of that name that is there already is an earlier start of the same
 one, and goes to MLflow's trash, which `mlflow gc` empties.
 """
 
@@ -29,7 +29,3 @@ def follow(project: str, name: str, group: str, about: dict[str, Any], mark: str
         for key, value in values.items():
             client.log_metric(run, key, value, step=step)
     client.set_terminated(run)
-
-
-if __name__ == "__main__":
-    follow(*json.loads(sys.argv[1]))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fedmira.config.sections import Config
-from fedmira.disk.files import read_json, write_json
+from fedmira.disk.files import read_json, remove_temporaries, write_json
 from fedmira.disk.folders import RunFolder, StudyFolder
 from fedmira.disk.run_facts import SCHEMA, RunFacts, State
 from fedmira.engine.clients import AtHand, Scores
@@ -32,8 +32,8 @@ from fedmira.errors import FedMiraError, MethodError, Stopped, StoreError, WireE
 from fedmira.graphs.graph import Graph
 from fedmira.methods.base import Cohort
 from fedmira.reports.render import write_report
-from fedmira.study.assemble import Built, Prepared, client_table, prepare, using_threads
-from fedmira.study.events import ReportBegun, RunBegun, RunDone, StepBegun
+from fedmira.study.assemble import Built, Prepared, client_table, lonely_notes, prepare, using_threads
+from fedmira.study.events import ReportBegun, RunBegun, RunDone, StepBegun, StudyBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.trackers import tracking
 from fedmira.study.training import course_of, schedule_of, training_of
@@ -130,17 +130,20 @@ def _run_all(
     def written(done: int) -> None:
         observer(AnswersWritten(done, len(prepared.federation)))
 
+    due = [
+        (run, prepared.built[label], seed)
+        for seed in config.seeds
+        for label in prepared.built
+        if not _is_complete(run := folder.run(label, seed), config)
+        and (only is None or run.path.resolve() == only.path.resolve())
+    ]
+    observer(StudyBegun(folder.path, len(due)))
     with using_threads(prepared.threads):
-        for seed in config.seeds:
-            for label, built in prepared.built.items():
-                run_folder = folder.run(label, seed)
-                other = only is not None and run_folder.path.resolve() != only.path.resolve()
-                if other or _is_complete(run_folder, config):
-                    continue
-                if start is None:
-                    observer(StepBegun("scoring the untouched base"))
-                    start = score_start(prepared.workplace, prepared.federation, written)
-                _run_one(run_folder, prepared, built, seed, start, observer, where)
+        for run, built, seed in due:
+            if start is None:
+                observer(StepBegun("scoring the untouched base"))
+                start = score_start(prepared.workplace, prepared.federation, written)
+            _run_one(run, prepared, built, seed, start, observer, where)
     observer(ReportBegun())
     write_report(folder.path)
 
@@ -164,6 +167,7 @@ def _run_one(
     facts = _facts(prepared, built, seed)
     notes: list[str] = []
     with _marked(folder):
+        remove_temporaries(folder.path)
         if (folder.path / "run.json").is_file():
             notes = _reopen(folder, config, facts, schedule_of(built.training, facts.rounds))
         else:
@@ -181,6 +185,10 @@ def _run_one(
             if prepared.workplace.evaluation.examples:
                 folder.write_examples(examples_of(prepared.workplace, start, ended.test))
             _write_graph(folder, ended.graph, cohort)
+            if method.facts.learned is not None:
+                seen = sorted({int(k) for ids in cohort.schedule for k in ids})
+                for note in lonely_notes(built.label, ended.graph, cohort.ids, of=seen):
+                    log.warning(note)
             serve = partial(clients.adapters, send=ended.send)
             write_adapters(folder, prepared, federation, method, serve, observer, start=start, ended=ended)
         records = folder.records()
@@ -336,6 +344,7 @@ def _write_graph(folder: RunFolder, graph: Graph | None, cohort: Cohort) -> None
             "note": graph.note,
             "clients": list(cohort.ids),
             "entries": graph.entries,
+            "lonely": len(graph.lonely),
             "edges": graph.edges(MAX_GRAPH_EDGES),
         },
     )

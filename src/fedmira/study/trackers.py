@@ -10,7 +10,6 @@ without it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -18,16 +17,15 @@ import logging
 import math
 import os
 import shlex
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fedmira.disk.files import make_folder
 from fedmira.disk.folders import MLFLOW_FOLDER, TRACKIO_FOLDER, RunFolder
 from fedmira.engine.events import RoundDone
 from fedmira.errors import ConfigError
@@ -40,6 +38,7 @@ log = logging.getLogger(__name__)
 
 PROJECT = "fedmira"  # name of a database, project or experiment; there is one in each study
 # What could make a tracker send anything anywhere, or hold a secret; its folder is set below.
+_PROGRAM = Path(__file__).with_name("tracker_program.py")
 _REMOTE = ("TRACKIO_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SPACE_ID", "WANDB_", "MLFLOW_", "DATABRICKS_", "OTEL_")
 
 
@@ -215,7 +214,7 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second, and the package may not be there
 
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         for path in folder.glob("events.out.tfevents.*"):
             path.unlink()
         self.writer: Any = SummaryWriter(str(folder))
@@ -243,22 +242,27 @@ class Separate:
         request = [PROJECT, f"{facts.label}/seed-{facts.seed}", facts.label, about, _mark(run.folder), str(folder)]
         environment = {key: value for key, value in os.environ.items() if not key.startswith(_REMOTE)}
         environment |= {key: str(folder) if value == "{}" else value for key, value in self.service.environment.items()}
-        folder.mkdir(exist_ok=True)
-        with _held(folder, self.service.end_s) as handle:
-            if self.service.in_run:  # what is there is an earlier start of this run
-                for path in folder.iterdir():
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            program = str(Path(__file__).with_name(self.service.program))
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-W", "ignore", program, json.dumps(request)],  # -P: no module of its folder
-                env=environment,
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is ours: it reads to the end what it was given
-                pass_fds=[handle],
-            )
+        make_folder(folder)
+        job = {
+            "program": str(_PROGRAM.with_name(self.service.program)),
+            "folder": str(folder),
+            "clear": self.service.in_run,
+            "wait_s": self.service.end_s,
+            "request": request,
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-W", "ignore", str(_PROGRAM), json.dumps(job)],  # -P: no module of its folder
+            env=environment,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is ours: it reads to the end what it was given
+        )
+        assert self.process.stdout is not None
+        with self.process.stdout as output:
+            if not output.readline():  # it ended before it could write: the process of an earlier start did not end
+                self.close()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         assert self.process.stdin is not None
@@ -281,28 +285,6 @@ def _mark(run: Path) -> str:
     facts = RunFolder(run).facts
     words = [facts.label, facts.seed, facts.started, facts.base_fingerprint, facts.layout_fingerprint]
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _held(folder: Path, seconds: float) -> Iterator[int]:
-    """Wait until no process that an earlier start left behind writes there; give a handle that keeps others waiting.
-
-    The lock lasts until all who have the handle are gone: a killed run's process may still read what it was given.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        until = time.monotonic() + seconds
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.1)
-        yield handle
-    finally:
-        os.close(handle)
 
 
 def _kind(error: Exception) -> str:

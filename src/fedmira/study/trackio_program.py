@@ -1,6 +1,6 @@
-"""A program, not a module: logs to trackio the lines of its input, [round, {name: value}] each, until that ends.
+"""Run by tracker_program.py: logs to trackio the lines of its input, [round, {name: value}] each, until that ends.
 
-trackers.py runs it. A run of that name that is there already is an earlier start of the same one, and is replaced.
+A run of that name that is there already is an earlier start of the same one, and is replaced.
 """
 
 import importlib
@@ -31,7 +31,3 @@ def follow(project: str, name: str, group: str, about: dict[str, Any], mark: str
         step, values = json.loads(line)
         trackio.log(values, step=step)
     trackio.finish()
-
-
-if __name__ == "__main__":
-    follow(*json.loads(sys.argv[1]))

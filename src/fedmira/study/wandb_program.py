@@ -1,7 +1,7 @@
-"""A program, not a module: logs to wandb, offline, the lines of its input until it ends, [round, {name: value}] each.
+"""Run by tracker_program.py: logs to wandb, offline, the lines of its input until it ends, [round, {name: value}] each.
 
-trackers.py runs it, in a folder without an earlier start of the same run. What `wandb sync` uploads later has the same
-id after every start, so that it is one run there too.
+The folder has no earlier start of the same run. What `wandb sync` uploads later has the same id after every start, so
+that it is one run there too.
 """
 
 import importlib
@@ -40,7 +40,3 @@ def follow(project: str, name: str, group: str, about: dict[str, Any], mark: str
         step, values = json.loads(line)
         run.log(values, step=step)
     run.finish()
-
-
-if __name__ == "__main__":
-    follow(*json.loads(sys.argv[1]))
