@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -144,7 +144,7 @@ def report(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a run: STUDY/<method>/seed-<n>")],
-    client: Annotated[str | None, typer.Option(help="one client; default: all")] = None,
+    client: Annotated[str | None, typer.Option(help="one client, by name or id; default: all")] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for the copies; default: adapters, or merged with --merge")
     ] = None,
@@ -161,7 +161,7 @@ def export(
     opened = study.load_run(run)
     if merge:
         models = study.merge(opened, client=client, out=out or Path("merged"), dtype=dtype)
-        _show_merged(models, as_json)
+        _show_merged(models, opened.clients, as_json)
         return
     if dtype is not None:
         raise ConfigError(["--dtype is for merged models only; give --merge too"], "export")
@@ -180,7 +180,7 @@ def export(
 @app.command()
 def chat(
     run: Annotated[Path | None, typer.Argument(help="a run: STUDY/<method>/seed-<n>", show_default=False)] = None,
-    client: Annotated[str | None, typer.Option(help="whose adapter")] = None,
+    client: Annotated[str | None, typer.Option(help="whose adapter: a name or an id")] = None,
     adapter: Annotated[list[Path] | None, typer.Option(help="a PEFT folder, beside or without a run")] = None,
     prompt: Annotated[
         str | None, typer.Option("-p", "--prompt", help="one question; default: ask until Ctrl-D")
@@ -265,8 +265,11 @@ def _show(record: "StudyRecord", as_json: bool) -> None:
     print(f"report:   {record.path / 'report.html'}")
 
 
-def _show_merged(models: "Sequence[Merged]", as_json: bool) -> None:
-    """Print where merged models are, and how far their logits are from those of the base with a separate adapter."""
+def _show_merged(models: "Sequence[Merged]", names: Mapping[str, str], as_json: bool) -> None:
+    """Print where merged models are, and how far their logits are from those of the base with a separate adapter.
+
+    names: each client's, by id.
+    """
     if as_json:
         differences = {model.client: model.difference for model in models}
         print(json.dumps({"models": [str(model.path) for model in models], "differences": differences}))
@@ -277,8 +280,8 @@ def _show_merged(models: "Sequence[Merged]", as_json: bool) -> None:
     for model in models:
         blurred = "; rounding hides much of what the adapter does: --dtype float32 keeps it" if model.blurred else ""
         print(
-            f"{model.client}: logits differ by at most {model.difference:.1e} of the largest from base and adapter "
-            f"apart ({model.dtype}); the adapter moves them by {model.effect:.1e}{blurred}",
+            f"{visible(names.get(model.client, model.client))}: logits differ by at most {model.difference:.1e} of "
+            f"the largest from base and adapter apart ({model.dtype}); the adapter moves them by {model.effect:.1e}{blurred}",
             file=sys.stderr,
         )
     print(serve_merged_line(models[0].path), file=sys.stderr)

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from fedmira.adapters.ranks import shown
 from fedmira.cli.show import plural, visible
-from fedmira.data.partition import shown_name
+from fedmira.data.names import shown_name
 from fedmira.data.rows import FAULTS_SHOWN
 from fedmira.engine.events import AnswersWritten, ClientsDone, ClientsTuned, Event, RoundDone
 from fedmira.study.events import AdaptersWritten, ClientsEncoded, DataRead, RunBegun, RunDone, StepBegun, StudyPrepared

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedmira.data.formats import Record
+from fedmira.data.names import shown_name as shown_name
 from fedmira.errors import DataError, nearest
 
 SPLITS = ("train", "validation", "test")
@@ -320,9 +321,3 @@ def _thin(indices: Sequence[int], fraction: float, generator: np.random.Generato
     """Keep round(fraction * n) of n indices, at least one if there is one, in order."""
     keep = max(round(fraction * len(indices)), min(len(indices), 1))
     return sorted(indices[position] for position in generator.permutation(len(indices))[:keep])
-
-
-def shown_name(name: str) -> str:
-    """Return a name in a form that fits one line of an error."""
-    plain = "".join(letter if letter.isprintable() else "?" for letter in name)
-    return plain if len(plain) <= 60 else f"{plain[:57]}..."

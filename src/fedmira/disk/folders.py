@@ -17,9 +17,11 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedmira.disk.client_names import ClientNames, as_cell, read_client_names
 from fedmira.disk.files import append_lines, write_atomic, write_json
 from fedmira.disk.run_facts import RunFacts, read_run_facts, write_run_facts
 from fedmira.errors import StoreError
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 View = Literal["personal", "global"]  # each client's own adapter, or the shared one
 TRACKIO_FOLDER = ".trackio"  # of a study; a method's label never starts with a dot
 RESULT_COLUMNS = ("client", "method", "seed", "round", "view", "split", "metric", "value")
+NAME_COLUMN = "name"  # the last of results.csv: the client's name in the data; absent in runs of earlier versions
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,11 @@ class RunFolder:
         """Read run.json. Raises StoreError if it is missing, damaged or of another schema."""
         return read_run_facts(self.path)
 
+    @cached_property
+    def names(self) -> ClientNames:
+        """The ids and names of the run's clients."""
+        return read_client_names(self.path)
+
     def update(self, facts: RunFacts) -> None:
         """Write run.json again, atomically."""
         write_run_facts(self.path, facts)
@@ -96,7 +104,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         _write_config(self.path, config)
         write_json(self.path / "clients.json", dict(clients))
-        write_atomic(self.path / "results.csv", (",".join(RESULT_COLUMNS) + "\n").encode())
+        write_atomic(self.path / "results.csv", (",".join((*RESULT_COLUMNS, NAME_COLUMN)) + "\n").encode())
         write_atomic(self.path / "metrics.jsonl", b"")
         write_run_facts(self.path, facts)
 
@@ -118,6 +126,7 @@ class RunFolder:
                 result.split,
                 result.metric,
                 result.value,
+                as_cell(self.names.name(result.client)),
             )
             for result in results
         )  # a float as repr, None as an empty field
@@ -156,10 +165,16 @@ class RunFolder:
         records = [record for record in self.records() if record["round"] <= last_round]
         write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
         lines = (self.path / "results.csv").read_text(encoding="utf-8").splitlines()
-        rows = [row for row in csv.reader(lines[1:]) if len(row) == len(RESULT_COLUMNS)]
+        width = len(RESULT_COLUMNS)
+        named = NAME_COLUMN in lines[0].split(",")
+        rows = [
+            [*row[:width], as_cell(self.names.name(row[0]))]
+            for row in csv.reader(lines[1:])
+            if len(row) == width + named
+        ]
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(RESULT_COLUMNS)
+        writer.writerow((*RESULT_COLUMNS, NAME_COLUMN))
         writer.writerows(row for row in rows if int(row[3]) <= last_round and (row[3] == "0" or row[5] != "test"))
         write_atomic(self.path / "results.csv", buffer.getvalue().encode())
 
