@@ -3,7 +3,6 @@
 import csv
 import json
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ ZURICH = "Klinik-Z-rich-"
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of local and of mira on a graph of all, run by the command."""
     folder = tmp_path_factory.mktemp("names")
     rows = [
@@ -40,7 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     ended = command("run", small_study.save_config(folder / "config.yaml", raw))
     assert ended.code == 0, ended.err
     (folder / "out").write_text(ended.out, encoding="utf-8")
-    yield folder
+    return folder
 
 
 def run_of(home: Path, method: str = "local") -> fedmira.Run:

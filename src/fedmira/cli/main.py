@@ -281,7 +281,8 @@ def _show_merged(models: "Sequence[Merged]", names: Mapping[str, str], as_json: 
         blurred = "; rounding hides much of what the adapter does: --dtype float32 keeps it" if model.blurred else ""
         print(
             f"{visible(names.get(model.client, model.client))}: logits differ by at most {model.difference:.1e} of "
-            f"the largest from base and adapter apart ({model.dtype}); the adapter moves them by {model.effect:.1e}{blurred}",
+            f"the largest from base and adapter apart ({model.dtype}); the adapter moves them by {model.effect:.1e}"
+            f"{blurred}",
             file=sys.stderr,
         )
     print(serve_merged_line(models[0].path), file=sys.stderr)
