@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fedmira.adapters.ranks import shown
-from fedmira.cli.show import plural, visible
+from fedmira.cli.show import override, plural, visible
 from fedmira.data.names import shown_name
 from fedmira.data.rows import FAULTS_SHOWN
 from fedmira.engine.events import AnswersWritten, ClientsDone, ClientsTuned, Event, RoundDone
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedmira.study.assemble import Prepared
     from fedmira.study.intake import Intake
 
+SPELLINGS_SHOWN = 8
 UNKNOWN_SHARE = 0.01  # of the tokens; below it, rare characters
 
 
@@ -121,10 +122,17 @@ class Watch:
                 "put one at the end of the prompt, or take a template (alpaca, chat, a file)"
             )
         if intake.pooled:
+            column, names = intake.pooled
             self.say(
-                f"warning: the data's own splits ({', '.join(intake.pooled)}) are mixed and drawn anew; to keep them: "
-                "data.split_column=split"
+                f"warning: the data's own splits ({', '.join(map(shown_name, names))}) are mixed and drawn anew; to "
+                f"keep them: {override('data.split_column', column)}"
             )
+        if intake.spelled:
+            read = ", ".join(
+                f"{shown_name(value)} as {split}" for value, split in list(intake.spelled.items())[:SPELLINGS_SHOWN]
+            )
+            more = ", ..." if len(intake.spelled) > SPELLINGS_SHOWN else ""
+            self.say(f"splits: read {read}{more}")
         if intake.left_out:
             self.say(f"warning: the partitioner leaves out {intake.left_out} of {intake.examples} examples")
         if cut.prompts_cut or cut.answers_cut or cut.dropped:

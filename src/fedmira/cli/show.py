@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -40,6 +42,12 @@ def show_examples(shown: Sequence[Shown], as_json: bool) -> None:
 def plural(count: int, word: str) -> str:
     """Write a number and a noun: 1 client, 2 clients."""
     return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def override(key: str, value: str) -> str:
+    """Write an override that sets a key to a text, as a shell takes it: data.split_column=split."""
+    plain = re.fullmatch(r"[^\W\d][\w./-]*", value) and value.lower() not in ("true", "false", "null")
+    return shlex.quote(f"{key}={value if plain else json.dumps(value, ensure_ascii=False)}")
 
 
 def visible(text: str) -> str:

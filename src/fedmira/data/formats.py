@@ -53,6 +53,7 @@ class Reading:
     skipped: tuple[Fault, ...]  # one for each example that could not be read; empty unless bad rows are skipped
     counts: Mapping[str, int]  # tables (files or splits), empty (of these), others (other files), kept, skipped
     keys: Mapping[str, str]  # our name -> the data's key for it in the first row
+    splits: tuple[str, ...] = ()  # names of the source's own splits, where it has any: values of the column `split`
 
     @property
     def read(self) -> int:
@@ -72,8 +73,9 @@ def read_records(
     """Read all examples of a file, of a folder's files ordered by name, of a saved data set, or of one on the hub.
 
     The format is found by the keys of the first row if `format` is "auto"; records are in the order of the data.
-    A folder adds the column `file`, the file's name without extension, and a data set with splits the column `split`,
-    where a row has no such column. columns: our name -> the data's key, where they differ. on_bad_row: "error", or
+    A folder adds the column `file`, the file's name without extension, and a data set with splits, or a folder with
+    files named as splits, the column `split`, where a row has no such column.
+    columns: our name -> the data's key, where they differ. on_bad_row: "error", or
     "skip" to leave out bad rows and list them in `skipped`. subset, revision: of a data set on the hub.
     Raises DataError: nothing to read, an unknown format or column name, bad rows (the first five and their number); if
     bad rows are skipped: no row is good, or a file cannot be read to its end, so that its rows cannot be counted.
@@ -153,7 +155,9 @@ class _Reader:
             "skipped": len(self.faults),
         }
         chosen = self.chosen
-        return Reading(chosen.name, chosen.template, self.records, tuple(self.faults), counts, self.keys_read)
+        return Reading(
+            chosen.name, chosen.template, self.records, tuple(self.faults), counts, self.keys_read, source.splits
+        )
 
     def _failed(self, faults: Sequence[Fault]) -> DataError:
         shown = "".join(f"\n  - {fault}" for fault in faults[:FAULTS_SHOWN])

@@ -3,7 +3,7 @@
 import gzip
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import BinaryIO, cast
 
 from fedmira.data import hub
 from fedmira.data.rows import DOCUMENT_GIB, BadRow, Fault, Item, Place, read_document, read_lines, too_large
+from fedmira.data.splits import COLUMN, file_words
 from fedmira.data.tables import read_csv, read_parquet, read_saved, saved_splits
 from fedmira.errors import DataError, nearest
 
@@ -44,6 +45,7 @@ class Source:
 
     tables: tuple[Table, ...]
     others: tuple[Table, ...] = ()  # files beside them that may be data, but of another kind
+    splits: tuple[str, ...] = ()  # names of its own splits, where it has any: values of the column `split`
 
 
 @contextmanager
@@ -59,7 +61,7 @@ def open_source(path: str | Path, *, subset: str | None, revision: str | None) -
         raise _unreadable(local_path, error) from None
     if not exists and _may_be_on_hub(str(path)):
         with hub.fetched(str(path), subset=subset, revision=revision) as folder:
-            yield Source(_saved_tables(folder, str(path)))
+            yield _saved_source(_saved_tables(folder, str(path)))
         return
     for key, value in (("subset", subset), ("revision", revision)):
         if value is not None:
@@ -67,7 +69,7 @@ def open_source(path: str | Path, *, subset: str | None, revision: str | None) -
                 f"data.{key} '{value}': only a data set on the hub has one; data.path '{path}' is not on the hub"
             )
     if local_path.is_dir() and (tables := _saved_tables(local_path, local_path.resolve().name)):
-        yield Source(tables)
+        yield _saved_source(tables)
     elif local_path.is_dir():
         yield _folder(local_path)
     else:
@@ -97,25 +99,53 @@ def _find_file(path: Path) -> Path:
 
 
 def _folder(path: Path) -> Source:
-    """Return a folder's files of one kind, ordered by name. Raises DataError if there are none, or two share a name."""
+    """Return a folder's files of one kind, ordered by name. Raises DataError if there are none, or two share a name.
+
+    Files that are named as splits get a column `split`.
+    """
     try:
-        inside = sorted(path.iterdir(), key=lambda file: file.name)
+        folders = sorted(file for file in path.iterdir() if file.is_dir() and not file.name.startswith("."))
+        known = _files(path)
+        below = [] if known else _files_below(folders)
     except OSError as error:
         raise _unreadable(path, error) from None
-    known = [file for file in inside if file.is_file() and _extension(file) and not file.name.startswith(".")]
+    known = known or below
     files = next((same for kind in KINDS if (same := [file for file in known if _extension(file) in kind])), [])
     if not files:
-        folders = [file.name for file in inside if file.is_dir() and not file.name.startswith(".")]
-        below = f"; its {len(folders)} folders are not read: name one of them" if folders else ""
-        raise DataError(f"data.path '{path}': the folder holds no {', '.join(EXTENSIONS)} file{below}")
-    stems = [_stem(file) for file in files]
+        unread = f"; its {len(folders)} folders are not read: name one of them" if folders else ""
+        raise DataError(f"data.path '{path}': the folder holds no {', '.join(EXTENSIONS)} file{unread}")
+    named_data = [folder.name for folder in folders] == ["data"]
+    root = path / "data" if below and named_data else path
+    names = {file: file.relative_to(root).as_posix() for file in known}
+    stems = [names[file].removesuffix(_ending(file)) for file in files]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
         raise DataError(f"data.path '{path}': more than one file is named '{twice[0]}'; keep one of them")
+    words = file_words([file.parent.name if below and not named_data else _stem(file) for file in files])
     return Source(
-        tuple(_file_table(file, {"file": _stem(file)}) for file in files),
+        tuple(
+            _file_table(file, {"file": stem} if word is None else {"file": stem, COLUMN: word}, name=names[file])
+            for file, stem, word in zip(files, stems, words, strict=True)
+        ),
         tuple(_file_table(file, {"file": _stem(file)}) for file in known if file not in files),
+        tuple(dict.fromkeys(word for word in words if word)),
     )
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files of a folder that can be read, ordered by name."""
+    inside = sorted(folder.iterdir(), key=lambda file: file.name)
+    return [file for file in inside if file.is_file() and _extension(file) and not file.name.startswith(".")]
+
+
+def _files_below(folders: Sequence[Path]) -> list[Path]:
+    """Return the files of a folder's only sub-folder `data`, or of sub-folders that are all named as splits.
+
+    The hub has data sets in the first form; in the second each sub-folder is a split and has a file. Else none.
+    """
+    inside = [_files(folder) for folder in folders]
+    layout = [folder.name for folder in folders] == ["data"] or all(file_words([folder.name for folder in folders]))
+    return [file for files in inside for file in files] if layout and all(inside) else []
 
 
 def _saved_tables(folder: Path, name: str) -> tuple[Table, ...]:
@@ -132,7 +162,11 @@ def _saved_tables(folder: Path, name: str) -> tuple[Table, ...]:
         return ()
     if not splits:
         return (table(folder, name, {}),)
-    return tuple(table(folder / split, f"{name}/{split}", {"split": split}) for split in splits)
+    return tuple(table(folder / split, f"{name}/{split}", {COLUMN: split}) for split in splits)
+
+
+def _saved_source(tables: tuple[Table, ...]) -> Source:
+    return Source(tables, splits=tuple(table.columns[COLUMN] for table in tables if COLUMN in table.columns))
 
 
 def _extension(path: Path) -> str:
@@ -140,17 +174,25 @@ def _extension(path: Path) -> str:
 
 
 def _stem(path: Path) -> str:
-    return path.name[: -len(_extension(path))]
+    return path.name.removesuffix(_ending(path))
 
 
-def _file_table(file: Path, columns: Mapping[str, str] | None = None) -> Table:
-    return Table(file.name, lambda: read_file(file), columns or {})
+def _ending(path: Path) -> str:
+    """Return a file's extension as it is written."""
+    return path.name[-len(_extension(path)) :]
 
 
-def read_file(file: Path) -> Iterator[Item]:
-    """Yield each row of a file with its place, or a Fault. Raises DataError if the file cannot be opened."""
+def _file_table(file: Path, columns: Mapping[str, str] | None = None, *, name: str | None = None) -> Table:
+    return Table(name or file.name, lambda: read_file(file, name=name), columns or {})
+
+
+def read_file(file: Path, *, name: str | None = None) -> Iterator[Item]:
+    """Yield each row of a file with its place, or a Fault. Raises DataError if the file cannot be opened.
+
+    name: for errors; None = the file's.
+    """
     ending = _extension(file)
-    start = Place(file.name, _stem(file), 1, False)
+    start = Place(name or file.name, _stem(file), 1, False)
     try:
         if ending == ".json" and file.stat().st_size > DOCUMENT_GIB << 30:
             yield too_large(start)
@@ -158,7 +200,7 @@ def read_file(file: Path) -> Iterator[Item]:
         with gzip.open(file, "rb") if ending.endswith(".gz") else file.open("rb") as handle:
             yield from _read_stream(cast(BinaryIO, handle), ending.removesuffix(".gz"), start)
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        yield Fault(file.name, "damaged, or not a gzip file; copy it again, or drop the '.gz'", stops=True)
+        yield Fault(start.file, "damaged, or not a gzip file; copy it again, or drop the '.gz'", stops=True)
     except OSError as error:
         raise _unreadable(file, error) from None
 

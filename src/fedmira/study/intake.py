@@ -13,9 +13,10 @@ from fedmira.config.sections import Config
 from fedmira.data import partitioners
 from fedmira.data.batches import ClientData, Truncation
 from fedmira.data.encode import encode_client
-from fedmira.data.formats import Record, read_records
-from fedmira.data.partition import SPLITS, column_values, form_clients
+from fedmira.data.formats import Reading, Record, read_records
+from fedmira.data.partition import column_values, form_clients
 from fedmira.data.rows import Fault
+from fedmira.data.splits import find_splits, read_splits
 from fedmira.data.templates import Template, make_template
 from fedmira.engine.events import Observer
 from fedmira.errors import ConfigError
@@ -41,7 +42,8 @@ class Intake:
     left_out: int  # examples that the partitioner gives to nobody
     unknown: float  # share of the training tokens that the tokenizer does not know
     glued: int  # prompts that end, and whose answers begin, without a space or line break
-    pooled: Sequence[str]  # splits that the data itself names, and that are mixed and drawn anew
+    pooled: tuple[str, Sequence[str]] | None  # column and names of splits that the data has, and that are not used
+    spelled: Mapping[str, str]  # a value of data.split_column -> the split that it names, where it is spelled otherwise
 
 
 def take_in(config: Config, observer: Observer) -> tuple[Any, Intake]:
@@ -71,10 +73,11 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
     if reading.format == "text":
         _check_text(config, template)
     chosen = section.clients.partitioner
+    by = chosen.partition_by if isinstance(chosen, NaturalIdPartitioner) else section.clients.by
     parts = _partition(reading.records, chosen, section.seed)
     formed = form_clients(
         reading.records,
-        by=chosen.partition_by if isinstance(chosen, NaturalIdPartitioner) else section.clients.by,
+        by=by,
         per_group=section.clients.per_group,
         parts=parts,
         first=section.clients.first,
@@ -105,7 +108,8 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         skipped=reading.skipped,
         unknown=_unknown_share(clients, getattr(tokenizer, "unk_token_id", None)),
         glued=_count_glued(reading.records) if template.name == "none" and reading.format != "text" else 0,
-        pooled=_pooled_splits(reading.records) if section.split_column is None else (),
+        pooled=_unused_splits(reading, section.split_column, by),
+        spelled=_spelled_otherwise(reading.records, section.split_column),
         left_out=0 if parts is None else len(reading.records) - sum(len(part) for part in parts),
     )
 
@@ -124,10 +128,21 @@ def _count_glued(records: Sequence[Record]) -> int:
     return sum(bool(re.search(r"[\w.?!)]$", prompt)) and answer[:1].isalnum() for prompt, answer in pairs)
 
 
-def _pooled_splits(records: Sequence[Record]) -> list[str]:
-    """Return the splits that a column `split` names, if it names several: mixing them is worth a word."""
-    named = {record.columns.get("split", "") for record in records}
-    return sorted(named) if len(named) > 1 and named <= set(SPLITS) else []
+def _unused_splits(reading: Reading, split_column: str | None, by: str) -> tuple[str, list[str]] | None:
+    """Return column and values of splits that the data itself has, if they are mixed: that deserves a warning.
+
+    Splits with names of another kind, such as topics, may be the clients.
+    """
+    if split_column is not None:
+        return None
+    found = find_splits(reading.records, tables=reading.splits)
+    return None if found and found[0] == by and not read_splits(found[1]) else found
+
+
+def _spelled_otherwise(records: Sequence[Record], column: str | None) -> dict[str, str]:
+    """Return which split each value of a column is read as, where that is not its name."""
+    values = () if column is None else (record.columns.get(column, "") for record in records)
+    return {value: split for value, split in sorted(read_splits(values).items()) if value != split}
 
 
 def _partition(records: Sequence[Record], chosen: Partitioner | None, default_seed: int) -> list[np.ndarray] | None:
