@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from fedmira.adapters.ranks import shown
 from fedmira.cli.show import override, plural, visible
-from fedmira.data.names import shown_name
+from fedmira.data.names import shown_name, told_apart
 from fedmira.data.rows import FAULTS_SHOWN
 from fedmira.engine.events import AnswersWritten, ClientsDone, ClientsTuned, Event, RoundDone
 from fedmira.study.events import AdaptersWritten, ClientsEncoded, DataRead, RunBegun, RunDone, StepBegun, StudyPrepared
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedmira.study.intake import Intake
 
 SPELLINGS_SHOWN = 8
+ALIKE_SHOWN = 5
 UNKNOWN_SHARE = 0.01  # of the tokens; below it, rare characters
 
 
@@ -133,6 +134,15 @@ class Watch:
             )
             more = ", ..." if len(intake.spelled) > SPELLINGS_SHOWN else ""
             self.say(f"splits: read {read}{more}")
+        for column, groups in intake.alike.items():
+            listed = "; ".join(
+                " and ".join(f"'{name}'" for name in told_apart(group)) for group in groups[:ALIKE_SHOWN]
+            )
+            more = f"; and {len(groups) - ALIKE_SHOWN} more" if len(groups) > ALIKE_SHOWN else ""
+            self.say(
+                f"warning: {plural(len(groups), 'value')} of '{shown_name(column)}' in several spellings, of which "
+                f"each counts as another: {listed}{more}; if they are the same, make them equal in the data"
+            )
         if intake.left_out:
             self.say(f"warning: the partitioner leaves out {intake.left_out} of {intake.examples} examples")
         if cut.prompts_cut or cut.answers_cut or cut.dropped:

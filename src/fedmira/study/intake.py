@@ -14,6 +14,7 @@ from fedmira.data import partitioners
 from fedmira.data.batches import ClientData, Truncation
 from fedmira.data.encode import encode_client
 from fedmira.data.formats import Reading, Record, read_records
+from fedmira.data.names import lookalikes
 from fedmira.data.partition import column_values, form_clients
 from fedmira.data.rows import Fault
 from fedmira.data.splits import find_splits, read_splits
@@ -43,6 +44,7 @@ class Intake:
     unknown: float  # share of the training tokens that the tokenizer does not know
     glued: int  # prompts that end, and whose answers begin, without a space or line break
     pooled: tuple[str, Sequence[str]] | None  # column and names of splits that the data has, and that are not used
+    alike: Mapping[str, Sequence[tuple[str, ...]]]  # column of clients or groups -> its values that look alike
     spelled: Mapping[str, str]  # a value of data.split_column -> the split that it names, where it is spelled otherwise
 
 
@@ -109,6 +111,7 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         unknown=_unknown_share(clients, getattr(tokenizer, "unk_token_id", None)),
         glued=_count_glued(reading.records) if template.name == "none" and reading.format != "text" else 0,
         pooled=_unused_splits(reading, section.split_column, by),
+        alike=_lookalikes(reading.records, (None if parts is not None else by, section.clients.groups)),
         spelled=_spelled_otherwise(reading.records, section.split_column),
         left_out=0 if parts is None else len(reading.records) - sum(len(part) for part in parts),
     )
@@ -137,6 +140,18 @@ def _unused_splits(reading: Reading, split_column: str | None, by: str) -> tuple
         return None
     found = find_splits(reading.records, tables=reading.splits)
     return None if found and found[0] == by and not read_splits(found[1]) else found
+
+
+def _lookalikes(records: Sequence[Record], columns: Sequence[str | None]) -> dict[str, list[tuple[str, ...]]]:
+    """Return for each column its values that differ in case, spaces, type or form of Unicode only; columns without
+    such values are absent.
+    """
+    values = {
+        column: dict.fromkeys(value for record in records if (value := record.columns.get(column, "")).strip())
+        for column in columns
+        if column
+    }
+    return {column: alike for column, names in values.items() if (alike := lookalikes(names))}
 
 
 def _spelled_otherwise(records: Sequence[Record], column: str | None) -> dict[str, str]:
