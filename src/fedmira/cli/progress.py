@@ -98,6 +98,9 @@ class Watch:
             f"{plural(sum(counts), 'training example')} ({min(counts)} to {max(counts)} each), "
             f"{sum(client.trained_tokens for client in clients)} trained tokens"
         )
+        if intake.found:
+            more = f"; and {len(intake.found) - FAULTS_SHOWN} more" if len(intake.found) > FAULTS_SHOWN else ""
+            self.say(f"found: {'; '.join(intake.found[:FAULTS_SHOWN])}{more}")
         if intake.others:
             self.say(f"warning: {plural(intake.others, 'file')} of another kind in the folder, not read")
         if intake.empty:

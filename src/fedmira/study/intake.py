@@ -37,6 +37,7 @@ class Intake:
     keys: Mapping[str, str]  # our name -> the data's key
     template: str
     examples: int  # read
+    found: Sequence[str]  # what was found of text files that are not UTF-8 with the usual separator
     others: int  # files in the folder that are of another kind, and not read
     empty: int  # files or splits without an example, with on_bad_row: skip
     skipped: Sequence[Fault]  # bad rows, with on_bad_row: skip
@@ -70,6 +71,8 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         on_bad_row=section.on_bad_row,
         subset=section.subset,
         revision=section.revision,
+        encoding=section.encoding,
+        delimiter=section.delimiter,
     )
     template = make_template(section.template, usual=reading.template, tokenizer=tokenizer)
     if reading.format == "text":
@@ -105,6 +108,7 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         keys=reading.keys,
         template=template.name,
         examples=len(reading.records),
+        found=reading.found,
         others=reading.counts["others"],
         empty=reading.counts["empty"],
         skipped=reading.skipped,
