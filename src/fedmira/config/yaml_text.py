@@ -91,9 +91,12 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
     words = key.split(".")
     for depth, word in enumerate(words):
         if isinstance(node, list):
-            if not (word.isascii() and word.isdecimal()) or int(word) >= len(node):
-                return f"'{override}': '{word}' is not an index of a list of {len(node)}"
-            index: Any = int(word)
+            found = _find_entry(node, word)
+            if isinstance(found, str):
+                return f"'{override}': {found}"
+            index: Any = found
+            if depth < len(words) - 1 and isinstance(node[index], str) and key.startswith("methods."):
+                node[index] = {"name": node[index]}  # `- mira` is `- {name: mira}`
         elif isinstance(node, dict):
             index = word
         else:
@@ -108,6 +111,30 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
             node[index] = {}
         node = node[index]
     return None
+
+
+def _find_entry(entries: list[Any], word: str) -> int | str:
+    """Return the index of a list's entry: a number, or the label or name of one alone; else what is wrong."""
+    if word.isascii() and word.isdecimal() and int(word) < len(entries):
+        return int(word)
+    names = [
+        [str(entry.get(key)) for key in ("label", "name") if entry.get(key) is not None]
+        if isinstance(entry, dict)
+        else [str(entry)]
+        for entry in entries
+    ]
+    plain = [[name.replace("-", "_") for name in own] for own in names]
+    asked = word.replace("-", "_")
+    matches = [index for index, own in enumerate(plain) if own and own[0] == asked]
+    matches = matches or [index for index, own in enumerate(plain) if asked in own]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        labels = ", ".join(f"{index} ({names[index][0]})" for index in matches)
+        return f"{len(matches)} entries are called '{word}': say which by its label or index, {labels}"
+    known = list(dict.fromkeys(name for own in names for name in own))
+    called = f", nor the label or name of an entry{nearest(word, known)}: {', '.join(known)}" if known else ""
+    return f"'{word}' is not an index of a list of {len(entries)}{called}"
 
 
 class _Dumper(yaml.SafeDumper):
