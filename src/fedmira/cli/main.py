@@ -8,6 +8,7 @@ file is read (no `from __future__ import annotations`): typer compiles those tha
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -48,23 +49,29 @@ PLAIN_WIDTH = 120  # of tables in a file or a pipe
 
 @app.command()
 def init(
-    file: Annotated[Path, typer.Argument(help="the config to write")] = Path("fedmira.yaml"),
+    file: Annotated[str, typer.Argument(help="the config to write")] = "fedmira.yaml",
+    overrides: Overrides = None,
     data: Annotated[str | None, typer.Option(help="your data, read once to find format and clients")] = None,
     model: Annotated[str | None, typer.Option(help="base model: a folder or a hub name")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write a commented config to start with; it runs as it is."""
-    from fedmira.cli.init import draft_config
+    """Write a commented config to start with; it runs as it is, unless a note says what is missing."""
+    from fedmira.cli.init import UNDECIDED, draft_config
 
-    draft = draft_config(file, data=data, model=model)
+    words = list(overrides or [])
+    if re.match(r"[a-z_]+(\.[\w-]+)*=", file):  # no file, and an override first
+        file, words = "fedmira.yaml", [file, *words]
+    draft = draft_config(Path(file), data=data, model=model, overrides=words)
     if as_json:
-        print(json.dumps({"config": str(file), **draft}))
+        print(json.dumps({"config": file, **draft}))
         return
-    clients = f"one client per {draft['by']}" if draft["partitioner"] == "null" else f"clients: {draft['partitioner']}"
-    if note := draft.get("note"):
-        print(f"note: {note}", file=sys.stderr)
-    print(f"wrote {file}: format {draft['format']}, {clients}\nnext: fedmira run {file} --show-example, then --dry-run")
+    clients = f"one client per {draft['by']}" if draft["by"] != UNDECIDED else "clients: not decided yet"
+    clients = clients if draft["partitioner"] is None else f"clients: {json.dumps(draft['partitioner'])}"
+    for note in draft["notes"]:
+        print(visible(f"note: {note}"), file=sys.stderr)
+    line = f"wrote {file}: format {draft['format']}, {clients}\nnext: fedmira run {file} --show-example, then --dry-run"
+    print(visible(line))
 
 
 @app.command()
@@ -186,7 +193,9 @@ def chat(
         str | None, typer.Option("-p", "--prompt", help="one question; default: ask until Ctrl-D")
     ] = None,
     model: Annotated[str | None, typer.Option(help="another base: a folder or a hub name")] = None,
-    template: Annotated[str | None, typer.Option(help="another template: alpaca, chat, none or a file")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="another template: alpaca, chat, none, plain, chatml, zephyr or a file")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="length of an answer; default: 128")] = None,
     as_json: AsJson = False,
     debug: Debug = False,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SPELLINGS_SHOWN = 8
 ALIKE_SHOWN = 5
+OWNERS_SHOWN = 3
 UNKNOWN_SHARE = 0.01  # of the tokens; below it, rare characters
 
 
@@ -148,6 +149,13 @@ class Watch:
             )
         if intake.left_out:
             self.say(f"warning: the partitioner leaves out {intake.left_out} of {intake.examples} examples")
+        if intake.mixed:
+            columns = ", ".join(f"'{shown_name(name)}' ({count} values)" for name, count in intake.mixed[:OWNERS_SHOWN])
+            first = override("data.clients.by", intake.mixed[0].column)
+            self.say(
+                f"note: the partitioner mixes what {columns} separates; for a client per value: {first} "
+                "data.clients.partitioner=null"
+            )
         if cut.prompts_cut or cut.answers_cut or cut.dropped:
             self.say(
                 f"truncation: of {cut.examples} examples {cut.prompts_cut} prompts cut at their start, "

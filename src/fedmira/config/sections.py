@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from fedmira.config.partitioners import PARTITIONERS, Partitioner, partitioner_name
 from fedmira.config.strict import Count, Fraction, Length, Seed, Strict, check_encoding, short, slip
-from fedmira.data.tables import SEPARATOR_NAMES
 from fedmira.errors import nearest
 
+DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}  # the names in data/tables.py
 Metric = Literal["loss", "rouge_l", "exact_match", "word_accuracy"]
 
 
@@ -129,7 +129,9 @@ class DataConfig(Strict):
         None  # of CSV: a character, or comma | semicolon | tab | pipe; null = by extension and header
     )
     on_bad_row: Literal["error", "skip"] = "error"  # skip: leave bad rows out and report how many
-    template: str = "auto"  # alpaca | none | chat (the tokenizer's) | a Jinja file; auto: the format's usual one
+    template: str = (
+        "auto"  # alpaca | none | chat (the tokenizer's) | plain | chatml | zephyr | a Jinja file; auto: usual
+    )
     max_length: Annotated[int, Field(ge=4, lt=2**31)] = 512  # tokens of prompt + answer + end
     positions_ahead: Annotated[int, Field(ge=0)] = 0  # of the base, kept free; at least a method's virtual tokens
     truncation: Literal["prompt"] = "prompt"  # the answer is kept, the prompt is cut at its start
@@ -151,9 +153,9 @@ class DataConfig(Strict):
     def _one_character(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        sign = "\t" if value == "\\t" else SEPARATOR_NAMES.get(value.strip().lower(), value)
+        sign = "\t" if value == "\\t" else DELIMITERS.get(value.strip().lower(), value)
         if len(sign) != 1 or sign.isalnum() or sign in '"\r\n\0':
-            raise ValueError(f"should be one character that separates columns, or {', '.join(SEPARATOR_NAMES)}")
+            raise ValueError(f"should be one character that separates columns, or {', '.join(DELIMITERS)}")
         return sign
 
 

@@ -12,7 +12,7 @@ from fedmira.config.sections import Config
 from fedmira.errors import ConfigError, nearest
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML without its traps: `3e-4` is a number, `007` and `no` are text, a repeated key is a fault."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - the base class's are the traps
@@ -32,7 +32,7 @@ for _tag, _pattern, _first in (
     ("float", _FLOAT, "-+0123456789."),
     ("null", r"^(?:~|null|Null|NULL|)$", "~nN\0"),
 ):
-    _Loader.add_implicit_resolver(
+    Loader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}",
         re.compile(_pattern),
         list(_first.replace("\0", "")) + ([""] if _tag == "null" else []),
@@ -42,7 +42,7 @@ for _tag, _pattern, _first in (
 def parse_yaml(text: str, source: str) -> Any:
     """Read YAML text safely. Raises ConfigError with file and line."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        return yaml.load(text, Loader=Loader)  # noqa: S506 - Loader is a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -76,10 +76,22 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ConfigError(
             [f"found {kind}: a config is a mapping with the keys {', '.join(Config.model_fields)}"], str(path)
         )
+    apply_overrides(raw, overrides)
+    return raw
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """Apply `a.b=c` overrides to a raw mapping; return the path and the value of each.
+
+    Raises ConfigError that lists every override that does not lead to a key.
+    """
     faults = [fault for override in overrides if (fault := _override(raw, override))]
     if faults:
         raise ConfigError(faults, "overrides")
-    return raw
+    return [
+        (key.split("."), parse_yaml(value, "overrides"))
+        for key, _, value in (text.partition("=") for text in overrides)
+    ]
 
 
 def _override(raw: dict[str, Any], override: str) -> str | None:
@@ -91,7 +103,7 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
     words = key.split(".")
     for depth, word in enumerate(words):
         if isinstance(node, list):
-            found = _find_entry(node, word)
+            found = find_entry(node, word)
             if isinstance(found, str):
                 return f"'{override}': {found}"
             index: Any = found
@@ -113,7 +125,7 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
     return None
 
 
-def _find_entry(entries: list[Any], word: str) -> int | str:
+def find_entry(entries: list[Any], word: str) -> int | str:
     """Return the index of a list's entry: a number, or the label or name of one alone; else what is wrong."""
     if word.isascii() and word.isdecimal() and int(word) < len(entries):
         return int(word)
@@ -137,11 +149,11 @@ def _find_entry(entries: list[Any], word: str) -> int | str:
     return f"'{word}' is not an index of a list of {len(entries)}{called}"
 
 
-class _Dumper(yaml.SafeDumper):
+class Dumper(yaml.SafeDumper):
     """Quotes text that we would read as a number (`1e5`), or that other readers of YAML would convert (`no`, `007`)."""
 
 
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -150,10 +162,10 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-_Dumper.add_representer(str, _represent_text)
+Dumper.add_representer(str, _represent_text)
 
 
 def dump_config(config: Config) -> str:
     """Write a Config as YAML that runs again as it is."""
     content = config.model_dump(mode="json", by_alias=True)
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True)

@@ -44,6 +44,10 @@ class Format:
     anywhere: frozenset[str] = frozenset()  # any row may have it
 
 
+class UnreadRows(DataError):
+    """The data is there, and rows of it cannot be read."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """All that was read of a source."""
@@ -174,11 +178,11 @@ class _Reader:
             source.splits,
         )
 
-    def _failed(self, faults: Sequence[Fault]) -> DataError:
+    def _failed(self, faults: Sequence[Fault]) -> "UnreadRows":
         shown = "".join(f"\n  - {fault}" for fault in faults[:FAULTS_SHOWN])
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         first = f", the first {FAULTS_SHOWN}" if len(faults) > FAULTS_SHOWN else ""
-        return DataError(f"data.path '{self.path}': {count}{first}:{shown}")
+        return UnreadRows(f"data.path '{self.path}': {count}{first}:{shown}")
 
 
 def _refuse_mixture(path: str, source: Source, chosen: Format, columns: Mapping[str, str]) -> None:

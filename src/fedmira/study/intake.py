@@ -15,6 +15,7 @@ from fedmira.data.batches import ClientData, Truncation
 from fedmira.data.encode import encode_client
 from fedmira.data.formats import Reading, Record, read_records
 from fedmira.data.names import lookalikes
+from fedmira.data.owners import Owner, find_owners
 from fedmira.data.partition import column_values, form_clients
 from fedmira.data.rows import Fault
 from fedmira.data.splits import find_splits, read_splits
@@ -46,6 +47,7 @@ class Intake:
     glued: int  # prompts that end, and whose answers begin, without a space or line break
     pooled: tuple[str, Sequence[str]] | None  # column and names of splits that the data has, and that are not used
     alike: Mapping[str, Sequence[tuple[str, ...]]]  # column of clients or groups -> its values that look alike
+    mixed: Sequence[Owner]  # columns that may name the clients, and whose values a partitioner mixes
     spelled: Mapping[str, str]  # a value of data.split_column -> the split that it names, where it is spelled otherwise
 
 
@@ -116,6 +118,7 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         glued=_count_glued(reading.records) if template.name == "none" and reading.format != "text" else 0,
         pooled=_unused_splits(reading, section.split_column, by),
         alike=_lookalikes(reading.records, (None if parts is not None else by, section.clients.groups)),
+        mixed=() if parts is None else _mixed(reading.records, chosen),
         spelled=_spelled_otherwise(reading.records, section.split_column),
         left_out=0 if parts is None else len(reading.records) - sum(len(part) for part in parts),
     )
@@ -156,6 +159,12 @@ def _lookalikes(records: Sequence[Record], columns: Sequence[str | None]) -> dic
         if column
     }
     return {column: alike for column, names in values.items() if (alike := lookalikes(names))}
+
+
+def _mixed(records: Sequence[Record], chosen: Partitioner | None) -> list[Owner]:
+    """Return the columns that separate examples, best first, but for the one that the partitioner goes by."""
+    column = getattr(chosen, "partition_by", None)
+    return [owner for owner in find_owners(records).fitting if owner.column != column]
 
 
 def _spelled_otherwise(records: Sequence[Record], column: str | None) -> dict[str, str]:
