@@ -190,7 +190,7 @@ def test_an_overrides_value_may_hold_an_equals_sign(tmp_path: Path) -> None:
         ("methods.3.name=x", "not an index of a list of 3"),
         ("methods.-1.name=x", "not an index of a list of 3"),
         ("methods.²=x", "not an index of a list of 3"),
-        ("methods.mira.lambda=1", "not an index of a list of 3"),
+        ("methods.mirra.lambda=1", "not an index of a list of 3"),
         ("output_dir.x=1", "inside a plain value"),
         ("seeds=[1", "not valid YAML"),
     ],

@@ -1,16 +1,18 @@
 """Templates: what is shown, what is trained on, and that conversations come out as transformers itself renders them."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from fedmira.data.batches import NO_LOSS, Encoded, collate
 from fedmira.data.encode import encode_client
 from fedmira.data.formats import Record, Turn
 from fedmira.data.partition import Client
-from fedmira.data.templates import ALPACA, NONE, Template, make_template
+from fedmira.data.templates import ALPACA, CHATS, NONE, Template, make_template
 from fedmira.errors import DataError
 
 CHATML = (
@@ -277,3 +279,63 @@ def test_a_generation_prompt_that_is_not_a_prefix_of_the_example_is_counted(toke
 def test_a_conversation_does_not_fit_a_template_of_single_requests(template: Template) -> None:
     with pytest.raises(DataError, match=r"talks.jsonl:7 is a conversation; use data.template: chat"):
         template.render(talk())
+
+
+# ---------------------------------------------------------------- the plain templates by name
+
+SHOWN = {
+    "plain": "System:\nbe brief\n\nUser:\nHow do you do?\n\nAssistant:\nWell, thanks.</s>\n\nUser:\nAnd now?\n\n"
+    "Assistant:\nAs before.</s>",
+    "chatml": "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nHow do you do?<|im_end|>\n"
+    "<|im_start|>assistant\nWell, thanks.<|im_end|></s>\n<|im_start|>user\nAnd now?<|im_end|>\n"
+    "<|im_start|>assistant\nAs before.<|im_end|></s>",
+    "zephyr": "<|system|>\nbe brief</s>\n<|user|>\nHow do you do?</s>\n<|assistant|>\nWell, thanks.</s>\n"
+    "<|user|>\nAnd now?</s>\n<|assistant|>\nAs before.</s>",
+}
+
+
+@pytest.mark.parametrize("name", sorted(CHATS))
+def test_a_template_by_name_shows_every_turn_and_asks_as_it_trains(
+    name: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    template = make_template(name, usual="chat", tokenizer=tokenizer)
+    one = encode(talk(Turn("system", "be brief"), *TALK), template, tokenizer)
+    assert tokenizer.decode(one.ids) == SHOWN[name]
+    end = "<|im_end|></s>" if name == "chatml" else "</s>"
+    assert labelled(one, tokenizer) == [f"Well, thanks.{end}", f"As before.{end}"]
+    assert list(one.ids[: len(one.question)]) == list(one.question)
+
+
+@pytest.mark.parametrize("name", sorted(CHATS))
+def test_a_request_under_a_template_by_name_is_one_turn_of_the_user(
+    name: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    template = make_template(name, usual="none", tokenizer=tokenizer)
+    shown = template.render(request("add", "1 and 2"))
+    assert "add\n\n1 and 2" in shown.question
+    assert shown.answer.startswith("yes")
+    assert shown.begins
+
+
+def test_a_template_by_name_begins_with_bos_where_the_tokenizer_does(tokenizer: PreTrainedTokenizerFast) -> None:
+    with_bos = deepcopy(tokenizer)
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", with_bos.bos_token_id)]
+    )
+    for name in CHATS:
+        one = encode(talk(), make_template(name, usual="chat", tokenizer=with_bos), with_bos)
+        assert list(one.ids).count(with_bos.bos_token_id) == 1
+        assert one.ids[0] == with_bos.bos_token_id
+
+
+def test_chatml_ends_a_turn_once_where_its_end_is_the_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    own = deepcopy(tokenizer)
+    own.add_special_tokens({"eos_token": "<|im_end|>"})
+    template = make_template("chatml", usual="chat", tokenizer=own)
+    assert template.render(talk()).answer == "As before.<|im_end|>"
+
+
+def test_a_missing_chat_template_names_the_plain_ones(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match=r"data\.template: plain, chatml, zephyr"):
+        make_template("auto", usual="chat", tokenizer=tokenizer)

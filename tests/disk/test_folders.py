@@ -13,7 +13,7 @@ from tests.run_facts import run_facts
 
 from fedmira.config.faults import check_config
 from fedmira.config.sections import Config
-from fedmira.disk.folders import RESULT_COLUMNS, Result, RoundRecord, RunFolder, StudyFolder, find_study
+from fedmira.disk.folders import NAME_COLUMN, RESULT_COLUMNS, Result, RoundRecord, RunFolder, StudyFolder, find_study
 from fedmira.errors import StoreError
 
 FACTS = run_facts()
@@ -61,7 +61,7 @@ def run(tmp_path: Path) -> RunFolder:
 def rows(run: RunFolder) -> list[tuple[str, str]]:
     """(round, split) of results.csv."""
     lines = list(csv.reader((run.path / "results.csv").read_text().splitlines()))
-    assert tuple(lines[0]) == RESULT_COLUMNS
+    assert tuple(lines[0]) == (*RESULT_COLUMNS, NAME_COLUMN)
     return [(row[3], row[5]) for row in lines[1:]]
 
 
@@ -89,7 +89,7 @@ def test_a_run_created_again_after_a_crash_has_its_header_once(tmp_path: Path) -
     folder.create(config(), FACTS, {})
     (folder.path / "run.json").unlink()
     folder.create(config(), FACTS, {})
-    assert (folder.path / "results.csv").read_text() == ",".join(RESULT_COLUMNS) + "\n"
+    assert (folder.path / "results.csv").read_text() == ",".join((*RESULT_COLUMNS, "name")) + "\n"
 
 
 def test_numbers_are_written_so_that_they_come_back_to_the_bit(run: RunFolder) -> None:
@@ -97,8 +97,8 @@ def test_numbers_are_written_so_that_they_come_back_to_the_bit(run: RunFolder) -
     run.append(None, [result(2, value=0.1 + 0.2), result(2, value=None)])
     last = (run.path / "results.csv").read_text().splitlines()[-2:]
     assert last == [
-        "ada,local,3,2,personal,validation,loss,0.30000000000000004",
-        "ada,local,3,2,personal,validation,loss,",
+        "ada,local,3,2,personal,validation,loss,0.30000000000000004,ada",
+        "ada,local,3,2,personal,validation,loss,,ada",
     ]
 
 

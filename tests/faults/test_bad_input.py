@@ -157,7 +157,7 @@ def test_skipped_rows_are_warned_of_and_kept_and_skipped_ones_add_up(
 
 
 BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "utf-16": (lambda text: text.decode().encode("utf-16"), "byte 0 of the file is not UTF-8"),
+    "utf-16": (lambda text: text.decode().encode("utf-16"), "write data.encoding: utf-16"),
     "latin-1": (lambda text: text + '{"prompt": "é", "completion": "w2"}'.encode("latin-1"), "is not UTF-8"),
     "nul": (lambda text: text + b'{"prompt": "w2\0", "completion": "w2"}\n', "is NUL"),
     "huge": (lambda text: text + b'{"prompt": "' + b"w2 " * (23 << 20) + b'"}', "the line is longer than 64 MiB"),

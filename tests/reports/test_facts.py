@@ -151,10 +151,10 @@ def test_of_many_clients_without_gains_the_first_are_listed(study: Path, write_r
     assert [name for name, _, _ in table.lines] == [f"c{place}" for place in range(50)]
 
 
-def test_a_client_whose_id_is_not_its_name_shows_both(study: Path, write_run):
+def test_a_client_is_called_by_its_name_and_not_by_its_id(study: Path, write_run):
     run = write_run("local", rows({"st-mary": 1}))
     (run / "clients.json").write_text(json.dumps({"st-mary": {"name": "St. Mary's"}}))
-    assert page(study).table("Test split at the last round").lines[1][0] == "st-mary St. Mary's"
+    assert page(study).table("Test split at the last round").lines[1][0] == "St. Mary's"
 
 
 def test_examples_are_shown_and_very_long_ones_are_cut(study: Path, write_run):

@@ -24,7 +24,7 @@ import fedmira
 from fedmira.config.faults import check_config
 from fedmira.config.sections import Config
 from fedmira.config.yaml_text import read_config
-from fedmira.disk.folders import RESULT_COLUMNS, RunFolder
+from fedmira.disk.folders import NAME_COLUMN, RESULT_COLUMNS, RunFolder
 from fedmira.engine.events import Event, RoundDone
 from fedmira.engine.schedule import draw_schedule
 from fedmira.errors import ConfigError, DataError, FedMiraError, MethodError, ModelError, Stopped, StoreError
@@ -200,7 +200,7 @@ def test_graph_json_lists_the_edges_that_the_method_used(study: Study) -> None:
 
 def test_results_csv_has_the_contracts_columns_and_every_number_once(study: Study) -> None:
     for run in study.runs:
-        assert (run.path / "results.csv").read_text().splitlines()[0] == ",".join(RESULT_COLUMNS)
+        assert (run.path / "results.csv").read_text().splitlines()[0] == ",".join((*RESULT_COLUMNS, NAME_COLUMN))
         keys = [(row["client"], row["round"], row["split"], row["metric"]) for row in table(run)]
         assert len(keys) == len(set(keys))
         validation = {(client, str(number), "validation", "loss") for client in CLIENTS for number in range(ROUNDS + 1)}
@@ -247,7 +247,7 @@ def test_round_0_is_the_untouched_base_whatever_the_method(study: Study, base: P
 def test_results_are_one_table_of_all_runs(study: Study) -> None:
     frame = study.results
     assert isinstance(frame, pd.DataFrame)
-    assert tuple(frame.columns) == RESULT_COLUMNS
+    assert tuple(frame.columns) == (*RESULT_COLUMNS, NAME_COLUMN)
     assert len(frame) == sum(len(table(run)) for run in study.runs)
     assert set(frame["client"]) == set(CLIENTS)  # 007 is no number, no is no truth value
 

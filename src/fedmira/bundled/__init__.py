@@ -7,6 +7,7 @@ from fedmira.errors import DataError
 MODEL_PATH = Path(__file__).parent / "model"
 TASKS_PATH = Path(__file__).parent / "tasks.jsonl"
 PREFIX = "bundled:"
+TASKS = f"{PREFIX}tasks"
 _PATHS = {"model": MODEL_PATH, "tasks": TASKS_PATH}
 
 

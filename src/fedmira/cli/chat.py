@@ -16,6 +16,7 @@ from fedmira.data.encode import encode_questions
 from fedmira.data.formats import Record, Turn
 from fedmira.data.special import as_text
 from fedmira.data.templates import Template, make_template
+from fedmira.disk.client_names import read_client_names
 from fedmira.disk.folders import RunFolder
 from fedmira.errors import ConfigError, ModelError
 from fedmira.export.adapter_config import AdapterConfig, check_adapter
@@ -108,8 +109,9 @@ def open_chat(
 ) -> Chat:
     """Load a base with the adapter of a run's client, or PEFT folders made for it, or both.
 
-    model and template: instead of the run's; without a run, the default is the base that the first folder names, and
-    the chat template in that folder, else the tokenizer's if it has one. max_new_tokens: None = 128, or half of the
+    client: its name or its id. model and template: instead of the run's; without a run, the default is the base that
+    the first folder names, and the chat template in that folder, else the tokenizer's if it has one. max_new_tokens:
+    None = 128, or half of the
     base's positions.
     Raises ConfigError, StoreError or ModelError: no adapter, no such client, folders for other bases or layers.
     """
@@ -119,7 +121,7 @@ def open_chat(
     if run is None and not folders:
         faults.append("no adapter to chat with: give RUN --client ID, or --adapter PATH")
     if run is not None and client is None and not folders:
-        known = ", ".join(sorted(path.name for path in (run / "adapters").glob("*"))[:8]) or "none yet"
+        known = read_client_names(run).listed(path.name for path in (run / "adapters").glob("*")) or "none yet"
         faults.append(f"--client is missing; clients of this run: {known}")
     if max_new_tokens is not None and max_new_tokens < 1:
         faults.append(f"--max-new-tokens {max_new_tokens}: must be at least 1")
@@ -127,9 +129,9 @@ def open_chat(
         raise ConfigError(faults, "chat")
     opened = None if run is None else Run(run)
     facts = None if opened is None else opened.facts
-    chosen = ([] if opened is None or client is None else [(client, opened.adapters(client))]) + [
-        (_name(folder), folder) for folder in folders
-    ]
+    own = [] if opened is None or client is None else [opened.adapters(client)]
+    chosen = [(read_client_names(folder.parent.parent).name(folder.name), folder) for folder in own]
+    chosen += [(_name(folder), folder) for folder in folders]
     configs = [check_adapter(folder) for _, folder in chosen]
     usual_base = configs[0].base_model if facts is None else facts.base_model
     if not (model or usual_base):
@@ -205,4 +207,4 @@ def _name(folder: Path) -> str:
     run = RunFolder(folder.absolute().parent.parent)
     if folder.absolute().parent.name != "adapters" or not (run.path / "run.json").is_file():
         return folder.name
-    return f"{folder.name} of {run.facts.label}"
+    return f"{read_client_names(run.path).name(folder.name)} of {run.facts.label}"

@@ -8,10 +8,11 @@ file is read (no `from __future__ import annotations`): typer compiles those tha
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,25 +74,29 @@ def fedmira(
 
 @app.command()
 def init(
-    file: Annotated[Path, typer.Argument(help="the config to write")] = Path("fedmira.yaml"),
+    file: Annotated[str, typer.Argument(help="the config to write")] = "fedmira.yaml",
+    overrides: Overrides = None,
     data: Annotated[str | None, typer.Option(help="your data, read once to find format and clients")] = None,
     model: Annotated[str | None, typer.Option(help="base model: a folder or a hub name")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write a commented config to start with; it runs as it is."""
-    from fedmira.cli.init import draft_config
+    """Write a commented config to start with; it runs as it is, unless a note says what is missing."""
+    from fedmira.cli.init import UNDECIDED, draft_config
 
-    draft = draft_config(file, data=data, model=model)
+    words = list(overrides or [])
+    if re.match(r"[a-z_]+(\.[\w-]+)*=", file):  # no file, and an override first
+        file, words = "fedmira.yaml", [file, *words]
+    draft = draft_config(Path(file), data=data, model=model, overrides=words)
     if as_json:
-        print(json.dumps({"config": str(file), **draft}))
+        print(json.dumps({"config": file, **draft}))
         return
-    clients = f"one client per {draft['by']}" if draft["partitioner"] == "null" else f"clients: {draft['partitioner']}"
-    if note := draft.get("note"):
+    clients = f"one client per {draft['by']}" if draft["by"] != UNDECIDED else "clients: not decided yet"
+    clients = clients if draft["partitioner"] is None else f"clients: {json.dumps(draft['partitioner'])}"
+    for note in draft["notes"]:
         print(visible(f"note: {note}"), file=sys.stderr)
-    shown = shlex.quote(str(file))
     print(visible(f"wrote {file}: format {draft['format']}, {clients}"))
-    print(visible(f"next: fedmira run {shown} --show-example, then --dry-run"))
+    print(visible(f"next: fedmira run {shlex.quote(file)} --show-example, then --dry-run"))
 
 
 @app.command()
@@ -187,7 +192,7 @@ def report(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a run: STUDY/<method>/seed-<n>")],
-    client: Annotated[str | None, typer.Option(help="one client; default: all")] = None,
+    client: Annotated[str | None, typer.Option(help="one client, by name or id; default: all")] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for the copies; default: adapters, or merged with --merge")
     ] = None,
@@ -204,7 +209,7 @@ def export(
     opened = study.load_run(run)
     if merge:
         models = study.merge(opened, client=client, out=out or Path("merged"), dtype=dtype)
-        _show_merged(models, as_json)
+        _show_merged(models, opened.clients, as_json)
         return
     if dtype is not None:
         raise ConfigError(["--dtype is for merged models only; give --merge too"], "export")
@@ -223,13 +228,15 @@ def export(
 @app.command()
 def chat(
     run: Annotated[Path | None, typer.Argument(help="a run: STUDY/<method>/seed-<n>", show_default=False)] = None,
-    client: Annotated[str | None, typer.Option(help="whose adapter")] = None,
+    client: Annotated[str | None, typer.Option(help="whose adapter: a name or an id")] = None,
     adapter: Annotated[list[Path] | None, typer.Option(help="a PEFT folder, beside or without a run")] = None,
     prompt: Annotated[
         str | None, typer.Option("-p", "--prompt", help="one question; default: ask until Ctrl-D")
     ] = None,
     model: Annotated[str | None, typer.Option(help="another base: a folder or a hub name")] = None,
-    template: Annotated[str | None, typer.Option(help="another template: alpaca, chat, none or a file")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="another template: alpaca, chat, none, plain, chatml, zephyr or a file")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="length of an answer; default: 128")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -310,8 +317,11 @@ def _show(record: "StudyRecord", as_json: bool) -> None:
     print(visible(f"report:   {record.path / 'report.html'}"))
 
 
-def _show_merged(models: "Sequence[Merged]", as_json: bool) -> None:
-    """Print where merged models are, and how far their logits are from those of the base with a separate adapter."""
+def _show_merged(models: "Sequence[Merged]", names: Mapping[str, str], as_json: bool) -> None:
+    """Print where merged models are, and how far their logits are from those of the base with a separate adapter.
+
+    names: each client's, by id.
+    """
     if as_json:
         differences = {model.client: model.difference for model in models}
         print(json.dumps({"models": [str(model.path) for model in models], "differences": differences}))
@@ -321,8 +331,9 @@ def _show_merged(models: "Sequence[Merged]", as_json: bool) -> None:
     print("\n".join(visible(str(model.path)) for model in models))
     for model in models:
         blurred = "; rounding hides much of what the adapter does: --dtype float32 keeps it" if model.blurred else ""
+        name = visible(names.get(model.client, model.client))
         about = (
-            f"{model.client}: logits differ by at most {model.difference:.1e} of the largest from base and adapter "
+            f"{name}: logits differ by at most {model.difference:.1e} of the largest from base and adapter "
             f"apart ({model.dtype}); the adapter moves them by {model.effect:.1e}{blurred}"
         )
         print(visible(about), file=sys.stderr)

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from fedmira.adapters.ranks import shown
 from fedmira.cli.ending import course
-from fedmira.cli.show import plural, time_of, visible
-from fedmira.data.partition import shown_name
+from fedmira.cli.show import override, plural, time_of, visible
+from fedmira.data.names import shown_name, told_apart
 from fedmira.data.rows import FAULTS_SHOWN
 from fedmira.engine.events import AnswersWritten, ClientsDone, ClientsTuned, Event, RoundDone, StoppedEarly
 from fedmira.study.events import (
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from fedmira.study.assemble import Prepared
     from fedmira.study.intake import Intake
 
+SPELLINGS_SHOWN = 8
+ALIKE_SHOWN = 5
+OWNERS_SHOWN = 3
 UNKNOWN_SHARE = 0.01  # of the tokens; below it, rare characters
 
 
@@ -142,6 +145,9 @@ class Watch:
             f"{plural(sum(counts), 'training example')} ({min(counts)} to {max(counts)} each), "
             f"{sum(client.trained_tokens for client in clients)} trained tokens"
         )
+        if intake.found:
+            more = f"; and {len(intake.found) - FAULTS_SHOWN} more" if len(intake.found) > FAULTS_SHOWN else ""
+            self.say(f"found: {'; '.join(intake.found[:FAULTS_SHOWN])}{more}")
         if intake.others:
             self.say(f"warning: {plural(intake.others, 'file')} of another kind in the folder, not read")
         if intake.empty:
@@ -167,9 +173,25 @@ class Watch:
                 "put one at the end of the prompt, or take a template (alpaca, chat, a file)"
             )
         if intake.pooled:
+            column, names = intake.pooled
             self.say(
-                f"warning: the data's own splits ({', '.join(intake.pooled)}) are mixed and drawn anew; to keep them: "
-                "data.split_column=split"
+                f"warning: the data's own splits ({', '.join(map(shown_name, names))}) are mixed and drawn anew; to "
+                f"keep them: {override('data.split_column', column)}"
+            )
+        if intake.spelled:
+            read = ", ".join(
+                f"{shown_name(value)} as {split}" for value, split in list(intake.spelled.items())[:SPELLINGS_SHOWN]
+            )
+            more = ", ..." if len(intake.spelled) > SPELLINGS_SHOWN else ""
+            self.say(f"splits: read {read}{more}")
+        for column, groups in intake.alike.items():
+            listed = "; ".join(
+                " and ".join(f"'{name}'" for name in told_apart(group)) for group in groups[:ALIKE_SHOWN]
+            )
+            more = f"; and {len(groups) - ALIKE_SHOWN} more" if len(groups) > ALIKE_SHOWN else ""
+            self.say(
+                f"warning: {plural(len(groups), 'value')} of '{shown_name(column)}' in several spellings, of which "
+                f"each counts as another: {listed}{more}; if they are the same, make them equal in the data"
             )
         for key, (count, first) in intake.unread.items():
             self.say(f"warning: {key} is not read, in {plural(count, 'example')}; the first is {first}")
@@ -185,6 +207,13 @@ class Watch:
             self.say(f"special tokens of the base in the template: {', '.join(intake.special_in_template)}")
         if intake.left_out:
             self.say(f"warning: the partitioner leaves out {intake.left_out} of {intake.examples} examples")
+        if intake.mixed:
+            columns = ", ".join(f"'{shown_name(name)}' ({count} values)" for name, count in intake.mixed[:OWNERS_SHOWN])
+            first = override("data.clients.by", intake.mixed[0].column)
+            self.say(
+                f"note: the partitioner mixes what {columns} separates; for a client per value: {first} "
+                "data.clients.partitioner=null"
+            )
         if cut.prompts_cut or cut.answers_cut or cut.dropped:
             self.say(
                 f"truncation: of {cut.examples} examples {cut.prompts_cut} prompts cut at their start, "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -23,11 +25,11 @@ def show_examples(shown: Sequence[Shown], as_json: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from fedmira.data.partition import shown_name
+    from fedmira.data.names import shown_name
 
     console = Console()
     for example in shown:
-        title = f"--- {shown_name(example.client)}: {plural(example.tokens, 'token')}, loss on {example.labels}"
+        title = f"--- {shown_name(example.name)}: {plural(example.tokens, 'token')}, loss on {example.labels}"
         console.print(title, highlight=False, markup=False, soft_wrap=True)
         text = Text()
         for piece, trained in example.pieces:
@@ -40,6 +42,12 @@ def show_examples(shown: Sequence[Shown], as_json: bool) -> None:
 def plural(count: int, word: str) -> str:
     """Write a number and a noun: 1 client, 2 clients."""
     return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def override(key: str, value: str) -> str:
+    """Write an override that sets a key to a text, as a shell takes it: data.split_column=split."""
+    plain = re.fullmatch(r"[^\W\d][\w./-]*", value) and value.lower() not in ("true", "false", "null")
+    return shlex.quote(f"{key}={value if plain else json.dumps(value, ensure_ascii=False)}")
 
 
 def visible(text: str) -> str:
@@ -84,8 +92,11 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         print(f"{name:12s}{line}" if len(name) < 12 else f"{name}: {line}")
     if len(plan.by_client) <= CLIENTS_SHOWN:
         print(f"\n{'client':34s}{'train':>8s}{'validation':>12s}{'test':>8s}{'trained tokens':>16s}")
+        from fedmira.data.names import shown_name
+
         for client, counts in plan.by_client.items():
-            name = client if len(client) < 33 else f"{client[:30]}..."
+            name = shown_name(plan.names[client])
+            name = name if len(name) < 33 else f"{name[:30]}..."
             print(
                 f"{name:34s}{counts['train']:8d}{counts['validation']:12d}{counts['test']:8d}"
                 f"{counts['trained_tokens']:16d}"
@@ -124,7 +135,7 @@ def questions() -> Iterator[str]:
 
 def side_by_side(replies: Mapping[str, str]) -> str:
     """Return answers below one another, each after its speaker's name."""
-    from fedmira.data.partition import shown_name
+    from fedmira.data.names import shown_name
 
     width = max(len(shown_name(name)) for name in replies) + 2
     lines = []

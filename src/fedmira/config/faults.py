@@ -5,10 +5,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from fedmira.config.meanings import meant
 from fedmira.config.partitioners import PARTITIONERS, partitioner_name
 from fedmira.config.sections import Config, MethodEntry
 from fedmira.config.strict import short
-from fedmira.errors import ConfigError, nearest
+from fedmira.errors import ConfigError
 
 
 def check_config(
@@ -57,7 +58,8 @@ def describe_fault(fault: Any, model: type[BaseModel], raw: Any, prefix: str = "
         beside = _keys(MethodEntry) if prefix and len(loc) == 1 else []  # beside a method's own settings
         beside = ["name"] if beside and ".with." in prefix else beside
         allowed = sorted({*_keys(owner), *beside})
-        return f"{where}: unknown key{nearest(str(loc[-1]), allowed)}; allowed here: {', '.join(allowed)}"
+        elsewhere = {} if prefix else _sections()
+        return f"{where}: unknown key{meant(str(loc[-1]), allowed, elsewhere)}; allowed here: {', '.join(allowed)}"
     if fault["type"] == "missing":
         return f"{where}: missing; it has no default"
     if fault["type"] == "value_error" and not loc:
@@ -68,6 +70,16 @@ def describe_fault(fault: Any, model: type[BaseModel], raw: Any, prefix: str = "
         return f"{where}: {message}"
     shown = f"found {short(value)}" if plain else f"found a {type(value).__name__}"
     return f"{where}: {shown}: {message[0].lower()}{message[1:]}"
+
+
+def _sections() -> dict[str, list[str]]:
+    """Return the keys of a config's sections, by the section's name and a dot."""
+    sections = {
+        name: field.annotation
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+    return {"": _keys(Config)} | {f"{name}.": _keys(model) for name, model in sections.items()}
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

@@ -20,9 +20,10 @@ from pydantic import (
 )
 
 from fedmira.config.partitioners import PARTITIONERS, Partitioner, partitioner_name
-from fedmira.config.strict import Count, Fraction, Length, Seed, Strict, Whole, short, slip
+from fedmira.config.strict import Count, Fraction, Length, Seed, Strict, Whole, check_encoding, short, slip
 from fedmira.errors import nearest
 
+DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}  # the names in data/tables.py
 Metric = Literal["loss", "rouge_l", "rouge_l_paper", "exact_match", "word_accuracy"]
 
 
@@ -132,8 +133,14 @@ class DataConfig(Strict):
         "auto", "natural_instructions", "dolly", "alpaca", "prompt_completion", "messages", "sharegpt", "text"
     ] = "auto"  # auto: by the keys of the first row, and announced
     columns: dict[str, str] = Field(default={})  # FedMira's name -> the data's column, where they differ
+    encoding: str | None = None  # of text files: cp1252, latin-1, utf-16, ...; null = UTF-8, or as a CSV's mark says
+    delimiter: str | None = (
+        None  # of CSV: a character, or comma | semicolon | tab | pipe; null = by extension and header
+    )
     on_bad_row: Literal["error", "skip"] = "error"  # skip: leave bad rows out and report how many
-    template: str = "auto"  # alpaca | none | chat (the tokenizer's) | a Jinja file; auto: the format's usual one
+    template: str = (
+        "auto"  # alpaca | none | chat (the tokenizer's) | plain | chatml | zephyr | a Jinja file; auto: usual
+    )
     special_tokens: Literal["control", "text"] = "control"  # of the base, written in the data; text: they are only text
     max_length: Annotated[int, Field(ge=4, lt=2**31)] = 512  # tokens of prompt + answer + end
     positions_ahead: Annotated[int, Field(ge=0)] = 0  # of the base, kept free; at least a method's virtual tokens
@@ -143,6 +150,23 @@ class DataConfig(Strict):
     clients: ClientsConfig = ClientsConfig()
     subsample: Annotated[float, Field(gt=0, le=1)] = 1.0  # fraction of each client's examples kept
     seed: Seed = 0  # of splits, subsample and partitioners; the same for all methods and training seeds
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_text(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_encoding(value)
+        return value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _one_character(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        sign = "\t" if value == "\\t" else DELIMITERS.get(value.strip().lower(), value)
+        if len(sign) != 1 or sign.isalnum() or sign in '"\r\n\0':
+            raise ValueError(f"should be one character that separates columns, or {', '.join(DELIMITERS)}")
+        return sign
 
 
 class EarlyStoppingConfig(Strict):

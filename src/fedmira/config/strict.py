@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from fedmira.errors import nearest
+
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Whole = Annotated[int, Field(ge=0, lt=2**31)]  # longer arrays would overflow
@@ -68,6 +70,15 @@ def _check_path(path: str) -> None:
     longest = max(len(name.encode(errors="surrogatepass")) for name in path.split("/"))
     if "\0" in path or longest > NAME_BYTES or len(path) > PATH_LETTERS:
         raise ValueError(f"is not a path: at most {PATH_LETTERS} letters, {NAME_BYTES} bytes between two /, and no NUL")
+
+
+def check_encoding(name: str) -> None:
+    """Raise ValueError unless Python has a text encoding of this name."""
+    try:
+        b"a".decode(name, "replace")  # no byte at all would be decoded by anything
+    except (LookupError, ValueError):
+        usual = ("utf-8", "utf-16", "latin-1", "cp1252", "cp1250", "iso-8859-15", "mac-roman", "shift_jis", "gb18030")
+        raise ValueError(f"is not an encoding of text{nearest(name, usual)}; such as {', '.join(usual)}") from None
 
 
 def short(value: Any) -> str:

@@ -13,7 +13,7 @@ from fedmira.config.sections import Config
 from fedmira.errors import ConfigError, nearest
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML without its traps: `3e-4` is a number, `007` and `no` are text, a repeated key is a fault."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - the base class's are the traps
@@ -33,7 +33,7 @@ for _tag, _pattern, _first in (
     ("float", _FLOAT, "-+0123456789."),
     ("null", r"^(?:~|null|Null|NULL|)$", "~nN\0"),
 ):
-    _Loader.add_implicit_resolver(
+    Loader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}",
         re.compile(_pattern),
         list(_first.replace("\0", "")) + ([""] if _tag == "null" else []),
@@ -43,7 +43,7 @@ for _tag, _pattern, _first in (
 def parse_yaml(text: str, source: str) -> Any:
     """Read YAML text safely. Raises ConfigError with file and line."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        return yaml.load(text, Loader=Loader)  # noqa: S506 - Loader is a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -79,10 +79,22 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ConfigError(
             [f"found {kind}: a config is a mapping with the keys {', '.join(Config.model_fields)}"], str(path)
         )
+    apply_overrides(raw, overrides)
+    return raw
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """Apply `a.b=c` overrides to a raw mapping; return the path and the value of each.
+
+    Raises ConfigError that lists every override that does not lead to a key.
+    """
     faults = [fault for override in overrides if (fault := _override(raw, override))]
     if faults:
         raise ConfigError(faults, "overrides")
-    return raw
+    return [
+        (key.split("."), parse_yaml(value, "overrides"))
+        for key, _, value in (text.partition("=") for text in overrides)
+    ]
 
 
 def _about_folder(path: Path) -> str:
@@ -104,11 +116,12 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
     words = key.split(".")
     for depth, word in enumerate(words):
         if isinstance(node, list):
-            if not (word.isascii() and word.isdecimal()) or int(word) >= len(node):
-                return f"'{override}': '{word}' is not an index of a list of {len(node)}"
-            index: Any = int(word)
-            if words[0] == "methods" and depth == 1 and isinstance(node[index], str) and len(words) > 2:
-                node[index] = {"name": node[index]}  # `- mira` is `{name: mira}`
+            found = find_entry(node, word)
+            if isinstance(found, str):
+                return f"'{override}': {found}"
+            index: Any = found
+            if depth < len(words) - 1 and isinstance(node[index], str) and key.startswith("methods."):
+                node[index] = {"name": node[index]}  # `- mira` is `- {name: mira}`
         elif isinstance(node, dict):
             index = word
         else:
@@ -125,11 +138,35 @@ def _override(raw: dict[str, Any], override: str) -> str | None:
     return None
 
 
-class _Dumper(yaml.SafeDumper):
+def find_entry(entries: list[Any], word: str) -> int | str:
+    """Return the index of a list's entry: a number, or the label or name of one alone; else what is wrong."""
+    if word.isascii() and word.isdecimal() and int(word) < len(entries):
+        return int(word)
+    names = [
+        [str(entry.get(key)) for key in ("label", "name") if entry.get(key) is not None]
+        if isinstance(entry, dict)
+        else [str(entry)]
+        for entry in entries
+    ]
+    plain = [[name.replace("-", "_") for name in own] for own in names]
+    asked = word.replace("-", "_")
+    matches = [index for index, own in enumerate(plain) if own and own[0] == asked]
+    matches = matches or [index for index, own in enumerate(plain) if asked in own]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        labels = ", ".join(f"{index} ({names[index][0]})" for index in matches)
+        return f"{len(matches)} entries are called '{word}': say which by its label or index, {labels}"
+    known = list(dict.fromkeys(name for own in names for name in own))
+    called = f", nor the label or name of an entry{nearest(word, known)}: {', '.join(known)}" if known else ""
+    return f"'{word}' is not an index of a list of {len(entries)}{called}"
+
+
+class Dumper(yaml.SafeDumper):
     """Quotes text that we would read as a number (`1e5`), or that other readers of YAML would convert (`no`, `007`)."""
 
 
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -138,7 +175,7 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-_Dumper.add_representer(str, _represent_text)
+Dumper.add_representer(str, _represent_text)
 
 
 def dump_config(config: Config) -> str:
@@ -148,4 +185,4 @@ def dump_config(config: Config) -> str:
 
 def dump_yaml(content: Any) -> str:
     """Write plain values as YAML, each text on one line, so that any reader of YAML gets them back to the letter."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9)
+    return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10**9)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fedmira.data.batches import ClientData, Encoded, Truncation
-from fedmira.data.partition import Client, shown_name
+from fedmira.data.names import shown_name
+from fedmira.data.partition import Client
 from fedmira.data.templates import Rendered, Template, common_length
 from fedmira.errors import DataError
 

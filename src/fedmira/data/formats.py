@@ -23,6 +23,7 @@ from fedmira.data.converters import (
 from fedmira.data.records import ALIASES, PLAIN_KEY, Keys, Record, Turn, present
 from fedmira.data.rows import FAULTS_SHOWN, BadRow, Fault, Place, Row
 from fedmira.data.sources import Source, Table, open_source
+from fedmira.data.text_form import TextForm
 from fedmira.data.unread import list_unread, refuse_row
 from fedmira.errors import DataError, nearest
 
@@ -48,6 +49,10 @@ class Format:
     )
 
 
+class UnreadRows(DataError):
+    """The data is there, and rows of it cannot be read."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """All that was read of a source."""
@@ -58,6 +63,8 @@ class Reading:
     skipped: tuple[Fault, ...]  # one for each example that could not be read; empty unless bad rows are skipped
     counts: Mapping[str, int]  # tables (files or splits), empty (of these), others (other files), kept, skipped
     keys: Mapping[str, str]  # our name -> the data's key for it in the first row
+    found: tuple[str, ...] = ()  # what was found of files that are not UTF-8 with the usual separator
+    splits: tuple[str, ...] = ()  # names of the source's own splits, where it has any: values of the column `split`
 
     @property
     def read(self) -> int:
@@ -73,13 +80,18 @@ def read_records(
     on_bad_row: str = "error",
     subset: str | None = None,
     revision: str | None = None,
+    encoding: str | None = None,
+    delimiter: str | None = None,
 ) -> Reading:
     """Read all examples of a file, of a folder's files ordered by name, of a saved data set, or of one on the hub.
 
     The format is found by the keys of the first row if `format` is "auto"; records are in the order of the data.
-    A folder adds the column `file`, the file's name without extension, and a data set with splits the column `split`,
-    where a row has no such column. columns: our name -> the data's key, where they differ. on_bad_row: "error", or
+    A folder adds the column `file`, the file's name without extension, and a data set with splits, or a folder with
+    files named as splits, the column `split`, where a row has no such column.
+    columns: our name -> the data's key, where they differ. on_bad_row: "error", or
     "skip" to leave out bad rows and list them in `skipped`. subset, revision: of a data set on the hub.
+    encoding: of text files, None = UTF-8, or as a CSV file's mark says. delimiter: of CSV, None = as the extension, the
+    header or Excel's first line says.
     Raises DataError: nothing to read, an unknown format or column name, bad rows (the first five and their number); if
     bad rows are skipped: no row is good, or a file cannot be read to its end, so that its rows cannot be counted.
     """
@@ -87,10 +99,12 @@ def read_records(
     if on_bad_row not in ("error", "skip"):
         raise DataError(f"data.on_bad_row '{on_bad_row}' is unknown; known: error, skip")
     reader = _Reader(str(path), columns, _check_request(format, columns), on_bad_row == "skip")
-    with open_source(path, subset=subset, revision=revision) as source:
+    known = {key for entry in FORMATS for keys in entry.keys.values() for key in keys} | set(columns.values())
+    form = TextForm(encoding, delimiter, known)
+    with open_source(path, subset=subset, revision=revision, form=form) as source:
         for table in source.tables:
             reader.take_table(table)
-        return reader.finish(source)
+        return reader.finish(source, form)
 
 
 @dataclass
@@ -155,7 +169,7 @@ class _Reader:
         for result in results:
             yield replace(result, unread=unread) if unread and isinstance(result, Record) else result
 
-    def finish(self, source: Source) -> Reading:
+    def finish(self, source: Source, form: TextForm) -> Reading:
         """Return the reading. Raises DataError if there is no record, or a fault that is not skipped."""
         if self.chosen is None or not self.records or (self.faults and not self.skips):
             raise self._failed(self.faults or [Fault(table.name, "holds no example") for table in source.tables])
@@ -168,13 +182,22 @@ class _Reader:
             "skipped": len(self.faults),
         }
         chosen = self.chosen
-        return Reading(chosen.name, chosen.template, self.records, tuple(self.faults), counts, self.keys_read)
+        return Reading(
+            chosen.name,
+            chosen.template,
+            self.records,
+            tuple(self.faults),
+            counts,
+            self.keys_read,
+            tuple(form.found),
+            source.splits,
+        )
 
-    def _failed(self, faults: Sequence[Fault]) -> DataError:
+    def _failed(self, faults: Sequence[Fault]) -> "UnreadRows":
         shown = "".join(f"\n  - {fault}" for fault in faults[:FAULTS_SHOWN])
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         first = f", the first {FAULTS_SHOWN}" if len(faults) > FAULTS_SHOWN else ""
-        return DataError(f"data.path '{self.path}': {count}{first}:{shown}")
+        return UnreadRows(f"data.path '{self.path}': {count}{first}:{shown}")
 
 
 def _listed(value: object) -> list[object]:

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedmira.data.formats import Record
+from fedmira.data.names import shown_name
+from fedmira.data.splits import SPLITS as SPLITS
+from fedmira.data.splits import WORDS, read_splits, split_word
 from fedmira.errors import DataError, nearest
 
-SPLITS = ("train", "validation", "test")
 ID_LENGTH = 64
 MOST_VALUES = 1000  # of a column that is counted; one with more is treated as text
 
@@ -84,9 +86,19 @@ def form_clients(
     counted = [name for name in known if name not in texts and _is_counted(records, name)]
     named = _by_parts(records, parts, first) if parts is not None else _by_value(records, by, per_group, first, seed)
     ids = client_ids([name for name, _, _ in named])
+    split_of = {} if split_column is None else _read_splits(records, split_column)
     clients = []
     for name, value, own_records in named:
-        splits = _split(name, own_records, subsample, validation=validation, test=test, column=split_column, seed=seed)
+        splits = _split(
+            name,
+            own_records,
+            subsample,
+            validation=validation,
+            test=test,
+            column=split_column,
+            split_of=split_of,
+            seed=seed,
+        )
         if not splits["train"]:
             raise DataError(
                 f"client '{shown_name(name)}': none of its {len(own_records)} records is for training "
@@ -287,20 +299,25 @@ def _split(
     validation: float,
     test: float,
     column: str | None,
+    split_of: Mapping[str, str],
     seed: int,
 ) -> dict[str, tuple[Record, ...]]:
-    """Return the client's train, validation and test records, each in file order."""
+    """Return the client's train, validation and test records, each in file order.
+
+    split_of: the split that each value of `column` names.
+    """
     key = client_key(name)
     thinning = np.random.default_rng([seed, key, _SUBSAMPLE])
     if column is not None:
         values = _values(records, column, "split_column")
-        odd = [record.source for record, value in zip(records, values, strict=True) if value not in SPLITS]
+        odd = [record.source for record, value in zip(records, values, strict=True) if value not in split_of]
         if odd:
             raise DataError(
                 f"client '{shown_name(name)}': {len(odd)} records have a '{column}' other than {', '.join(SPLITS)} "
-                f"(data.split_column): {', '.join(odd[:5])}; rename these values"
+                f"(data.split_column; known too: {', '.join(word for word in WORDS if word not in SPLITS)}): "
+                f"{', '.join(odd[:5])}; rename these values"
             )
-        chosen = {split: [index for index, value in enumerate(values) if value == split] for split in SPLITS}
+        chosen = {split: [index for index, value in enumerate(values) if split_of[value] == split] for split in SPLITS}
         return {split: tuple(records[index] for index in _thin(chosen[split], subsample, thinning)) for split in SPLITS}
     thinned = _thin(range(len(records)), subsample, thinning)
     order = [thinned[index] for index in np.random.default_rng([seed, key, _SPLIT]).permutation(len(thinned))]
@@ -316,13 +333,19 @@ def _split(
     return {split: tuple(records[index] for index in sorted(parts[split])) for split in SPLITS}
 
 
+def _read_splits(records: Sequence[Record], column: str) -> dict[str, str]:
+    """Return the split that each value of a column names. Raises DataError if one may be validation or test."""
+    values = dict.fromkeys(value for record in records if (value := record.columns.get(column, "")).strip())
+    split_of = read_splits(values)
+    if unclear := [value for value in values if value not in split_of and split_word(value)]:
+        raise DataError(
+            f"data.split_column '{column}': '{shown_name(unclear[0])}' beside a test may be the validation; rename it "
+            "to validation, or to test"
+        )
+    return split_of
+
+
 def _thin(indices: Sequence[int], fraction: float, generator: np.random.Generator) -> list[int]:
     """Keep round(fraction * n) of n indices, at least one if there is one, in order."""
     keep = max(round(fraction * len(indices)), min(len(indices), 1))
     return sorted(indices[position] for position in generator.permutation(len(indices))[:keep])
-
-
-def shown_name(name: str) -> str:
-    """Return a name in a form that fits one line of an error."""
-    plain = "".join(letter if letter.isprintable() else "?" for letter in name)
-    return plain if len(plain) <= 60 else f"{plain[:57]}..."

@@ -13,6 +13,7 @@ from fedmira.data.rows import BadRow, Row, kind_of
 Keys = Mapping[str, Sequence[str]]  # our name -> the data's possible keys for it; the first one present is used
 
 ALIASES = ("task", "category")  # columns that any format may read from another key of the data
+EXACT = 2**53  # a larger float may stand for several whole numbers
 PLAIN_KEY = re.compile(r"[\w .:/-]{1,40}")  # any other key may be misplaced text: errors do not show it
 
 
@@ -101,11 +102,20 @@ def scalars(row: Row) -> dict[str, str]:
     for key, value in row.items():
         if isinstance(value, str):
             columns[key] = check_text(value, key)
-        elif isinstance(value, bool | int) or (isinstance(value, float) and not math.isnan(value)):
+        elif isinstance(value, bool | int):
             columns[key] = json.dumps(value)
-        elif isinstance(value, datetime.date | datetime.time | decimal.Decimal):
+        elif isinstance(value, float | decimal.Decimal) and not math.isnan(value):
+            columns[key] = _number(value)
+        elif isinstance(value, datetime.date | datetime.time):
             columns[key] = str(value)
     return columns
+
+
+def _number(value: float | decimal.Decimal) -> str:
+    """Write a number; a whole one without decimals, because a table stores 7 as 7.0 beside a missing value."""
+    if math.isfinite(value) and (whole := int(value)) == value and abs(whole) < EXACT:
+        return str(whole)
+    return json.dumps(value) if isinstance(value, float) else str(value)
 
 
 def shown(key: str) -> str:

@@ -17,9 +17,15 @@ FAULTS_SHOWN = 5  # of all that an error reports
 LINE_MIB = 64  # a longer line is not a row: one line at a time is in memory
 DOCUMENT_GIB = 2  # a whole .json file is in memory
 
-_BOM = b"\xef\xbb\xbf"
+UTF8_BOM = b"\xef\xbb\xbf"
+BOMS = (  # the longer ones first: UTF-16's is a part of UTF-32's
+    (b"\xff\xfe\x00\x00", "utf-32"),
+    (b"\x00\x00\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
 _SPACE = re.compile(r"[ \t\n\r]*")
-_WIDE = "the file looks like UTF-16 or UTF-32; save it as UTF-8"
+_SAVE = "save the file as UTF-8, or write its encoding, such as data.encoding: cp1252"
 _ISO_2022 = re.compile(rb"\x1b[$()&]")  # pure ASCII bytes that mean other letters; a terminal's colours begin \x1b[
 _PIECE = 1 << 24  # bytes read at once
 
@@ -172,12 +178,12 @@ def decode(data: bytes | bytearray, offset: int) -> str:
     Raises BadText at the first byte that is not text.
     """
     if offset == 0 and data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise BadText(f"byte 0 of the file is not UTF-8: {_WIDE}", 0, stops=True)
+        raise BadText(f"byte 0 of the file is not UTF-8: {_wide(data)}", 0, stops=True)
     faults = []
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        faults.append((error.start, "is not UTF-8; save the file as UTF-8"))
+        faults.append((error.start, f"is not UTF-8; {_SAVE}"))
     if (nul := data.find(b"\0")) >= 0:
         faults.append((nul, "is NUL, which is not text; save the file as UTF-8"))
     if escape := _ISO_2022.search(data):
@@ -185,9 +191,18 @@ def decode(data: bytes | bytearray, offset: int) -> str:
     if faults:
         position, what = min(faults)
         wide = offset + nul < 4 and position == nul
-        what = f"is NUL: {_WIDE}" if wide else what
+        what = f"is NUL: {_wide(data)}" if wide else what
         raise BadText(f"byte {offset + position} of the file {what}", position, stops=wide)
-    return text[1:] if offset == 0 and data.startswith(_BOM) else text
+    return text[1:] if offset == 0 and data.startswith(UTF8_BOM) else text
+
+
+def _wide(start: bytes | bytearray) -> str:
+    """Say which encoding the first bytes of a file look like, where each letter takes two or four."""
+    marked = next((name for mark, name in BOMS if start.startswith(mark)), None)
+    zeros = "".join("x" if byte else "0" for byte in start[:4])
+    forms = {"x000": "utf-32-le", "000x": "utf-32-be"}
+    name = marked or forms.get(zeros) or ("utf-16-be" if zeros.startswith("0") else "utf-16-le")
+    return f"the file looks like UTF-16 or UTF-32; save it as UTF-8, or write data.encoding: {name}"
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -14,7 +14,8 @@ from fedmira.data.rows import LINE_MIB, BadRow, BadText, Fault, Item, Place, Row
 
 BATCH = 1000  # rows converted to Python values at once
 
-_SEPARATORS = {",": "','", ";": "';'", "\t": "a tab", "|": "'|'"}
+SEPARATORS = {",": "','", ";": "';'", "\t": "a tab", "|": "'|'"}
+SEPARATOR_NAMES = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}  # as data.delimiter may be written
 
 
 class _Lost(BadRow):
@@ -71,7 +72,7 @@ def read_csv(stream: BinaryIO, start: Place, *, delimiter: str, limit: int = LIN
                 values = _next_values(reader, lines, limit)
                 if values is None:
                     return
-                if lines.blank:
+                if lines.blank or (not header and _names_separator(values)):
                     continue
                 if not header:
                     header = _check_header(values, delimiter)
@@ -83,6 +84,13 @@ def read_csv(stream: BinaryIO, start: Place, *, delimiter: str, limit: int = LIN
                 yield Fault(f"{start.file}:{lines.first}", str(bad))
     except BadRow as bad:
         yield Fault(f"{start.file}:{lines.first}", f"{bad}; the file is not read further", stops=True)
+
+
+def _names_separator(values: list[str]) -> bool:
+    """Is this first line Excel's `sep=;`, which names the separator?"""
+    return (
+        values[:1] != [] and values[0].startswith("sep=") and len(values) <= 2 and len("".join(values)) <= len("sep=;")
+    )
 
 
 def _next_values(reader: Iterator[list[str]], lines: _Lines, limit: int) -> list[str] | None:
@@ -113,12 +121,12 @@ def _csv_fault(reason: str, lines: _Lines) -> BadRow:
 
 def _check_header(names: list[str], delimiter: str) -> list[str]:
     """Return the column names. Raises BadRow without showing one: without a header they are an example."""
-    if len(names) == 1 and (
-        other := next((sign for sign in _SEPARATORS if sign != delimiter and sign in names[0]), "")
-    ):
+    if len(names) == 1 and (other := next((sign for sign in SEPARATORS if sign != delimiter and sign in names[0]), "")):
+        name = next(name for name, sign in SEPARATOR_NAMES.items() if sign == other)
         raise BadRow(
-            f"the first line is one column with {_SEPARATORS[other]} in it, but columns are separated by "
-            f"{_SEPARATORS[delimiter]} here (.csv: ',', .tsv: a tab)"
+            f"the first line is one column with {SEPARATORS[other]} in it, but columns are separated by "
+            f"{SEPARATORS.get(delimiter, repr(delimiter))} here (.csv: ',', .tsv: a tab); if they are separated by "
+            f"{SEPARATORS[other]}, write data.delimiter: {name}"
         )
     for index, name in enumerate(names):
         if not name.strip():

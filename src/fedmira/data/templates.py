@@ -17,7 +17,32 @@ from fedmira.data.formats import Record, Turn
 from fedmira.data.unread import REASONING
 from fedmira.errors import DataError, nearest
 
-NAMES = ("alpaca", "chat", "none")
+PLAIN = "plain"
+CHATS = {  # chat templates for bases whose tokenizer has none; each turn of the assistant ends with the end of text
+    PLAIN: (
+        "{% for message in messages %}"
+        "{{ message['role'] | capitalize + ':\n' + message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+        "{{ '\n\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+    ),
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
+        "{% if message['role'] == 'assistant' and eos_token != '<|im_end|>' %}{{ eos_token }}{% endif %}"
+        "{{ '\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "zephyr": (
+        "{% for message in messages %}"
+        "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    ),
+}
+NAMES = ("alpaca", "chat", "none", *CHATS)
 FIELDS = ("instruction", "input")  # what a template file for single requests may show
 # The date given to templates that write today's, so that data do not change overnight: 26 July 2024, as in Llama 3's.
 _DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
@@ -74,9 +99,10 @@ class ChatTokenizer(Protocol):
 
 
 def make_template(name: str, *, usual: str, tokenizer: ChatTokenizer) -> Template:
-    """Return the template of a name: "alpaca", "none", "chat" (the tokenizer's), a Jinja file, or "auto" = `usual`.
+    """Return the template of a name: "alpaca", "none", "chat" (the tokenizer's), one of CHATS, or a Jinja file.
 
-    A file that shows `messages` is a chat template as in transformers; any other shows `instruction` and `input`.
+    "auto" is `usual`. A file that shows `messages` is a chat template as in transformers; any other shows `instruction`
+    and `input`.
     Raises DataError: an unknown name, a file that cannot be used, "chat" where the tokenizer has no chat template.
     """
     chosen = usual if name == "auto" else name
@@ -88,11 +114,21 @@ def make_template(name: str, *, usual: str, tokenizer: ChatTokenizer) -> Templat
         except ValueError:
             hint = "; these data are conversations, which need one" if usual == "chat" else ""
             raise DataError(
-                f"data.template '{name}': the tokenizer of this base has no chat template{hint}. Name a Jinja file "
-                "(data.template: my_template.jinja), or use a base that was trained on conversations"
+                f"data.template '{name}': the tokenizer of this base has no chat template{hint}. Take a plain "
+                f"one (data.template: {', '.join(CHATS)}) or a Jinja file (data.template: my_template.jinja), or use a "
+                "base that was trained on conversations"
             ) from None
         return _chat_template("chat", source, tokenizer)
+    if chosen in CHATS:
+        return _chat_template(chosen, _first_token(tokenizer) + CHATS[chosen], tokenizer)
     return _from_file(name, tokenizer)
+
+
+def _first_token(tokenizer: Any) -> str:
+    """Return what a template writes first: the BOS token, if the tokenizer begins texts with it."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    begins = bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
+    return "{{ bos_token }}" if begins else ""
 
 
 def _from_file(name: str, tokenizer: ChatTokenizer) -> Template:

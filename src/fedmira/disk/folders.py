@@ -19,9 +19,11 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedmira.disk.client_names import ClientNames, as_cell, read_client_names
 from fedmira.disk.files import (
     FILE_MODE,
     NO_LINK,
@@ -54,6 +56,7 @@ _WRITTEN = re.compile(
     rf"|adapters/[^/]+/(?:{_ADAPTER}|[^/]+\.(?:jinja|model)))"
 )
 RESULT_COLUMNS = ("client", "method", "seed", "round", "view", "split", "metric", "value")
+NAME_COLUMN = "name"  # the last of results.csv: the client's name in the data; absent in runs of earlier versions
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,11 @@ class RunFolder:
         """Read run.json. Raises StoreError if it is missing, damaged or of another schema."""
         return read_run_facts(self.path)
 
+    @cached_property
+    def names(self) -> ClientNames:
+        """The ids and names of the run's clients."""
+        return read_client_names(self.path)
+
     def update(self, facts: RunFacts) -> None:
         """Write run.json again, atomically."""
         write_run_facts(self.path, facts)
@@ -119,7 +127,7 @@ class RunFolder:
         make_folder(self.path)
         _write_config(self.path, config)
         write_json(self.path / "clients.json", dict(clients))
-        write_atomic(self.path / "results.csv", (",".join(RESULT_COLUMNS) + "\n").encode())
+        write_atomic(self.path / "results.csv", (",".join((*RESULT_COLUMNS, NAME_COLUMN)) + "\n").encode())
         write_atomic(self.path / "metrics.jsonl", b"")
         write_run_facts(self.path, facts)
 
@@ -141,6 +149,7 @@ class RunFolder:
                 result.split,
                 result.metric,
                 result.value,
+                as_cell(self.names.name(result.client)),
             )
             for result in results
         )  # a float as repr, None as an empty field
@@ -182,10 +191,16 @@ class RunFolder:
         records = [record for record in self.records() if record["round"] <= last_round]
         write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
         lines = (self.path / "results.csv").read_text(encoding="utf-8").splitlines()
-        rows = [row for row in csv.reader(lines[1:]) if len(row) == len(RESULT_COLUMNS)]
+        width = len(RESULT_COLUMNS)
+        named = NAME_COLUMN in lines[0].split(",")
+        rows = [
+            [*row[:width], as_cell(self.names.name(row[0]))]
+            for row in csv.reader(lines[1:])
+            if len(row) == width + named
+        ]
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(RESULT_COLUMNS)
+        writer.writerow((*RESULT_COLUMNS, NAME_COLUMN))
         writer.writerows(row for row in rows if int(row[3]) <= last_round and (row[3] == "0" or row[5] != "test"))
         write_atomic(self.path / "results.csv", buffer.getvalue().encode())
 

@@ -273,6 +273,7 @@ class Plan:
     trained_tokens: int  # of these, loss is taken on
     truncation: dict[str, int]
     by_client: dict[str, dict[str, int]]  # id -> examples of train, validation, test; trained_tokens
+    names: dict[str, str]  # id -> the client's name in the data
     parameters: int  # of one adapter; the largest where methods have different ones
     memory: dict[str, int]  # base | rows (at most, of clients that train) | cohort | free
     disk: dict[str, int]  # adapters | rows (memory-mapped while a run lasts) | checkpoints (at most) | free

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 from fedmira import bundled
 from fedmira.config.yaml_text import dump_yaml
-from fedmira.data.partition import shown_name
+from fedmira.data.names import shown_name
 from fedmira.reports.paths import without_folders
 
 # The hub's identifiers of licences used for data; any other licence is `other`, with its name.
@@ -37,7 +37,8 @@ _UNITS = {"loss": "loss (nats per token)"}
 class Card(TypedDict, total=False):
     """The facts of a card; a missing key is not shown."""
 
-    client: str
+    client: str  # its id
+    name: str  # in the data; shown where it is not the id
     group: str | None
     personal: bool  # False: every client of the run, or of the group, has this adapter
     grouped: bool  # one adapter for each group
@@ -83,7 +84,7 @@ def model_card(base_model: str, card: Card, *, revision: str | None = None) -> s
     }
     title = f"# {kind} made with FedMira"
     if "client" in card:
-        title = f"# {kind} of client {card['client']}, made with FedMira"
+        title = f"# {kind} of client {_called(card) or card['client']}, made with FedMira"
     body = [title, "", *(f"- {name}: {value}" for name, value in _facts(shown, card).items()), ""]
     for section in (_test(card), _made(card), _inside(card), _warning(), _ask(card), _use(base_model, revision, card)):
         body += section
@@ -139,7 +140,8 @@ def _facts(base: str, card: Card) -> dict[str, str]:
     """Return the lines of the list, in order."""
     facts: dict[str, str] = {}
     if "client" in card:
-        facts["client"] = str(card["client"])
+        name = _called(card)
+        facts["client"] = f"{name} ({card['client']})" if name else str(card["client"])
     if "group" in card:  # from the data: no Markdown
         facts["group"] = f"`{_quoted(shown_name(card['group'] or 'none'))}`"
     if "personal" in card:
@@ -171,6 +173,12 @@ def _facts(base: str, card: Card) -> dict[str, str]:
     stated = card.get("licence")
     facts["licence of the data"] = "not stated" if stated is None else f"`{_quoted(shown_name(stated))}`"
     return facts
+
+
+def _called(card: Card) -> str:
+    """Return the client's name, from the data and so without Markdown; an empty string if it is the id."""
+    name = card.get("name", card["client"])
+    return "" if name == card["client"] else f"`{_quoted(shown_name(name))}`"
 
 
 def _test(card: Card) -> list[str]:

@@ -143,7 +143,7 @@ def merging(record: StudyRecord, label: str) -> Merging | None:
         box=PANEL,
         x=x,
         y=y,
-        panels=[_panel(client, tracks[client], starts[client], x, y) for client in chosen],
+        panels=[_panel(record.called(client), tracks[client], starts[client], x, y) for client in chosen],
         shown=len(chosen),
         clients=len(tracks),
     )

@@ -171,7 +171,8 @@ def data_facts(record: StudyRecord) -> list[tuple[str, str]]:
     facts.append(("Cut to fit", "; ".join(cuts) if cuts else "nothing: every prompt and answer is whole"))
     without = [name for name, splits in zip(clients, counts, strict=True) if not _whole(splits.get("test"))]
     if without:
-        facts.append(("No test example", f"{plural(len(without), 'client')}: {listed(without, NAMES_LISTED)}"))
+        names = listed(map(record.called, without), NAMES_LISTED)
+        facts.append(("No test example", f"{plural(len(without), 'client')}: {names}"))
     return facts
 
 
@@ -190,7 +191,8 @@ def sampling_facts(record: StudyRecord) -> list[tuple[str, str]]:
             f"{plural(len(run.rounds), 'round')}; each took part {between(min(times), max(times))} times"
             f"{'' if min(times) == max(times) else f', {sum(times) / len(times):.1f} on average'}; "
         )
-        said += f"never: {len(never):,} ({listed(never, NAMES_LISTED)})" if never else "nobody was left out"
+        names = listed(map(record.called, never), NAMES_LISTED)
+        said += f"never: {len(never):,} ({names})" if never else "nobody was left out"
         facts.append((f"Seed {seed}", said))
     return facts
 
@@ -281,7 +283,8 @@ def client_tables(record: StudyRecord) -> list[ClientTable]:
         lines = []
         for client in clients:
             line = [value_of[client] for value_of in (base, *values.values())]
-            lines.append((client, _name(record, client), [None if math.isnan(value) else value for value in line]))
+            values_shown = [None if math.isnan(value) else value for value in line]
+            lines.append((client, record.called(client), values_shown))
         tables.append(ClientTable(metric, list(values), lines, note))
     return tables
 
@@ -304,12 +307,6 @@ def _ends(record: StudyRecord, metric: Metric, clients: Sequence[str]) -> tuple[
         f"{said}those with the {ENDS_LISTED} smallest and the {ENDS_LISTED} greatest gains of {clean(label)} over "
         f"{clean(reference)}, ascending; {rest}"
     )
-
-
-def _name(record: StudyRecord, client: str) -> str:
-    """The name of a client in the data, if it is not its id."""
-    name = str(record.clients.get(client, {}).get("name", client))
-    return "" if name == client else name
 
 
 def shown_examples(record: StudyRecord) -> tuple[dict[str, Any], str]:

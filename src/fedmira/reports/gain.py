@@ -1,7 +1,7 @@
 """Each client's gain: bars for few clients, one sorted line for many; and the pictures in tables."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from fedmira.reports.axes import Axis, Box, balanced_axis, enclosing_axis, spread_out
@@ -18,7 +18,7 @@ DOTS = Box(150, 22, 6, 6, 0, 0)
 
 
 class Bar(NamedTuple):
-    """One client. x, width: of its bar, from zero; text: its signed gain."""
+    """One client. client: its name; name: this, cut to fit; x, width: of its bar, from zero; text: its signed gain."""
 
     client: str
     name: str
@@ -68,7 +68,7 @@ def gain_panels(record: StudyRecord, metric: Metric) -> Gains:
     """Lay out every method's gains on one metric."""
     reference, table = gains(record.results, metric=metric.name, baseline=record.baseline)
     finite = [value for gain_of in table.values() for value in gain_of.values() if math.isfinite(value)]
-    panels = [_panel(label, gain_of, finite, reference, metric) for label, gain_of in table.items()]
+    panels = [_panel(label, gain_of, finite, reference, metric, record.called) for label, gain_of in table.items()]
     return Gains(metric, reference, panels)
 
 
@@ -87,7 +87,12 @@ def _span(item: MethodSummary) -> tuple[float, float, float, float]:
 
 
 def _panel(
-    label: str, gain_of: Mapping[str, float], finite: Sequence[float], reference: str, metric: Metric
+    label: str,
+    gain_of: Mapping[str, float],
+    finite: Sequence[float],
+    reference: str,
+    metric: Metric,
+    called: Callable[[str], str],
 ) -> GainPanel:
     known = [(client, value) for client, value in gain_of.items() if not math.isnan(value)]
     ranked = sorted(known, key=lambda item: item[1], reverse=True)
@@ -95,8 +100,8 @@ def _panel(
     few = len(ranked) <= BARS_SHOWN
     box = Box(WIDTH, 24 + ROW * max(len(ranked), 1), LEFT, RIGHT, 4, 20) if few else AREA
     axis = balanced_axis(finite, box.left, box.x_end) if few else balanced_axis(finite, box.y_end, box.top)
-    ends = f"; best {clean(ranked[0][0])} {signed(ranked[0][1])}" if ranked else ""
-    ends += f", worst {clean(ranked[-1][0])} {signed(ranked[-1][1])}" if ranked else ""
+    ends = f"; best {clean(called(ranked[0][0]))} {signed(ranked[0][1])}" if ranked else ""
+    ends += f", worst {clean(called(ranked[-1][0]))} {signed(ranked[-1][1])}" if ranked else ""
     share = (box.x_end - box.left) / max(len(ranked), 1)
     return GainPanel(
         label=label,
@@ -108,7 +113,7 @@ def _panel(
         least=ranked[-1] if ranked else None,
         box=box,
         axis=axis,
-        bars=[_bar(row, client, value, axis) for row, (client, value) in enumerate(ranked)] if few else [],
+        bars=[_bar(row, called(client), value, axis) for row, (client, value) in enumerate(ranked)] if few else [],
         path="" if few else _path(ranked, box, axis),
         split=(round(box.left + share * better, 1), round(box.x_end - share * worse, 1)),
         title=f"Gain of each client under {clean(label)} against {clean(reference)} on {phrase(metric.name)}: {better} "
@@ -116,11 +121,11 @@ def _panel(
     )
 
 
-def _bar(row: int, client: str, value: float, axis: Axis) -> Bar:
+def _bar(row: int, name: str, value: float, axis: Axis) -> Bar:
     start, end = sorted((axis.at(0.0), axis.at(value)))
     effect = "better" if value > 0 else "worse" if value < 0 else "level"
     return Bar(
-        client, fitted(client, (LEFT - 8) / FONT), 4 + ROW * row, start, round(end - start, 1), effect, signed(value)
+        name, fitted(name, (LEFT - 8) / FONT), 4 + ROW * row, start, round(end - start, 1), effect, signed(value)
     )
 
 

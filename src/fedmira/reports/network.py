@@ -202,7 +202,7 @@ def _gains_of(record: StudyRecord, label: str) -> tuple[dict[str, float], str]:
 def _clients(record: StudyRecord, graph: TaskGraph, gain_of: Mapping[str, float]) -> _Nodes:
     weights = _symmetric(graph, list(range(len(graph.clients))), len(graph.clients))
     return _Nodes(
-        names=graph.clients,
+        names=[record.called(client) for client in graph.clients],
         groups=[record.group(client) or "" for client in graph.clients],
         members=[1] * len(graph.clients),
         gains=[gain_of.get(client, math.nan) for client in graph.clients],

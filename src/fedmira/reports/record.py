@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedmira.disk.client_names import ClientNames
 from fedmira.disk.files import read_json
 from fedmira.disk.folders import RunFolder
 from fedmira.errors import StoreError
@@ -155,6 +156,16 @@ class StudyRecord:
     def first_run(self, label: str) -> RunRecord | None:
         """The run of a method with the lowest seed."""
         return next((run for run in self.runs if run.label == label), None)
+
+    @cached_property
+    def names(self) -> Mapping[str, str]:
+        """Each client's name for people, by id; results, rounds and folders have the ids."""
+        known = ClientNames({name: str(facts.get("name", name)) for name, facts in self.clients.items()}).labels
+        return {client: known.get(client, client) for client in (*self.results.clients, *known)}
+
+    def called(self, client: str) -> str:
+        """The name of a client, given by its id."""
+        return self.names.get(client, client)
 
     def group(self, client: str) -> str | None:
         """The group of a client; None if clients.json has none."""

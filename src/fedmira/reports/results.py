@@ -9,14 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmira.disk.folders import RESULT_COLUMNS
+from fedmira.disk.client_names import ClientNames, from_cell, read_client_names
+from fedmira.disk.folders import NAME_COLUMN, RESULT_COLUMNS
 from fedmira.errors import StoreError
 
 LOWER_IS_BETTER = frozenset({"loss"})
 
 
 class Row(NamedTuple):
-    """One line of results.csv; value NaN = n/a. The fields are RESULT_COLUMNS, in that order."""
+    """One line of results.csv; value NaN = n/a. The fields are RESULT_COLUMNS, in that order, and the name."""
 
     client: str
     method: str
@@ -26,6 +27,7 @@ class Row(NamedTuple):
     split: str
     metric: str
     value: float
+    name: str = ""  # of the client, in the data
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +117,8 @@ def _read_file(path: Path) -> Iterator[Row]:
     if missing:
         raise StoreError(f"'{path}' has no column {', '.join(missing)}: results.csv has {', '.join(RESULT_COLUMNS)}")
     columns = [header.index(name) for name in RESULT_COLUMNS]
+    named = header.index(NAME_COLUMN) if NAME_COLUMN in header else None
+    names = read_client_names(path.parent) if named is None else ClientNames({})
     last: dict[tuple[Any, ...], Row] = {}
     for line in filter(None, lines):
         if len(line) != len(header):
@@ -123,8 +127,10 @@ def _read_file(path: Path) -> Iterator[Row]:
                 "write it again"
             )
         row = _read_row(path, [line[column] for column in columns])
-        last.pop(row[:-1], None)  # the last one counts, and keeps its position
-        last[row[:-1]] = row
+        name = names.name(row.client) if named is None else from_cell(line[named])
+        key = row[: len(RESULT_COLUMNS) - 1]
+        last.pop(key, None)  # the last one counts, and keeps its position
+        last[key] = row._replace(name=name)
     yield from last.values()
 
 
@@ -145,7 +151,11 @@ def _whole_lines(path: Path) -> str:
     """Read a CSV file without a last line that a crash cut short; resuming writes that line again."""
     text = path.read_text(encoding="utf-8")
     head, newline, last = text.rpartition("\n")
-    return head + newline if last.count(",") < len(RESULT_COLUMNS) - 1 else text
+    try:
+        whole = len(next(csv.reader([last], strict=True), [])) == text.partition("\n")[0].count(",") + 1
+    except csv.Error:  # cut inside a quoted name
+        whole = False
+    return text if whole else head + newline
 
 
 def _configured_order(path: Path) -> dict[str, int]:

@@ -7,9 +7,10 @@ from rich.text import Text
 
 from fedmira.reports.record import StudyRecord
 from fedmira.reports.stats import MethodSummary, client_values
-from fedmira.reports.wording import counts, interval, number
+from fedmira.reports.wording import counts, interval, number, short
 
 CLIENTS_SHOWN = 32  # more are shown in the report only
+NAME_SHOWN = 60  # letters of a client's name
 
 
 def summary_tables(record: StudyRecord) -> list[Table]:
@@ -46,7 +47,7 @@ def _client_table(record: StudyRecord) -> Table | None:
             if baseline is not None and label != record.baseline:
                 mark = _mark(values[judged.name][label][client], baseline[client], judged.lower_is_better)
             cells.append(Text(f"{numbers} {mark}".rstrip()))
-        table.add_row(Text(client), *cells)
+        table.add_row(Text(short(record.called(client), NAME_SHOWN)), *cells)
     return table
 
 

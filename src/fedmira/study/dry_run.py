@@ -39,7 +39,8 @@ COPIES = 4  # full checkpoints and the deltas since, at most, in the size of one
 class Shown:
     """One training example as the model gets it: pieces of text, and whether loss is taken on each."""
 
-    client: str
+    client: str  # id
+    name: str
     tokens: int
     labels: int
     pieces: tuple[tuple[str, bool], ...]
@@ -51,7 +52,7 @@ def show_examples(config: Config, *, observer: Observer = silent) -> Iterator[Sh
     tokenizer, intake = take_in(config, observer)
     for client in intake.clients:
         example = client.train[0]
-        yield Shown(client.id, len(example.ids), example.labels, pieces_of(example, tokenizer.decode))
+        yield Shown(client.id, client.name, len(example.ids), example.labels, pieces_of(example, tokenizer.decode))
 
 
 def pieces_of(example: Encoded, decode: Callable[[Sequence[int]], str]) -> tuple[tuple[str, bool], ...]:
@@ -131,6 +132,7 @@ def _plan(prepared: Prepared) -> Plan:
             }
             for client in clients
         },
+        names={client.id: client.name for client in clients},
         parameters=max(layout.parameters for layout in kinds),
         memory={
             "base": sum(value.numel() * value.element_size() for value in base.model.parameters()),

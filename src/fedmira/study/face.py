@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmira import bundled
+from fedmira.data.names import shown_name
+from fedmira.disk.client_names import read_client_names
 from fedmira.disk.folders import RunFolder, StudyFolder, find_study
 from fedmira.engine.events import Observer, silent
 from fedmira.errors import ConfigError, StoreError
@@ -48,14 +50,24 @@ class Run:
         """metrics.jsonl: one record per finished round."""
         return RunFolder(self.path).records()
 
+    @property
+    def clients(self) -> dict[str, str]:
+        """Each client's id, which names its folder, and its name in the data."""
+        return dict(read_client_names(self.path).by_id)
+
     def adapters(self, client: str) -> Path:
-        """The PEFT folder of one client. Raises StoreError naming the clients there are."""
-        folder = self.path / "adapters" / client
+        """The PEFT folder of one client, given by name or id.
+
+        Raises StoreError naming the clients there are, or those that may be meant.
+        """
         there = sorted(path.parent.name for path in (self.path / "adapters").glob("*/adapter_config.json"))
-        if client not in there:  # a name such as ../../other is none, though it may lead to a folder
-            known = f"{', '.join(there[:8])}{', ...' if len(there) > 8 else ''}" or "none yet: the run is not complete"
-            raise StoreError(f"no adapter of client '{client}' in '{self.path}'; there are: {known}")
-        return folder
+        names = read_client_names(self.path)
+        found = names.find(client, there)  # never the path of another folder, such as ../../other
+        if found is None:
+            known = f"there are: {names.listed(there)}" if there else "there are none yet: the run is not complete"
+            hint = names.near(client, there)
+            raise StoreError(f"no adapter of client '{shown_name(client)}' in '{self.path}'{hint}; {known}")
+        return self.path / "adapters" / found
 
 
 @dataclass(frozen=True)
@@ -174,7 +186,7 @@ def report(path: str | Path) -> Path:
 
 
 def export(run: str | Path | Run, *, client: str | None = None, out: str | Path = "adapters") -> list[Path]:
-    """Copy the PEFT folders of one client, or of all, to `out/<client>`; return the copies.
+    """Copy the PEFT folders of one client (a name or an id), or of all, to `out/<id>`; return the copies.
 
     Raises StoreError if the run has no such adapter, it holds a pickle, or a copy would overwrite something.
     """
@@ -189,7 +201,7 @@ def export(run: str | Path | Run, *, client: str | None = None, out: str | Path 
 def merge(
     run: str | Path | Run, *, client: str | None = None, out: str | Path = "merged", dtype: str | None = None
 ) -> list[Merged]:
-    """Merge the adapter of one client, or of each, into the base; write whole models to `out/<client>`.
+    """Merge the adapter of one client (a name or an id), or of each, into the base; write models to `out/<id>`.
 
     dtype: float32, bfloat16 or float64; None = as in the run. What is written was loaded again and compared.
     Raises StoreError, ConfigError or ModelError, before any weights are loaded wherever that can be known.

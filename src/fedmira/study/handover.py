@@ -68,6 +68,7 @@ def write_adapters(
         target = folder.adapters / client.id
         card: Card = {
             "client": client.id,
+            "name": client.name,
             "group": client.group,
             "method": facts.method,
             "settings": facts.settings,

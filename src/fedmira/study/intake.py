@@ -13,10 +13,13 @@ from fedmira.config.sections import Config
 from fedmira.data import partitioners
 from fedmira.data.batches import ClientData, Truncation
 from fedmira.data.encode import encode_client
-from fedmira.data.formats import Record, read_records
-from fedmira.data.partition import SPLITS, column_values, form_clients
+from fedmira.data.formats import Reading, Record, read_records
+from fedmira.data.names import lookalikes
+from fedmira.data.owners import Owner, find_owners
+from fedmira.data.partition import column_values, form_clients
 from fedmira.data.rows import Fault
 from fedmira.data.special import as_text, count_special, special_names
+from fedmira.data.splits import find_splits, read_splits
 from fedmira.data.templates import Template, make_template
 from fedmira.engine.events import Observer
 from fedmira.errors import ConfigError
@@ -37,17 +40,21 @@ class Intake:
     keys: Mapping[str, str]  # our name -> the data's key
     template: str
     examples: int  # read
+    found: Sequence[str]  # what was found of text files that are not UTF-8 with the usual separator
     others: int  # files in the folder that are of another kind, and not read
     empty: int  # files or splits without an example, with on_bad_row: skip
     skipped: Sequence[Fault]  # bad rows, with on_bad_row: skip
     left_out: int  # examples that the partitioner gives to nobody
     unknown: float  # share of the training tokens that the tokenizer does not know
     glued: int  # prompts that end, and whose answers begin, without a space or line break
-    pooled: Sequence[str]  # splits that the data itself names, and that are mixed and drawn anew
     special: Mapping[str, int]  # special token -> examples whose own texts have it
     special_as_text: bool  # these are plain text
     special_in_template: Sequence[str]  # special tokens that a template file for single requests writes
     unread: Mapping[str, tuple[int, str]]  # key that is not read -> examples with it, the place of the first
+    pooled: tuple[str, Sequence[str]] | None  # column and names of splits that the data has, and that are not used
+    alike: Mapping[str, Sequence[tuple[str, ...]]]  # column of clients or groups -> its values that look alike
+    mixed: Sequence[Owner]  # columns that may name the clients, and whose values a partitioner mixes
+    spelled: Mapping[str, str]  # a value of data.split_column -> the split that it names, where it is spelled otherwise
 
 
 def take_in(config: Config, observer: Observer) -> tuple[Any, Intake]:
@@ -90,6 +97,8 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         on_bad_row=section.on_bad_row,
         subset=section.subset,
         revision=section.revision,
+        encoding=section.encoding,
+        delimiter=section.delimiter,
     )
     template = make_template(section.template, usual=reading.template, tokenizer=tokenizer)
     names = special_names(tokenizer)
@@ -98,10 +107,11 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
     if reading.format == "text":
         _check_text(config, template)
     chosen = section.clients.partitioner
+    by = chosen.partition_by if isinstance(chosen, NaturalIdPartitioner) else section.clients.by
     parts = _partition(reading.records, chosen, section.seed)
     formed = form_clients(
         reading.records,
-        by=chosen.partition_by if isinstance(chosen, NaturalIdPartitioner) else section.clients.by,
+        by=by,
         per_group=section.clients.per_group,
         parts=parts,
         first=section.clients.first,
@@ -127,6 +137,7 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         keys=reading.keys,
         template=template.name,
         examples=len(reading.records),
+        found=reading.found,
         others=reading.counts["others"],
         empty=reading.counts["empty"],
         skipped=reading.skipped,
@@ -136,7 +147,10 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         special_as_text=section.special_tokens == "text",
         special_in_template=[name for name in names if name in template.source],
         unread=_count_unread(reading.records),
-        pooled=_pooled_splits(reading.records) if section.split_column is None else (),
+        pooled=_unused_splits(reading, section.split_column, by),
+        alike=_lookalikes(reading.records, (None if parts is not None else by, section.clients.groups)),
+        mixed=() if parts is None else _mixed(reading.records, chosen),
+        spelled=_spelled_otherwise(reading.records, section.split_column),
         left_out=0 if parts is None else len(reading.records) - sum(len(part) for part in parts),
     )
 
@@ -164,10 +178,39 @@ def _count_unread(records: Sequence[Record]) -> dict[str, tuple[int, str]]:
     return counts
 
 
-def _pooled_splits(records: Sequence[Record]) -> list[str]:
-    """Return the splits that a column `split` names, if it names several: mixing them is worth a word."""
-    named = {record.columns.get("split", "") for record in records}
-    return sorted(named) if len(named) > 1 and named <= set(SPLITS) else []
+def _unused_splits(reading: Reading, split_column: str | None, by: str) -> tuple[str, list[str]] | None:
+    """Return column and values of splits that the data itself has, if they are mixed: that deserves a warning.
+
+    Splits with names of another kind, such as topics, may be the clients.
+    """
+    if split_column is not None:
+        return None
+    found = find_splits(reading.records, tables=reading.splits)
+    return None if found and found[0] == by and not read_splits(found[1]) else found
+
+
+def _lookalikes(records: Sequence[Record], columns: Sequence[str | None]) -> dict[str, list[tuple[str, ...]]]:
+    """Return for each column its values that differ in case, spaces, type or form of Unicode only; columns without
+    such values are absent.
+    """
+    values = {
+        column: dict.fromkeys(value for record in records if (value := record.columns.get(column, "")).strip())
+        for column in columns
+        if column
+    }
+    return {column: alike for column, names in values.items() if (alike := lookalikes(names))}
+
+
+def _mixed(records: Sequence[Record], chosen: Partitioner | None) -> list[Owner]:
+    """Return the columns that separate examples, best first, but for the one that the partitioner goes by."""
+    column = getattr(chosen, "partition_by", None)
+    return [owner for owner in find_owners(records).fitting if owner.column != column]
+
+
+def _spelled_otherwise(records: Sequence[Record], column: str | None) -> dict[str, str]:
+    """Return which split each value of a column is read as, where that is not its name."""
+    values = () if column is None else (record.columns.get(column, "") for record in records)
+    return {value: split for value, split in sorted(read_splits(values).items()) if value != split}
 
 
 def _partition(records: Sequence[Record], chosen: Partitioner | None, default_seed: int) -> list[np.ndarray] | None:
