@@ -409,6 +409,11 @@ def test_the_chain_is_the_newest_full_checkpoint_and_the_deltas_after_it(chain: 
     assert rounds(chain) == [3, 4, 5]
 
 
+def test_a_delta_counts_only_where_the_round_before_it_is_there(chain: Path) -> None:
+    shutil.rmtree(chain / "round-000004")
+    assert rounds(chain) == [3]
+
+
 def test_a_folder_without_a_manifest_does_not_count(chain: Path, caplog: pytest.LogCaptureFixture) -> None:
     (chain / "round-000005" / "manifest.json").unlink()
     assert rounds(chain) == [3, 4]
