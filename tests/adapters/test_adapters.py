@@ -256,3 +256,15 @@ def test_rows_given_to_take_stand_in_as_they_are_without_a_copy_of_those_that_th
     assert taken.rows is rows
     assert taken.ranks.tolist() == [2, 1]
     assert torch.equal(taken.scale, made.take(torch.tensor([2, 0])).scale)
+
+
+def test_a_rank_above_a_modules_own_counts_as_that_of_the_module() -> None:
+    """q has rank 4, v rank 1: 4 (3 + 2) + 1 (2 + 2) = 24 numbers, in two cache lines."""
+    uneven = lora_layout([("q", 3, 2), ("v", 2, 2)], [4, 1])
+    assert uneven.sizes(torch.tensor([4])).tolist() == [32]
+
+
+def test_the_fingerprint_includes_where_each_factor_begins() -> None:
+    (part,) = TWO.parts
+    moved = tuple(replace(leaf, start=leaf.start + ALIGN) for leaf in part.leaves)
+    assert Layout((replace(part, leaves=moved),)).fingerprint != TWO.fingerprint

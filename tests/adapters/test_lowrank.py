@@ -148,3 +148,14 @@ def test_factors_that_do_not_fit_are_refused() -> None:
         decompose_sum([], [], torch.ones(0))
     with pytest.raises(ShapeError, match="rank 0 and scale 1: need rank >= 1"):
         factors(decompose_sum(lefts, rights, torch.ones(2)), 0, 1.0, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("size", [1e8, 1e-18])
+def test_whether_a_direction_is_rounding_is_judged_by_the_largest_one(size: float) -> None:
+    """The same update twice has one direction, of any size; what rounding leaves of a second one gets no B."""
+    (left,), (right,) = draw([1], 20, 30)
+    found = decompose_sum([left * size, left * size], [right, right], torch.ones(2))
+    b, a = factors(found, 2, 1.0, dtype=torch.float64)
+    assert bool((b[:, 0] != 0).all())
+    assert not b[:, 1].any()
+    torch.testing.assert_close((b @ a) / size, 2 * left @ right)

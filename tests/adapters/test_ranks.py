@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -428,3 +429,16 @@ def test_bytes_are_counted_at_every_clients_own_rank(here: Path) -> None:
     assert record["bytes_up"] + record["bytes_down"] == found
     whole = prepare(config, silent).federation.layout.size
     assert found < 2 * len(CLIENTS) * 4 * whole
+
+
+def test_types_are_drawn_from_the_documented_stream() -> None:
+    """The quarter in which default_rng([seed, STREAM, key]) falls; in attention types have ranks 8, 30, 30, 200."""
+    ids = [f"c{k}" for k in range(12)]
+    drawn = [np.random.default_rng([5, 0x52414E4B, client_key(name)]).random() for name in ids]
+    found = ranks_of("uniform", ids, seed=5, modules=lambda: ["attn.q"])
+    assert found.tolist() == [(8, 30, 30, 200)[int(4 * value)] for value in drawn]
+
+
+@pytest.mark.parametrize("name", ["layers.0.SelfAttention.q", "h.0.Attn.c", "layers.0.attention.q", "attn"])
+def test_attention_is_known_in_any_case(name: str) -> None:
+    assert is_attention(name)

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 import fedmira
 from fedmira import bundled
-from fedmira.config.faults import check_config
+from fedmira.config.faults import check_config, describe_fault
 from fedmira.config.sections import Config
 from fedmira.config.yaml_text import dump_config, parse_yaml, read_config
 from fedmira.errors import ConfigError
 from fedmira.methods import entry_faults
+from fedmira.methods.wrappers import Clipped
 
 WHOLE = """
 seeds: [0]
@@ -448,3 +450,22 @@ def test_a_file_goes_before_a_preset_of_the_same_name(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("name", ["../presets/demo", "presets/demo", "none", ""])
 def test_a_preset_is_found_by_its_plain_name_only(name: str) -> None:
     assert bundled.preset(name) is None
+
+
+def test_a_mark_of_utf_8_before_a_config_is_no_part_of_its_first_key(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"\xef\xbb\xbfseeds: [1]\n")
+    assert read_config(path) == {"seeds": [1]}
+
+
+def test_an_unknown_key_of_a_wrapper_is_answered_with_the_keys_of_a_wrapper() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Clipped.model_validate({"norm": 1, "nrom": 2})
+    line = describe_fault(caught.value.errors()[0], Clipped, {}, prefix="methods.0.with.0.")
+    assert line == "methods.0.with.0.nrom: unknown key (did you mean 'norm'?); allowed here: name, norm"
+
+
+def test_an_unknown_key_of_a_partitioner_is_answered_with_the_keys_of_that_one() -> None:
+    raw = {"data": {"clients": {"partitioner": {"name": "dirichlet", "num_partitions": 2, "alhpa": 1}}}}
+    with pytest.raises(ConfigError, match=r"partitioner.*alhpa: unknown key \(did you mean 'alpha'"):
+        check_config(raw)

@@ -20,7 +20,7 @@ from fedmira.data.batches import (
     count_examples,
     local_batches,
 )
-from fedmira.data.encode import encode_client
+from fedmira.data.encode import _cut, _fit, _Prompt, _readable, encode_client
 from fedmira.data.formats import Record
 from fedmira.data.partition import Client
 from fedmira.data.templates import NONE
@@ -382,3 +382,29 @@ def test_cut_questions_are_counted_for_what_is_answered_only() -> None:
     own = client((PROMPT, "a"), (PROMPT, "b"), validation=[(PROMPT, "a"), ("a b", "c")])
     data = encode_client(own, tokenizer(), template=NONE, max_length=40, max_question=16)
     assert data.truncation == Truncation(examples=4, questions_cut=1)
+
+
+def test_a_prompt_for_generation_is_never_longer_than_an_example() -> None:
+    own = client(("a", "b"), validation=[(PROMPT, "a")])
+    data = encode_client(own, tokenizer(), template=NONE, max_length=6, max_question=100)
+    assert len(data.validation[0].question) == 6
+
+
+def test_a_cut_keeps_no_more_than_there_is_room_for() -> None:
+    assert _cut([1, 2, 3, 4], 2, 1) == ([1], 3)
+    assert _cut([1, 2, 3, 4], 2, 3) == ([1, 2, 4], 1)
+
+
+def test_loss_on_an_earlier_turn_begins_after_the_leading_ids_that_a_cut_keeps() -> None:
+    """Ids 0, 1 are the tokenizer's; 3 of the rest go, and with them the start of the turn at 3 to 7."""
+    prompt = _Prompt(range(10), 2, trained=((3, 8),))
+    example, _ = _fit(prompt, [20, 21], max_length=9, max_question=None, texts=("t",))
+    assert example is not None
+    assert example.ids == (0, 1, 5, 6, 7, 8, 9, 20, 21)
+    assert example.earlier == ((2, 5),)
+
+
+def test_an_end_of_text_that_is_also_the_unknown_token_does_not_stay_in_a_reference() -> None:
+    both = tokenizer()
+    both.unk_token = "</s>"
+    assert _readable("a b </s>", both) == "a b"

@@ -202,3 +202,9 @@ def test_a_conversation_may_be_a_parquet_row(tmp_path: Path) -> None:
     assert [str(skipped) for skipped in reading.skipped] == [
         "a.parquet, row 3: 'messages', turn 2 of 2: 'content' is null, not text"
     ]
+
+
+def test_only_turns_of_the_completion_are_trained_on_where_prompt_and_completion_are_lists(tmp_path: Path) -> None:
+    row = {"prompt": [USER, REPLY, USER], "completion": [REPLY, USER, REPLY]}
+    [record] = records(write(tmp_path / "a.jsonl", row))
+    assert [turn.trained for turn in record.turns if turn.role == "assistant"] == [False, True]

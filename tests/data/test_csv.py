@@ -170,3 +170,9 @@ def test_a_row_over_the_limit_ends_the_file_because_its_quotes_are_unknown(row: 
     assert found[1].stops
     assert "f.csv:3: the " in str(found[1])
     assert "longer than 100 bytes" in str(found[1])
+
+
+def test_a_line_of_separators_is_a_row_of_empty_values_and_no_blank_line() -> None:
+    text = io.BytesIO(b"a\tb\n\t\n\n1\t2\n")
+    rows = [item[1] for item in read_csv(text, START, delimiter="\t") if not isinstance(item, Fault)]
+    assert rows == [{"a": "", "b": ""}, {"a": "1", "b": "2"}]

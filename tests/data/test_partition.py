@@ -89,6 +89,17 @@ def test_a_client_without_a_group_in_the_data_has_none() -> None:
     assert [client.group for client in clients] == [None, "x"]
 
 
+def test_a_group_is_the_same_with_and_without_spaces_around_it() -> None:
+    records = [record(0, task="a", family="x"), record(1, task="a", family=" x ")]
+    assert [client.group for client in form_clients(records, by="task", groups="family")] == ["x"]
+
+
+def test_training_records_are_counted_by_value_and_blank_ones_are_not() -> None:
+    records = [record(number, task="a", n=value) for number, value in enumerate(("1", "2", "2", "", " "))]
+    [client] = form_clients(records, by="task", validation=0.0, test=0.0)
+    assert client.counts["n"] == {"1": 1, "2": 2}
+
+
 def test_a_client_carries_the_columns_that_are_constant_in_it() -> None:
     records = [record(0, task="a", kind="x", n="1"), record(1, task="a", kind="x", n="2")]
     assert form_clients(records, by="task")[0].columns == {"task": "a", "kind": "x"}
@@ -185,6 +196,12 @@ def test_the_draws_are_those_of_the_documented_stream() -> None:
     [client] = form_clients(task("a", 10), by="task", validation=0.0, test=0.2, seed=5)
     order = np.random.default_rng([5, client_key("a"), 2]).permutation(10)
     assert [r.source for r in client.test] == [f"data.jsonl:{number}" for number in sorted(order[:2])]
+
+
+def test_subsampling_draws_from_another_documented_stream() -> None:
+    [client] = form_clients(task("a", 10), by="task", validation=0.0, test=0.0, subsample=0.4, seed=5)
+    order = np.random.default_rng([5, client_key("a"), 1]).permutation(10)
+    assert [r.source for r in client.train] == [f"data.jsonl:{number}" for number in sorted(order[:4])]
 
 
 @pytest.mark.parametrize("options", [{}, {"per_group": 3}, {"subsample": 0.5}])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.data.bad_rows import BAD_LINES, GOOD, PAIR, SECRET, fault, records, skipping, write
 
-from fedmira.data.rows import Fault, Place, read_document, read_lines
+from fedmira.data.rows import BadText, Fault, Place, decode, read_document, read_lines
 from fedmira.data.tables import read_csv
 
 START = Place("f", "f", 1, False)
@@ -380,3 +380,14 @@ def test_an_archive_that_grows_beyond_the_limit_is_refused_while_it_is_read() ->
     assert isinstance(refused, Fault)
     assert refused.stops
     assert len(list(read_document(io.BytesIO(content), START, limit=len(content)))) == 50
+
+
+def test_a_mark_of_utf_8_is_dropped_at_the_start_of_a_file_only() -> None:
+    assert decode(b"\xef\xbb\xbfx", 0) == "x"
+    assert decode(b"\xef\xbb\xbfx", 5) == "\ufeffx"
+
+
+def test_a_nul_far_into_a_file_does_not_make_it_utf_16() -> None:
+    with pytest.raises(BadText, match="byte 100 of the file is NUL, which is not text") as caught:
+        decode(b"\0a", 100)
+    assert not caught.value.stops

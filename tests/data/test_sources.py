@@ -143,3 +143,9 @@ def test_a_file_that_cannot_be_read_says_so(tmp_path: Path) -> None:
 
 def test_a_path_that_is_too_long_says_so(tmp_path: Path) -> None:
     assert "File name too long" in fault(tmp_path / ("x" * 300))
+
+
+def test_a_hidden_file_of_a_folder_is_not_read_and_capitals_do_not_matter(tmp_path: Path) -> None:
+    write(tmp_path / ".b.jsonl", PAIR, PAIR)
+    (tmp_path / "C.JSONL").write_bytes(write(tmp_path / "a.jsonl", PAIR).read_bytes())
+    assert [record.source for record in records(tmp_path)] == ["C.JSONL:1", "a.jsonl:1"]

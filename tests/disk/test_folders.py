@@ -284,3 +284,16 @@ def test_a_study_is_found_by_itself_or_by_one_of_its_runs(run: RunFolder, monkey
 def test_a_path_that_is_neither_study_nor_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"it has no run\.json and no config\.yaml"):
         find_study(tmp_path)
+
+
+def test_an_empty_folder_of_the_users_is_not_a_studys(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(StoreError, match="not a study's, such as 'mine'"):
+        StudyFolder(tmp_path).clear()
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_examples_with_a_line_separator_of_unicode_come_back(run: RunFolder) -> None:
+    examples = [{"prompt": "a\u2028b\x85c", "answer": "d"}, {"prompt": "e", "answer": ""}]
+    run.write_examples(examples)
+    assert run.examples() == examples

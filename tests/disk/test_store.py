@@ -409,6 +409,11 @@ def test_the_chain_is_the_newest_full_checkpoint_and_the_deltas_after_it(chain: 
     assert rounds(chain) == [3, 4, 5]
 
 
+def test_a_delta_counts_only_where_the_round_before_it_is_there(chain: Path) -> None:
+    shutil.rmtree(chain / "round-000004")
+    assert rounds(chain) == [3]
+
+
 def test_a_folder_without_a_manifest_does_not_count(chain: Path, caplog: pytest.LogCaptureFixture) -> None:
     (chain / "round-000005" / "manifest.json").unlink()
     assert rounds(chain) == [3, 4]
@@ -549,3 +554,19 @@ def test_a_crash_at_any_step_of_a_checkpoint_leaves_the_one_before(
             save(tmp_path, 2, full=random.Random(seed).random() < 0.5)
     assert rounds(tmp_path)[-1] in (1, 2)
     assert json.loads((tmp_path / "round-000001" / "manifest.json").read_bytes())["round"] == 1
+
+
+def test_rows_of_another_type_are_converted_when_they_are_written_to_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "RAM_BYTES", 0)
+    rows = Table(START, KINDS, tmp_path)
+    rows.write(torch.tensor([1]), torch.full((1, 3), 7.0, dtype=torch.float64))
+    assert rows[torch.tensor([1, 2])].tolist() == [[7, 7, 7], [4, 5, 6]]
+
+
+def test_a_crash_while_pruning_leaves_no_gap(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", fail(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        prune(chain, keep_from=0, keep_to=2)
+    assert checkpoint_rounds(chain) == [1, 2, 3, 4]

@@ -76,6 +76,14 @@ def test_prompts_alike_are_embedded_alike_whoever_shares_the_pass() -> None:
     np.testing.assert_allclose(embed_prompts(base(), [turned]), together[:1], rtol=1e-4, atol=1e-5)  # answers unseen
 
 
+def test_the_vector_of_a_client_is_the_mean_over_its_prompts_however_many_they_are() -> None:
+    one, other = tiny.client("one", train=1, seed=1), tiny.client("other", train=1, seed=2)
+    once, both, thrice = (replace(one, train=train) for train in (one.train, one.train + other.train, one.train * 3))
+    found = embed_prompts(base(), [once, both, thrice, other])
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[1], (found[0] + found[3]) / 2, rtol=1e-5, atol=1e-6)
+
+
 def test_values_of_a_column_are_counted_as_shares() -> None:
     def client(**counts: int) -> ClientData:
         return replace(tiny.client("c", train=1), counts={"topic": counts})

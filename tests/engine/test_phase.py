@@ -170,6 +170,23 @@ def test_rows_that_arrive_filled_beyond_a_rank_are_masked_before_training(site: 
     assert not found.returned.rows[1][~own[1]].any()
 
 
+def test_an_update_fills_nothing_beyond_a_rank_whatever_gradient_a_method_gives_it(site: Site) -> None:
+    def step(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
+        tools.grad(adapters)
+        return tools.update(adapters, torch.ones_like(adapters.rows)), memory
+
+    own = site.start.layout.rank_mask(site.start.ranks)
+    found = site.run(half(step=step)).returned.rows
+    assert not found[~own].any()
+    assert bool((found[own] != site.start.rows[own]).all())
+
+
+def test_every_round_has_other_batches_of_the_same_examples(site: Site) -> None:
+    first, second = (np.concatenate(plan_steps(site.clients[1], EPOCH, number)).tolist() for number in (1, 2))
+    assert first != second
+    assert sorted(first) == sorted(second) == list(range(7))
+
+
 def test_clipping_bounds_each_clients_step_by_its_own_norm(site: Site) -> None:
     plain = Training(sgd(), 1.0, 2, 1, None, 0.01, False, 0.0, seed=3)
     moved = (site.run(training=plain).returned.rows - site.start.rows).norm(dim=1)

@@ -70,6 +70,14 @@ def test_a_tolerance_above_every_loss_refuses_nothing(tmp_path: Path, monkeypatc
     assert all(record["notes"]["refused_replies"] == 0 for record in ran.records)
 
 
+def test_a_reply_that_changes_nothing_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is pulled, so each loss is to the bit what it was: not worse by more than 0."""
+    settings(monkeypatch, **{"lambda": 0.0, "accept": {"tolerance": 0.0}})
+    ran = play("mira", tmp_path / "run")
+    assert all(record["loss_before"] == record["loss_after"] for record in ran.records)
+    assert [record["notes"]["refused_replies"] for record in ran.records] == [0, 0, 0]
+
+
 @pytest.mark.filterwarnings("ignore:mira")
 def test_a_lost_reply_is_scored_and_stored_but_never_trained_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,7 +26,9 @@ from fedmira.adapters import Adapters
 from fedmira.adapters.columns import count_columns, factor_columns
 from fedmira.disk.folders import RunFolder
 from fedmira.engine import run as rounds
+from fedmira.engine.clients import Send
 from fedmira.engine.events import Event, Observer, RoundDone, silent
+from fedmira.engine.simulated import Simulated
 from fedmira.evaluation.measure import measure_loss
 from fedmira.methods import build
 from fedmira.methods.base import Change, Clock, Message, Method, State
@@ -189,6 +191,70 @@ def test_kept_moments_belong_to_their_client_and_go_on_when_it_comes_back(tmp_pa
     found = play("local", tmp_path / "run", of=house(keep_optimizer=keep))
     seen = [sorted(phase.moments["main"]["steps"].tolist()) for phase in found.phases]
     assert seen == ([[1, 3], [2, 2], [3, 6]] if keep else [[1, 3], [1, 2], [1, 3]])
+
+
+def test_a_merge_weighs_clients_by_their_training_examples(tmp_path: Path) -> None:
+    seen: list[list[float]] = []
+
+    def watch(method: Method) -> Method:
+        def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
+            seen.append(weights.tolist())
+            return method.merge(state, ids, returned, weights, clock)
+
+        return replace(method, merge=merge)
+
+    play("fedavg", tmp_path / "run", change=watch)
+    assert seen == [[TRAIN[k] for k in ids] for ids in SCHEDULE]
+
+
+def test_a_methods_own_learning_rate_is_that_of_its_clients_and_of_its_clock(tmp_path: Path) -> None:
+    """With a rate of 0 nobody moves, whatever the config says."""
+    seen: list[float] = []
+
+    def still(method: Method) -> Method:
+        def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
+            seen.append(clock.learning_rate)
+            return method.merge(state, ids, returned, weights, clock)
+
+        return replace(method, merge=merge, regime=replace(method.regime, learning_rate=0.0))
+
+    found = play("local", tmp_path / "run", change=still)
+    assert torch.equal(found.rows, found.house.common_start)
+    assert seen == [0.0] * len(SCHEDULE)
+
+
+def test_a_client_of_the_last_round_alone_is_tested_with_what_it_has_then(tmp_path: Path) -> None:
+    of = house(metrics=["loss"], count=2)
+    found = run(of, build("local", {}, of.cohort()), tmp_path / "run", schedule=((0, 1), (1, 3)))
+    expected = measure_loss(base(), found.serve, of.clients, range(4), split="test", cohort=8)
+    last = {
+        row["client"]: float(row["value"]) for row in found.results if (row["round"], row["split"]) == ("2", "test")
+    }
+    assert [last[client.id] for client in of.clients] == pytest.approx(expected)
+    assert last["c3"] != pytest.approx(of.start().test["loss"][3])
+
+
+def test_everybody_is_validated_in_every_nth_round_and_in_the_last() -> None:
+    course = rounds.Course(rounds=5, every=2, seed=0, learning_rate=0.0)
+    assert [number for number in range(1, 6) if course.is_due(number)] == [2, 4, 5]
+
+
+def test_a_shared_row_is_validated_on_everybody_in_the_rounds_that_are_due_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = house()
+    evaluation = of.config.evaluation.model_copy(update={"every": 2})
+    of = replace(of, config=of.config.model_copy(update={"evaluation": evaluation}))
+    asked: list[list[int]] = []
+    losses = Simulated.losses
+
+    def noted(self: Simulated, ids: Tensor, send: Send) -> list[float | None]:
+        asked.append(ids.tolist())
+        return losses(self, ids, send)
+
+    monkeypatch.setattr(Simulated, "losses", noted)
+    play("fedavg", tmp_path / "run", of=of)
+    assert asked == [[0, 1], [1, 2], [0, 3], [0, 1], [2, 3]]
 
 
 # ---------------------------------------------------------------- columns that stay with their client

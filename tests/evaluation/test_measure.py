@@ -121,6 +121,22 @@ def test_answers_are_scored_for_each_client_with_its_own_adapter(
         assert found[k]["rouge_l"] == pytest.approx(sum(scores) / len(scores))
 
 
+def test_a_score_is_the_mean_over_the_clients_own_examples(
+    base: Base, stack: Adapters, clients: list[ClientData]
+) -> None:
+    """References are what the model writes, except for two of client 2's five: 3 of 3, and 3 of 5."""
+    marked = list(clients)
+    for k, wrong in ((0, 0), (2, 2)):
+        prompts = [list(one.question) for one in clients[k].test]
+        (texts,) = answers(base, stack.take(torch.tensor([k])), [prompts], max_new_tokens=5)
+        right = [replace(one, answers=(text,)) for one, text in zip(clients[k].test, texts, strict=True)]
+        lost = [replace(one, answers=("another",)) for one in right[:wrong]]
+        marked[k] = replace(clients[k], test=(*lost, *right[wrong:]))
+    options = {"split": "test", "cohort": 4, "metrics": ["exact_match"], "max_new_tokens": 5}
+    found = measure_answers(base, stack.take, marked, [0, 2], **options)  # type: ignore[arg-type]
+    assert [scores["exact_match"] for scores in found] == pytest.approx([1, 0.6])
+
+
 def test_only_the_first_examples_are_answered_where_a_limit_is_set(
     base: Base, stack: Adapters, clients: list[ClientData]
 ) -> None:

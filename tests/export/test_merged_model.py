@@ -142,6 +142,16 @@ def test_the_type_is_that_of_the_run_or_the_requested_one(here: Path, run: Run, 
     assert 1e-4 < found < 0.2
 
 
+def test_the_difference_of_a_narrow_model_is_from_base_and_adapter_before_any_rounding(
+    here: Path, run: Run, tmp_path: Path
+) -> None:
+    (made,) = study.merge(run, client="007", out=tmp_path, dtype="bfloat16")
+    whole = AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.bfloat16)
+    ids = merge._draw_ids(whole)
+    exact = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(here / "base"), str(run.adapters("007")))
+    assert made.difference == pytest.approx(distance(logits(whole, ids), logits(exact, ids)), rel=1e-4)
+
+
 def test_an_adapter_lost_in_rounding_is_reported(here: Path, tmp_path: Path) -> None:
     facts = make_adapter(here / "base", tmp_path / "faint", size=0.02)
     (narrow,) = merge_adapters([tmp_path / "faint"], [tmp_path / "b"], facts=facts, dtype="bfloat16")

@@ -279,6 +279,25 @@ def test_an_adapter_with_a_rank_for_each_module_is_in_peft_what_it_is_in_the_sta
         assert torch.equal(read_adapter(folder, stack.layout), own.rows)
 
 
+@pytest.mark.parametrize(("family", "transposed"), [("gpt2", True), ("llama", False)])
+def test_weights_that_a_base_stores_transposed_are_declared_as_that(
+    family: str, transposed: bool, tmp_path: Path
+) -> None:
+    """PEFT corrects a wrong value by itself, with a warning; other programs that read it do not."""
+    base = tiny.base(family, targets="all-linear", dtype=torch.float32)
+    assert settings(export_one(tmp_path / "a", base, uneven(base, (2, 2))))["fan_in_fan_out"] is transposed
+
+
+def test_a_run_on_a_base_with_transposed_weights_declares_them(tmp_path: Path) -> None:
+    tiny.model("gpt2", dtype=torch.float32).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    data = small_study.save_data(tmp_path / "data.jsonl", examples=4)
+    changes = {"lora": {"target_modules": ["c_attn"]}, "federation": {"rounds": 1}, "methods": LOCAL}
+    raw = small_study.settings(tmp_path / "base", data, tmp_path / "study", **changes)
+    fedmira.run(fedmira.load_config(small_study.save_config(tmp_path / "config.yaml", raw)))
+    assert settings(tmp_path / "study" / "local" / "seed-3" / "adapters" / "ada")["fan_in_fan_out"] is True
+
+
 def test_a_rank_that_is_not_the_largest_is_written_under_its_shortest_unique_ending(tmp_path: Path) -> None:
     base = tiny.base("gpt2", targets="all-linear", dtype=torch.float32)  # attn.c_proj and mlp.c_proj end alike
     found = settings(export_one(tmp_path / "a", base, uneven(base, (2, 5))))

@@ -7,14 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as some
 
+from fedmira.adapters import Adapters, lora_layout
 from fedmira.errors import MethodError
 from fedmira.graphs import graph as graphs
 from fedmira.graphs import step
 from fedmira.graphs.graph import Graph, file_graph, from_matrix, group_graph, random_graph, uniform_graph
-from fedmira.graphs.step import couple, laplacian, largest_coupling, largest_eigenvalue, normalise
+from fedmira.graphs.step import (
+    check_stable,
+    couple,
+    laplacian,
+    largest_coupling,
+    largest_eigenvalue,
+    normalise,
+    product_distance,
+    stable_coupling,
+)
 
 IDS = ("a", "b", "c")
 STAR = np.array([[0.0, 1.0, 3.0], [1.0, 0.0, 0.0], [3.0, 0.0, 0.0]])  # degrees 4, 1, 3
@@ -369,3 +380,45 @@ def test_lonely_are_counted_where_a_graph_is_a_rule(monkeypatch: pytest.MonkeyPa
 def test_a_weight_of_zero_makes_no_neighbour(tmp_path: Path) -> None:
     (tmp_path / "graph.csv").write_text("client,neighbour,weight\na,b,0\nb,c,1\nc,b,0\n")
     assert file_graph(tmp_path / "graph.csv", ["a", "b", "c"]).lonely.tolist() == [0, 2]
+
+
+# ---------------------------------------------------------------- which couplings are stable
+
+
+def test_a_coupling_is_lowered_until_two_neighbours_meet_in_the_middle() -> None:
+    """Largest eigenvalue 2, stable below 1: above 1 / 2 each would pass the other. A coupling below that stays."""
+    pair = uniform_graph(2)
+    near = couple(pair, everyone(pair), kind="none", stored=False)
+    assert stable_coupling(0.9, pair, near) == pytest.approx(0.5)
+    assert stable_coupling(0.4, pair, near) == 0.4
+
+
+def test_on_an_asymmetric_graph_a_coupling_is_lowered_until_rows_are_weighted_means() -> None:
+    """The largest row sum is 2: at 1 / 2 a client moves to its neighbours' mean."""
+    uneven = from_matrix(np.array([[0.0, 2.0], [1.0, 0.0]]), kind="x")
+    near = couple(uneven, everyone(uneven), kind="none", stored=False)
+    assert stable_coupling(0.9, uneven, near) == pytest.approx(0.5)
+
+
+@pytest.mark.filterwarnings("ignore:mira")
+def test_at_the_limit_itself_a_symmetric_graph_is_refused() -> None:
+    """Two neighbours at the limit change places in every round, for ever."""
+    pair = uniform_graph(2)
+    rounds = [couple(pair, everyone(pair), kind="none", stored=False)]
+    limit = largest_coupling(pair, rounds)
+    with pytest.raises(MethodError, match="must be below 1 "):
+        check_stable(limit, pair, rounds, normalised=False, method="mira")
+    check_stable(0.999 * limit, pair, rounds, normalised=False, method="mira")
+
+
+def test_the_distance_of_two_updates_counts_each_at_its_own_scale() -> None:
+    """One number each: 3 x 2 x 1 and 0.5 x 4 x 1 are 4 apart."""
+    layout = lora_layout([("m", 1, 1)], 1)
+    sides = []
+    for scale, b in ((3.0, 2.0), (0.5, 4.0)):
+        side = Adapters(layout, torch.zeros(1, layout.size), torch.tensor([1]), torch.tensor([scale]))
+        ((first, second),) = layout.parts[0].pairs()
+        side.leaf(first).fill_(1)
+        side.leaf(second).fill_(b)
+        sides.append(side)
+    assert product_distance(*sides) == pytest.approx(4)

@@ -144,3 +144,10 @@ def test_a_knn_graph_over_many_is_that_of_the_whole_matrix(measure: str, monkeyp
     parts = knn_graph(profiles, measure=measure, degree=4, note="").weights.toarray()
     np.testing.assert_allclose(parts, whole)
     assert (whole > 0).sum() > 25
+
+
+def test_a_direction_that_all_profiles_share_makes_nobody_alike() -> None:
+    """Without their mean (10, 0) they are (0, 1), (0, 2), (0, -1), (0, -2): cosines 1 within the pairs, -1 between."""
+    profiles = np.array([[10.0, 1.0], [10.0, 2.0], [10.0, -1.0], [10.0, -2.0]])
+    found = knn_graph(profiles, measure="cosine", degree=3, note="").weights.toarray()
+    assert found == pytest.approx(np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]))

@@ -195,6 +195,13 @@ def test_counting_rounds_makes_an_estimate_in_every_step_of_each_tau_th_of_a_cli
     assert client.memory["sophia_count"].tolist() == [3]
 
 
+def test_every_client_counts_its_own_rounds_by_one() -> None:
+    client = Client(sophia(count="rounds"), rows((1, 1), (1, 1), (1, 1)))
+    client.memory["sophia_count"][0] = 4
+    client.end_round()
+    assert client.memory["sophia_count"].tolist() == [5, 1, 1]
+
+
 def test_counting_steps_goes_on_across_rounds() -> None:
     client = Client(sophia(tau=3), rows((1, 1)))
     for _ in range(3):

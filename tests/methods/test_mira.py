@@ -173,6 +173,13 @@ def test_an_asymmetric_graph_may_pull_to_the_mean_of_its_neighbours_but_no_furth
         mira(cohort(2), graph=graph, **{"lambda": 0.51})
 
 
+def test_a_round_in_which_fewer_answer_than_were_checked_lets_nobody_overshoot() -> None:
+    """Three alike are stable below 2 / 3; of two of them, 0.6 would carry each past the other."""
+    with pytest.warns(UserWarning, match="overshoot"):
+        method = mira(cohort(3), graph={"kind": "uniform"}, **{"lambda": 0.6})
+    assert merge(method, (0, 4), ids=(0, 1), stored=(9, 9, 9)) == pytest.approx([2, 2])
+
+
 def test_without_a_penalty_any_graph_will_do() -> None:
     method = mira(cohort(6), eta=100, graph={"kind": "uniform"}, **{"lambda": 0})
     assert merge(method, (0, 1, 2, 3, 4, 5)) == [0, 1, 2, 3, 4, 5]

@@ -238,6 +238,24 @@ def test_a_neighbour_moves_nobody_further_than_its_weight_times_tau(
         assert moved == pytest.approx(0.3 * weights[k, attacker] * tau, rel=1e-9)
 
 
+@pytest.mark.parametrize("space", ["factors", "product"])
+def test_a_stored_neighbour_moves_nobody_further_than_its_weight_times_tau_either(tmp_path: Path, space: str) -> None:
+    """Client 1 alone in its round; 2 is stored where 1 is, and 0, of weight 1, far away."""
+    tau, ids = 0.5, (1,)
+    full = torch.full((CLIENTS,), 2)
+    uploads, stored = adapters(1, ranks=full), adapters(9, ranks=full, scale=100.0)
+    stored.rows[2] = uploads.rows[1]
+    method = mira(tmp_path, ids, clip=tau, neighbours="stored", space=space)
+    answer = as_adapters(merged(method, uploads, ids, stored), ids, full)
+    before = uploads.take(torch.tensor([1]))
+    if space == "factors":
+        moved = float((answer.rows - before.rows).norm())
+        assert moved == pytest.approx(0.3 * 1.0 * tau)
+    else:  # the cut to the client's rank moves it once more, by no more than the step did
+        moved = sum(float((a - b).square().sum()) for a, b in zip(products(answer), products(before), strict=True))
+        assert moved**0.5 <= 2 * 0.3 * 1.0 * tau
+
+
 @pytest.mark.parametrize("attackers", [1, 2, 3])
 @pytest.mark.parametrize("blow", [1.0, 100.0, 1e4])
 def test_poisoned_neighbours_do_not_drag_the_honest_along(attackers: int, blow: float) -> None:
@@ -354,6 +372,26 @@ def test_a_clients_sketch_is_taken_again_when_its_turn_has_come_and_only_then() 
     assert not torch.equal(history[3][1], history[2][1])  # round 4 is
     assert torch.equal(history[3][2], history[2][2])  # not sampled
     assert tables["seen"].tolist() == [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("measure", ["cosine", "distance"])
+def test_clients_that_move_alike_from_different_places_are_alike_by_their_updates_only(measure: str) -> None:
+    """Every client begins elsewhere; 0, 1, 2 take one and the same step, 3 and 4 another."""
+    full = torch.full((CLIENTS,), 2)
+    begun = adapters(0, ranks=full, scale=10.0)
+    ways = torch.randn(2, LAYOUT.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    uploads = begun.with_rows(begun.rows + ways[[0, 0, 0, 1, 1]]).mask_()
+    similar = {}
+    for of in ("updates", "adapters"):
+        settings = {"graph": {"kind": "learned", "degree": 2, "of": of, "measure": measure}}
+        method = build("mira", settings, cohort())
+        state = method.init(begun, Clock(0))
+        change = method.merge(state, torch.arange(CLIENTS), Message(uploads.rows), torch.ones(CLIENTS), FIRST)
+        assert method.facts.learned is not None
+        found = method.facts.learned(State(begun, state.shared, dict(change.tables))).weights.toarray()
+        similar[of] = [float(found[pair]) for pair in ((0, 1), (0, 2), (1, 2), (3, 4))]
+    assert similar["updates"] == pytest.approx([1, 1, 1, 1])
+    assert max(similar["adapters"]) < 0.9
 
 
 def test_with_stored_neighbours_a_client_is_joined_to_those_of_earlier_rounds() -> None:

@@ -9,9 +9,10 @@ import torch
 from tests import tiny
 from torch import Tensor
 
-from fedmira.adapters import Adapters, Pairs
-from fedmira.adapters.added import fold, join_pairs
+from fedmira.adapters import Adapters, Pairs, lora_layout
+from fedmira.adapters.added import BaseVersions, check_pairs, fold, join_pairs
 from fedmira.data.batches import Encoded, collate
+from fedmira.errors import ShapeError
 from fedmira.evaluation.measure import measure_answers
 from fedmira.model.base.load import wrap
 from fedmira.model.packed.lora import Dropout
@@ -116,3 +117,17 @@ def test_one_adapter_of_the_untouched_base_is_the_adapter_and_the_pairs() -> Non
         assert whole.ranks.tolist() == [[2 - k + 3 * name.endswith("q_proj") for name, _, _ in base.shapes]]
         torch.testing.assert_close(losses(base, whole, batch)[0], losses(base, alone, batch)[0], rtol=1e-12, atol=1e-13)
     assert fold(stack.take(torch.tensor([0]))).layout is stack.layout
+
+
+def test_clients_are_sent_all_that_the_one_furthest_behind_lacks() -> None:
+    versions = tuple({"m": (torch.full((1, 2), number), torch.ones(3, 1))} for number in (1.0, 2.0, 3.0))
+    said = BaseVersions(versions, torch.tensor([2, 0, 3]))
+    for index, first in (([0, 1], 0), ([0, 2], 2), ([2], 3)):
+        taken = said.take(torch.tensor(index))
+        assert (taken.first, [float(pairs["m"][0][0, 0]) for pairs in taken.pairs]) == (first, [1.0, 2.0, 3.0][first:])
+    assert said.bytes_missing == (1 + 3 + 0) * 4 * (2 + 3)
+
+
+def test_a_pair_of_rank_0_is_refused() -> None:
+    with pytest.raises(ShapeError, match="q >= 1"):
+        check_pairs({"m": (torch.zeros(0, 2), torch.zeros(3, 0))}, lora_layout([("m", 2, 3)], 1))

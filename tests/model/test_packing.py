@@ -114,11 +114,13 @@ def test_clients_of_similar_size_share_a_segment_and_others_get_separate_ones() 
 
 
 def test_the_filler_of_a_segment_may_be_longer_than_the_positions_of_the_base() -> None:
-    """900 tokens beside 828: the smaller client is filled with 72 tokens, the base knows 64 positions."""
-    lengths = [[60] * 15, [60] * 13 + [48]]
+    """960 tokens beside 888: the smaller client is filled with 72 tokens, the base knows 64 positions."""
+    lengths = [[60] * 16, [60] * 14 + [48]]
     assert sum(lengths[0]) - sum(lengths[1]) > tiny.POSITIONS
     assert sum(lengths[1]) >= SEGMENT_FILL * sum(lengths[0])
     batch = batch_of(lengths)
+    (segment,) = pack(batch, pad_id=0).segments  # else nobody is filled up
+    assert segment.tokens == 960
     for one, other in zip(measure(BASE, batch), measure(replace(BASE, packs=False), batch), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 

@@ -91,6 +91,13 @@ def test_clients_without_a_common_metric_cannot_be_compared(study: Path, write_r
     )
 
 
+def test_a_higher_mean_of_fewer_winners_is_not_called_better(study: Path, write_run):
+    # 21 losses, 0.01 to 0.21, and 19 gains, 1 to 19: the ranks say better (p = 0.02), and so does the mean
+    write_run("local", accuracy(*[10.0] * 40))
+    write_run("mira", accuracy(*[10 - step / 100 for step in range(1, 22)], *[10.0 + step for step in range(1, 20)]))
+    assert first(study).verdict == "mixed"
+
+
 def test_the_greatest_gain_comes_first(study: Path, write_run):
     write_run("local", accuracy(1, 1, 1, 1, 1, 1))
     write_run("fedavg", accuracy(0, 0, 0, 0, 0, 0))
