@@ -1,12 +1,13 @@
 # `make demo` shows FedMira at work, `make test` is what CI runs; CONTRIBUTING.md explains the rest.
 PYTHON ?= python3
 BIN := .venv/bin
+NEWEST_PYTHON ?= $(firstword $(foreach minor,15 14 13 12 11,$(shell python3.$(minor) -c 'import sys; print(sys.executable)' 2>/dev/null)) $(PYTHON))
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 # Tests never reach a model hub, and two workers with one thread each do not fight for the cores.
 # Compiled modules are kept: the tests start some hundred processes, which would compile the package again.
 QUIET_HUB := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
-.PHONY: install install-base demo check test test-slow test-newest pretrain docs bench bench-full clean
+.PHONY: install install-base demo check test test-slow test-newest test-oldest pretrain docs bench bench-full clean
 
 install: .venv/.installed-dev
 
@@ -41,14 +42,23 @@ test:
 	@$(MAKE) --no-print-directory install
 	@$(MAKE) --no-print-directory check
 
-# The newest versions that pip finds, in an environment of its own that is made anew each time. torch comes with CUDA and
-# takes gigabytes; for its CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-newest
+# The newest Python at hand with the newest versions that pip finds, in a separate environment that is made anew each
+# time: what a seed decides must be the same there (tests/data/test_seeds.py). torch comes with CUDA and takes gigabytes; for its CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-newest
 test-newest:
 	rm -rf .venv-newest
-	$(PYTHON) -m venv .venv-newest
+	$(NEWEST_PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python --version
 	.venv-newest/bin/python -m pip install -q --disable-pip-version-check -e ".[dev]"
 	.venv-newest/bin/python -m pip list | grep -iE "^(torch|transformers|peft|datasets|numpy) "
 	@$(MAKE) --no-print-directory check BIN=.venv-newest/bin
+
+# The lower bounds of pyproject.toml, on this Python, in a separate environment that is made anew each time.
+test-oldest:
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	sed -n '/^dependencies/,/^]/s/^ *"\([A-Za-z0-9_-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check -c .venv-oldest/constraints.txt -e ".[dev]"
+	@$(MAKE) --no-print-directory check BIN=.venv-oldest/bin
 
 test-slow:
 	$(QUIET_HUB) $(BIN)/python -m pytest -m slow
