@@ -20,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from fedmira.data.encode import encode_questions
 from fedmira.data.formats import Record, Turn
 from fedmira.data.templates import SAME_DAY, Template
+from fedmira.disk.files import FILE_MODE, copy_file
 from fedmira.errors import FedMiraError
 from fedmira.export.card import EXAMPLE
 
@@ -73,6 +74,8 @@ class Asking:
             config.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
         if self.source is not None:
             path.write_text(self.source, encoding="utf-8", newline="")
+        for written in tokenizer_files(folder):
+            written.chmod(FILE_MODE)
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,9 @@ def share_files(paths: Sequence[Path], target: Path) -> None:
         (target / path.name).unlink(missing_ok=True)
         try:
             os.link(path, target / path.name)
-            path.chmod(0o444)
+            path.chmod(0o400)
         except OSError:
-            shutil.copyfile(path, target / path.name)
+            copy_file(path, target / path.name)
 
 
 def _expected(template: Template, tokenizer: Any) -> Iterator[_Question]:

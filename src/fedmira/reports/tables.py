@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
-from fedmira.disk.folders import RESULT_COLUMNS
+from fedmira.disk.client_names import as_cell
+from fedmira.disk.folders import NAME_COLUMN, RESULT_COLUMNS
 from fedmira.errors import ConfigError, nearest
 from fedmira.reports.record import Metric, StudyRecord
 from fedmira.reports.stats import MethodSummary
@@ -50,8 +51,11 @@ def table_text(record: StudyRecord, kind: str) -> str:
 
 def results_csv(record: StudyRecord) -> str:
     """Return the rows of all runs' results.csv under one header; a value that is n/a is empty."""
-    rows = record.results.rows
-    return _csv(RESULT_COLUMNS, ([*row[:-1], None if math.isnan(row.value) else row.value] for row in rows))
+    width = len(RESULT_COLUMNS) - 1
+    rows = (
+        [*row[:width], None if math.isnan(row.value) else row.value, as_cell(row.name)] for row in record.results.rows
+    )
+    return _csv((*RESULT_COLUMNS, NAME_COLUMN), rows)
 
 
 def _csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
