@@ -29,7 +29,8 @@ from fedmira.engine.tools import Training
 from fedmira.engine.workplace import Workplace
 from fedmira.methods.base import Change, Clock, Cohort, Message, Method, State
 from fedmira.model.base.load import Base
-from fedmira.study.assemble import evaluation_of, schedule_of, training_of
+from fedmira.study.assemble import evaluation_of
+from fedmira.study.training import schedule_of, training_of
 
 RANKS = (2, 1, 2, 1)
 TRAIN = (5, 2, 3, 4)  # in batches of two: 3, 1, 2 and 2 steps

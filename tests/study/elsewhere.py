@@ -24,7 +24,8 @@ from fedmira.engine.workplace import Workplace
 from fedmira.methods import recipe_of
 from fedmira.methods.base import Clock, Cohort, Message
 from fedmira.model.base.load import load_base
-from fedmira.study.assemble import Built, Prepared, evaluation_of, training_of
+from fedmira.study.assemble import Built, Prepared, evaluation_of
+from fedmira.study.training import training_of
 
 ME = torch.zeros(1, dtype=torch.int64)
 

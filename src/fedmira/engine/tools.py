@@ -11,14 +11,14 @@ from torch import Tensor
 
 from fedmira.adapters import Adapters
 from fedmira.adapters.optim import Optimizer, clip_, on_columns
-from fedmira.data.batches import NO_LOSS, Batch, ClientData
+from fedmira.data.batches import Batch, ClientData
 from fedmira.data.partition import client_key
 from fedmira.engine.rates import CONSTANT, Schedule, by_client
 from fedmira.evaluation.measure import measure_loss
 from fedmira.methods.base import Clock, Tools
 from fedmira.model.base.load import Base
 from fedmira.model.packed.lora import Dropout
-from fedmira.model.passes import gradients, losses
+from fedmira.model.passes import count_labelled, gradients, losses
 
 Moments = dict[str, dict[str, Tensor]]  # whose ("main", or a second trained row) -> name -> [S, ...]
 
@@ -161,7 +161,7 @@ class _Call:
         base, batches = self.box.base, self._batches()
         if len(batches) == 1:
             return gradients(base, adapters, batches[0], into=into, dropout=self.dropout(0), streams=streams)
-        each = [(batch.labels[:, :, 1:] != NO_LOSS).sum(dim=(1, 2)) for batch in batches]
+        each = [count_labelled(batch, adapters.layout.virtual_tokens) for batch in batches]
         tokens = torch.stack(each).sum(dim=0).to(base.device)
         part = self.box.part_of_gradient[: len(self.moments)]
         sums = torch.zeros(len(self.moments), dtype=torch.float64, device=base.device)

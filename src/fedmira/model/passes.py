@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters
-from fedmira.data.batches import Batch
+from fedmira.data.batches import NO_LOSS, Batch
 from fedmira.model.base.load import Base
 from fedmira.model.packed.attention import PackedAttention
 from fedmira.model.packed.lora import Dropout
@@ -59,6 +59,12 @@ def losses(base: Base, adapters: Adapters, batch: Batch) -> tuple[Tensor, Tensor
     with running(base, plan, adapters) as states:
         nats = token_losses(states, plan.targets, base.head)
     return _sum_by_client(nats, plan), plan.counts
+
+
+def count_labelled(batch: Batch, virtual_tokens: int = 0) -> Tensor:
+    """Return how many tokens of each client [S] a pass takes its loss on: with a label, and a token before them."""
+    labels = prepend_virtual(batch, virtual_tokens).labels
+    return (labels[:, :, 1:] != NO_LOSS).sum(dim=(1, 2))
 
 
 def plan_pass(base: Base, batch: Batch, *, share: bool = True) -> Pass:

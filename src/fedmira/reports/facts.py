@@ -1,5 +1,6 @@
 """Facts of a study: data, sampling, costs, and limits of its figures."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ CLIENTS_LISTED = 300  # in a table; of more clients the ends are listed
 ENDS_LISTED = 25
 NAMES_LISTED = 20
 EXAMPLES_SHOWN = 30  # clients
+LENGTH = ("local_steps", "local_epochs", "batch_size", "gradient_accumulation_steps")  # how much a method trains
 CUTS = {
     "prompts_cut": "prompts cut at their start",
     "questions_cut": "test prompts cut to leave room for an answer",
@@ -75,7 +77,31 @@ def notices(record: StudyRecord) -> list[str]:
             f"{plural(missing, 'client')} without a value (n/a; no test example, or not measured) "
             f"{'is' if missing == 1 else 'are'} left out of means and tests."
         )
-    return said + _sampling_notices(record)
+    return said + _training_notices(record) + _sampling_notices(record)
+
+
+def _training_notices(record: StudyRecord) -> list[str]:
+    """Say where methods train for another length than each other, or a schedule was lengthened on the way."""
+    lengths: dict[str, list[str]] = {}
+    said = []
+    for label in record.labels:
+        run = record.first_run(label)
+        training = _mapping(run.facts.training) if run is not None and run.total("tokens") else {}
+        if training:
+            length = ", ".join(f"{key} {clean(training[key])}" for key in LENGTH if training.get(key) is not None)
+            lengths.setdefault(length, []).append(clean(label))
+    if len(lengths) > 1:
+        each = "; ".join(f"{listed(labels, NAMES_LISTED)}: {length}" for length, labels in lengths.items())
+        said.append(f"Not compared at equal compute, the methods train for different lengths. {each}.")
+    grown = [
+        run for run in record.runs if any(_mapping(start).get("rounds_before") for start in _items(run.facts.resumed))
+    ]
+    if grown:
+        names = listed([clean(run.folder) for run in grown], NAMES_LISTED)
+        said.append(
+            f"Rounds were added to a schedule of the learning rate; the first ones followed a shorter one: {names}."
+        )
+    return said
 
 
 def _sampling_notices(record: StudyRecord) -> list[str]:
@@ -182,6 +208,12 @@ def setup_facts(record: StudyRecord) -> list[tuple[str, str]]:
     computed += [f"{name}: {clean(value)}" for name, value in passes.items() if value is not None]
     if computed:
         facts.append(("Computed on", ", ".join(computed)))
+    for label in record.labels:
+        first = record.first_run(label)
+        changed = _mapping(_mapping(first.facts.settings).get("training")) if first is not None else {}
+        if changed:
+            keys = ", ".join(f"{clean(key)} {clean(json.dumps(value))}" for key, value in changed.items())
+            facts.append((f"Training of {clean(label)}", f"{keys}; otherwise as in config.yaml"))
     versions = _mapping(first_run.versions)
     if versions:
         facts.append(("Versions", ", ".join(f"{clean(name)} {clean(version)}" for name, version in versions.items())))
@@ -273,6 +305,10 @@ def shown_examples(record: StudyRecord) -> tuple[dict[str, Any], str]:
 
 def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _items(value: object) -> Sequence[Any]:
+    return value if isinstance(value, list) else ()
 
 
 def _whole(value: object) -> int:

@@ -24,6 +24,8 @@ class ShownFacts(NamedTuple):
 
     state: Any = "unknown"
     method: Any = None
+    settings: Any = None
+    training: Any = None
     rounds: Any = None
     clients: Any = None
     sampled: Any = None
@@ -42,6 +44,7 @@ class ShownFacts(NamedTuple):
     seconds: Any = None
     refused_uploads: Any = None
     refused_replies: Any = None
+    resumed: Any = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fedmira import bundled
 from fedmira.adapters import Layout, lora_layout, scales
-from fedmira.adapters.optim import Optimizer, adamw, sgd
 from fedmira.adapters.ranks import by_ending, client_ranks, is_mixed, shown
 from fedmira.config.sections import Config, TrainingConfig
 from fedmira.data.batches import ClientData
@@ -26,9 +25,7 @@ from fedmira.disk.run_facts import RunFacts
 from fedmira.engine.cost import CohortPlan, plan_cohort
 from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
-from fedmira.engine.rates import Schedule
 from fedmira.engine.schedule import draw_schedule
-from fedmira.engine.tools import Training
 from fedmira.engine.workplace import Evaluation, Workplace
 from fedmira.errors import MethodError, ModelError, nearest
 from fedmira.evaluation.embed import embed_prompts
@@ -38,6 +35,7 @@ from fedmira.model.base.load import Base, choose_device, load_base
 from fedmira.model.base.trial import check_embeddings
 from fedmira.study.events import StudyPrepared
 from fedmira.study.intake import Intake, take_in
+from fedmira.study.training import check_least_rate
 
 # Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
 # more than it brings (the demo, 0.26 M: 44 s on one thread, 59 s on two).
@@ -242,16 +240,6 @@ def build(recipe: Recipe, place: int, cohorts: Mapping[int, Cohort], ranks: Tens
     return Built(recipe, methods, notes, training)
 
 
-def check_least_rate(method: Method, training: TrainingConfig, where: str) -> None:
-    """Raise MethodError if a schedule ends above the learning rate that a method has of its own."""
-    peak, least = method.regime.learning_rate, training.lr_scheduler_kwargs.min_lr
-    if peak is not None and least is not None and least > peak:
-        raise MethodError(
-            f"{where}: learning_rate = {peak:g} is below training.lr_scheduler_kwargs.min_lr = {least:g}; lower "
-            "min_lr, for this method alone in its `training:`, or give min_lr_rate"
-        )
-
-
 def rank_notes(label: str, method: Method, ranks: Tensor) -> list[str]:
     """Say where a method takes factors of different ranks together, as if those of smaller rank were padded."""
     mixes = method.regime.trainees == "sampled" and not method.sends_nothing
@@ -332,43 +320,6 @@ def evaluation_of(config: Config) -> Evaluation:
         max_new_tokens=section.max_new_tokens,
         max_examples=section.max_examples,
         examples=config.report.examples,
-    )
-
-
-def optimizer_of(section: TrainingConfig) -> Optimizer:
-    """Return the clients' optimizer."""
-    if section.optimizer == "sgd":
-        return sgd(momentum=section.momentum, weight_decay=section.weight_decay)
-    return adamw(betas=section.betas, eps=section.eps, weight_decay=section.weight_decay)
-
-
-def schedule_of(section: TrainingConfig, rounds: int) -> Schedule:
-    """Return the schedule of the learning rate in a run of `rounds` rounds."""
-    return Schedule(
-        kind=section.lr_scheduler_type,
-        over=section.lr_scheduler_over,
-        rounds=rounds,
-        warmup=section.warmup_steps or section.warmup_ratio,
-        min_lr=section.lr_scheduler_kwargs.min_lr,
-        min_lr_rate=section.lr_scheduler_kwargs.min_lr_rate,
-    )
-
-
-def training_of(config: Config, seed: int, section: TrainingConfig | None = None) -> Training:
-    """Return how clients train, as plain values. section: of one method; None = the study's."""
-    section = config.training if section is None else section
-    return Training(
-        optimizer=optimizer_of(section),
-        learning_rate=section.learning_rate,
-        batch_size=section.batch_size,
-        local_steps=section.local_steps,
-        local_epochs=section.local_epochs,
-        max_grad_norm=section.max_grad_norm,
-        keep_optimizer=section.keep_optimizer,
-        dropout=config.lora.lora_dropout,
-        seed=seed,
-        accumulation=section.gradient_accumulation_steps,
-        schedule=schedule_of(section, config.federation.rounds),
     )
 
 

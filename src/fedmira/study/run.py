@@ -31,18 +31,11 @@ from fedmira.errors import FedMiraError, MethodError, Stopped, StoreError, WireE
 from fedmira.graphs.graph import Graph
 from fedmira.methods.base import Cohort
 from fedmira.reports.render import write_report
-from fedmira.study.assemble import (
-    Built,
-    Prepared,
-    client_table,
-    prepare,
-    schedule_of,
-    training_of,
-    using_threads,
-)
+from fedmira.study.assemble import Built, Prepared, client_table, prepare, using_threads
 from fedmira.study.events import ReportBegun, RunBegun, RunDone, StepBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.trackers import tracking
+from fedmira.study.training import schedule_of, training_of
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,55 @@
+"""How the clients of a method train: the config's `training`, with what the method's entry changes, as plain values."""
+
+from fedmira.adapters.optim import Optimizer, adamw, sgd
+from fedmira.config.sections import Config, TrainingConfig
+from fedmira.engine.rates import Schedule
+from fedmira.engine.tools import Training
+from fedmira.errors import MethodError
+from fedmira.methods.base import Method
+
+
+def optimizer_of(section: TrainingConfig) -> Optimizer:
+    """Return the clients' optimizer."""
+    if section.optimizer == "sgd":
+        return sgd(momentum=section.momentum, weight_decay=section.weight_decay)
+    return adamw(betas=section.betas, eps=section.eps, weight_decay=section.weight_decay)
+
+
+def schedule_of(section: TrainingConfig, rounds: int) -> Schedule:
+    """Return the schedule of the learning rate in a run of `rounds` rounds."""
+    return Schedule(
+        kind=section.lr_scheduler_type,
+        over=section.lr_scheduler_over,
+        rounds=rounds,
+        warmup=section.warmup_steps or section.warmup_ratio,
+        min_lr=section.lr_scheduler_kwargs.min_lr,
+        min_lr_rate=section.lr_scheduler_kwargs.min_lr_rate,
+    )
+
+
+def training_of(config: Config, seed: int, section: TrainingConfig | None = None) -> Training:
+    """Return how clients train, as plain values. section: of one method; None = the study's."""
+    section = config.training if section is None else section
+    return Training(
+        optimizer=optimizer_of(section),
+        learning_rate=section.learning_rate,
+        batch_size=section.batch_size,
+        local_steps=section.local_steps,
+        local_epochs=section.local_epochs,
+        max_grad_norm=section.max_grad_norm,
+        keep_optimizer=section.keep_optimizer,
+        dropout=config.lora.lora_dropout,
+        seed=seed,
+        accumulation=section.gradient_accumulation_steps,
+        schedule=schedule_of(section, config.federation.rounds),
+    )
+
+
+def check_least_rate(method: Method, training: TrainingConfig, where: str) -> None:
+    """Raise MethodError if a schedule ends above the learning rate that a method has of its own."""
+    peak, least = method.regime.learning_rate, training.lr_scheduler_kwargs.min_lr
+    if peak is not None and least is not None and least > peak:
+        raise MethodError(
+            f"{where}: learning_rate = {peak:g} is below training.lr_scheduler_kwargs.min_lr = {least:g}; lower "
+            "min_lr, for this method alone in its `training:`, or give min_lr_rate"
+        )
