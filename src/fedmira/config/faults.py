@@ -31,6 +31,8 @@ def check_config(
     if method_faults is not None:
         entries = raw.get("methods")
         for index, entry in enumerate(entries if isinstance(entries, list) else []):
+            if isinstance(entry, Mapping):  # its faults are known, and hide none of the method's own settings
+                entry = {key: value for key, value in entry.items() if key != "training"}
             try:
                 faults += method_faults(index, MethodEntry.model_validate(entry))
             except ValidationError:
