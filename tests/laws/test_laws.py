@@ -1,13 +1,16 @@
 """Every method obeys the laws, on quadratic losses and on a tiny transformer through the engine's local phase."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.laws import laws
+from tests.laws.examples import scaffold
 from tests.laws.variants import FEW, VARIANTS, Variant, similarities
-from tests.laws.worlds import WORLDS, World
+from tests.laws.worlds import WORLDS, World, transformer
 
+from fedmira.engine.rates import Schedule
 from fedmira.methods import build, names
 from fedmira.methods.base import Method
 
@@ -50,6 +53,31 @@ def test_every_method_obeys(law: str, case: tuple[World, Variant], tmp_path: Pat
     if case[1].moves_by_itself and law == laws.law_equal_clients_stay_equal.__name__:
         return
     laws.LAWS[law](*at_home(case, tmp_path))
+
+
+@functools.cache
+def falling() -> World:
+    """An epoch each, so of other lengths, of accumulated steps at falling rates: clients of a pass have other rates."""
+    schedule = Schedule("cosine", rounds=4)
+    return transformer(local_steps=None, local_epochs=1, batch_size=1, accumulation=2, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        laws.law_a_batch_of_one_equals_a_batch_of_all,
+        laws.law_the_order_in_the_stack_does_not_matter,
+        laws.law_inputs_of_a_phase_and_of_a_merge_are_unchanged,
+    ],
+    ids=lambda law: law.__name__,
+)
+def test_a_falling_learning_rate_and_accumulated_steps_break_no_law_of_training(
+    law: Callable[[Method, World], None],
+) -> None:
+    """For fedsophia's own step, and for SCAFFOLD, which divides by the sum of a client's rates."""
+    world = falling()
+    for method in (build("fedsophia", {"tau": 2}, world.cohort), scaffold()):
+        law(method, world.under(method))
 
 
 def test_renaming_clients_renames_the_answer(case: tuple[World, Variant], tmp_path: Path) -> None:

@@ -297,13 +297,16 @@ def _gpt2() -> tiny.Base:
     return tiny.base("gpt2", targets=["c_attn"])
 
 
-def transformer() -> World:
-    """A tiny GPT-2 through the engine's own local phase; two steps of SGD with momentum, clipped, three in a pass."""
+def transformer(**training: Any) -> World:
+    """A tiny GPT-2 through the engine's own local phase; two steps of SGD with momentum, clipped, three in a pass.
+
+    training: fields of Training that differ.
+    """
     base = _gpt2()
 
     def people(method: Method, federation: Federation, names: Sequence[str], disturbed: frozenset[str]) -> Simulated:
         clients = tuple(tiny.client(name, train=EXAMPLES[int(name[1:])], seed=int(name in disturbed)) for name in names)
-        return Simulated(Workplace(base, clients, 3), federation, method, replace(_training(), seed=0))
+        return Simulated(Workplace(base, clients, 3), federation, method, replace(_training(), seed=0, **training))
 
     return world(tiny.layout(base, 2), people, width=base.width)
 
