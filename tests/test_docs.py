@@ -8,7 +8,7 @@ import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from tests.laws import laws
@@ -29,7 +29,7 @@ from tests.pages import (
 
 import fedmira
 from fedmira.config.partitioners import PARTITIONERS
-from fedmira.config.sections import ClientsConfig, DataConfig, SplitConfig
+from fedmira.config.sections import ClientsConfig, DataConfig, SchedulerKwargs, SplitConfig, TrainingConfig
 from fedmira.data.chats import ROLES
 from fedmira.data.formats import FORMATS
 from fedmira.data.sources import EXTENSIONS
@@ -226,6 +226,17 @@ def test_the_page_on_data_has_each_partitioners_parameters_and_defaults(name: st
             continue
         usual = "" if field.is_required() or field.default is None else f": {field.default}"
         assert f"`{parameter}{usual}`".replace("False", "false") in row
+
+
+def test_the_page_on_training_has_a_row_for_every_key_and_names_every_choice() -> None:
+    rows = re.findall(r"^\| (`.+?) \|", read("docs/training.md"), re.MULTILINE)
+    words = {word for row in rows for word in re.findall(r"`(\w+)`", row)}
+    assert [key for key in TrainingConfig.model_fields if key not in words] == []
+    named = quoted("docs/training.md")
+    choices = [choice for field in TrainingConfig.model_fields.values() for choice in get_args(field.annotation)]
+    named_choices = [choice for choice in choices if isinstance(choice, str)]
+    assert [word for word in (*named_choices, *SchedulerKwargs.model_fields) if word not in named] == []
+    assert named_choices
 
 
 def quoted(page: str) -> set[str]:
