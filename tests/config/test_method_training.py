@@ -103,7 +103,7 @@ def test_what_excludes_a_key_of_the_study_replaces_it(
 ) -> None:
     found = changed(keys, **study)
     assert {key: getattr(found, key) for key in expected} == expected
-    assert found.lr_scheduler_kwargs.min_lr_rate is None
+    assert found.lr_scheduler_kwargs is None
 
 
 def test_faults_of_a_methods_training_name_their_place_and_come_together() -> None:

@@ -183,7 +183,18 @@ def test_init_writes_every_key_and_the_file_runs_as_it_is(tmp_path: Path) -> Non
 def test_the_comments_of_init_name_every_choice(tmp_path: Path) -> None:
     command("init", folder=tmp_path)
     text = (tmp_path / "fedmira.yaml").read_text()
-    for name in (*PARTITIONERS, "auto", "sharegpt", "bfloat16", "skip", "exact_match", "symmetric", "stored"):
+    schedules = ("constant_with_warmup", "cosine_with_min_lr", "min_lr_rate", "rounds", "warmup_ratio")
+    for name in (
+        *PARTITIONERS,
+        *schedules,
+        "auto",
+        "sharegpt",
+        "bfloat16",
+        "skip",
+        "exact_match",
+        "symmetric",
+        "stored",
+    ):
         assert name in text, name
 
 

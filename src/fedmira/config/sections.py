@@ -172,7 +172,7 @@ class TrainingConfig(Strict):
         "constant"
     )
     lr_scheduler_over: Literal["run", "rounds", "steps"] = "run"  # all local steps | one rate a round | each phase anew
-    lr_scheduler_kwargs: SchedulerKwargs = SchedulerKwargs()
+    lr_scheduler_kwargs: SchedulerKwargs | None = None  # of cosine_with_min_lr
     warmup_steps: Whole = 0  # of what the schedule is over: local steps, or rounds; 0 = none
     warmup_ratio: Fraction = 0.0  # instead of warmup_steps, a share of them all
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -198,7 +198,7 @@ class TrainingConfig(Strict):
 
     def contradictions(self) -> Iterator[str]:
         """Say which keys do not go together."""
-        kind, limits = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        kind, limits = self.lr_scheduler_type, self.lr_scheduler_kwargs or SchedulerKwargs()
         given = [name for name in SchedulerKwargs.model_fields if getattr(limits, name) is not None]
         if (self.local_steps is None) == (self.local_epochs is None):
             yield "give exactly one of local_steps and local_epochs"

@@ -1,7 +1,7 @@
 """How the clients of a method train: the config's `training`, with what the method's entry changes, as plain values."""
 
 from fedmira.adapters.optim import Optimizer, adamw, sgd
-from fedmira.config.sections import Config, TrainingConfig
+from fedmira.config.sections import Config, SchedulerKwargs, TrainingConfig
 from fedmira.engine.rates import Schedule
 from fedmira.engine.tools import Training
 from fedmira.errors import MethodError
@@ -17,13 +17,14 @@ def optimizer_of(section: TrainingConfig) -> Optimizer:
 
 def schedule_of(section: TrainingConfig, rounds: int) -> Schedule:
     """Return the schedule of the learning rate in a run of `rounds` rounds."""
+    limits = section.lr_scheduler_kwargs or SchedulerKwargs()
     return Schedule(
         kind=section.lr_scheduler_type,
         over=section.lr_scheduler_over,
         rounds=rounds,
         warmup=section.warmup_steps or section.warmup_ratio,
-        min_lr=section.lr_scheduler_kwargs.min_lr,
-        min_lr_rate=section.lr_scheduler_kwargs.min_lr_rate,
+        min_lr=limits.min_lr,
+        min_lr_rate=limits.min_lr_rate,
     )
 
 
@@ -47,7 +48,7 @@ def training_of(config: Config, seed: int, section: TrainingConfig | None = None
 
 def check_least_rate(method: Method, training: TrainingConfig, where: str) -> None:
     """Raise MethodError if a schedule ends above the learning rate that a method has of its own."""
-    peak, least = method.regime.learning_rate, training.lr_scheduler_kwargs.min_lr
+    peak, least = method.regime.learning_rate, schedule_of(training, 1).min_lr
     if peak is not None and least is not None and least > peak:
         raise MethodError(
             f"{where}: learning_rate = {peak:g} is below training.lr_scheduler_kwargs.min_lr = {least:g}; lower "
