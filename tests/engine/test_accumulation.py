@@ -148,10 +148,13 @@ def test_every_pass_of_a_step_has_its_own_dropout_and_the_first_that_of_a_step_i
     assert torch.equal(phase(replace(PARTS, dropout=0.3)).rows, first.rows)
 
 
-def test_a_pool_takes_as_many_steps_of_as_many_examples_as_one_with_larger_batches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [None, 2])
+def test_a_pool_takes_as_many_steps_of_as_many_examples_as_one_with_larger_batches(
+    steps: int | None, tmp_path: Path
+) -> None:
     def pooled(name: str, **settings: Any) -> Tensor:
         of = house(count=1, **settings)
-        return play(of, build("pooled", {}, of.cohort()), tmp_path / name, schedule=[(0, 1, 2)]).rows
+        return play(of, build("pooled", {"steps": steps}, of.cohort()), tmp_path / name, schedule=[(0, 1, 2)]).rows
 
     parts = pooled("parts", batch_size=2, gradient_accumulation_steps=2)
     torch.testing.assert_close(parts, pooled("whole", batch_size=4), rtol=1e-3, atol=1e-4)

@@ -24,7 +24,7 @@ from fedmira.engine.phase import PhaseResult, local_phase, plan_steps
 from fedmira.engine.rates import Schedule, by_client
 from fedmira.engine.tools import Moments, Training
 from fedmira.methods import build
-from fedmira.methods.base import Clock, Cohort, Memory, Message, Method, Tools, descend
+from fedmira.methods.base import Clock, Cohort, Memory, Message, Method, Regime, Tools, descend
 from fedmira.methods.wrappers import wrap
 from fedmira.model.passes import gradients
 
@@ -258,6 +258,16 @@ def test_a_round_notes_its_mean_rate_and_only_where_a_schedule_changes_it(tmp_pa
     assert [record["notes"]["learning_rate"] for record in found.records] == pytest.approx([0.1, 0.05])
     plain = play(house(count=1), built, tmp_path / "plain", schedule=[(0, 1)])
     assert plain.records[0]["notes"] == {}
+
+
+def test_a_methods_own_learning_rate_has_the_same_factors(tmp_path: Path) -> None:
+    settings = {"lr_scheduler_type": "linear", "lr_scheduler_over": "rounds", "count": 2}
+    built = build("local", {}, house().cohort())
+    own = replace(built, regime=Regime(learning_rate=0.06))
+    found = play(house(learning_rate=0.01, **settings), own, tmp_path / "own", schedule=[(0, 1), (1, 2)])
+    same = play(house(learning_rate=0.06, **settings), built, tmp_path / "same", schedule=[(0, 1), (1, 2)])
+    assert [record["notes"]["learning_rate"] for record in found.records] == pytest.approx([0.06, 0.03])
+    assert torch.equal(found.rows, same.rows)
 
 
 def test_a_pool_follows_the_schedule_by_its_own_steps(tmp_path: Path) -> None:

@@ -99,6 +99,17 @@ def test_the_plan_counts_and_shows_each_methods_training(study: Study, make: Mak
         assert plan.work[run.facts.label].trained == pytest.approx(trained, rel=0.05)
 
 
+def test_memory_is_planned_for_the_largest_pass_of_any_method(make: Make) -> None:
+    def planned(**training: Any) -> dry_run.Plan:
+        methods = [{"name": "local"}, {"name": "fedavg", "training": training}]
+        return dry_run.plan_study(make("memory", methods=methods, federation={"rounds": 1}))
+
+    plain, larger, parts = planned(), planned(batch_size=4), planned(gradient_accumulation_steps=2)
+    assert larger.memory["cohort"] > plain.memory["cohort"]
+    row = plain.memory["rows"] // 3  # of the three clients that `local` trains
+    assert parts.memory["cohort"] - plain.memory["cohort"] == 2 * row  # a second gradient of two clients
+
+
 def test_a_dry_run_prints_what_a_method_changes(make: Make, tmp_path: Path) -> None:
     raw = make("printed", methods=[{"name": "local"}, FEDAVG]).model_dump(mode="json", by_alias=True)
     config = small_study.save_config(tmp_path / "config.yaml", raw)
