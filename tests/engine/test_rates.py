@@ -18,7 +18,6 @@ from transformers import get_scheduler
 
 from fedmira.adapters import Adapters
 from fedmira.adapters.optim import adamw, sgd
-from fedmira.config.sections import Config
 from fedmira.data.batches import Batch, collate
 from fedmira.engine.phase import PhaseResult, local_phase, plan_steps
 from fedmira.engine.rates import Schedule, by_client
@@ -301,9 +300,14 @@ def first_round_rests(adapters: Adapters, memory: Memory, given: Message, tools:
     return (adapters, memory) if tools.clock.round == 1 else descend(adapters, memory, given, tools)
 
 
-def test_the_config_gives_the_schedule() -> None:
-    of = house(
-        count=7, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_ratio=0.2
-    )
-    assert isinstance(of.config, Config)
-    assert of.training.schedule == Schedule("cosine_with_min_lr", rounds=7, warmup=0.2, min_lr_rate=0.1)
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"warmup_ratio": 0.2, "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, {"warmup": 0.2, "min_lr_rate": 0.1}),
+        ({"warmup_steps": 3, "lr_scheduler_kwargs": {"min_lr": 1e-3}}, {"warmup": 3, "min_lr": 1e-3}),
+        ({"lr_scheduler_over": "rounds", "lr_scheduler_kwargs": {"min_lr": 0}}, {"over": "rounds", "min_lr": 0}),
+    ],
+)
+def test_the_config_gives_the_schedule(settings: dict[str, Any], expected: dict[str, Any]) -> None:
+    of = house(count=7, lr_scheduler_type="cosine_with_min_lr", **settings)
+    assert of.training.schedule == Schedule("cosine_with_min_lr", rounds=7, **expected)
