@@ -93,3 +93,22 @@ def test_groups_are_compared_too_and_parts_of_a_partitioner_are_not(base: Path, 
     assert warnings(base, tmp_path, rows[:2]) == []
     parts = {"by": "task", "partitioner": {"name": "iid", "num_partitions": 2}}
     assert warnings(base, tmp_path, rows, **parts) == []
+
+
+def test_a_partitioner_that_mixes_what_a_column_separates_is_reported(base: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": f"w{row % 9 + 2}", "completion": "w3", "hospital": f"h{row % 6}"} for row in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for partitioner, mixes in (
+        ({"name": "iid", "num_partitions": 3}, True),
+        (
+            {"name": "pathological", "num_partitions": 3, "num_classes_per_partition": 2, "partition_by": "hospital"},
+            False,
+        ),
+        ({"name": "natural_id", "partition_by": "hospital"}, False),
+    ):
+        clients = {"partitioner": partitioner}
+        raw = small_study.settings(base, tmp_path / "rows.jsonl", tmp_path / "study", data={"clients": clients})
+        ended = command("run", small_study.save_config(tmp_path / "config.yaml", raw), "--show-example")
+        assert ended.code == 0, ended.err
+        note = "note: the partitioner mixes what 'hospital' (6 values) separates; for a client per value: "
+        assert (f"{note}data.clients.by=hospital data.clients.partitioner=null" in ended.err) == mixes
