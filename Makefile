@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 # Tests never reach a model hub, and two workers with one thread each do not fight for the cores.
-QUIET_HUB := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1
+# Compiled modules are kept: the tests start some hundred processes, which would compile the package again.
+QUIET_HUB := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 .PHONY: install install-base demo check test test-slow test-newest pretrain docs bench bench-full clean
 
@@ -34,7 +35,7 @@ check:
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(QUIET_HUB) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(QUIET_HUB) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test:
 	@$(MAKE) --no-print-directory install

@@ -28,7 +28,7 @@ from fedmira.disk.folders import RunFolder
 for _room in pkgutil.walk_packages(fedmira.__path__, "fedmira."):
     if not _room.name.endswith(("_program", "__main__", "pretrain")):
         importlib.import_module(_room.name)
-for _library in ("datasets", "jinja2", "pandas", "rouge_score.rouge_scorer", "scipy.stats"):
+for _library in ("datasets", "jinja2", "pandas", "rapidfuzz.distance", "scipy.stats"):
     importlib.import_module(_library)
 
 CLIENTS = ("ada", "bo", "cy", "007", "no", "eve")  # of which YAML 1.1 would make a number and a truth value

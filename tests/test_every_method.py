@@ -20,9 +20,6 @@ from fedmira.bundled import MODEL_PATH
 from fedmira.config.yaml_text import parse_yaml
 from fedmira.study.face import Run
 
-# its fixtures take long: one worker makes them
-pytestmark = pytest.mark.xdist_group("every_method")
-
 RESULTS = ROOT / "benchmarks" / "results"
 STORED = sorted(RESULTS.glob("methods-*.json"))
 CLIENTS = 3

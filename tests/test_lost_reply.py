@@ -11,9 +11,6 @@ from typing import Any
 import pytest
 from tests.pages import save_base
 
-# its fixtures take long: one worker makes them
-pytestmark = pytest.mark.xdist_group("lost_reply")
-
 PAPER = Path(__file__).resolve().parent.parent / "benchmarks" / "paper"
 
 
@@ -26,7 +23,8 @@ def script() -> Iterator[ModuleType]:
 
 def call(script: ModuleType, folder: Path, *others: str) -> str:
     """Run the script on what lies in a folder; return the page."""
-    options = ["--clients", "6", "--rounds", "3", "--seeds", "0", "1", "--data", str(folder / "tasks.jsonl")]
+    options = ["--clients", "6", "--rounds", "3", "--seeds", "0", "1", "--dtype", "float32"]
+    options += ["--data", str(folder / "tasks.jsonl")]
     options += ["--base", str(folder / "base"), "--study", str(folder / "study")]
     options += ["--page", str(folder / "page.md"), "--json", str(folder / "found.json"), *others]
     with pytest.MonkeyPatch.context() as patch:

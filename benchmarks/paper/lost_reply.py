@@ -1,7 +1,8 @@
 """A defect of MIRA's public code replayed: what if the server's reply never reaches the client?
 
     python benchmarks/paper/lost_reply.py [--seeds 0 1 2] [--clients 16] [--rounds 10] [--lambda 0.25]
-                                          [--data FILE] [--base FOLDER] [--study FOLDER] [--page FILE] [--json FILE]
+                                          [--dtype bfloat16] [--data FILE] [--base FOLDER] [--study FOLDER]
+                                          [--page FILE] [--json FILE]
 
 One study with the same settings for `local`, `mira`, `mira` with `reply: lost`, and `fedavg`: real tasks of Natural
 Instructions, one a client, with the base nano; half of the clients in a round, so that a client comes back about four
@@ -44,7 +45,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "seeds": options.seeds,
         "output_dir": str(options.study),
-        "model": {"base_model": str(options.base), "dtype": "bfloat16", "device": "cpu"},
+        "model": {"base_model": str(options.base), "dtype": options.dtype, "device": "cpu"},
         "lora": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
         "data": {
             "path": str(options.data),
@@ -261,6 +262,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16, help="the first tasks of the file, ten a category")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--lambda", type=float, default=0.25, dest="coupling")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--data", type=Path, default=SHARED / "data/natural_instructions/tasks.jsonl.gz")
     parser.add_argument("--base", type=Path, default=SHARED / "models/nano")
     parser.add_argument("--study", type=Path, default=Path("runs/bench-lost-reply"))

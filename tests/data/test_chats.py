@@ -197,7 +197,8 @@ def test_a_conversation_may_be_a_parquet_row(tmp_path: Path) -> None:
     rows = [GOOD_CHAT, chat({**USER, "name": "me"}, REPLY), chat(USER, {"role": "assistant", "content": None})]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     reading = skipping(tmp_path / "a.parquet")
-    assert [record.turns for record in reading.records] == [(Turn("user", "Name a colour."),)] * 2
+    turns = [Turn("user", "Name a colour."), Turn("user", "Name a colour.", more={"name": "me"})]
+    assert [record.turns for record in reading.records] == [(turn,) for turn in turns]
     assert [str(skipped) for skipped in reading.skipped] == [
         "a.parquet, row 3: 'messages', turn 2 of 2: 'content' is null, not text"
     ]

@@ -241,7 +241,7 @@ def test_a_question_with_more_beside_it_is_read_only_when_it_is_named(tmp_path: 
 @pytest.mark.parametrize(("key", "value"), [("history", [["a", "b"]]), ("system", "Be brief."), ("history", "x")])
 def test_a_history_or_system_of_an_instruction_is_not_dropped_silently(tmp_path: Path, key: str, value: object) -> None:
     message = fault(write(tmp_path / "a.jsonl", {**ALPACA, key: value}))
-    assert f"a.jsonl:1: '{key}' is not read: write the row as a conversation" in message
+    assert f"a.jsonl:1: '{key}' is not read: if it is part of the request, write it in the prompt" in message
 
 
 @pytest.mark.parametrize(("key", "value"), [("history", []), ("history", None), ("system", "")])

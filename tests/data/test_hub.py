@@ -2,6 +2,7 @@
 
 import errno
 import http.server
+import importlib.util
 import json
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from tests.data.bad_rows import SECRET, fault
 
 from fedmira.data.formats import read_records
 from fedmira.data.hub_program import explain
+from fedmira.errors import DataError
 
 COMMIT = "a" * 40
 CARD = """---
@@ -208,6 +210,13 @@ def test_a_crash_of_the_program_is_one_line(hub: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PYTHONHOME", str(hub))  # where there is no Python
     assert fault("org/one").endswith("`datasets` could not read it (its process ended with 1)")
     assert left_over(hub) == []
+
+
+def test_a_missing_package_is_named_with_its_extra(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "datasets" else real(name))
+    with pytest.raises(DataError, match=r"needs the package datasets; install it with pip install 'fedmira\[hub\]'"):
+        read_records("owner/pairs")
 
 
 def test_a_full_disk_is_named() -> None:

@@ -1,13 +1,12 @@
 """Ids that are trained on are those of the whole text, for every kind of tokenizer under every template."""
 
-import functools
-import json
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tests.data.kinds import ADDED, CHATS, KINDS, REASONING, REASONING_ALWAYS, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fedmira.data.batches import Encoded
@@ -16,138 +15,11 @@ from fedmira.data.formats import Record
 from fedmira.data.partition import Client
 from fedmira.data.records import Turn
 from fedmira.data.templates import ALPACA, NONE, Template, make_template
+from fedmira.errors import DataError
 from fedmira.evaluation.measure import plain_answer
 from fedmira.evaluation.rouge import SCORES, score_answer
 from fedmira.study.dry_run import pieces_of
 
-CORPUS = [
-    "The two and the two make four. Then the other one said: the end, is it not?",
-    "Why is the sky blue? Because the air scatters the blue light more than the red.",
-    "<|user|>\nHow are the others?\n<|assistant|>\nThey are well, thanks.\n### Response:\nThe answer is 42.",
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
-] * 3
-MARKS = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>")
-
-
-def trained(core: Tokenizer, kind: str) -> Tokenizer:
-    special = list(MARKS)
-    trainer: Any
-    if kind == "bpe":
-        trainer = trainers.BpeTrainer(
-            vocab_size=420, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-        )
-    elif kind == "wordpiece":
-        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special)
-    else:
-        trainer = trainers.UnigramTrainer(
-            vocab_size=220, special_tokens=special, unk_token="<unk>", initial_alphabet=["\n", "/", "|"]
-        )
-    lines = [line for text in CORPUS for line in text.split("\n")]
-    core.train_from_iterator(CORPUS if kind == "bpe" else lines, trainer)
-    return core
-
-
-def byte_level(*, prefix: bool) -> Tokenizer:
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    core.decoder = decoders.ByteLevel()
-    return trained(core, "bpe")
-
-
-def sentence_pieces() -> models.BPE:
-    """Merges of words and their leading spaces; a line break is a byte of its own, as in Llama's vocabulary."""
-    core = Tokenizer(models.BPE(unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    lines = [line for text in CORPUS for line in text.split("\n")]
-    core.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=300, special_tokens=list(MARKS)))
-    learned = json.loads(core.to_str())["model"]
-    vocabulary = dict(learned["vocab"])
-    for byte in range(256):
-        vocabulary.setdefault(f"<0x{byte:02X}>", len(vocabulary))
-    merges = [tuple(pair) for pair in learned["merges"]]
-    return models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
-
-
-def metaspace(scheme: str) -> Tokenizer:
-    core = Tokenizer(sentence_pieces())
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    core.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Fuse(), decoders.Metaspace(prepend_scheme=scheme)]
-    )
-    return core
-
-
-def legacy() -> Tokenizer:
-    """Llama's own: a normalizer puts a space before every stretch of text, also after a special token."""
-    core = Tokenizer(sentence_pieces())
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return core
-
-
-def wordpiece() -> Tokenizer:
-    core = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    core.normalizer = normalizers.BertNormalizer(lowercase=True)
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    core.decoder = decoders.WordPiece()
-    return trained(core, "wordpiece")
-
-
-def unigram() -> Tokenizer:
-    core = Tokenizer(models.Unigram())
-    core.pre_tokenizer = pre_tokenizers.Metaspace()
-    core.decoder = decoders.Metaspace()
-    return trained(core, "unigram")
-
-
-KINDS: dict[str, Callable[[], Tokenizer]] = {
-    "byte-level": lambda: byte_level(prefix=False),
-    "byte-level, prefix space": lambda: byte_level(prefix=True),
-    "metaspace first": lambda: metaspace("first"),
-    "metaspace always": lambda: metaspace("always"),
-    "metaspace never": lambda: metaspace("never"),
-    "legacy prepend": legacy,
-    "wordpiece": wordpiece,
-    "unigram": unigram,
-}
-ADDED: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "lstrip": {"lstrip": True},
-    "rstrip": {"rstrip": True},
-    "single_word": {"single_word": True},
-    "normalized": {"normalized": True},
-}
-
-
-@functools.cache
-def tokenizer(kind: str, added: str, *, bos: bool) -> PreTrainedTokenizerFast:
-    core = KINDS[kind]()
-    special = added != "normalized"  # a special token is never normalized
-    core.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in MARKS[:3]])
-    core.add_tokens([AddedToken(word, special=special, **ADDED[added]) for word in MARKS[3:]])
-    if bos:
-        core.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-CHATS = {
-    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "markers of text": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
-    "generation marks": "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}[/INST]{% generation %}"
-    " {{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}[INST] {{ m.content }} {% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}[/INST]{% endif %}",
-    "thinking": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}"
-    "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "trimmed": "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}",
-}
 SINGLES = {"none": NONE, "alpaca": ALPACA, "file": None}
 QUESTIONS = ("Why is the sky blue?", "And the others?", "Then is it\nthe end?")
 ANSWERS = ("The two make four.", "the light, more than the red", "42")
@@ -292,3 +164,60 @@ def test_half_a_character_before_a_mark_is_shown_once() -> None:
     assert len(ids) == 2
     example = Encoded((*ids, using.eos_token_id), 1, ("",))
     assert "".join(text for text, _ in pieces_of(example, using.decode)) == using.decode(example.ids) == "ä</s>"
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace first", "legacy prepend", "unigram"])
+@pytest.mark.parametrize("source", [REASONING, REASONING_ALWAYS], ids=["last", "always"])
+def test_a_reasoning_is_trained_on_where_the_template_shows_it(kind: str, source: str) -> None:
+    using = tokenizer(kind, "plain", bos=False)
+    using.chat_template = source
+    first, last = "The sky is blue.", "The two and the two."
+    turns = (
+        Turn("user", "Why?", more={"name": "Ida"}),
+        Turn("assistant", "Because.", more={"reasoning_content": first}),
+        Turn("user", "And then?"),
+    )
+    record = Record("", "", ("four",), {}, "f:1", turns, {"reasoning_content": last})
+    example = encoded(record, make_template("chat", usual="chat", tokenizer=using), using)
+    every = [{"role": turn.role, "content": turn.text, **turn.more} for turn in turns]
+    answer = {"role": "assistant", "content": "four", "reasoning_content": last}
+    whole = using.apply_chat_template([*every, answer], tokenize=True, return_dict=False)
+    assert list(example.ids[:-1]) == whole[: len(example.ids) - 1]
+    spoken = [squeezed(using.decode(example.ids[start:stop])) for start, stop in example.labelled]
+    shown_first = f"<think>{first}</think>Because.<|im_end|>" if source == REASONING_ALWAYS else "Because.<|im_end|>"
+    assert spoken == [squeezed(shown_first), squeezed(f"<think>{last}</think>four<|im_end|></s>")]
+    written = using.decode(example.ids[example.prompt_length : -1], skip_special_tokens=True)
+    for text in (written, written.replace("two", "one"), "four"):  # also another reasoning, and none
+        assert score_answer(plain_answer(text, example), example.answers) == dict.fromkeys(SCORES, 1.0)
+    assert score_answer(plain_answer(written.replace("four", "five"), example), example.answers)["exact_match"] == 0
+
+
+@pytest.mark.parametrize(
+    ("role", "key"), [("assistant", "reasoning_content"), ("assistant", "thinking"), ("user", "name")]
+)
+@pytest.mark.parametrize("chat", CHATS)
+def test_a_key_that_the_template_does_not_show_is_refused(chat: str, role: str, key: str) -> None:
+    using = tokenizer("byte-level", "plain", bos=False)
+    using.chat_template = CHATS[chat]
+    turns = tuple(Turn(who, "Why?", more={key: "Ida"} if who == role else {}) for who in ("user", "assistant", "user"))
+    template = make_template("chat", usual="chat", tokenizer=using)
+    with pytest.raises(DataError, match=f"does not show '{key}' of the {role}'s turn in f:1; remove the key"):
+        template.render(Record("", "", ("four",), {}, "f:1", turns))
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_has_two_leading_tokens_or_two_ends(kind: str, chat: str) -> None:
+    """Neither where the template writes one that the data write too, nor where the tokenizer does."""
+    using = tokenizer(kind, "plain", bos=True)
+    using.chat_template = CHATS[chat] if chat == "generation marks" else "{{ bos_token }}" + CHATS[chat]
+    turns = (Turn("user", "Why?</s>"), Turn("assistant", "So.</s>"), Turn("user", "Then?"))
+    example = encoded(
+        Record("", "", ("four</s></s>",), {}, "f:1", turns), make_template("chat", usual="chat", tokenizer=using), using
+    )
+    bos, end = using.bos_token_id, using.eos_token_id
+    for ids in (example.ids, example.question):
+        assert ids[0] == bos
+        assert ids.count(bos) == 1
+        assert (end, end) not in itertools.pairwise(ids)
+    assert example.ids[-1] == end

@@ -23,9 +23,6 @@ from fedmira.engine.memory import ClientMemory
 from fedmira.methods.base import Change, State
 from fedmira.study import handover
 
-# its fixtures take long: one worker makes them
-pytestmark = pytest.mark.xdist_group("scale")
-
 CONTRACT = {"config.yaml", "run.json", "clients.json", "graph.json", "metrics.jsonl", "results.csv", "log.txt"}
 FOLDERS = {"checkpoints", "adapters"}
 STORED = {"name": "mira", "lambda": 0.25, "neighbours": "stored", "graph": {"kind": "uniform"}}

@@ -43,6 +43,38 @@ def test_a_script_without_latin_letters_has_no_rouge_words():
     assert score_answer("да", ["да"])["rouge_l"] == 0.0
 
 
+HYPOTHESIS = (
+    "the #### transcript is a written version of each day 's cnn student news program use this transcript to he    lp "
+    "students with reading comprehension and vocabulary use the weekly newsquiz to test your knowledge of storie s "
+    "you     saw on cnn student news"
+)
+REFERENCE = (
+    "this page includes the show transcript use the transcript to help students with reading comprehension and     "
+    "vocabulary at the bottom of the page , comment for a chance to be mentioned on cnn student news . you must be a "
+    "teac    her or a student age # # or older to request a mention on the cnn student news roll call . the weekly "
+    "newsquiz tests     students ' knowledge of even ts in the news"
+)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "f"),
+    [
+        (HYPOTHESIS, REFERENCE, 0.44705881864636676),  # as the README of rouge 1.0.1 has it
+        # the union of Lin 2004, section 3.2: w1 w2 w3 w5 of 5 and of 8 words: P = 4/8, R = 4/5 (rouge 1.0.1 gives this)
+        ("w1 w2 w6 w7 w8. w1 w3 w8 w9 w5", "w1 w2 w3 w4 w5", 0.6153846106508877),
+        ("the cat sat. on the mat", "the cat. sat on a mat", 0.9090909041322315),  # words in sets: 5/5 and 5/6
+        ("a a a b", "a b", 0.999999995),  # a word counts once, and the sum has 1e-8 more
+        (" YES ", "yes", 0.999999995),  # lower case, stripped, as MIRA's code calls it
+        ("да", "да", 0.999999995),  # any script
+        ("no", "yes", 0.0),
+        ("", "yes", 0.0),  # where the package raises an error
+        ("...", "...", 0.0),
+    ],
+)
+def test_rouge_l_paper_is_that_of_the_package_rouge(prediction: str, answer: str, f: float) -> None:
+    assert score_answer(prediction, [answer], ["rouge_l_paper"]) == {"rouge_l_paper": pytest.approx(f, abs=1e-15)}
+
+
 def test_exact_match_ignores_case_and_the_amount_of_white_space():
     assert score_answer("  New\n york ", ["new  York"])["exact_match"] == 1.0
 

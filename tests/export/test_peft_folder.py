@@ -35,9 +35,6 @@ from fedmira.model.passes import gradients
 from fedmira.study import face as study
 from fedmira.study.face import Run
 
-# its fixtures take long: one worker makes them
-pytestmark = pytest.mark.xdist_group("peft_folder")
-
 LOCAL = [{"name": "local"}]
 
 

@@ -16,9 +16,6 @@ from tests.small_study import Command, command, differences, outcome, run_folder
 import fedmira
 from fedmira.disk.folders import RunFolder
 
-# its fixtures take long: one worker makes them
-pytestmark = pytest.mark.xdist_group("kill")
-
 SECONDS = 1.5  # about what the small study takes
 
 

@@ -22,9 +22,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from fedmira.data.formats import read_records
 from fedmira.disk.folders import RunFolder
 
-# its fixtures take long: one worker makes them
-pytestmark = pytest.mark.xdist_group("privacy")
-
 SITES = ("north", "south", "west")
 EACH = 5  # examples of a site: 3 to train on, 1 to validate, 1 to test
 WINDOW = 8  # letters of a secret that give it away

@@ -15,9 +15,6 @@ from typing import Any
 import pytest
 from tests import small_study
 
-# its fixtures take long: one worker makes them
-pytestmark = pytest.mark.xdist_group("traces")
-
 TOKEN = "hf_" + "Zq7" * 11
 TRACKERS = (
     "wandb",

@@ -31,9 +31,6 @@ from fedmira.errors import ConfigError, DataError, FedMiraError, MethodError, Mo
 from fedmira.study.events import AdaptersWritten, ClientsEncoded
 from fedmira.study.face import Run, Study
 
-# its fixtures take long: one worker makes them
-pytestmark = pytest.mark.xdist_group("study")
-
 Make = Callable[..., Config]
 FILES = {
     "config.yaml",

@@ -15,6 +15,7 @@ from fedmira import bundled
 from fedmira.adapters import Adapters, lora_layout, soft_layout
 from fedmira.data.encode import encode_questions
 from fedmira.data.formats import Record, Turn
+from fedmira.data.special import as_text
 from fedmira.data.templates import Template, make_template
 from fedmira.disk.client_names import read_client_names
 from fedmira.disk.folders import RunFolder
@@ -50,6 +51,7 @@ class Chat:
     template: Template
     max_new_tokens: int
     turns: list[list[Turn]] = field(default_factory=list)  # of each speaker; stays empty for single requests
+    reader: Any = None  # the tokenizer of questions, where it is not the base's: special tokens in them are text
 
     def ask(self, text: str) -> dict[str, str]:
         """Return the greedy answer of each speaker. Raises ConfigError if the text is empty."""
@@ -78,7 +80,7 @@ class Chat:
         taken = self.max_new_tokens + panel.adapters.layout.virtual_tokens
         encoded = encode_questions(
             [self.template.render(question) for question in questions],
-            self.base.tokenizer,
+            self.reader or self.base.tokenizer,
             self.template,
             max_question=None if positions is None else positions - taken,
         )
@@ -128,6 +130,9 @@ def open_chat(
     usual = "chat" if getattr(tokenizer, "chat_template", None) else "none"
     template_name = template or (None if facts is None else facts.template) or usual
     rendered_by = make_template(template_name, usual=usual, tokenizer=tokenizer)
+    reader = None
+    if settings is not None and settings.data.special_tokens == "text":
+        rendered_by, reader = as_text(rendered_by, tokenizer)
     usual_targets = "auto" if settings is None else settings.lora.target_modules  # prompts do not name any
     targets = next((config["target_modules"] for config in configs if not _tokens(config)), usual_targets)
     dtype = "auto" if facts is None else facts.dtype
@@ -140,7 +145,9 @@ def open_chat(
     names = [BASE, *(name for name, _ in chosen)]
     distinct = tuple(name if names.count(name) == 1 else f"{name} ({index})" for index, name in enumerate(names))
     new_tokens = _new_tokens(max_new_tokens, base.max_positions, ahead=max(map(_tokens, configs)))
-    return Chat(distinct, base, _panels(base, [folder for _, folder in chosen], configs), rendered_by, new_tokens)
+    return Chat(
+        distinct, base, _panels(base, [folder for _, folder in chosen], configs), rendered_by, new_tokens, reader=reader
+    )
 
 
 def _new_tokens(requested: int | None, positions: int | None, *, ahead: int) -> int:

@@ -147,6 +147,18 @@ class Watch:
                 f"warning: {plural(len(groups), 'value')} of '{shown_name(column)}' in several spellings, of which "
                 f"each counts as another: {listed}{more}; if they are the same, make them equal in the data"
             )
+        for key, (count, first) in intake.unread.items():
+            self.say(f"warning: {key} is not read, in {plural(count, 'example')}; the first is {first}")
+        if intake.special:
+            written = ", ".join(f"{name} in {plural(count, 'example')}" for name, count in intake.special.items())
+            effect = (
+                "read as plain text"
+                if intake.special_as_text
+                else "read as control tokens; to read them as plain text: data.special_tokens=text"
+            )
+            self.say(f"warning: special tokens of the base in the data: {written}; {effect}")
+        if intake.special_in_template:
+            self.say(f"special tokens of the base in the template: {', '.join(intake.special_in_template)}")
         if intake.left_out:
             self.say(f"warning: the partitioner leaves out {intake.left_out} of {intake.examples} examples")
         if intake.mixed:

@@ -15,7 +15,7 @@ from fedmira.config.strict import Count, Fraction, Length, Seed, Strict, check_e
 from fedmira.errors import nearest
 
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}  # the names in data/tables.py
-Metric = Literal["loss", "rouge_l", "exact_match", "word_accuracy"]
+Metric = Literal["loss", "rouge_l", "rouge_l_paper", "exact_match", "word_accuracy"]
 
 
 class ModelConfig(Strict):
@@ -132,6 +132,7 @@ class DataConfig(Strict):
     template: str = (
         "auto"  # alpaca | none | chat (the tokenizer's) | plain | chatml | zephyr | a Jinja file; auto: usual
     )
+    special_tokens: Literal["control", "text"] = "control"  # of the base, written in the data; text: they are only text
     max_length: Annotated[int, Field(ge=4, lt=2**31)] = 512  # tokens of prompt + answer + end
     positions_ahead: Annotated[int, Field(ge=0)] = 0  # of the base, kept free; at least a method's virtual tokens
     truncation: Literal["prompt"] = "prompt"  # the answer is kept, the prompt is cut at its start

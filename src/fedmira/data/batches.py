@@ -27,6 +27,7 @@ class Encoded:
     earlier: tuple[tuple[int, int], ...] = ()  # [start, stop) of labels in the prompt: the assistant's earlier turns
     written: str = ""  # what a model writes that gives exactly the trained ids; "" where nothing is scored
     around: tuple[str, str] = ("", "")  # of this, what the template writes before and after the answer
+    closing: str = ""  # of what is before it: the end of a reasoning, which may be another one than in the data
 
     @property
     def question(self) -> tuple[int, ...]:

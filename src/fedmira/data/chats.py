@@ -1,7 +1,7 @@
 """Conversations: one example per row, whose answer is the assistant's last turn.
 
-Later turns are left out: no loss is taken on them. Nothing else is dropped silently: tool calls, parts that are not
-text, and lists of tools make a row bad.
+The last turn that is not marked to be left untrained. Later turns are left out: no loss is taken on them. Nothing else
+is dropped silently: tool calls, parts that are not text, and lists of tools make a row bad (unread.py).
 """
 
 import re
@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from fedmira.data.records import Keys, Record, Turn, check_text, present, required, shown, take_columns
 from fedmira.data.rows import BadRow, Place, Row, kind_of
+from fedmira.data.unread import SHOWN_KEYS, has_value, is_trained, refuse_turn
 
 ROLES = {
     "system": ("system", "developer"),
@@ -20,9 +21,6 @@ ROLES = {
 
 _ROLE_OF = {word: role for role, words in ROLES.items() for word in words}
 _SPELLINGS = (("role", "content"), ("from", "value"))  # of a turn; both formats accept either
-_UNREAD_IN_ROW = ("tools", "functions")
-_UNREAD_IN_TURN = ("tool_calls", "function_call")
-_EMPTY = (None, "", "[]", "{}")
 _PLAIN_ROLE = re.compile(r"[A-Za-z_-]{1,20}")
 
 
@@ -45,9 +43,6 @@ def _is_turns(value: object) -> bool:
 
 def convert_chat(row: Row, keys: Keys, place: Place) -> Iterator[Record]:
     """One record per row: the turns before the assistant's last turn, and the text of that turn as the answer."""
-    for key in _UNREAD_IN_ROW:
-        if not _is_empty(row.get(key)):
-            raise BadRow(f"'{key}' is not read: conversations with tools are not supported; remove the column")
     if _holds_turns(row, keys) or not _split_chat(row):
         turns = _turns(row, required(row, keys, "messages" if "messages" in keys else "conversations"))
         first = 0
@@ -59,12 +54,16 @@ def convert_chat(row: Row, keys: Keys, place: Place) -> Iterator[Record]:
     spoken = [index for index, turn in enumerate(turns) if turn.role == "assistant" and index >= first]
     if not spoken:
         raise BadRow("no assistant turn to learn from" + (" in 'completion'" if first else ""))
+    spoken = [index for index in spoken if turns[index].trained]
+    if not spoken:
+        raise BadRow("every assistant turn is marked not to be trained on; remove the row")
     before = _with_system(row, keys, turns[: spoken[-1]])
     if not before:
         raise BadRow("no turn precedes the assistant's only turn; use data.format text for texts without a prompt")
     taken = present(row, keys["system"])  # its text is a turn now, and turns are not columns
     columns = {name: text for name, text in take_columns(row, keys).items() if name != taken}
-    yield Record("", "", (turns[spoken[-1]].text,), columns, str(place), tuple(before))
+    answer = turns[spoken[-1]]
+    yield Record("", "", (answer.text,), columns, str(place), tuple(before), answer.more)
 
 
 def _with_system(row: Row, keys: Keys, turns: list[Turn]) -> list[Turn]:
@@ -100,9 +99,7 @@ def _turn(entry: object) -> Turn:
     if not isinstance(entry, dict):
         raise BadRow(f"found {kind_of(entry)} where a turn (an object with role and content) was expected")
     turn: Row = entry
-    for key in _UNREAD_IN_TURN:
-        if not _is_empty(turn.get(key)):
-            raise BadRow(f"'{key}' is not read: only text is; remove the row")
+    refuse_turn(turn)
     spelling = next((pair for pair in _SPELLINGS if turn.get(pair[0]) is not None), None)
     if spelling is None:
         raise BadRow("no 'role' (or 'from')")
@@ -115,7 +112,8 @@ def _turn(entry: object) -> Turn:
     text = check_text(turn[content], content)
     if role == "assistant" and not text.strip():
         raise BadRow(f"'{content}' of the assistant is empty")
-    return Turn(role, text)
+    more = {key: check_text(turn[key], key) for key in SHOWN_KEYS if has_value(turn.get(key))}
+    return Turn(role, text, is_trained(turn, role), more)
 
 
 def _role(value: object, key: str) -> str:
@@ -124,7 +122,3 @@ def _role(value: object, key: str) -> str:
         shown_role = f"'{word}'" if _PLAIN_ROLE.fullmatch(word) else "it"  # otherwise it may be a turn's text
         raise BadRow(f"'{key}': {shown_role} is not a known role; known: {', '.join(_ROLE_OF)}")
     return _ROLE_OF[word.lower()]
-
-
-def _is_empty(value: object) -> bool:
-    return value in _EMPTY or value == [] or value == {}

@@ -18,7 +18,6 @@ from fedmira.data.records import (
 from fedmira.data.rows import BadRow, Fault, Place, Row, as_row, kind_of
 
 _PLAIN_ID = re.compile(r"[\w.:#/-]{1,120}")
-_UNREAD = ("history", "system")  # LLaMA-Factory's Alpaca: without them the example would change its meaning
 _HARMLESS = frozenset(  # allowed beside a question and its answer: none of them is part of the question
     {"id", "index", "file", "split", "client", "site", "user", "owner", "group", "source", "subject", "topic", "level"}
     | {"type", "language", "license", "url", *ALIASES}
@@ -48,10 +47,6 @@ def convert_instruction(row: Row, keys: Keys, place: Place) -> Iterator[Record]:
     text = take_text(row, keys, "input") if "input" in keys else ""
     if unread := _unread_input(row, keys):
         raise BadRow(f"'{unread}' would not be read; the first row has no input, or name it: {{input: {unread}}}")
-    taken = {key for names in keys.values() for key in names}
-    for key in _UNREAD:
-        if key not in taken and row.get(key) not in (None, "", []):
-            raise BadRow(f"'{key}' is not read: write the row as a conversation (data.format messages)")
     answers = take_answers(row, keys, "answer", several=False)
     yield Record(instruction, text, answers, take_columns(row, keys), str(place))
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from fedmira.data.batches import ClientData, Encoded, Truncation
 from fedmira.data.partition import Client, shown_name
-from fedmira.data.templates import Rendered, Template
+from fedmira.data.templates import Rendered, Template, common_length
 from fedmira.errors import DataError
 
 ANCHORS = ("\n", ".", ":", "a ")  # texts that an answer is encoded after, where it cannot be encoded after its prompt
@@ -58,7 +58,7 @@ def encode_client(
     records = [*client.train, *client.validation, *client.test]
     shown = [template.render(record) for record in records]
     prompts = _encode(shown, tokenizer, template, end)
-    answers = [prompt.answer if prompt.answer[-1:] == [end] else [*prompt.answer, end] for prompt in prompts]
+    answers = [_ended(prompt.answer, end) for prompt in prompts]
     scored = range(len(client.train), len(records))
     fitted = [
         _fit(
@@ -75,8 +75,10 @@ def encode_client(
         if example is not None:
             written = tokenizer.decode(answers[index][:-1], skip_special_tokens=True)
             before, after = (_readable(text, tokenizer) for text in shown[index].around)
-            references = tuple(_readable(text, tokenizer) for text in example.answers)
-            fitted[index] = replace(example, answers=references, written=written, around=(before, after)), counts
+            references = tuple(_readable(template.escape(text), tokenizer) for text in example.answers)
+            closing = _readable(shown[index].closing, tokenizer) if shown[index].closing else ""
+            example = replace(example, answers=references, written=written, around=(before, after), closing=closing)
+            fitted[index] = example, counts
     after_train = len(client.train)
     after_validation = after_train + len(client.validation)
     splits = (fitted[:after_train], fitted[after_train:after_validation], fitted[after_validation:])
@@ -98,6 +100,13 @@ def encode_client(
         truncation=sum((counts for _, counts in fitted), Truncation()),
         asked_otherwise=sum(not rendered.begins for rendered in shown),
     )
+
+
+def _ended(answer: Sequence[int], end: int) -> list[int]:
+    """Return an answer with one end of text, whether or not the data writes it."""
+    while answer[-1:] == [end]:
+        answer = answer[:-1]
+    return [*answer, end]
 
 
 def encode_questions(
@@ -166,12 +175,16 @@ class _Encoder:
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = _tokenize(texts, self.tokenizer, special=self.special)
+        bos = self.tokenizer.bos_token_id
+        first = self.first if self.special else () if bos is None else (bos,)
         for ids in encoded:
             for _ in range(self.suffix):
                 if len(ids) > len(self.first) and ids[-1] == self.end:
                     ids.pop()
-            if self.first and tuple(ids[: 2 * len(self.first)]) == 2 * self.first:  # the text has them too
-                del ids[: len(self.first)]
+            while first and tuple(ids[: 2 * len(first)]) == 2 * first:  # the text has them too
+                del ids[: len(first)]
+            if not self.special:  # the data end a turn that the template ends too
+                ids[:] = [id for index, id in enumerate(ids) if index == 0 or id != self.end or ids[index - 1] != id]
         return encoded
 
     def protected(self, ids: Sequence[int]) -> int:
@@ -240,16 +253,13 @@ def _place(
     trained = []
     before = encode([text[:cut] for cut in cuts])
     for start, stop in zip(before[::2], before[1::2], strict=True):
-        first, last = max(_shared(start, prompt), 1), _shared(stop, prompt) + int(stop != prompt[: len(stop)])
+        # where a prefix of the text differs, one token reaches across the place where the text was cut
+        first, last = max(common_length(start, prompt), 1), common_length(stop, prompt)
+        last += int(stop != prompt[: len(stop)])
         if first < last:
             trained.append((first, min(last, len(prompt))))
     ids = prompt or [encode.end]
     return _Prompt(ids, encode.protected(prompt), answer, tuple(trained), question if question != ids else None)
-
-
-def _shared(ids: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many leading ids are the same. What follows is one token across the place where a text was cut."""
-    return next((n for n, (mine, theirs) in enumerate(zip(ids, other, strict=False)) if mine != theirs), len(ids))
 
 
 def _fit(

@@ -5,8 +5,9 @@ is strict: every bad row is found, none is dropped silently, and no error shows 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from fedmira.data.chats import convert_chat, recognises_chat
 from fedmira.data.converters import (
@@ -23,6 +24,7 @@ from fedmira.data.records import ALIASES, PLAIN_KEY, Keys, Record, Turn, present
 from fedmira.data.rows import FAULTS_SHOWN, BadRow, Fault, Place, Row
 from fedmira.data.sources import Source, Table, open_source
 from fedmira.data.text_form import TextForm
+from fedmira.data.unread import list_unread, refuse_row
 from fedmira.errors import DataError, nearest
 
 __all__ = ["FORMATS", "Format", "Reading", "Record", "Turn", "read_records"]
@@ -42,6 +44,9 @@ class Format:
     convert: Callable[[Row, Keys, Place], Iterable[Record | Fault]]
     optional: frozenset[str] = frozenset()  # the first row decides whether the data has it
     anywhere: frozenset[str] = frozenset()  # any row may have it
+    kind: Literal["request", "chat", "text", "tasks"] = (
+        "request"  # of a row: which keys beside its texts have a meaning
+    )
 
 
 class UnreadRows(DataError):
@@ -149,10 +154,20 @@ class _Reader:
                 raise self._failed([*self.faults, fault]) from None
             yield fault
             return
+        kind = self.chosen.kind
+        taken = {key for names in self.keys.values() for key in names}
+        if kind == "chat":
+            taken |= {"prompt", "completion"}  # lists of turns, or the first turn's text once more
         try:
-            yield from self.chosen.convert(row, self.keys, place)
+            results = list(self.chosen.convert(row, self.keys, place))
+            refuse_row(row, taken, kind=kind, named=not set(self.columns) <= set(ALIASES))
         except BadRow as bad:
             yield Fault(str(place), str(bad))
+            return
+        turns = [turn for key in taken for turn in _listed(row.get(key))] if kind == "chat" else []
+        unread = tuple(list_unread(row, taken, turns, kind=kind))
+        for result in results:
+            yield replace(result, unread=unread) if unread and isinstance(result, Record) else result
 
     def finish(self, source: Source, form: TextForm) -> Reading:
         """Return the reading. Raises DataError if there is no record, or a fault that is not skipped."""
@@ -183,6 +198,10 @@ class _Reader:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         first = f", the first {FAULTS_SHOWN}" if len(faults) > FAULTS_SHOWN else ""
         return UnreadRows(f"data.path '{self.path}': {count}{first}:{shown}")
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
 
 
 def _refuse_mixture(path: str, source: Source, chosen: Format, columns: Mapping[str, str]) -> None:
@@ -266,6 +285,11 @@ def _unknown_format(row: Row, columns: Mapping[str, str], place: Place) -> str:
             "'question' and 'answer' are read as prompt and completion only if no other column may be part of the "
             "question; if no other is needed, say so: data.columns {prompt: question, completion: answer}"
         )
+    if {"chosen", "rejected"} <= set(row):
+        return (
+            "'chosen' and 'rejected' are a preference, and there is no training on preferences; to train on the chosen "
+            "texts: data.columns {prompt: prompt, completion: chosen}, or {messages: chosen} for lists of turns"
+        )
     mapped = f" and data.columns for {', '.join(columns)}" if columns else ""
     header = "; is the first line a header?" if place.headed else "."
     return (
@@ -293,6 +317,7 @@ FORMATS: tuple[Format, ...] = (
         },
         recognises_tasks,
         convert_tasks,
+        kind="tasks",
     ),
     Format(
         "dolly",
@@ -324,6 +349,7 @@ FORMATS: tuple[Format, ...] = (
         recognises_chat,
         convert_chat,
         anywhere=frozenset(_CHAT),
+        kind="chat",
     ),
     Format(
         "sharegpt",
@@ -332,6 +358,7 @@ FORMATS: tuple[Format, ...] = (
         recognises_chat,
         convert_chat,
         anywhere=frozenset(_CHAT),
+        kind="chat",
     ),
-    Format("text", "none", {"text": ("text",)}, recognises_text, convert_text),
+    Format("text", "none", {"text": ("text",)}, recognises_text, convert_text, kind="text"),
 )

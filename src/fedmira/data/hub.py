@@ -4,6 +4,7 @@
 none of them is missed, and neither their output nor their settings reach this process.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -46,6 +47,8 @@ def fetched(name: str, *, subset: str | None, revision: str | None) -> Iterator[
     for switch in ("HF_DATASETS_OFFLINE", hub_switch):  # starting the program to find this out takes seconds
         if os.environ.get(switch, "").upper() in _TRUE:
             raise _refused(name, f"the hub is switched off by {switch}; unset it, or name a local file or folder")
+    if importlib.util.find_spec("datasets") is None:
+        raise _refused(name, "reading it needs the package datasets; install it with pip install 'fedmira[hub]'")
     with tempfile.TemporaryDirectory(prefix="fedmira-hub-") as scratch:
         folder = Path(scratch) / "saved"
         request = json.dumps([name, subset, revision, str(folder)])

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedmira.data.rows import BadRow, Row, kind_of
 
@@ -24,6 +24,7 @@ class Turn:
     role: str  # system, user, assistant or tool
     text: str  # may be empty
     trained: bool = True  # of an assistant's turn: loss is taken on it
+    more: Mapping[str, str] = field(default_factory=dict)  # further keys for the chat template, such as a reasoning
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Record:
     columns: Mapping[str, str]  # every scalar column of the row as text
     source: str  # "file:line", "file, row 7" or "file#instance id"; never example text
     turns: tuple[Turn, ...] = ()  # a conversation's turns before its last answer; then instruction and input are empty
+    more: Mapping[str, str] = field(default_factory=dict)  # as Turn.more, of the turn that is the answer
+    unread: tuple[str, ...] = ()  # keys with a value that is neither text of the example nor a column
 
 
 def present(row: Row, keys: Sequence[str]) -> str | None:

@@ -5,7 +5,7 @@ tokenizer; nothing here depends on the form of a model's turns.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fedmira.data.formats import Record, Turn
+from fedmira.data.unread import REASONING
 from fedmira.errors import DataError, nearest
 
 PLAIN = "plain"
@@ -70,15 +71,21 @@ class Rendered:
     question: str  # the prompt for generation; may end before `prompt` does
     begins: bool = True  # the question is a prefix of the example; otherwise generation differs from training
     around: tuple[str, str] = ("", "")  # what the template writes in `answer` before and after the text of the data
+    closing: str = ""  # of what is before it: the end of a reasoning, after which the answer begins
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a record becomes text. complete: the text contains its special tokens, the tokenizer adds none."""
+    """How a record becomes text. complete: the text contains its special tokens, the tokenizer adds none.
+
+    source: the text of a file. escape: what a text of the data becomes before it is shown.
+    """
 
     name: str
     render: Callable[[Record], Rendered]
     complete: bool = False
+    source: str = ""
+    escape: Callable[[str], str] = str
 
 
 class ChatTokenizer(Protocol):
@@ -161,7 +168,7 @@ def _from_file(name: str, tokenizer: ChatTokenizer) -> Template:
         except Exception as error:  # any error of the template, such as a division by zero
             raise DataError(f"data.template '{name}' cannot show {record.source}: {type(error).__name__}") from None
 
-    return Template(name, lambda record: _single(record, request(_request_only(record, name))))
+    return Template(name, lambda record: _single(record, request(_request_only(record, name))), source=source)
 
 
 # ---------------------------------------------------------------- single requests
@@ -219,8 +226,10 @@ def _chat_template(name: str, source: str, tokenizer: ChatTokenizer) -> Template
     if "strftime_now" in source:
         source = _SAME_DAY + source
 
+    shows: dict[tuple[str, str], bool] = {}  # (role, key) -> does the template show it?
+
     def show(turns: Sequence[Turn], record: Record, *, ask: bool = False) -> str:
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        messages = [{"role": turn.role, "content": turn.text, **turn.more} for turn in turns]
         try:
             return tokenizer.apply_chat_template(
                 messages, chat_template=source, tokenize=False, add_generation_prompt=ask
@@ -230,9 +239,23 @@ def _chat_template(name: str, source: str, tokenizer: ChatTokenizer) -> Template
             reason = str(error) if str(error) in source else type(error).__name__
             raise DataError(f"data.template '{name}' cannot show {record.source}: {reason}") from None
 
+    def check_more(turns: Sequence[Turn], record: Record) -> None:
+        for index, turn in enumerate(turns):
+            for key in turn.more:
+                if (turn.role, key) not in shows:
+                    probe = replace(turn, more={**turn.more, key: _MARKS[0]})
+                    shows[turn.role, key] = _MARKS[0] in show((*turns[:index], probe), record)
+                if not shows[turn.role, key]:
+                    raise DataError(
+                        f"data.template '{name}' does not show '{key}' of the {turn.role}'s turn in {record.source}; "
+                        "remove the key from the data, or write a Jinja file that shows it"
+                    )
+
     def render(record: Record) -> Rendered:
-        turns = record.turns or (Turn("user", "\n\n".join(t for t in (record.instruction, record.input) if t.strip())),)
-        return _mark_turns((*turns, Turn("assistant", record.answers[0])), record, name, show)
+        request = "\n\n".join(text for text in (record.instruction, record.input) if text.strip())
+        turns = (*(record.turns or (Turn("user", request),)), Turn("assistant", record.answers[0], more=record.more))
+        check_more(turns, record)
+        return _mark_turns(turns, record, name, show)
 
     return Template(name, render, complete=True)
 
@@ -246,9 +269,9 @@ def _mark_turns(turns: Sequence[Turn], record: Record, name: str, show: Callable
     """
     spoken = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     marks = {index: f"{_MARKS[0]}{number}{_MARKS[1]}" for number, index in enumerate(spoken)}
-    if any(mark in turn.text for turn in turns for mark in _MARKS):
+    if any(mark in text for turn in turns for text in (turn.text, *turn.more.values()) for mark in _MARKS):
         raise DataError(f"{record.source}: the text contains private-use characters (U+E000, U+E001); remove them")
-    shown = show([Turn(t.role, marks[index]) if index in marks else t for index, t in enumerate(turns)], record)
+    shown = show([replace(t, text=marks[index]) if index in marks else t for index, t in enumerate(turns)], record)
     pieces, suffix = [], shown
     for mark in marks.values():
         before, separator, suffix = suffix.partition(mark)
@@ -269,23 +292,48 @@ def _mark_turns(turns: Sequence[Turn], record: Record, name: str, show: Callable
                 "is ambiguous; write a Jinja file that shows it unchanged"
             )
     segments: list[Segment] = []
+    before = ""
     for number, piece in enumerate(pieces):
         if number:  # the end of the assistant's previous turn
             closed = end if end and piece.startswith(end) else ""
-            segments.append(Segment(texts[number - 1] + closed, turns[spoken[number - 1]].trained))
+            spoken_text = segments.pop().text + texts[number - 1] + closed
+            segments.append(Segment(spoken_text, turns[spoken[number - 1]].trained))
+            before += texts[number - 1] + closed
             piece = piece[len(closed) :]
-        segments.append(Segment(piece, False))
-    prompt = "".join(segment.text for segment in segments)
-    question = show(turns[: spoken[-1]], record, ask=True)
-    begins = prompt.startswith(question)
-    answer_prefix = prompt[len(question) :] if begins else ""
-    last = segments.pop().text
-    if not last.endswith(answer_prefix):
+        turn, last = turns[spoken[number]], number == len(pieces) - 1
+        question = show(turns[: spoken[number]], record, ask=True) if turn.more or last else ""
+        start = _written_from(turn, before, piece, question)
+        segments += [Segment(piece[:start], False), Segment(piece[start:], True)]
+        before += piece
+    begins = before.startswith(question)
+    answer_prefix = before[len(question) :] if begins else piece[start:]
+    if not piece.endswith(answer_prefix):
         answer_prefix = ""
-    segments.append(Segment(last.removesuffix(answer_prefix), False))
+    segments[-2:] = [Segment(piece.removesuffix(answer_prefix), False)]
     answer = answer_prefix + texts[-1] + end
     prompt_parts = tuple(part for part in segments if part.text)
-    return Rendered(prompt_parts, answer, question, begins, (answer_prefix, end))
+    return Rendered(prompt_parts, answer, question, begins, (answer_prefix, end), _closing(turns[-1], answer_prefix))
+
+
+def _written_from(turn: Turn, before: str, piece: str, question: str) -> int:
+    """Return where, in the text before an answer, what the model must write begins: after the prompt asked with.
+
+    Its end for a turn without keys of its own: what a template writes for every turn is not learned in earlier ones.
+    """
+    start = common_length(question, before + piece) - len(before)
+    return start if turn.more and turn.trained and start >= 0 else len(piece)
+
+
+def common_length(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return the length of the longest common prefix of two sequences."""
+    shorter = min(len(one), len(other))
+    return next((n for n, (mine, theirs) in enumerate(zip(one, other, strict=False)) if mine != theirs), shorter)
+
+
+def _closing(turn: Turn, prefix: str) -> str:
+    """Return what a template writes between a turn's reasoning and its text."""
+    reasonings = [turn.more[key].strip() for key in REASONING if key in turn.more]
+    return next((prefix.rpartition(text)[2].strip() for text in reasonings if text and text in prefix), "")
 
 
 def _join(pieces: Sequence[str], texts: Sequence[str], suffix: str) -> str:

@@ -60,8 +60,8 @@ def measure_answers(
 ) -> list[dict[str, float | None]]:
     """Return, for each client of `ids`, the mean of each metric over its greedy answers; None without examples.
 
-    metrics: of rouge_l, exact_match, word_accuracy, each in [0, 1]. progress: called with the number of clients done.
-    written: called with each answer, its client and the example's place in the split.
+    metrics: of rouge_l, rouge_l_paper, exact_match, word_accuracy, each in [0, 1]. progress: called with the number of
+    clients done. written: called with each answer, its client and the example's place in the split.
     """
     means: dict[int, dict[str, float | None]] = {k: dict.fromkeys(metrics) for k in ids}
     finished = len([k for k in ids if not _examples(clients[k], split)])
@@ -95,6 +95,8 @@ def plain_answer(text: str, example: Encoded) -> str:
     if example.written and text == example.written.strip():
         return example.answers[0]
     before, after = (piece.strip() for piece in example.around)
+    if example.closing and example.closing in text:  # what was reasoned before is not a part of the answer
+        return text.rpartition(example.closing)[2].removesuffix(after)
     return text.removeprefix(before).removesuffix(after)
 
 

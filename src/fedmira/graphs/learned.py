@@ -29,7 +29,6 @@ from fedmira.graphs.graph import Graph
 
 Array: TypeAlias = "np.ndarray"
 LEAST_SKETCH = 256  # numbers of a client's sketch, all its parts together
-_PAIRS = 2**22  # numbers of differences in memory at once
 _COLUMNS = 2**18  # of rows that are multiplied in float64 at once
 _BLOCK = 512  # clients compared with all others at once
 _SAMPLE = 1024  # clients whose distances set the scale of a graph over all
@@ -115,14 +114,10 @@ def cosine(x: Array, y: Array) -> Array:
 
 
 def squared_distances(x: Array, y: Array) -> Array:
-    """|x - y|^2 [n, N] of vectors [n, m] and [N, m] by direct differences in float64."""
-    squares = np.empty((len(x), len(y)))
-    columns = np.asarray(y, dtype=np.float64)
-    size = max(1, _PAIRS // max(1, columns.size))
-    for start in range(0, len(x), size):
-        gaps = np.asarray(x[start : start + size], dtype=np.float64)[:, None, :] - columns[None, :, :]
-        squares[start : start + size] = np.einsum("nkm,nkm->nk", gaps, gaps)
-    return squares
+    """|x_i - y_j|^2 [n, N] of rows [n, m] and [N, m], without the cancellation of |x|^2 + |y|^2 - 2 <x, y>."""
+    from scipy.spatial.distance import cdist  # tenths of a second
+
+    return np.asarray(cdist(x, y, "sqeuclidean"))
 
 
 def closeness(x: Array, y: Array, scales: Array | None = None) -> Array:
@@ -195,12 +190,13 @@ def nearest_pairs(similarities: Array, rows: Array, columns: Array, *, degree: i
     """
     pairs: Pairs = {}
     to_others = np.where(rows[:, None] == columns[None, :], 0.0, similarities)
-    best = np.argsort(-to_others, axis=1, kind="stable")[:, :degree]
-    for row, client in enumerate(rows.tolist()):
-        for column in best[row].tolist():
-            if to_others[row, column] > 0:
-                other = int(columns[column])
-                pairs[min(client, other), max(client, other)] = float(to_others[row, column])
+    degree = min(degree, len(columns))
+    least = -np.partition(-to_others, degree - 1, axis=1)[:, degree - 1, None]  # the last similarity that is joined
+    above, equal = to_others > least, to_others == least
+    equal &= np.cumsum(equal, axis=1) <= degree - above.sum(axis=1, keepdims=True)
+    for row, column in zip(*np.nonzero((above | equal) & (to_others > 0)), strict=True):
+        client, other = int(rows[row]), int(columns[column])
+        pairs[min(client, other), max(client, other)] = float(to_others[row, column])
     return pairs
 
 

@@ -13,6 +13,7 @@ MINUS = "\u2212"
 NAMES = {
     "loss": "Test loss",
     "rouge_l": "ROUGE-L",
+    "rouge_l_paper": "ROUGE-L (package rouge)",
     "exact_match": "Exact match",
     "word_accuracy": "Word accuracy",
 }
@@ -28,7 +29,7 @@ def title(metric: str) -> str:
 
 def phrase(metric: str) -> str:
     """Name a metric inside a sentence."""
-    return title(metric) if metric == "rouge_l" else title(metric).lower() if metric in NAMES else metric
+    return title(metric) if metric.startswith("rouge_l") else title(metric).lower() if metric in NAMES else metric
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -18,6 +18,7 @@ from fedmira.data.names import lookalikes
 from fedmira.data.owners import Owner, find_owners
 from fedmira.data.partition import column_values, form_clients
 from fedmira.data.rows import Fault
+from fedmira.data.special import as_text, count_special, special_names
 from fedmira.data.splits import find_splits, read_splits
 from fedmira.data.templates import Template, make_template
 from fedmira.engine.events import Observer
@@ -49,6 +50,10 @@ class Intake:
     alike: Mapping[str, Sequence[tuple[str, ...]]]  # column of clients or groups -> its values that look alike
     mixed: Sequence[Owner]  # columns that may name the clients, and whose values a partitioner mixes
     spelled: Mapping[str, str]  # a value of data.split_column -> the split that it names, where it is spelled otherwise
+    special: Mapping[str, int]  # special token -> examples whose own texts have it
+    special_as_text: bool  # these are plain text
+    special_in_template: Sequence[str]  # special tokens that a template file for single requests writes
+    unread: Mapping[str, tuple[int, str]]  # key that is not read -> examples with it, the place of the first
 
 
 def take_in(config: Config, observer: Observer) -> tuple[Any, Intake]:
@@ -77,6 +82,9 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         delimiter=section.delimiter,
     )
     template = make_template(section.template, usual=reading.template, tokenizer=tokenizer)
+    names = special_names(tokenizer)
+    if section.special_tokens == "text":
+        template, tokenizer = as_text(template, tokenizer)
     if reading.format == "text":
         _check_text(config, template)
     chosen = section.clients.partitioner
@@ -120,6 +128,10 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         alike=_lookalikes(reading.records, (None if parts is not None else by, section.clients.groups)),
         mixed=() if parts is None else _mixed(reading.records, chosen),
         spelled=_spelled_otherwise(reading.records, section.split_column),
+        special=count_special(reading.records, names),
+        special_as_text=section.special_tokens == "text",
+        special_in_template=[name for name in names if name in template.source],
+        unread=_count_unread(reading.records),
         left_out=0 if parts is None else len(reading.records) - sum(len(part) for part in parts),
     )
 
@@ -171,6 +183,15 @@ def _spelled_otherwise(records: Sequence[Record], column: str | None) -> dict[st
     """Return which split each value of a column is read as, where that is not its name."""
     values = () if column is None else (record.columns.get(column, "") for record in records)
     return {value: split for value, split in sorted(read_splits(values).items()) if value != split}
+
+
+def _count_unread(records: Sequence[Record]) -> dict[str, tuple[int, str]]:
+    counts: dict[str, tuple[int, str]] = {}
+    for record in records:
+        for key in record.unread:
+            count, first = counts.get(key, (0, record.source))
+            counts[key] = (count + 1, first)
+    return counts
 
 
 def _partition(records: Sequence[Record], chosen: Partitioner | None, default_seed: int) -> list[np.ndarray] | None:

@@ -1,6 +1,7 @@
 """Run a study, or continue one: every method with every seed, each into a separate folder, then the report."""
 
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import platform
@@ -292,7 +293,7 @@ def _facts(prepared: Prepared, built: Built, seed: int) -> RunFacts:
         versions={
             "fedmira": importlib.metadata.version("fedmira"),
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in LIBRARIES},
+            **{name: importlib.metadata.version(name) for name in LIBRARIES if importlib.util.find_spec(name)},
         },
         command=sys.argv,
         started=_now(),
