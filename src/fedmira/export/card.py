@@ -288,8 +288,8 @@ def _not_found(base_model: str, card: Card) -> list[str]:
         return []
     name = _quoted(shown_base(base_model))
     return [
-        f"`AutoPeftModelForCausalLM` does not find this base: adapter_config.json has `{name}`, which is not a name on "
-        "the hub. Load the base first, as above.",
+        f"`AutoPeftModelForCausalLM` does not find this base: an exported adapter_config.json has only its name, "
+        f"`{name}`, which is not on the hub. Load the base first, as above.",
         "",
     ]
 
