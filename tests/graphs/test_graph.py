@@ -422,3 +422,11 @@ def test_the_distance_of_two_updates_counts_each_at_its_own_scale() -> None:
         side.leaf(second).fill_(b)
         sides.append(side)
     assert product_distance(*sides) == pytest.approx(4)
+
+
+def test_the_fingerprint_of_a_rule_depends_on_its_similarities_too() -> None:
+    def of(value: float) -> str:
+        rule = graphs.Rule((3, 3), lambda ids, others: value * (ids[:, None] != others), "the same", None)
+        return Graph(rule, "x").fingerprint
+
+    assert of(1.0) == of(1.0) != of(0.5)

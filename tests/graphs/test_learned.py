@@ -17,6 +17,7 @@ from fedmira.graphs.learned import (
     join,
     knn_graph,
     nearest_pairs,
+    share_of,
     squared_distances,
 )
 
@@ -151,3 +152,7 @@ def test_a_direction_that_all_profiles_share_makes_nobody_alike() -> None:
     profiles = np.array([[10.0, 1.0], [10.0, 2.0], [10.0, -1.0], [10.0, -2.0]])
     found = knn_graph(profiles, measure="cosine", degree=3, note="").weights.toarray()
     assert found == pytest.approx(np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]))
+
+
+def test_parts_of_a_sketch_share_its_numbers_and_have_at_least_32() -> None:
+    assert [share_of(256, parts) for parts in (1, 3, 8, 100)] == [256, 86, 32, 32]

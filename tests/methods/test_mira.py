@@ -128,6 +128,14 @@ def test_the_record_of_a_round_tells_the_mean_pull_in_percent(tmp_path: Path) ->
     assert dict(change.notes) == pytest.approx({"pull_percent": 20.0})
 
 
+def test_the_record_of_a_round_has_the_share_of_differences_that_were_clipped() -> None:
+    """16 equal numbers: 0, 1 and 10 are 4, 40 and 36 apart, each seen from both sides; four of six are above 20."""
+    method = mira(cohort(3), clip=20.0, graph={"kind": "uniform"}, **{"lambda": 0.1})
+    state = State(Adapters(LAYOUT, rows(0, 0, 0), torch.ones(3, dtype=torch.int64), torch.ones(3)))
+    change = method.merge(state, torch.arange(3), Message(rows(0, 1, 10)), torch.ones(3), FIRST)
+    assert change.notes["clipped_percent"] == pytest.approx(100 * 4 / 6)
+
+
 @pytest.mark.filterwarnings("ignore:mira")
 @pytest.mark.parametrize("clients", [2, 3, 5])
 def test_all_alike_with_a_coupling_of_one_over_n_is_the_uniform_mean(clients: int) -> None:
