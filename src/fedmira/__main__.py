@@ -1,4 +1,7 @@
-"""`python -m fedmira`, and the command `fedmira`: Ctrl-C has its answer before anything else is imported."""
+"""`python -m fedmira`, and the command `fedmira`: Ctrl-C has its answer before anything else is imported.
+
+Importing this module sets the signal's handler: nobody imports it but to run the command line.
+"""
 
 import os
 import signal
@@ -10,10 +13,12 @@ def _quit(number: int, frame: object) -> None:
     os._exit(130)
 
 
+if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, _quit)
+
+
 def main() -> None:
     """Run the command line."""
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _quit)
     from fedmira.cli.main import main as run
 
     run()

@@ -194,7 +194,7 @@ def test_a_base_on_a_hub_is_merged_at_the_runs_revision(
         with pytest.raises(ModelError, match=r"model\.revision 'third'"):
             merge_adapters([tmp_path / "ada"], [tmp_path / "other"], facts=facts, revision="third")
     assert made.difference < 1e-5
-    assert 'base_model: "some-one/tiny"' in (made.path / "README.md").read_text()
+    assert "base_model: some-one/tiny" in (made.path / "README.md").read_text()
 
 
 # ---------------------------------------------------------------- what is refused, before weights are loaded
