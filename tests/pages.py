@@ -155,6 +155,7 @@ def run_code(block: Block, folder: Path, names: dict[str, Any]) -> tuple[list[st
     faults: list[str] = []
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.chdir(folder)
+        patch.setattr(sys, "dont_write_bytecode", True)  # a page may write a module twice in a second
         patch.syspath_prepend(str(folder))  # as for a script that lies there
         try:
             exec(compile(block.text, "page", "exec"), names)

@@ -98,6 +98,7 @@ STANDS_FOR = {
     "RUN": "runs/mine/mira/seed-0",
     "ID": "hospital_a",
     "DIR": "out",
+    r"csv\|md\|latex": "md",
     "N": "11",
     "a.b=c ...": "training.batch_size=4",
     "mira-paper data.path=...": "mira-paper data.path=tasks.jsonl model.base_model=base federation.rounds=1 "

@@ -157,7 +157,8 @@ def test_a_csv_file_of_the_hub_is_read(hub: Path) -> None:
 def test_rows_of_mixed_kinds_are_skipped_like_any_others(hub: Path) -> None:
     reading = read_records("org/mixed", on_bad_row="skip")
     assert [str(skipped) for skipped in reading.skipped] == [
-        "org/mixed/train, row 2: 'messages', turn 2 of 2: 'tool_calls' is not read: only text is; remove the row"
+        "org/mixed/train, row 2: 'messages', turn 2 of 2: 'tool_calls' is not read: only text is; remove the row, or "
+        "the key"
     ]
 
 

@@ -221,7 +221,8 @@ def test_a_study_is_created_in_a_new_or_an_empty_folder(tmp_path: Path) -> None:
 def test_a_folder_with_a_study_is_refused_with_the_three_options(tmp_path: Path) -> None:
     StudyFolder(tmp_path).create(config())
     with pytest.raises(
-        StoreError, match=r"already holds a study; continue with 'fedmira resume .*output_dir=.*--overwrite"
+        StoreError,
+        match=r"already holds a study; choose another output_dir=.*--overwrite, or continue with: fedmira resume ",
     ):
         StudyFolder(tmp_path).create(config())
 

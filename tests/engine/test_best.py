@@ -248,7 +248,7 @@ def test_a_plan_counts_both_tests_and_both_fine_tunings(name: str) -> None:
 
     def count(ends: int) -> Work:
         schedule = of.cohort(SCHEDULE).schedule
-        options: dict[str, Any] = {"batch_size": 2, "steps": 1, "epochs": None, "every": 1, "max_examples": None}
+        options: dict[str, Any] = {"training": of.training, "every": 1, "max_examples": None}
         return count_run(of.clients, schedule, method=method(name, of), writes=True, ends=ends, **options)
 
     one, both = count(1), count(2)

@@ -205,8 +205,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "not an object": (written("[]"), "is damaged: it is not a JSON object"),
     "deep": (written("[" * 100_000), "is damaged: it is not a JSON object"),
     "a tensor less": (without_a_tensor, "and no 'base_model.model."),
-    "linked config": (link(CONFIG), "is a link, which FedMira never writes"),
-    "linked weights": (link(WEIGHTS), "is a link, which FedMira never writes"),
+    "linked config": (link(CONFIG), "is a link to"),
+    "linked weights": (link(WEIGHTS), "is a link to"),
 }
 WHOLE_ONLY = {  # the base must be there to see it
     "a layer less": (without_a_layer, "layers.1"),
@@ -245,12 +245,12 @@ def test_a_link_or_other_bytes_instead_of_the_card_or_the_folder_are_not_copied(
     refuse("is not UTF-8", *arguments)
     (folder / "README.md").unlink()
     (folder / "README.md").symlink_to("/etc/hostname")
-    refuse("README.md' is a link, which FedMira never writes", *arguments)
+    refuse("README.md' is a link to", *arguments)
     (folder / "README.md").unlink()
     (folder / "README.md").write_bytes(card)
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
-    refuse("ada' is a link, which FedMira never writes", *arguments)
+    refuse("ada' is a link to", *arguments)
 
 
 def test_links_of_the_hubs_cache_are_read(here: Path, tmp_path: Path) -> None:

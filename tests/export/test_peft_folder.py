@@ -29,6 +29,7 @@ from fedmira.adapters.ranks import is_attention
 from fedmira.cli.chat import open_chat
 from fedmira.data.batches import collate
 from fedmira.errors import FedMiraError, StoreError
+from fedmira.export import peft_folder
 from fedmira.export.peft_folder import FILES, export_adapter, read_adapter
 from fedmira.export.vllm import NO_LORA, RANKS, max_lora_rank, serve_line
 from fedmira.model.passes import gradients
@@ -129,7 +130,7 @@ def test_an_adapter_without_one_of_its_files_is_refused_before_anything_is_copie
 
 
 def test_a_full_disk_leaves_no_copy_behind(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy, left = shutil.copyfile, iter(range(7))
+    copy, left = peft_folder.copy_file, iter(range(7))
 
     def full(*arguments: Any) -> None:
         if next(left, None) is None:
@@ -137,18 +138,19 @@ def test_a_full_disk_leaves_no_copy_behind(run: Run, tmp_path: Path, monkeypatch
         copy(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", full)
+        patch.setattr(peft_folder, "copy_file", full)
         with pytest.raises(StoreError, match=r"cannot write '.*': No space left on device; choose another --out"):
             fedmira.export(run, out=tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
     assert len(fedmira.export(run, out=tmp_path / "out")) == len(CLIENTS)
 
 
-def test_a_partial_copy_left_by_a_crash_is_replaced(run: Run, tmp_path: Path) -> None:
+def test_a_partial_copy_left_by_a_crash_hinders_no_other(run: Run, tmp_path: Path) -> None:
     (tmp_path / ".ada.tmp").mkdir()
     (tmp_path / ".ada.tmp" / "half").write_text("x")
     fedmira.export(run, client="ada", out=tmp_path)
-    assert {path.name for path in tmp_path.rglob("*")} == {"ada", *FILES, *ASKING}
+    assert {path.name for path in (tmp_path / "ada").iterdir()} == {*FILES, *ASKING}
+    assert (tmp_path / ".ada.tmp" / "half").read_text() == "x"
 
 
 def test_a_file_instead_of_the_folder_is_reported(run: Run, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_splits_that_the_data_names_are_kept_or_their_mixing_is_told(base: Path,
         )
     )
     mixed, kept = take(base, path), take(base, path, split_column="split")
-    assert (mixed.pooled, kept.pooled) == (["test", "train"], ())
+    assert (mixed.pooled, kept.pooled) == (("split", ["test", "train"]), None)
     assert (len(mixed.clients[0].train), len(kept.clients[0].train), len(kept.clients[0].test)) == (8, 6, 2)
 
 

@@ -103,6 +103,8 @@ def test_a_study_holds_its_config_its_report_and_one_folder_per_method_and_seed(
         "local",
         "fedavg",
         "mira",
+        "results.csv",
+        ".lock",
     }
     assert [run.path.relative_to(study.path).as_posix() for run in study.runs] == [
         "local/seed-3",
@@ -125,6 +127,9 @@ def test_every_client_has_a_peft_folder(study: Study) -> None:
                 "adapter_model.safetensors",
                 "adapter_config.json",
                 "README.md",
+                "chat_template.jinja",
+                "tokenizer.json",
+                "tokenizer_config.json",
             }
 
 
@@ -403,6 +408,7 @@ def test_an_observer_gets_what_happens_in_its_order(make: Make) -> None:
         "ClientsEncoded",
         "DataRead",
         "StudyPrepared",
+        "StudyBegun",
         "StepBegun",
         "AnswersWritten",
         "RunBegun",

@@ -194,7 +194,7 @@ def test_without_report_to_nothing_is_tracked_and_nothing_imported(raw: dict[str
     ]
     assert "report_to: []" in (tmp_path / "study" / "config.yaml").read_text()
     assert {path.name for path in (tmp_path / "study").iterdir()} == {
-        *("config.yaml", "summary.json", "report.html", "local", ".lock"),
+        *("config.yaml", "summary.json", "report.html", "results.csv", "local", ".lock"),
     }
     assert not (tmp_path / "study" / "local" / "seed-3" / "tensorboard").exists()
 

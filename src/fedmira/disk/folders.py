@@ -50,9 +50,11 @@ LOCK = ".lock"  # of a study; an empty file
 _RUN = re.compile(r"seed-\d+")
 _ADAPTER = r"adapter_model\.safetensors|adapter_config\.json|README\.md|[^/]*token[^/]*|vocab\.[^/]*|merges\.txt"
 _WRITTEN = re.compile(
-    rf"config\.yaml|summary\.json|report\.html|results\.csv|{re.escape(LOCK)}|(?:{re.escape(TRACKIO_FOLDER)}|{re.escape(MLFLOW_FOLDER)})/.*"
+    rf"config\.yaml|summary\.json|report\.html|results\.csv|{re.escape(LOCK)}"
+    rf"|(?:{re.escape(TRACKIO_FOLDER)}|{re.escape(MLFLOW_FOLDER)})/.*"
     r"|[^/]+/seed-\d+/(?:config\.yaml|run\.json|clients\.json|graph\.json|metrics\.jsonl|results\.csv|examples\.jsonl"
-    r"|log\.txt|wandb/.*|checkpoints/round-\d+/(?:[^/]+\.safetensors|manifest\.json)|tensorboard/events\.out\.tfevents\.[^/]*"
+    r"|log\.txt|checkpoints/round-\d+/(?:[^/]+\.safetensors|manifest\.json)"
+    r"|tensorboard/events\.out\.tfevents\.[^/]*|wandb/.*"
     rf"|adapters/[^/]+/(?:{_ADAPTER}|[^/]+\.(?:jinja|model)))"
 )
 RESULT_COLUMNS = ("client", "method", "seed", "round", "view", "split", "metric", "value")
@@ -283,7 +285,9 @@ class StudyFolder:
             if entry.is_symlink() or not entry.is_dir():
                 if not _is_written(entry, self.path):
                     yield entry
-            elif entry.name != TRACKIO_FOLDER and not any(_RUN.fullmatch(run.name) for run in entry.iterdir()):
+            elif entry.name not in (TRACKIO_FOLDER, MLFLOW_FOLDER) and not any(
+                _RUN.fullmatch(run.name) for run in entry.iterdir()
+            ):
                 yield entry
             else:
                 for folder, folders, files in os.walk(entry):  # links to folders are listed, and not followed

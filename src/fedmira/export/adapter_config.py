@@ -16,6 +16,7 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from fedmira.disk.files import describe_link
 from fedmira.errors import StoreError
 from fedmira.model.base.source import join_some, list_pickles
 
@@ -220,7 +221,7 @@ def check_plain(path: Path) -> None:
     """
     cached = path.is_symlink() and path.resolve().parent == path.parent.resolve().parent.parent / "blobs"
     if path.is_symlink() and not cached:
-        raise StoreError(f"'{path}' is a link, which FedMira never writes; put the file itself there")
+        raise StoreError(f"{describe_link(path)}, and FedMira writes no links; replace it by a copy")
     if not path.is_file():
         raise StoreError(f"'{path}' is not a file; export or download the adapter again")
 

@@ -28,7 +28,7 @@ from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
 from fedmira.engine.schedule import draw_schedule
 from fedmira.engine.workplace import Evaluation, Workplace
-from fedmira.errors import ConfigError, MethodError, ModelError, nearest
+from fedmira.errors import MethodError, ModelError, nearest
 from fedmira.evaluation.embed import embed_prompts
 from fedmira.export.asking import Asking, find_asking
 from fedmira.export.peft_folder import check_targets, short_targets
@@ -39,7 +39,7 @@ from fedmira.model.base.load import Base, choose_device, load_base
 from fedmira.model.base.trial import check_embeddings
 from fedmira.study.events import StudyPrepared
 from fedmira.study.intake import Intake, check_examples, take_in
-from fedmira.study.training import check_least_rate
+from fedmira.study.training import check_least_rate, check_validation
 
 # Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
 # more than it brings (the demo, 0.26 M: 44 s on one thread, 59 s on two).
@@ -357,23 +357,6 @@ def evaluation_of(config: Config) -> Evaluation:
         max_examples=section.max_examples,
         examples=config.report.examples,
     )
-
-
-def check_validation(config: Config, clients: Sequence[ClientData]) -> None:
-    """Raise ConfigError if a round is to be chosen by validation losses and no client has a validation example."""
-    asks = []
-    if config.evaluation.keep == "best":
-        asks.append("evaluation.keep: best")
-    if config.federation.early_stopping is not None:
-        asks.append("federation.early_stopping")
-    if asks and not any(client.validation for client in clients):
-        faults = [
-            f"{ask} needs a validation loss, and no client has a validation example (data.split.validation: "
-            f"{config.data.split.validation:g}); raise that fraction, name a data.split_column with validation "
-            "examples, or remove this key"
-            for ask in asks
-        ]
-        raise ConfigError(faults)
 
 
 def targets_of(base: Base) -> list[str]:

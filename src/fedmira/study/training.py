@@ -1,11 +1,14 @@
 """How the clients of a method train: the config's `training`, with what the method's entry changes, as plain values."""
 
+from collections.abc import Sequence
+
 from fedmira.adapters.optim import Optimizer, adamw, sgd
 from fedmira.config.sections import Config, SchedulerKwargs, TrainingConfig
+from fedmira.data.batches import ClientData
 from fedmira.engine.rates import Schedule
 from fedmira.engine.run import Course
 from fedmira.engine.tools import Training
-from fedmira.errors import MethodError
+from fedmira.errors import ConfigError, MethodError
 from fedmira.methods.base import Method
 
 
@@ -61,6 +64,23 @@ def course_of(config: Config, section: TrainingConfig, seed: int) -> Course:
         patience=None if stopping is None else stopping.patience,
         threshold=0.0 if stopping is None else stopping.threshold,
     )
+
+
+def check_validation(config: Config, clients: Sequence[ClientData]) -> None:
+    """Raise ConfigError if a round is to be chosen by validation losses and no client has a validation example."""
+    asks = []
+    if config.evaluation.keep == "best":
+        asks.append("evaluation.keep: best")
+    if config.federation.early_stopping is not None:
+        asks.append("federation.early_stopping")
+    if asks and not any(client.validation for client in clients):
+        faults = [
+            f"{ask} needs a validation loss, and no client has a validation example (data.split.validation: "
+            f"{config.data.split.validation:g}); raise that fraction, name a data.split_column with validation "
+            "examples, or remove this key"
+            for ask in asks
+        ]
+        raise ConfigError(faults)
 
 
 def check_least_rate(method: Method, training: TrainingConfig, where: str) -> None:
