@@ -184,7 +184,12 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("kind", REFUSALS)
+FAST = ("several subsets", "no such set", "a script")  # each takes a process that imports `datasets`
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in REFUSALS]
+)
 def test_a_refusal_of_the_hub_is_one_line_and_leaves_nothing(
     hub: Path, capfd: pytest.CaptureFixture[str], kind: str
 ) -> None:

@@ -114,7 +114,15 @@ def best_rounds(played: Method, losses: list[list[float]]) -> list[int]:
 KINDS = (*(name for name in names() if name not in ("untouched", "fedavg_ft")), "private", "server", "fedex")
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("fedavg", "mira", "fedsophia", "private", "fedex")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in KINDS
+    ],
+)
 def test_every_client_keeps_the_bits_of_the_round_whose_validation_was_lowest(
     name: str, tmp_path: Path, start: Scores
 ) -> None:

@@ -80,7 +80,7 @@ def kill_at_instants(config: Path, study: Path, instants: list[float]) -> None:
     go_on(study, config)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_killed_twice_at_any_instant_ends_with_the_same_bits(
     seed: int, make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
@@ -108,7 +108,7 @@ def die_and_go_on(count: int, config: Path, study: Path) -> bool:
 
 
 # 14: results.csv is there and run.json is not; 28: round 1 is written, its checkpoint is not; 60: between two rounds
-@pytest.mark.parametrize("count", [14, 28, 60])
+@pytest.mark.parametrize("count", [14, 28, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_run_killed_just_before_something_becomes_durable_ends_with_the_same_bits(
     count: int, make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:

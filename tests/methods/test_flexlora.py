@@ -337,7 +337,9 @@ def undisturbed(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
 
 
 # Just before the n-th thing that becomes durable; the run has begun, is under way, is near its end.
-@pytest.mark.parametrize("count", [10, 18, 30])
+@pytest.mark.parametrize(
+    "count", [pytest.param(10, marks=pytest.mark.slow), 18, pytest.param(30, marks=pytest.mark.slow)]
+)
 def test_a_killed_run_of_mixed_ranks_ends_with_the_same_bits(
     count: int, inputs: tuple[Path, Path], tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
