@@ -18,7 +18,6 @@ from fedmira.disk.client_names import read_client_names
 from fedmira.disk.folders import RunFolder, StudyFolder, find_study
 from fedmira.engine.events import Observer, silent
 from fedmira.errors import ConfigError, StoreError
-from fedmira.study.trackers import check_trackers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,6 +121,8 @@ def run(config: Config, *, observer: Observer = silent, overwrite: bool = False)
     overwrite: replace a study that is already there; otherwise that is an error. Raises a FedMiraError before anything
     is written if data, model, methods or the folder cannot work.
     """
+    from fedmira.study.trackers import check_trackers
+
     check_trackers(config.report_to)
     folder = StudyFolder(Path(config.output_dir))
     folder.check_free(overwrite=overwrite)
@@ -150,6 +151,8 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observe
                 "overrides",
             )
         config = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": int(value)})})
+    from fedmira.study.trackers import check_trackers
+
     check_trackers(config.report_to)
     from fedmira.study.run import go_on
 
