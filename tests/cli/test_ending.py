@@ -34,7 +34,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------- Ctrl-C
 
 READY = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts the tests may ignore it
 from fedmira.__main__ import main
 os.write(1, b"!")
 sys.argv[0] = "fedmira"
