@@ -546,4 +546,4 @@ def test_mlflow_itself_shows_every_round_once_after_a_resume(raw: dict[str, Any]
         assert key not in found.setdefault(step, {})
         found[step][key] = value
     assert found == {record["round"]: measures(record) for record in run.rounds}
-    assert {path.name for path in (study / ".mlflow").iterdir()} <= {"mlflow.db"}
+    assert {path.name for path in (study / ".mlflow").iterdir()} <= {"mlflow.db", ".lock"}
