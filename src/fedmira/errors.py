@@ -4,8 +4,10 @@ Every class carries the exit code of the command line: 2 bad input, nothing was 
 3 stopped and can be resumed. Anything that is not a FedMiraError is a bug of ours and exits with 1.
 """
 
+import shlex
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class FedMiraError(Exception):
@@ -56,6 +58,11 @@ class Stopped(FedMiraError):
     """A run that stopped part-way; what was saved is intact and `fedmira resume` goes on."""
 
     exit_code = 3
+
+
+def resume_command(path: Path) -> str:
+    """Return the command that goes on with a study or a run, as a shell takes it."""
+    return shlex.join(["fedmira", "resume", str(path)])
 
 
 def nearest(word: str, allowed: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from fedmira.cli import chat as chat_module
 from fedmira.cli.chat import open_chat
 from fedmira.data.encode import encode_questions
 from fedmira.data.formats import Record, Turn
-from fedmira.data.templates import make_template
+from fedmira.data.templates import CHATS, make_template
 from fedmira.export.asking import CHAT_TEMPLATE, find_asking, share_files, tokenizer_files
 from fedmira.study.face import Run, merge
 
@@ -69,7 +69,7 @@ def tokenizers(shared_file: Callable[[str], Path], tmp_path_factory: pytest.Temp
 
 
 @pytest.mark.parametrize("name", ["bytes", "legacy", "first", "always", "never"])
-@pytest.mark.parametrize("template", ["alpaca", "none", *FILES])
+@pytest.mark.parametrize("template", ["alpaca", "none", *CHATS, *FILES])
 def test_the_folder_alone_writes_the_trained_prompt_to_the_token(
     name: str, template: str, tokenizers: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -168,7 +168,7 @@ def test_an_unknown_client_is_refused_with_the_known_ones(client: str, run: Run,
 def test_a_run_without_adapters_says_how_to_get_them(here: Path, tmp_path: Path) -> None:
     shutil.copytree(here / "near" / "local" / "seed-3", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapters")
-    with pytest.raises(StoreError, match="has no adapters yet; finish it with 'fedmira resume"):
+    with pytest.raises(StoreError, match="has no adapters yet; finish it with: fedmira resume "):
         fedmira.export(tmp_path / "run", out=tmp_path / "out")
 
 

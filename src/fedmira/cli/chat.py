@@ -111,8 +111,7 @@ def open_chat(
 
     client: its name or its id. model and template: instead of the run's; without a run, the default is the base that
     the first folder names, and the chat template in that folder, else the tokenizer's if it has one. max_new_tokens:
-    None = 128, or half of the
-    base's positions.
+    None = 128, or half of the base's positions.
     Raises ConfigError, StoreError or ModelError: no adapter, no such client, folders for other bases or layers.
     """
     faults = []

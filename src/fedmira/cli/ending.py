@@ -6,7 +6,6 @@ pipe, a full disk, letters that its encoding does not have) never changes the ex
 
 import errno
 import os
-import shlex
 import signal
 import sys
 from contextlib import suppress
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from fedmira.errors import Stopped
+from fedmira.errors import Stopped, resume_command
 
 INTERRUPTED = 130
 _SHOW_CURSOR = "\x1b[?25h"  # a live bar hides it
@@ -41,11 +40,6 @@ class Course:
 
 
 course = Course()
-
-
-def resume_command(study: Path) -> str:
-    """Return the command that goes on with a study, as a shell takes it."""
-    return shlex.join(["fedmira", "resume", str(study)])
 
 
 def catch_signals() -> None:

@@ -139,11 +139,7 @@ def _read(config: Config, file: Path, *, decided: bool) -> Draft:
 
 
 def _records(data: DataConfig, **changes: Any) -> Reading:
-    options = {
-        name: getattr(data, name)
-        for name in ("format", "columns", "on_bad_row", "subset", "revision", "encoding", "delimiter")
-    }
-    return read_records(bundled.resolve(data.path), **{**options, **changes})
+    return read_records(bundled.resolve(data.path), **{**data.reading, **changes})
 
 
 def _remark_unread(draft: Draft, error: str, file: Path) -> None:

@@ -27,11 +27,10 @@ from fedmira.cli.ending import (
     course,
     flush_streams,
     output_failed,
-    resume_command,
     steady_streams,
 )
 from fedmira.cli.show import questions, show_examples, show_plan, side_by_side, visible
-from fedmira.errors import ConfigError, FedMiraError, Stopped
+from fedmira.errors import ConfigError, FedMiraError, Stopped, resume_command
 
 if TYPE_CHECKING:
     from fedmira.export.merged_model import Merged

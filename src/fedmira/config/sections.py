@@ -23,7 +23,6 @@ from fedmira.config.partitioners import PARTITIONERS, Partitioner, partitioner_n
 from fedmira.config.strict import Count, Fraction, Length, Seed, Strict, Whole, check_encoding, short, slip
 from fedmira.errors import nearest
 
-DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}  # the names in data/tables.py
 Metric = Literal["loss", "rouge_l", "rouge_l_paper", "exact_match", "word_accuracy"]
 
 
@@ -151,6 +150,12 @@ class DataConfig(Strict):
     subsample: Annotated[float, Field(gt=0, le=1)] = 1.0  # fraction of each client's examples kept
     seed: Seed = 0  # of splits, subsample and partitioners; the same for all methods and training seeds
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the data at `path` is read: the arguments of read_records beside the path."""
+        names = ("format", "columns", "on_bad_row", "subset", "revision", "encoding", "delimiter")
+        return {name: getattr(self, name) for name in names}
+
     @field_validator("encoding")
     @classmethod
     def _is_text(cls, value: str | None) -> str | None:
@@ -163,9 +168,11 @@ class DataConfig(Strict):
     def _one_character(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        sign = "\t" if value == "\\t" else DELIMITERS.get(value.strip().lower(), value)
+        from fedmira.data.tables import SEPARATOR_NAMES
+
+        sign = "\t" if value == "\\t" else SEPARATOR_NAMES.get(value.strip().lower(), value)
         if len(sign) != 1 or sign.isalnum() or sign in '"\r\n\0':
-            raise ValueError(f"should be one character that separates columns, or {', '.join(DELIMITERS)}")
+            raise ValueError(f"should be one character that separates columns, or {', '.join(SEPARATOR_NAMES)}")
         return sign
 
 

@@ -1,7 +1,6 @@
 """A config as YAML text: read without YAML's traps, changed by dotted overrides, written so that it runs again."""
 
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import yaml
 
 from fedmira.bundled import presets
 from fedmira.config.sections import Config
-from fedmira.errors import ConfigError, nearest
+from fedmira.errors import ConfigError, nearest, resume_command
 
 
 class Loader(yaml.SafeLoader):
@@ -100,8 +99,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> list[tuple
 def _about_folder(path: Path) -> str:
     """Say what to do with a folder that was given as a config."""
     if (path / "run.json").is_file() or next(path.glob("*/seed-*"), None) is not None:
-        command = shlex.join(["fedmira", "resume", str(path)])
-        return f"is the folder of a study, not a config; to continue it: {command}"
+        return f"is the folder of a study, not a config; to continue it: {resume_command(path)}"
     inside = next((found for found in (path / "config.yaml", path / "fedmira.yaml") if found.is_file()), None)
     meant = f"; did you mean '{inside}'?" if inside else "; 'fedmira init' writes a config"
     return f"is a folder, not a config{meant}"

@@ -87,11 +87,10 @@ def read_records(
 
     The format is found by the keys of the first row if `format` is "auto"; records are in the order of the data.
     A folder adds the column `file`, the file's name without extension, and a data set with splits, or a folder with
-    files named as splits, the column `split`, where a row has no such column.
-    columns: our name -> the data's key, where they differ. on_bad_row: "error", or
-    "skip" to leave out bad rows and list them in `skipped`. subset, revision: of a data set on the hub.
-    encoding: of text files, None = UTF-8, or as a CSV file's mark says. delimiter: of CSV, None = as the extension, the
-    header or Excel's first line says.
+    files named as splits, the column `split`, where a row has no such column. columns: our name -> the data's key,
+    where they differ. on_bad_row: "error", or "skip" to leave out bad rows and list them in `skipped`. subset and
+    revision: of a data set on the hub. encoding: of text files, None = UTF-8, or as a CSV file's mark says. delimiter:
+    of CSV, None = as the extension, the header or Excel's first line says.
     Raises DataError: nothing to read, an unknown format or column name, bad rows (the first five and their number); if
     bad rows are skipped: no row is good, or a file cannot be read to its end, so that its rows cannot be counted.
     """

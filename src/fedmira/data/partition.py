@@ -14,8 +14,7 @@ import numpy as np
 
 from fedmira.data.formats import Record
 from fedmira.data.names import shown_name
-from fedmira.data.splits import SPLITS as SPLITS
-from fedmira.data.splits import WORDS, read_splits, split_word
+from fedmira.data.splits import SPLITS, WORDS, read_splits, split_word
 from fedmira.errors import DataError, nearest
 
 ID_LENGTH = 64

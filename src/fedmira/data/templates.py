@@ -47,7 +47,7 @@ FIELDS = ("instruction", "input")  # what a template file for single requests ma
 # The date given to templates that write today's, so that data do not change overnight: 26 July 2024, as in Llama 3's.
 _DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
 _TODAY = "format" + "".join(f" | replace('{code}', '{text}')" for code, text in _DATE.items())
-SAME_DAY = f"{{%- macro strftime_now(format) -%}}{{{{ {_TODAY} }}}}{{%- endmacro -%}}"
+_SAME_DAY = f"{{%- macro strftime_now(format) -%}}{{{{ {_TODAY} }}}}{{%- endmacro -%}}"
 
 _TASK = "Below is an instruction that describes a task"
 _REQUEST = "Write a response that appropriately completes the request."
@@ -78,7 +78,8 @@ class Rendered:
 class Template:
     """How a record becomes text. complete: the text contains its special tokens, the tokenizer adds none.
 
-    source: the text of a file. escape: what a text of the data becomes before it is shown.
+    source: in Jinja; empty for those that are not written in it. escape: what a text of the data becomes before it is
+    shown.
     """
 
     name: str
@@ -224,7 +225,7 @@ def _chat_template(name: str, source: str, tokenizer: ChatTokenizer) -> Template
     """
 
     if "strftime_now" in source:
-        source = SAME_DAY + source
+        source = _SAME_DAY + source
 
     shows: dict[tuple[str, str], bool] = {}  # (role, key) -> does the template show it?
 
@@ -257,7 +258,7 @@ def _chat_template(name: str, source: str, tokenizer: ChatTokenizer) -> Template
         check_more(turns, record)
         return _mark_turns(turns, record, name, show)
 
-    return Template(name, render, complete=True)
+    return Template(name, render, complete=True, source=source)
 
 
 def _mark_turns(turns: Sequence[Turn], record: Record, name: str, show: Callable[..., str]) -> Rendered:

@@ -7,13 +7,13 @@ graph.json, metrics.jsonl, results.csv, log.txt, checkpoints/ and adapters/.
 from __future__ import annotations
 
 import csv
+import fnmatch
 import io
 import json
 import logging
 import math
 import os
 import re
-import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,7 +36,7 @@ from fedmira.disk.files import (
     write_json,
 )
 from fedmira.disk.run_facts import RunFacts, read_run_facts, write_run_facts
-from fedmira.errors import StoreError
+from fedmira.errors import StoreError, resume_command
 
 if TYPE_CHECKING:
     from fedmira.config.sections import Config
@@ -46,16 +46,17 @@ log = logging.getLogger(__name__)
 View = Literal["personal", "global"]  # each client's own adapter, or the shared one
 TRACKIO_FOLDER, MLFLOW_FOLDER = ".trackio", ".mlflow"  # of a study; a method's label never starts with a dot
 LOCK = ".lock"  # of a study; an empty file
-# What runs and reports write, by paths below a study; of adapters, what PEFT and tokenizers save.
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+TOKENIZER_FILES = ("tokenizer*", "*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja")  # beside them
+# What runs and reports write, by paths below a study.
 _RUN = re.compile(r"seed-\d+")
-_ADAPTER = r"adapter_model\.safetensors|adapter_config\.json|README\.md|[^/]*token[^/]*|vocab\.[^/]*|merges\.txt"
 _WRITTEN = re.compile(
     rf"config\.yaml|summary\.json|report\.html|results\.csv|{re.escape(LOCK)}"
     rf"|(?:{re.escape(TRACKIO_FOLDER)}|{re.escape(MLFLOW_FOLDER)})/.*"
     r"|[^/]+/seed-\d+/(?:config\.yaml|run\.json|clients\.json|graph\.json|metrics\.jsonl|results\.csv|examples\.jsonl"
     r"|log\.txt|checkpoints/round-\d+/(?:[^/]+\.safetensors|manifest\.json)"
     r"|tensorboard/events\.out\.tfevents\.[^/]*|wandb/.*"
-    rf"|adapters/[^/]+/(?:{_ADAPTER}|[^/]+\.(?:jinja|model)))"
+    rf"|adapters/[^/]+/(?:{'|'.join(map(fnmatch.translate, (*ADAPTER_FILES, *TOKENIZER_FILES)))}))"
 )
 RESULT_COLUMNS = ("client", "method", "seed", "round", "view", "split", "metric", "value")
 NAME_COLUMN = "name"  # the last of results.csv: the client's name in the data; absent in runs of earlier versions
@@ -246,7 +247,7 @@ class StudyFolder:
         if self.is_begun and not overwrite:
             raise StoreError(
                 f"output_dir '{self.path}' already holds a study; choose another output_dir=..., use --overwrite, "
-                f"or continue with: fedmira resume {shlex.quote(str(self.path))}"
+                f"or continue with: {resume_command(self.path)}"
             )
 
     def check_place(self) -> None:

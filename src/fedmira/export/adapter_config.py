@@ -17,14 +17,14 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from fedmira.disk.files import describe_link
+from fedmira.disk.folders import ADAPTER_FILES
 from fedmira.errors import StoreError
 from fedmira.model.base.source import join_some, list_pickles
 
 PREFIX = "base_model.model."
 EMBEDDINGS = "prompt_embeddings"  # the one tensor of a prompt
 LORA, PROMPT = "LORA", "P_TUNING"  # kinds of adapters, as in peft_type
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-FILES = (WEIGHTS, CONFIG, CARD)
+WEIGHTS, CONFIG, CARD = FILES = ADAPTER_FILES
 
 # Read below, or by this project's callers.
 READ = {

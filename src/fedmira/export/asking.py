@@ -19,24 +19,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fedmira.data.encode import encode_questions
 from fedmira.data.formats import Record, Turn
-from fedmira.data.templates import SAME_DAY, Template
+from fedmira.data.templates import FIELDS, Template
 from fedmira.disk.files import FILE_MODE, copy_file
+from fedmira.disk.folders import TOKENIZER_FILES
 from fedmira.errors import FedMiraError
 from fedmira.export.card import EXAMPLE
 
 CHAT_TEMPLATE = "chat_template.jinja"
-TOKENIZER_FILES = ("tokenizer*", "*tokens*.json", "vocab.*", "merges.txt", "*.model", "*.jinja")
-
 MOST_LEADING = 4  # tokens that a tokenizer puts before a text
 
-_ALPACA = (
-    "{% if input.strip() %}Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n### Instruction:\n{{ instruction }}\n\n"
-    "### Input:\n{{ input }}\n\n### Response:\n{% else %}Below is an instruction that describes a task. Write a "
-    "response that appropriately completes the request.\n\n### Instruction:\n{{ instruction }}\n\n### Response:\n"
-    "{% endif %}"
-)
-_NONE = "{{ instruction }}{% if input.strip() %}\n{{ input }}{% endif %}"
 _ONE = (
     "{%- if messages | map(attribute='role') | list not in (['user'], ['user', 'assistant']) -%}"
     "{{- raise_exception('trained on single requests: give one message, of the user') -}}{%- endif -%}"
@@ -168,12 +159,10 @@ def _candidates(template: Template, tokenizer: Any, questions: Sequence[_Questio
     where it reads a text's start as the start of a word and what follows a special token as the middle of one.
     """
     if template.complete:
-        source = tokenizer.get_chat_template() if template.name == "chat" else _read(template.name)
-        yield SAME_DAY + source if "strftime_now" in source else source
+        yield template.source
         return
-    request = {"alpaca": _ALPACA, "none": _NONE}.get(template.name) or _read(template.name)
     try:
-        body = _without_text(request)
+        body = _without_text(template.source or _as_jinja(template))
     except jinja2.TemplateSyntaxError:
         return
     start = [] if not questions else questions[0].ids[:MOST_LEADING]
@@ -186,8 +175,14 @@ def _candidates(template: Template, tokenizer: Any, questions: Sequence[_Questio
             yield f"{captured}{{{{- {_quoted(first)} -}}}}{space}{{{{- prompt -}}}}{_ANSWER}"
 
 
-def _read(name: str) -> str:
-    return Path(name).read_bytes().decode("utf-8-sig")
+def _as_jinja(template: Template) -> str:
+    """Write the requests of a template that is not a file as a Jinja template."""
+    shown = {field: f"{{{{ {field} }}}}" for field in FIELDS}
+    both, alone = (
+        template.render(Record(shown["instruction"], text, ("-",), {}, "a question")).question
+        for text in (shown["input"], "")
+    )
+    return f"{{% if input.strip() %}}{both}{{% else %}}{alone}{{% endif %}}"
 
 
 def _without_text(source: str) -> str:

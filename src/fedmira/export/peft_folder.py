@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from fedmira.adapters import Adapters, Layout
 from fedmira.adapters.ranks import by_ending
 from fedmira.disk.files import copy_file, describe_link, make_folder, sync_folder, write_atomic
+from fedmira.disk.folders import TOKENIZER_FILES
 from fedmira.errors import ModelError, StoreError
 from fedmira.export.adapter_config import (
     CARD,
@@ -34,7 +35,7 @@ from fedmira.export.adapter_config import (
     check_adapter,
     check_plain,
 )
-from fedmira.export.asking import TOKENIZER_FILES, share_files, tokenizer_files
+from fedmira.export.asking import share_files, tokenizer_files
 from fedmira.export.card import Card, model_card, shown_base
 from fedmira.model.base.load import quiet
 from fedmira.model.base.source import first_line, join_some, list_pickles

@@ -116,9 +116,7 @@ def read_graph(record: StudyRecord, folder: str) -> TaskGraph | None:
         note=without_folders(str(stored.get("note", ""))),
         clients=clients,
         entries=entries if isinstance(entries, int) else len(edges or ()),
-        lonely=lonely
-        if isinstance(lonely, int)
-        else len(clients) - len({row for row, _, weight in edges or () if weight}),
+        lonely=lonely,
         edges=edges,
     )
 

@@ -17,7 +17,7 @@ from fedmira.data.names import shown_name
 from fedmira.disk.client_names import read_client_names
 from fedmira.disk.folders import RunFolder, StudyFolder, find_study
 from fedmira.engine.events import Observer, silent
-from fedmira.errors import ConfigError, StoreError
+from fedmira.errors import ConfigError, StoreError, resume_command
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -224,5 +224,5 @@ def _adapters(run: str | Path | Run, client: str | None) -> list[Path]:
         return [opened.adapters(client)]
     found = sorted(path for path in (opened.path / "adapters").glob("*") if path.is_dir())
     if not found:
-        raise StoreError(f"'{opened.path}' has no adapters yet; finish it with 'fedmira resume {opened.path}'")
+        raise StoreError(f"'{opened.path}' has no adapters yet; finish it with: {resume_command(opened.path)}")
     return found

@@ -46,8 +46,8 @@ def write_adapters(
 
     start: scores of the untouched base; ended: scores of these adapters, and the round of each. Clients with the same
     adapter, as all of a shared method and those never drawn of a personal one, get hard links to one read-only file
-    where there are so many that copies would fill the disk. All folders have the tokenizer
-    and the chat template, as hard links to one copy.
+    where there are so many that copies would fill the disk. All folders have the tokenizer and the
+    chat template, as hard links to one copy.
     """
     facts = folder.facts
     base, clients = prepared.workplace.base, prepared.workplace.clients

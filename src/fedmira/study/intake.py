@@ -90,16 +90,7 @@ def check_examples(intake: Intake, tokenizer: Any, *, vocabulary: int, name: str
 
 def _read_clients(config: Config, tokenizer: Any, max_question: int | None, observer: Observer) -> Intake:
     section = config.data
-    reading = read_records(
-        bundled.resolve(section.path),
-        format=section.format,
-        columns=section.columns,
-        on_bad_row=section.on_bad_row,
-        subset=section.subset,
-        revision=section.revision,
-        encoding=section.encoding,
-        delimiter=section.delimiter,
-    )
+    reading = read_records(bundled.resolve(section.path), **section.reading)
     template = make_template(section.template, usual=reading.template, tokenizer=tokenizer)
     names = special_names(tokenizer)
     if section.special_tokens == "text":
@@ -145,7 +136,7 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         glued=_count_glued(reading.records) if template.name == "none" and reading.format != "text" else 0,
         special=count_special(reading.records, names),
         special_as_text=section.special_tokens == "text",
-        special_in_template=[name for name in names if name in template.source],
+        special_in_template=[] if template.complete else [name for name in names if name in template.source],
         unread=_count_unread(reading.records),
         pooled=_unused_splits(reading, section.split_column, by),
         alike=_lookalikes(reading.records, (None if parts is not None else by, section.clients.groups)),

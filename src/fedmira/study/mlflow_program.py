@@ -1,7 +1,7 @@
 """Run by tracker_program.py: logs to MLflow the lines of its input until it ends, [round, {name: value}] each.
 
-A run of that name that is there already is an earlier start of the same
-one, and goes to MLflow's trash, which `mlflow gc` empties.
+A run of that name that is there already is an earlier start of the same one, and goes to MLflow's trash, which `mlflow
+gc` empties.
 """
 
 import importlib

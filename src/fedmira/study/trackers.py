@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROJECT = "fedmira"  # name of a database, project or experiment; there is one in each study
-# What could make a tracker send anything anywhere, or hold a secret; its folder is set below.
 _PROGRAM = Path(__file__).with_name("tracker_program.py")
+# What could make a tracker send anything anywhere, or hold a secret; its folder is set below.
 _REMOTE = ("TRACKIO_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SPACE_ID", "WANDB_", "MLFLOW_", "DATABRICKS_", "OTEL_")
 
 
