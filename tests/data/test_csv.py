@@ -108,7 +108,7 @@ def test_a_bad_row_of_a_csv_file_is_skipped_only_where_the_next_is_sure_to_be_fo
         ("prompt,,completion", "column 2 of 3 has no name"),
         ("prompt,completion,", "column 3 of 3 has no name"),
         ("frage;antwort", "one column with ';' in it, but columns are separated by ',' here"),
-        ("frage;antwort", "if they are separated by ';', write data.delimiter: semicolon"),
+        ("frage;antwort", "if they are separated by ';', write data.delimiter: ';'"),
         ("frage\tantwort", "one column with a tab in it"),
         ("prompt,\0", "of the file is NUL"),
         ('"prompt', "a quote opened in this row is never closed"),

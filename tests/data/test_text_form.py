@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from tests.data.bad_rows import PAIR, fault, write
 
 from fedmira.config.faults import check_config
+from fedmira.config.sections import DELIMITERS
 from fedmira.config.yaml_text import dump_config
 from fedmira.data.formats import Reading, read_records
-from fedmira.data.tables import SEPARATOR_NAMES, SEPARATORS
+from fedmira.data.tables import SEPARATORS
 from fedmira.errors import ConfigError, DataError
 
 HEADER = ["hospital", "question", "answer"]
@@ -83,7 +84,8 @@ def test_a_refusal_names_the_setting_that_works(encoding: str, tmp_path: Path) -
 def test_a_header_of_unknown_names_is_refused_with_the_setting_that_works(sign: str, word: str, tmp_path: Path) -> None:
     path = save(tmp_path, "a.csv", f"frage{sign}antwort\np{sign}c\n".encode())
     assert f"; if they are separated by {sign!r}" in fault(path) or word == "tab"
-    assert f"write data.delimiter: {word};" in fault(path)
+    named = fault(path).rpartition("write data.delimiter: ")[2].partition("; ")[0]
+    assert check_config({**RAW, "data": {"path": "x", "delimiter": yaml.safe_load(named)}}).data.delimiter == sign
     columns = {"prompt": "frage", "completion": "antwort"}
     assert read_records(path, columns=columns).records[0].answers == ("c",)  # the names are known now
     data = check_config({**RAW, "data": {"path": "x", "delimiter": word}}).data
@@ -156,7 +158,7 @@ def test_settings_of_text_files_are_refused_where_there_is_none(key: str, value:
 
 
 def test_every_separator_has_a_name() -> None:
-    assert set(SEPARATOR_NAMES.values()) == set(SEPARATORS)
+    assert set(DELIMITERS.values()) == set(SEPARATORS)
 
 
 RAW = {

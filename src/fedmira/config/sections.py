@@ -23,6 +23,8 @@ from fedmira.config.partitioners import PARTITIONERS, Partitioner, partitioner_n
 from fedmira.config.strict import Count, Fraction, Length, Seed, Strict, Whole, check_encoding, short, slip
 from fedmira.errors import nearest
 
+DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}  # as data.delimiter may be written
+
 Metric = Literal["loss", "rouge_l", "rouge_l_paper", "exact_match", "word_accuracy"]
 
 
@@ -168,11 +170,9 @@ class DataConfig(Strict):
     def _one_character(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        from fedmira.data.tables import SEPARATOR_NAMES
-
-        sign = "\t" if value == "\\t" else SEPARATOR_NAMES.get(value.strip().lower(), value)
+        sign = "\t" if value == "\\t" else DELIMITERS.get(value.strip().lower(), value)
         if len(sign) != 1 or sign.isalnum() or sign in '"\r\n\0':
-            raise ValueError(f"should be one character that separates columns, or {', '.join(SEPARATOR_NAMES)}")
+            raise ValueError(f"should be one character that separates columns, or {', '.join(DELIMITERS)}")
         return sign
 
 

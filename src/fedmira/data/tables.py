@@ -15,7 +15,6 @@ from fedmira.data.rows import LINE_MIB, BadRow, BadText, Fault, Item, Place, Row
 BATCH = 1000  # rows converted to Python values at once
 
 SEPARATORS = {",": "','", ";": "';'", "\t": "a tab", "|": "'|'"}
-SEPARATOR_NAMES = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}  # as data.delimiter may be written
 
 
 class _Lost(BadRow):
@@ -122,11 +121,10 @@ def _csv_fault(reason: str, lines: _Lines) -> BadRow:
 def _check_header(names: list[str], delimiter: str) -> list[str]:
     """Return the column names. Raises BadRow without showing one: without a header they are an example."""
     if len(names) == 1 and (other := next((sign for sign in SEPARATORS if sign != delimiter and sign in names[0]), "")):
-        name = next(name for name, sign in SEPARATOR_NAMES.items() if sign == other)
         raise BadRow(
             f"the first line is one column with {SEPARATORS[other]} in it, but columns are separated by "
             f"{SEPARATORS.get(delimiter, repr(delimiter))} here (.csv: ',', .tsv: a tab); if they are separated by "
-            f"{SEPARATORS[other]}, write data.delimiter: {name}"
+            f"{SEPARATORS[other]}, write data.delimiter: {other!r}"
         )
     for index, name in enumerate(names):
         if not name.strip():
