@@ -59,7 +59,7 @@ What = StrEnum("What", ["demo", "ni", "page"])
 def entries(what: str) -> list[dict[str, Any]]:
     """One entry of `methods:` for every method, and more for MIRA and for FedPTuning."""
     groups = {"kind": "groups", "column": GROUP[what]}
-    near = {
+    near: dict[str, dict[str, Any]] = {
         "mira": {"graph": groups},
         "mira-random": {"graph": {"kind": "random"}},
         "mira-uniform": {"graph": {"kind": "uniform"}},
@@ -176,11 +176,16 @@ def describe() -> str:
 # ---------------------------------------------------------------- what it found
 
 
+def of_seed(results: Results, seed: int) -> Results:
+    """Return the results of one seed."""
+    return results.where(lambda row: row.seed == seed)
+
+
 def summaries(study: fedmira.Study, metrics: Sequence[str]) -> list[dict[str, Any]]:
     """Return a row for every entry of a study, in its order."""
     results = read_results(study.path)
     seeds = sorted({row.seed for row in results.rows})
-    by_seed = {seed: results.where(lambda row, seed=seed: row.seed == seed) for seed in seeds}
+    by_seed = {seed: of_seed(results, seed) for seed in seeds}
     whole = {metric: by_method(results, metric) for metric in metrics}
     alone = {(metric, seed): by_method(own, metric) for metric in metrics for seed, own in by_seed.items()}
     rows = []

@@ -105,7 +105,9 @@ def find(study: fedmira.Study) -> dict[str, Any]:
         "settings": dump(config),
         "clients": facts.clients,
         "sampled": facts.sampled,
-        "pull_percent": statistics.mean(runs["mira", seed].facts.pull_percent[1] for seed in config.seeds),
+        "pull_percent": statistics.mean(
+            pull[1] for seed in config.seeds if (pull := runs["mira", seed].facts.pull_percent)
+        ),
         "rounds_equal": [sum(equal), len(equal)],
         "base": {metric: asdict(one) for metric in METRICS if (one := summarise_base(results, metric=metric))},
         "methods": {name: measured(results, name) for name in NAMES},
@@ -114,13 +116,17 @@ def find(study: fedmira.Study) -> dict[str, Any]:
     }
 
 
+def of_seed(results: Results, seed: int) -> Results:
+    """Return the results of one seed."""
+    return results.where(lambda row: row.seed == seed)
+
+
 def measured(results: Results, name: str) -> dict[str, Any]:
     """Return a method's summary of each metric, and its mean over clients of each seed."""
     found = {}
     for metric in METRICS:
         each = [
-            summary(results.where(lambda row, seed=seed: row.seed == seed), metric, name).mean
-            for seed in sorted({row.seed for row in results.rows})
+            summary(of_seed(results, seed), metric, name).mean for seed in sorted({row.seed for row in results.rows})
         ]
         found[metric] = {**asdict(summary(results, metric, name)), "seed_means": each}
     return found

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from fedmira.adapters import Adapters, Layout, lora_layout, scales
+from fedmira.adapters import Adapters, Layout, Stored, lora_layout, scales
 from fedmira.adapters.optim import adamw
 from fedmira.methods import build, load
 from fedmira.methods.base import Clock, Cohort, Message, Method, Tools, all_columns
@@ -157,8 +157,11 @@ def sent(name: str, layout: Layout) -> tuple[int, int]:
     method, ids = make(name), torch.arange(CLIENTS)
     clock = Clock(1)
     rows = torch.empty(method.count_rows(CLIENTS), layout.size, device="meta")
-    given = method.message(method.init(hold(layout, rows), Clock(0)), ids, clock)
-    tools = Tools(clock, no_training, no_training, rng=no_training, curvature=no_training, loss=no_training)
+    held = hold(layout, rows)
+    stored = Stored(layout, rows, held.ranks, held.scale)
+    given = method.message(method.init(stored, Clock(0)), ids, clock)
+    never: Any = no_training
+    tools = Tools(clock, never, never, rng=never, curvature=never, loss=never)
     returned, _ = method.client.finish(hold(layout, given.rows), {}, given, tools)
     assert method.travels is method.trained is all_columns, "whole rows are counted"
     return payload(given), payload(returned)

@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 GPT2 = {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_inner": 64, "vocab_size": 64, "n_positions": 32}
 RANK, FAMILY, EXAMPLES = 8, 10, 3
@@ -95,6 +96,7 @@ def child(config: str) -> None:
     import fedmira
     from fedmira.engine import run as rounds
     from fedmira.engine.events import Event, RoundDone
+    from fedmira.engine.ledger import commit
     from fedmira.study.events import RunBegun, RunDone, StepBegun
 
     def say(what: str, **facts: Any) -> None:
@@ -110,14 +112,15 @@ def child(config: str) -> None:
     loaded = fedmira.load_config(config)
     run: dict[str, Path] = {}
     saving: list[float] = []
-    commit = rounds.commit
 
     def timed(*arguments: Any) -> None:
         began = time.monotonic()
         commit(*arguments)
         saving.append(time.monotonic() - began)
 
-    rounds.commit = timed  # a round's record has the seconds of its checkpoint, and does not tell them apart
+    patch.object(
+        rounds, "commit", timed
+    ).start()  # a round's record has the seconds of its checkpoint, and does not tell them apart
 
     def observer(event: Event) -> None:
         match event:

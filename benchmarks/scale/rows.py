@@ -13,6 +13,7 @@ import json
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ import torch
 from clients import status
 
 from fedmira.adapters import lora_layout
-from fedmira.cli.method_facts import Idle
 from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger, commit, restore
 from fedmira.methods import build
-from fedmira.methods.base import Change, Cohort, Method
+from fedmira.methods.base import Change, Cohort
 
 SHAPES = [(f"transformer.h.{layer}.attn.c_attn", 768, 2304) for layer in range(12)]
 RANK, SAMPLED = 8, 100
@@ -53,14 +53,21 @@ class Watch:
         return dict(self.peak)
 
 
-def begin(folder: Path, clients: int) -> tuple[Ledger, Method]:
+def begin(folder: Path, clients: int) -> Ledger:
     """A run's state at the common start."""
     names = tuple(f"c{k}" for k in range(clients))
     cohort = Cohort(names, (1,) * clients, ({},) * clients, (np.arange(SAMPLED),), 0)
     method = build("mira", {"lambda": 0.1, "graph": {"kind": "random"}}, cohort)
     federation = Federation(names, lora_layout(SHAPES, RANK), torch.full((clients,), RANK), 16)
     validation = torch.full((clients,), torch.nan, dtype=torch.float64)
-    return Ledger(federation, federation.first_state(0, method, folder), validation), method
+    return Ledger(federation, federation.first_state(0, method, folder), validation)
+
+
+class Forgetful:
+    """Clients that keep nothing, so that a checkpoint has nothing of theirs."""
+
+    def restore(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Take nothing back."""
 
 
 def play(ledger: Ledger, folder: Path, ids: torch.Tensor) -> float:
@@ -88,9 +95,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="fedmira-scale-") as place:
         folder = Path(place)
-        ledger, _ = begin(folder, options.clients)
+        ledger = begin(folder, options.clients)
         watch = Watch()
-        spent = [play(ledger, folder, ids) for ids in torch.arange(options.clients).split(SAMPLED)]
+        spent = [play(ledger, folder, ids) for ids in torch.split(torch.arange(options.clients), SAMPLED)]
         result["rows_bytes"] = int(ledger.table.written.sum()) * ledger.table.row_bytes
         note(f"{len(spent)} rounds of {SAMPLED} new clients", sum(spent), watch)
         result["round_s"] = spent
@@ -102,8 +109,8 @@ def main() -> None:
         expected, number = ledger.table[sample], ledger.round
         del ledger  # and with it its file of rows
         watch, began = Watch(), time.monotonic()
-        found, method = begin(folder, options.clients)
-        restore(folder, found, Idle(found.federation, method))
+        found = begin(folder, options.clients)
+        restore(folder, found, Forgetful())
         note("the way back from disk", time.monotonic() - began, watch)
         assert found.round == number
         assert torch.equal(found.table[sample], expected)

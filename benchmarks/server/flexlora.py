@@ -27,8 +27,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapters, Layout, lora_layout
+from fedmira.adapters import Adapters, Layout, Stored, lora_layout
 from fedmira.adapters.lowrank import decompose_sum, factors
+from fedmira.disk.table import Table
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message, State
 from fedmira.model.base.memory import keep_freed_memory
@@ -48,7 +49,7 @@ def uploads(width: int, clients: int, rank: int) -> tuple[list[Tensor], list[Ten
 
 def ours(width: int, clients: int, rank: int) -> Callable[[], tuple[Tensor, Tensor]]:
     lefts, rights, weights = uploads(width, clients, rank)
-    return lambda: factors(decompose_sum(lefts, rights, weights), rank, 2.0)
+    return lambda: factors(decompose_sum(lefts, rights, weights), rank, 2.0, dtype=torch.float32)
 
 
 def dense(width: int, clients: int, rank: int) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -107,8 +108,9 @@ def ours_merged(uploads: Adapters, examples: Tensor) -> Callable[[], Tensor]:
     counts = tuple(int(one) for one in examples)
     cohort = Cohort(ids, counts, ({},) * count, (), 0, ranks=uploads.ranks, scale=uploads.scale)
     method = build("flexlora", {}, cohort)
-    shared = uploads.take(torch.zeros(1, dtype=torch.int64))
-    state = State(shared.with_rows(torch.zeros_like(shared.rows)))
+    one = torch.zeros(1, dtype=torch.int64)
+    nothing = Table(torch.zeros(1, uploads.layout.size), one)
+    state = State(Stored(uploads.layout, nothing, uploads.ranks[:1], uploads.scale[:1]))
     everyone, returned, clock = torch.arange(count), Message(uploads.rows), Clock(1)
     return lambda: method.merge(state, everyone, returned, examples, clock).rows
 

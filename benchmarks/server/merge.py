@@ -29,8 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapters, Layout, lora_layout, mixing
+from fedmira.adapters import Adapters, Layout, Stored, lora_layout, mixing
 from fedmira.adapters.mixing_compiled import find_loop
+from fedmira.disk.table import Table
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message, Method, State
 
@@ -119,7 +120,8 @@ def measure(sampled: int, neighbours: str, layout: Layout, pairs: int, *, loop: 
     uploads = torch.randn(sampled, layout.size, generator=stream)
     held = torch.randn(count, layout.size, generator=stream) if neighbours == "stored" else torch.zeros(1, layout.size)
     held = held if neighbours == "stored" else held.expand(count, -1)
-    state = State(Adapters(layout, held, torch.full((count,), RANK), torch.ones(count)))
+    table = Table(held, torch.arange(count))
+    state = State(Stored(layout, table, torch.full((count,), RANK), torch.ones(count)))
     outside = np.setdiff1d(weights[ids].nonzero()[1], ids)
     target = torch.zeros_like(uploads)
     with tempfile.TemporaryDirectory() as name:

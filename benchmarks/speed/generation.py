@@ -111,7 +111,7 @@ class Ours:
             self.tokens += sum(map(len, ids))
             return list(decode(ids, **others))
 
-        self.base.tokenizer.batch_decode = count  # type: ignore[method-assign, assignment]
+        self.base.tokenizer.batch_decode = count
 
     def go_on(self) -> None:
         """Let no token end an answer from now on."""

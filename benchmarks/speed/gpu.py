@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from training import LEARNING_RATE, useful_flops
+from training import useful_flops
 from transformers import GPT2Config, LlamaConfig
 from units import random_base
-from yardstick import CLIP, PeftLoop
+from yardstick import CLIP, LEARNING_RATE, PeftLoop
 
 from fedmira.adapters import lora_layout, start_adapters
 from fedmira.adapters.optim import adamw

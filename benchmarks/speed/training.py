@@ -38,13 +38,12 @@ def useful_flops(base: Base, clients: tuple[ClientData, ...]) -> float:
     """FLOPs that a local phase needs: 4 per frozen weight of the blocks and real token, 4 per head weight and label."""
     tokens = real_tokens(clients)
     labels = sum(one.labels for client in clients for one in client.train)
-    blocks = sum(
-        module.weight.numel()
+    weights = (
+        module.weight
         for module in base.decoder.modules()
-        if getattr(module, "weight", None) is not None
-        and module.weight.ndim == 2
-        and not isinstance(module, torch.nn.Embedding)
+        if isinstance(getattr(module, "weight", None), torch.Tensor) and not isinstance(module, torch.nn.Embedding)
     )
+    blocks = sum(weight.numel() for weight in weights if isinstance(weight, torch.Tensor) and weight.ndim == 2)
     return 4.0 * blocks * tokens + 4.0 * base.head.weight.numel() * labels
 
 

@@ -25,6 +25,8 @@ from fedmira.model.base.load import load_tokenizer
 
 SHARED = Path(os.environ.get("FEDMIRA_TEST_DATA", "../shared"))
 CLIENTS, STEPS, BATCH, LONGEST = 8, 5, 4, 256
+GPT2_TARGETS: tuple[str, ...] = ("c_attn",)
+LLAMA_TARGETS: tuple[str, ...] = ("q_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def units(wanted: str = "abcAB") -> list[Unit]:
         text = "ids of Natural Instructions" if alike else "random ids: examples share nothing"
         if letter in "aA":
             gpt2 = GPT2Config(n_layer=6, n_embd=768, n_head=12, vocab_size=50257, n_positions=512, eos_token_id=0)
-            base, targets = random_base(gpt2, place / "gpt2"), ("c_attn",)
+            base, targets = random_base(gpt2, place / "gpt2"), GPT2_TARGETS
             title = f"GPT-2, 6 layers, d 768, V 50257 (82 M), {text}"
             made.append(Unit(letter, title, base, targets, _other_vocabulary(texts, 50257, alike=alike)))
         elif letter in "bB":
@@ -103,12 +105,12 @@ def units(wanted: str = "abcAB") -> list[Unit]:
                 eos_token_id=0,
                 bos_token_id=None,
             )
-            base, targets = random_base(llama, place / "llama"), ("q_proj", "v_proj")
+            base, targets = random_base(llama, place / "llama"), LLAMA_TARGETS
             title = f"Llama, 6 layers, d 288, V 32000 (15 M), {text}"
             made.append(Unit(letter, title, base, targets, _other_vocabulary(texts, 32000, alike=alike)))
         elif letter == "c":
             title = "nano: Llama, 6 layers, d 256, V 8192 (6.9 M), Natural Instructions"
-            made.append(Unit("c", title, SHARED / "models/nano", ("q_proj", "v_proj"), tuple(texts)))
+            made.append(Unit("c", title, SHARED / "models/nano", LLAMA_TARGETS, tuple(texts)))
         else:
             raise ValueError(f"no unit '{letter}': there are a, b, c and, with random ids, A and B")
     return made

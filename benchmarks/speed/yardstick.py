@@ -36,7 +36,7 @@ class PeftLoop:
             r=rank, lora_alpha=2 * rank, target_modules=list(targets), fan_in_fan_out=conv, task_type="CAUSAL_LM"
         )
         torch.manual_seed(0)
-        self.model: PeftModel = get_peft_model(model, config)  # type: ignore[assignment]
+        self.model: PeftModel = get_peft_model(model, config)
         self.device = device
         self.start = {name: value.clone() for name, value in get_peft_model_state_dict(self.model).items()}
 

@@ -99,7 +99,15 @@ class Trainers(Protocol):
         ...
 
 
-class Clients(Trainers, Protocol):
+class Restored(Protocol):
+    """Those that a checkpoint may hold something of."""
+
+    def restore(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take back what a checkpoint holds of clients; called for each checkpoint of a chain in turn."""
+        ...
+
+
+class Clients(Trainers, Restored, Protocol):
     """The clients of a federation, by position 0 ... K - 1: all that a run needs of them."""
 
     def ask(self, sampled: Tensor) -> Asked:
@@ -134,10 +142,6 @@ class Clients(Trainers, Protocol):
 
     def keep(self, ids: Tensor) -> Kept | None:
         """Count the last round of the clients `ids`, whose uploads were admitted; None = nothing is kept here."""
-        ...
-
-    def restore(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take back what a checkpoint holds of clients; called for each checkpoint of a chain in turn."""
         ...
 
 

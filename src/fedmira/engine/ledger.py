@@ -17,7 +17,7 @@ from fedmira.disk.checkpoints import Tensors, load_chain, prune, save_checkpoint
 from fedmira.disk.table import Overlay, Picked, Table
 from fedmira.engine.best import FILE as BEST_FILE
 from fedmira.engine.best import Best, Patience
-from fedmira.engine.clients import Clients, Kept
+from fedmira.engine.clients import Kept, Restored
 from fedmira.engine.federation import Federation
 from fedmira.methods.base import Change, State
 
@@ -130,7 +130,7 @@ def _measured(ledger: Ledger) -> Tensors:
     return {"ids": ids, "validation": new[ids]}
 
 
-def restore(checkpoints: Path, ledger: Ledger, clients: Clients) -> Mapping[str, Any]:
+def restore(checkpoints: Path, ledger: Ledger, clients: Restored) -> Mapping[str, Any]:
     """Bring a fresh ledger, and its clients, to the newest round that is intact on disk; return that round's facts.
 
     Without a checkpoint both stay at the start. Later checkpoints, which only a damaged one in between can leave, are
