@@ -1,0 +1,1 @@
+"""The engine behind link.py: NVIDIA NVFlare 2.9. Nothing outside this folder knows it."""
