@@ -53,6 +53,7 @@ def form_clients(
     by: str = "task",
     per_group: int = 1,
     parts: Sequence[np.ndarray] | None = None,
+    whole: str | None = None,
     first: int | None = None,
     groups: str | None = None,
     subsample: float = 1.0,
@@ -64,7 +65,8 @@ def form_clients(
     """Form clients in the order in which the values of column `by` first appear, or of `parts`.
 
     parts: for each client the indices of its records, instead of `by` and `per_group`; the clients are called
-    client-0, client-1, ..., and have no group unless `groups` names one. first: keep the first n values or parts.
+    client-0, client-1, ..., and have no group unless `groups` names one. whole: the name of the only client, which has
+    all records, instead of `by`, `per_group`, `parts` and `first`. first: keep the first n values or parts.
     per_group > 1: each value's records are dealt at random, as evenly as possible, to clients named
     value-0, value-1, ... subsample: the fraction of each client's records kept, at least one (of each split, where
     a column gives the splits). Of n records round(test * n) and round(validation * n) are held out, but never all
@@ -77,13 +79,18 @@ def form_clients(
     if not records:
         raise DataError("no records: there is nothing to form clients from")
     known = known_columns(records)
-    columns = (("clients.by", None if parts is not None else by), ("clients.groups", groups))
+    columns = (("clients.by", None if parts is not None or whole is not None else by), ("clients.groups", groups))
     for key, column in (*columns, ("split_column", split_column)):
         if column is not None:
             _check_column(key, column, known)
     texts = _text_columns(records, known)
     counted = [name for name in known if name not in texts and _is_counted(records, name)]
-    named = _by_parts(records, parts, first) if parts is not None else _by_value(records, by, per_group, first, seed)
+    if whole is not None:
+        named: list[_Named] = [(whole, "", list(records))]
+    elif parts is not None:
+        named = _by_parts(records, parts, first)
+    else:
+        named = _by_value(records, by, per_group, first, seed)
     ids = client_ids([name for name, _, _ in named])
     split_of = {} if split_column is None else _read_splits(records, split_column)
     clients = []

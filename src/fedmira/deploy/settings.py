@@ -107,7 +107,9 @@ def read_agreement(path: Path) -> Agreement:
     try:
         agreement = Agreement(**{**stored, "shapes": [(name, int(a), int(b)) for name, a, b in stored["shapes"]]})
     except (TypeError, KeyError, ValueError) as error:
-        raise StoreError(f"'{path}' is damaged ({type(error).__name__}); copy it again from the server's folder") from None
+        raise StoreError(
+            f"'{path}' is damaged ({type(error).__name__}); copy it again from the server's folder"
+        ) from None
     if agreement.protocol != PROTOCOL:
         raise StoreError(
             f"'{path}' is of protocol {agreement.protocol}, this version of FedMira speaks {PROTOCOL}: install the "

@@ -152,6 +152,12 @@ def load_chain(folder: Path) -> list[Checkpoint]:
     return best
 
 
+def load_checkpoint(folder: Path, number: int) -> Checkpoint | None:
+    """Return the checkpoint of one round; None if there is none, or, with a warning, if it is damaged."""
+    checkpoint = folder / f"round-{number:06d}"
+    return _load(checkpoint) if checkpoint.is_dir() else None
+
+
 def checkpoint_rounds(folder: Path) -> list[int]:
     """List the rounds that have a manifest, ascending."""
     names = [path.parent.name.removeprefix("round-") for path in folder.glob("round-*/manifest.json")]

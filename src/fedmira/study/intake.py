@@ -57,10 +57,11 @@ class Intake:
     spelled: Mapping[str, str]  # a value of data.split_column -> the split that it names, where it is spelled otherwise
 
 
-def take_in(config: Config, observer: Observer) -> tuple[Any, Intake]:
+def take_in(config: Config, observer: Observer, *, whole: str | None = None) -> tuple[Any, Intake]:
     """Read the data and encode every client with the base's tokenizer; return tokenizer and intake.
 
-    Raises DataError, ConfigError or ModelError.
+    whole: the name of the only client, which has all data, instead of `data.clients`. Raises DataError, ConfigError or
+    ModelError.
     """
     base_path, revision = bundled.resolve(config.model.base_model), config.model.revision
     tokenizer = load_tokenizer(base_path, revision=revision)
@@ -69,7 +70,7 @@ def take_in(config: Config, observer: Observer) -> tuple[Any, Intake]:
     vocabulary = vocabulary_of(base_config)
     if vocabulary is not None:
         check_end(tokenizer, vocabulary=vocabulary, name=config.model.base_model)
-    intake = _read_clients(config, tokenizer, max_question, observer)
+    intake = _read_clients(config, tokenizer, max_question, observer, whole)
     if vocabulary is not None:
         check_examples(intake, tokenizer, vocabulary=vocabulary, name=config.model.base_model)
     observer(DataRead(intake))
@@ -88,7 +89,9 @@ def check_examples(intake: Intake, tokenizer: Any, *, vocabulary: int, name: str
     check_ids(texts, tokenizer, vocabulary=vocabulary, name=name, where=where)
 
 
-def _read_clients(config: Config, tokenizer: Any, max_question: int | None, observer: Observer) -> Intake:
+def _read_clients(
+    config: Config, tokenizer: Any, max_question: int | None, observer: Observer, whole: str | None
+) -> Intake:
     section = config.data
     reading = read_records(bundled.resolve(section.path), **section.reading)
     template = make_template(section.template, usual=reading.template, tokenizer=tokenizer)
@@ -97,7 +100,7 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         template, tokenizer = as_text(template, tokenizer)
     if reading.format == "text":
         _check_text(config, template)
-    chosen = section.clients.partitioner
+    chosen = section.clients.partitioner if whole is None else None
     by = chosen.partition_by if isinstance(chosen, NaturalIdPartitioner) else section.clients.by
     parts = _partition(reading.records, chosen, section.seed)
     formed = form_clients(
@@ -105,6 +108,7 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         by=by,
         per_group=section.clients.per_group,
         parts=parts,
+        whole=whole,
         first=section.clients.first,
         groups=section.clients.groups,
         subsample=section.subsample,
@@ -139,7 +143,9 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         special_in_template=[] if template.complete else [name for name in names if name in template.source],
         unread=_count_unread(reading.records),
         pooled=_unused_splits(reading, section.split_column, by),
-        alike=_lookalikes(reading.records, (None if parts is not None else by, section.clients.groups)),
+        alike=_lookalikes(
+            reading.records, (None if parts is not None or whole is not None else by, section.clients.groups)
+        ),
         mixed=() if parts is None else _mixed(reading.records, chosen),
         spelled=_spelled_otherwise(reading.records, section.split_column),
         left_out=0 if parts is None else len(reading.records) - sum(len(part) for part in parts),

@@ -3,14 +3,10 @@
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import platform
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,30 +14,27 @@ from typing import Any
 import torch
 
 from fedmira.config.sections import Config
-from fedmira.disk.files import read_json, remove_temporaries, write_json
+from fedmira.disk.files import read_json
 from fedmira.disk.folders import RunFolder, StudyFolder
-from fedmira.disk.run_facts import SCHEMA, RunFacts, State
+from fedmira.disk.run_facts import SCHEMA, RunFacts
 from fedmira.engine.clients import AtHand, Scores
 from fedmira.engine.events import AnswersWritten, Observer
 from fedmira.engine.federation import Federation
-from fedmira.engine.rates import Schedule
-from fedmira.engine.run import run_rounds
+from fedmira.engine.run import Ended
 from fedmira.engine.scoring import examples_of, score_start
 from fedmira.engine.simulated import make_clients
-from fedmira.errors import FedMiraError, MethodError, Stopped, StoreError, WireError
-from fedmira.graphs.graph import Graph
-from fedmira.methods.base import Cohort
+from fedmira.errors import StoreError
 from fedmira.reports.render import write_report
-from fedmira.study.assemble import Built, Prepared, client_table, lonely_notes, prepare, using_threads
-from fedmira.study.events import ReportBegun, RunBegun, RunDone, StepBegun, StudyBegun
+from fedmira.study.assemble import Built, Prepared, client_table, prepare, using_threads
+from fedmira.study.carry_out import Job, carry_out, now
+from fedmira.study.events import ReportBegun, StepBegun, StudyBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.trackers import tracking
-from fedmira.study.training import course_of, schedule_of, training_of
+from fedmira.study.training import training_of
 
 log = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy")
-MAX_GRAPH_EDGES = 1_000_000  # a larger graph is described in graph.json, not listed
 
 
 # (study, entry of `methods`, seed, the federation with that method's rows, the run's folder) -> its clients
@@ -164,130 +157,24 @@ def _run_one(
     config = prepared.config.model_copy(
         update={"seeds": [seed], "methods": [built.recipe.entry], "output_dir": str(folder.path / "again")}
     )
-    facts = _facts(prepared, built, seed)
-    notes: list[str] = []
-    with _marked(folder):
-        remove_temporaries(folder.path)
-        if (folder.path / "run.json").is_file():
-            notes = _reopen(folder, config, facts, schedule_of(built.training, facts.rounds))
-        else:
-            folder.create(config, facts, client_table(prepared.workplace, federation))
-        _write_graph(folder, method.facts.graph, cohort)
-        observer(RunBegun(folder.path, facts))
-        with folder.logging():
-            for note in [*built.notes, *notes]:
-                log.warning(note)
-            clients = where(prepared, built, seed, federation, folder.path)
-            course = course_of(config, built.training, seed)
-            ended = run_rounds(
-                federation, method, clients, cohort.schedule, folder, course=course, start=start, observer=observer
-            )
-            if prepared.workplace.evaluation.examples:
-                folder.write_examples(examples_of(prepared.workplace, start, ended.test))
-            _write_graph(folder, ended.graph, cohort)
-            if method.facts.learned is not None:
-                seen = sorted({int(k) for ids in cohort.schedule for k in ids})
-                for note in lonely_notes(built.label, ended.graph, cohort.ids, of=seen):
-                    log.warning(note)
-            serve = partial(clients.adapters, send=ended.send)
-            write_adapters(folder, prepared, federation, method, serve, observer, start=start, ended=ended)
-        records = folder.records()
-        refused = sum(len(record["refused"]) for record in records)
-        kept = sorted(number or len(records) for number in ended.chosen)
-        early = None
-        if ended.stopped_early is not None:
-            early = {"round": len(records), "reason": ended.stopped_early}
-        folder.update(
-            replace(
-                folder.facts,
-                state="complete",
-                finished=_now(),
-                kept_rounds=(kept[0], kept[len(kept) // 2], kept[-1]) if course.keep == "best" else None,
-                stopped_early=early,
-                bytes_up=sum(record["bytes_up"] for record in records),
-                bytes_down=sum(record["bytes_down"] for record in records),
-                seconds=sum(record["seconds"] for record in records),
-                ever_sampled=len({name for record in records for name in record["clients"]}),
-                refused_uploads=refused,
-                refused_replies=sum(int(record["notes"].get("refused_replies", 0)) for record in records),
-            )
-        )
-    observer(RunDone(folder.path, refused))
 
+    def finish(clients: AtHand, ended: Ended) -> None:
+        if prepared.workplace.evaluation.examples:
+            folder.write_examples(examples_of(prepared.workplace, start, ended.test))
+        serve = partial(clients.adapters, send=ended.send)
+        write_adapters(folder, prepared, federation, method, serve, observer, start=start, ended=ended)
 
-def _reopen(folder: RunFolder, config: Config, facts: RunFacts, schedule: Schedule) -> list[str]:
-    """Prepare an earlier run to go on: same graph, no stale adapters, and a note of when, where and with what.
-
-    Returns what is to be logged. Raises MethodError if the graph is not the one the run began with.
-    """
-    began = folder.facts
-    if began.graph_sha256 != facts.graph_sha256:
-        raise MethodError(
-            f"'{folder.path}': the task graph is not the one this run began with (a graph file or a data column has "
-            "changed); put the old one back, or begin a new study"
-        )
-    if folder.adapters.is_dir():  # of an earlier end: they would pass for those of the rounds to come
-        shutil.rmtree(folder.adapters)
-    folder.rewrite(config)
-    this_time: dict[str, Any] = {
-        "started": facts.started,
-        "versions": facts.versions,
-        "device": facts.device,
-        "command": facts.command,
-    }
-    notes = []
-    if began.rounds < facts.rounds and schedule.depends_on_rounds:
-        this_time["rounds_before"] = began.rounds
-        notes.append(
-            f"{facts.label}: the learning rate of earlier rounds followed a schedule of {began.rounds} rounds, that of "
-            f"the rest follows one of {facts.rounds}: a run of {facts.rounds} rounds from the start would differ"
-        )
-    folder.update(
-        replace(
-            facts,
-            started=began.started,
-            versions=began.versions,
-            device=began.device,
-            command=began.command,
-            resumed=[*began.resumed, this_time],
-        )
+    job = Job(
+        folder=folder,
+        config=config,
+        built=built,
+        cohort=cohort,
+        federation=federation,
+        facts=_facts(prepared, built, seed),
+        clients=partial(client_table, prepared.workplace, federation),
+        start=start,
     )
-    if began.versions != facts.versions:
-        log.warning("'%s' began with other library versions: the same bits are not promised", folder.path)
-    return notes
-
-
-@contextmanager
-def _marked(folder: RunFolder) -> Iterator[None]:
-    """Write into run.json how a run ended when it did not end well.
-
-    Raises Stopped where the disk failed (full, gone), memory ran out or a merge gave no numbers: what was saved is
-    intact and the run can go on.
-    """
-    try:
-        yield
-    except BaseException as error:
-        outside = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError | WireError) or (
-            isinstance(error, FedMiraError) and isinstance(error.__cause__, OSError)
-        )
-        state: State = "interrupted" if outside or isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
-        signals = {KeyboardInterrupt: "by Ctrl-C", SystemExit: "by a signal"}
-        why = next((text for kind, text in signals.items() if isinstance(error, kind)), type(error).__name__)
-        log.log(logging.INFO if why in signals.values() else logging.ERROR, "%s: %s", state, why)
-        with suppress(StoreError, OSError):  # a full disk: the state stays "running", which resumes as well
-            folder.update(replace(folder.facts, state=state, finished=_now()))
-        if outside:
-            raise Stopped(f"{_told(error)}; finished rounds are saved") from error
-        raise
-
-
-def _told(error: BaseException) -> str:
-    """Say what stopped a run: our words and the system's. Those of a library may hold text of an example."""
-    if isinstance(error, FedMiraError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{os.strerror(error.errno)}{f': {error.filename!r}' if error.filename else ''}"
-    return "out of memory" if isinstance(error, MemoryError | torch.OutOfMemoryError) else type(error).__name__
+    carry_out(job, partial(where, prepared, built, seed, federation, folder.path), finish, observer)
 
 
 def _facts(prepared: Prepared, built: Built, seed: int) -> RunFacts:
@@ -330,25 +217,5 @@ def _facts(prepared: Prepared, built: Built, seed: int) -> RunFacts:
             **{name: importlib.metadata.version(name) for name in LIBRARIES if importlib.util.find_spec(name)},
         },
         command=sys.argv,
-        started=_now(),
+        started=now(),
     )
-
-
-def _write_graph(folder: RunFolder, graph: Graph | None, cohort: Cohort) -> None:
-    if graph is None:
-        return
-    write_json(
-        folder.path / "graph.json",
-        {
-            "kind": graph.kind,
-            "note": graph.note,
-            "clients": list(cohort.ids),
-            "entries": graph.entries,
-            "lonely": len(graph.lonely),
-            "edges": graph.edges(MAX_GRAPH_EDGES),
-        },
-    )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

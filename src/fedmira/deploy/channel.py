@@ -1,0 +1,85 @@
+"""A Unix socket between processes of one user: frames with their length before them. Standard library only.
+
+The engine's processes import this and nothing else of FedMira, so that none of them holds a base model, or torch.
+"""
+
+import json
+import os
+import socket
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SOCKET = "FEDMIRA_SOCKET"  # environment variable: the socket of whoever started the engine's process
+MAX_FRAME = 4 << 30  # bytes
+_LENGTH = struct.Struct(">Q")
+
+
+def private_folder() -> Path:
+    """Make a folder for a socket that nobody else can enter; its path is short, as paths of sockets must be."""
+    return Path(tempfile.mkdtemp(prefix="fedmira-"))
+
+
+def listen(path: Path) -> socket.socket:
+    """Listen on a new socket that only its owner may connect to."""
+    path.unlink(missing_ok=True)
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        server.bind(str(path))
+    finally:
+        os.umask(mask)
+    server.listen()
+    return server
+
+
+def accept(server: socket.socket) -> socket.socket:
+    """Return the next connection of a process of the same user; those of others are closed."""
+    while True:
+        connection, _ = server.accept()
+        _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if user == os.getuid():
+            return connection
+        connection.close()
+
+
+def connect(path: str) -> socket.socket:
+    """Connect to a socket. Raises OSError if nobody listens."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(path)
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+def send(connection: socket.socket, note: dict[str, Any], frame: bytes = b"") -> None:
+    """Send a note (JSON) and a frame, which may be empty."""
+    text = json.dumps(note).encode()
+    connection.sendall(_LENGTH.pack(len(text)) + _LENGTH.pack(len(frame)) + text)
+    connection.sendall(frame)
+
+
+def receive(connection: socket.socket) -> tuple[dict[str, Any], bytes]:
+    """Return the next note and frame. Raises EOFError at the end, ValueError if what comes is not a frame of ours."""
+    head = _exactly(connection, 2 * _LENGTH.size)
+    text_length, length = (number for (number,) in _LENGTH.iter_unpack(head))
+    if text_length > 1 << 20 or length > MAX_FRAME:
+        raise ValueError(f"a frame of {text_length} + {length} bytes: more than the largest allowed ({MAX_FRAME})")
+    note = json.loads(_exactly(connection, text_length))
+    if not isinstance(note, dict):
+        raise ValueError("a note is a JSON object")
+    return note, bytes(_exactly(connection, length))
+
+
+def _exactly(connection: socket.socket, length: int) -> bytearray:
+    data = bytearray(length)
+    view, got = memoryview(data), 0
+    while got < length:
+        count = connection.recv_into(view[got:], min(length - got, 1 << 22))
+        if not count:
+            raise EOFError("the connection was closed")
+        got += count
+    return data

@@ -1,0 +1,101 @@
+"""Joining: what a site says of itself, and why a server would not take it. Found out here, and not in round 7."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedmira.adapters import lora_layout
+from fedmira.deploy.settings import PROTOCOL, Agreement, installed_versions
+from fedmira.errors import WireError
+
+if TYPE_CHECKING:
+    from fedmira.deploy.site import Site
+
+SAME_VERSIONS = ("fedmira",)  # must be equal; the others' minor versions are compared and warned of
+
+
+@dataclass(frozen=True)
+class SiteCard:
+    """What a site says when it joins. columns: values of the data columns that the methods ask for.
+
+    profiles: by column ("" = the mean embedding of its prompts), where the site shares them. metrics: does it share
+    losses and scores. trained_tokens, counts: of its splits.
+    """
+
+    name: str
+    protocol: int
+    versions: Mapping[str, str]
+    base_fingerprint: str
+    layout: str
+    ranks: Sequence[int] | int
+    dtype: str
+    examples: Mapping[str, int]
+    trained_tokens: int
+    columns: Mapping[str, str]
+    metrics: bool
+
+
+def layout_of(agreement: Agreement) -> str:
+    """Return the fingerprint of the federation's rows."""
+    ranks = list(agreement.ranks.values())
+    many = [[value] * len(agreement.shapes) if isinstance(value, int) else list(value) for value in ranks]
+    largest = [max(values) for values in zip(*many, strict=True)]
+    return lora_layout(list(agreement.shapes), largest).fingerprint
+
+
+def card_of(site: "Site") -> dict[str, Any]:
+    """Return a site's card as JSON."""
+    client, agreement = site.client, site.agreement
+    card = SiteCard(
+        name=site.settings.name,
+        protocol=PROTOCOL,
+        versions=installed_versions(),
+        base_fingerprint=site.base.fingerprint,
+        layout=layout_of(agreement),
+        ranks=agreement.ranks[site.settings.name],
+        dtype=str(site.base.dtype).removeprefix("torch."),
+        examples={"train": len(client.train), "validation": len(client.validation), "test": len(client.test)},
+        trained_tokens=client.trained_tokens,
+        columns={name: value for name, value in client.columns.items() if name in agreement.columns},
+        metrics=site.settings.share_metrics,
+    )
+    return asdict(card)
+
+
+def read_card(stored: Any) -> SiteCard:
+    """Return a card. Raises WireError if it is not one."""
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "name": str, "protocol": int, "versions": dict, "base_fingerprint": str, "layout": str, "ranks": (int, list),
+        "dtype": str, "examples": dict, "trained_tokens": int, "columns": dict, "metrics": bool,
+    }  # fmt: skip
+    if not isinstance(stored, dict) or any(not isinstance(stored.get(name), kind) for name, kind in kinds.items()):
+        raise WireError("schema", "a site's card lacks a key, or one is of another type")
+    return SiteCard(**{name: stored[name] for name in kinds})
+
+
+def why_not(card: SiteCard, name: str, agreement: Agreement) -> str | None:
+    """Say in one sentence why a site cannot take part, None if it can. name: what its certificate says."""
+    own = installed_versions()
+    if card.name != name:
+        return f"site.yaml says '{card.name}', the certificate '{name}': put the right kit into the site's folder"
+    if card.protocol != PROTOCOL:
+        return f"it speaks protocol {card.protocol}, the server {PROTOCOL}: install the same version of FedMira"
+    for library in SAME_VERSIONS:
+        if card.versions.get(library) != own[library]:
+            return f"it has {library} {card.versions.get(library)}, the server {own[library]}: install the same version"
+    if card.base_fingerprint != agreement.base_fingerprint:
+        return (
+            f"its base has sha256 {card.base_fingerprint[:12]}, agreed was {agreement.base_fingerprint[:12]} "
+            f"('{agreement.base_model}'): give it a copy of that base"
+        )
+    if card.ranks != agreement.ranks[name]:
+        return f"its rank is {card.ranks}, agreed was {agreement.ranks[name]}: send it the newest agreement.json"
+    if card.layout != layout_of(agreement):
+        return "its adapted modules, or their sizes, are not those agreed: send it the newest agreement.json"
+    if card.dtype != agreement.dtype:
+        return f"its base is loaded in {card.dtype}, agreed was {agreement.dtype}: send it the newest agreement.json"
+    if missing := [column for column in agreement.columns if column not in card.columns]:
+        return f"its data has no column '{missing[0]}' with one value, which a method's graph asks for: add the column"
+    if card.examples.get("train", 0) < 1:
+        return "it has no training example"
+    return None

@@ -1,0 +1,28 @@
+"""The seam between a federation and the engine that carries its bytes: whoever is behind it can be exchanged."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a site gave no answer. kind: `late`, or the type of an error; never a text of the site's."""
+
+    kind: str
+
+
+class Link(Protocol):
+    """The sites as the server reaches them. What a site is called is what its certificate says, not what it sends."""
+
+    @property
+    def sites(self) -> frozenset[str]:
+        """Which sites are there now."""
+        ...
+
+    def call(self, frames: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
+        """Send each site its frame and yield answers as they arrive; `late` for those that did not in time.
+
+        A site that is away may come back until then. A frame may reach a site more than once.
+        """
+        ...

@@ -1,0 +1,385 @@
+"""NVFlare's processes, started and kept alive: the server's with its job, and a site's.
+
+The engine freezes who takes part when a job starts, and a job dies with any of its processes. So jobs are short-lived
+here: the supervisor submits a new one whenever the job has ended, or a site has come back that is not in it. Calls
+under way are sent again; sites answer the same call twice with the same bytes.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from fedmira.deploy import channel
+from fedmira.deploy.link import Failure
+from fedmira.disk.files import FILE_MODE, make_folder, write_json
+from fedmira.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+RESTART_SECONDS = 2.0  # between starts of a process that ended
+POLL_SECONDS = 1.0
+JOB_SECONDS = 60.0  # from submission until the job's server part has to be there
+RETRY_SECONDS = 1.0  # between tries to reach a site
+HEARD_SECONDS = 60.0  # since the last heartbeat of a site that is there
+ABSENT_PINGS = 2  # in a row without an answer: the site's part of the job is gone
+
+
+@dataclass(eq=False)
+class Process:
+    """One of the engine's processes, started again whenever it ends, until `stop`."""
+
+    module: str
+    kit: Path
+    arguments: tuple[str, ...]
+    socket: Path
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    starts: int = 0
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        """Start the process and the thread that keeps it alive."""
+        end_stale(self._pid_file)
+        threading.Thread(target=self._keep, daemon=True).start()
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.kit / "pid"
+
+    def _keep(self) -> None:
+        while not self.stopping.is_set():
+            with _append(self.log) as output:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-u", "-m", self.module, "-m", str(self.kit), *self.arguments],
+                    cwd=self.kit,
+                    env=_environment(self.socket),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            self.starts += 1
+            self._pid_file.write_text(str(self.process.pid))
+            code = self.process.wait()
+            if not self.stopping.is_set():
+                log.warning("the engine's process %s ended (%d): it is started again", self.module.split(".")[-1], code)
+                end_group(self.process.pid)
+                self.stopping.wait(RESTART_SECONDS)
+
+    def stop(self) -> None:
+        """End the process and its children."""
+        self.stopping.set()
+        if self.process is not None:
+            end_group(self.process.pid)
+            self.process.wait()
+        self._pid_file.unlink(missing_ok=True)
+
+
+def _append(path: Path) -> IO[bytes]:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, FILE_MODE), "ab")
+
+
+def _environment(path: Path) -> dict[str, str]:
+    """The engine's environment: no code is found in the current folder, and no text of an error leaves a site."""
+    return {
+        **os.environ,
+        channel.SOCKET: str(path),
+        "NVFLARE_SECURE_LOGGING": "true",
+        "PYTHONSAFEPATH": "1",
+    }
+
+
+def end_group(group: int) -> None:
+    """Kill a process with all it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def end_stale(pid_file: Path) -> None:
+    """End a process that an earlier one, killed itself, has left behind."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(pid_file.read_text())
+        if b"nvflare" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            end_group(pid)
+
+
+def server_process(kit: Path, path: Path, log_file: Path) -> Process:
+    """Return the engine's process of the server."""
+    arguments = ("-s", "fed_server.json", "--set", "secure_train=true", "org=hub", "config_folder=")
+    return Process("nvflare.private.fed.app.server.server_train", kit, arguments, path, log_file)
+
+
+def site_process(kit: Path, name: str, path: Path, log_file: Path) -> Process:
+    """Return the engine's process of a site."""
+    arguments = ("-s", "fed_client.json", "--set", "secure_train=true", f"uid={name}", f"org={name}", "config_folder=")
+    return Process("nvflare.private.fed.app.client.client_train", kit, arguments, path, log_file)
+
+
+def write_job(folder: Path, name: str) -> None:
+    """Write a job that names the installed relays, and has no code."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    config = folder / "app" / "config"
+    make_folder(config)
+    write_json(
+        folder / "meta.json",
+        {"name": name, "resource_spec": {}, "deploy_map": {"app": ["@ALL"]}, "min_clients": 1, "mandatory_clients": []},
+    )
+    relay = "fedmira.deploy.nvflare.relay"
+    write_json(
+        config / "config_fed_server.json",
+        {
+            "format_version": 2,
+            "workflows": [
+                {
+                    "id": "controller",
+                    "path": "nvflare.collab.runtime.controller.CollabController",
+                    "args": {"server_obj_id": "_server", "sync_task_timeout": 60},
+                }
+            ],
+            "components": [{"id": "_server", "path": f"{relay}.ServerRelay", "args": {}}],
+        },
+    )
+    write_json(
+        config / "config_fed_client.json",
+        {
+            "format_version": 2,
+            "executors": [
+                {
+                    "tasks": ["*"],
+                    "executor": {
+                        "path": "nvflare.collab.runtime.executor.CollabExecutor",
+                        "args": {"client_obj_id": "_client"},
+                    },
+                }
+            ],
+            "components": [{"id": "_client", "path": f"{relay}.SiteRelay", "args": {}}],
+        },
+    )
+
+
+@dataclass(eq=False)
+class _Call:
+    """One site's frame until it is answered. sent: to which connection of the relay."""
+
+    site: str
+    frame: bytes
+    until: float
+    answers: "queue.Queue[tuple[str, bytes | Failure]]"
+    sent: int = -1
+    retry_at: float = 0.0
+
+
+class Supervisor:
+    """The server's side of the link: the engine's server, its job, and the calls under way."""
+
+    def __init__(self, kit: Path, admin: Path, job: Path, name: str, log_file: Path) -> None:
+        self._admin, self._job, self._name = admin, job, name
+        self._folder = channel.private_folder()
+        self._listener = channel.listen(self._folder / "s")
+        self._process = server_process(kit, self._folder / "s", log_file)
+        self._lock = threading.RLock()
+        self._relay: socket.socket | None = None
+        self._number = 0  # of the relay's connection
+        self._members: frozenset[str] = frozenset()
+        self._silent: dict[str, int] = {}  # member -> pings in a row without an answer
+        self._calls: dict[int, _Call] = {}
+        self._ids = itertools.count()
+        self._ended = threading.Event()
+        self._connected: dict[str, float] = {}  # site -> when the engine heard of it last
+        self._lost: dict[str, float] = {}  # member whose part of the job is gone -> when that was noticed
+        self.jobs = 0
+
+    def __enter__(self) -> "Supervisor":
+        write_job(self._job, self._name)
+        self._process.start()
+        for work in (self._accept, self._supervise):
+            threading.Thread(target=work, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        with self._lock:
+            if self._relay is not None:
+                self._relay.close()
+        self._process.stop()
+        self._listener.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def sites(self) -> frozenset[str]:
+        with self._lock:
+            return frozenset(name for name in self._members if name not in self._lost)
+
+    @property
+    def connected(self) -> frozenset[str]:
+        """Which sites have registered with the engine, in the job or not."""
+        with self._lock:
+            return frozenset(self._connected)
+
+    def call(self, frames: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
+        answers: queue.Queue[tuple[str, bytes | Failure]] = queue.Queue()
+        until = time.monotonic() + seconds
+        with self._lock:
+            numbers = {next(self._ids): _Call(site, frame, until, answers) for site, frame in frames.items()}
+            self._calls.update(numbers)
+        waiting = set(frames)
+        try:
+            while waiting:
+                self._send_due()
+                left = until - time.monotonic()
+                if left <= 0:
+                    break
+                try:
+                    site, answer = answers.get(timeout=min(left, RETRY_SECONDS))
+                except queue.Empty:
+                    continue
+                if site in waiting:
+                    waiting.discard(site)
+                    yield site, answer
+        finally:
+            with self._lock:
+                for number in numbers:
+                    self._calls.pop(number, None)
+        for site in sorted(waiting):
+            yield site, Failure("late")
+
+    def _send_due(self) -> None:
+        """Send the calls that the newest relay has not got, to sites that are in its job."""
+        now = time.monotonic()
+        with self._lock:
+            if self._relay is None:
+                return
+            for number, call in self._calls.items():
+                if call.sent == self._number or call.site not in self._members or now < call.retry_at:
+                    continue
+                note = {"id": number, "site": call.site, "seconds": max(call.until - now, 1.0)}
+                try:
+                    channel.send(self._relay, note, call.frame)
+                except OSError:
+                    return  # the relay is gone; the next one gets the call
+                call.sent = self._number
+
+    def _accept(self) -> None:
+        while not self._ended.is_set():
+            try:
+                connection = channel.accept(self._listener)
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        """Read what one relay says until it is gone."""
+        number = -1
+        try:
+            note, _ = channel.receive(connection)
+            with self._lock:
+                self._number += 1
+                number = self._number
+                self._relay, self._members = connection, frozenset(note["sites"])
+                self._silent, self._lost = {}, {}
+            log.info("the engine's job runs with %s", ", ".join(sorted(self._members)) or "no site")
+            while True:
+                note, frame = channel.receive(connection)
+                self._heard(note, frame)
+        except (OSError, EOFError, ValueError, KeyError):
+            pass
+        finally:
+            with self._lock:
+                if self._number == number:
+                    self._relay, self._members = None, frozenset()
+            connection.close()
+
+    def _heard(self, note: dict[str, Any], frame: bytes) -> None:
+        with self._lock:
+            if "ping" in note:
+                self._pinged(note["ping"], alive=note["alive"])
+                return
+            call = self._calls.get(note["id"])
+            if call is None:
+                log.warning("an answer of site '%s' came after its round had closed: it is dropped", note["site"])
+                return
+            if note["failure"]:  # of the engine, or the site's worker is not there: tried again until the deadline
+                call.sent, call.retry_at = -1, time.monotonic() + RETRY_SECONDS
+                return
+            del self._calls[note["id"]]
+            call.answers.put((call.site, frame))
+
+    def _pinged(self, site: str, *, alive: bool) -> None:
+        self._silent[site] = 0 if alive else self._silent.get(site, 0) + 1
+        if alive:
+            self._lost.pop(site, None)
+        elif self._silent[site] == ABSENT_PINGS:
+            self._lost[site] = time.time()
+
+    def _supervise(self) -> None:
+        """Keep a job running that has every site in it which is there."""
+        session: Any = None
+        job, submitted = "", 0.0
+        while not self._ended.wait(POLL_SECONDS):
+            try:
+                if session is None:
+                    session = _open_session(self._admin)
+                info = session.get_system_info()
+                with self._lock:
+                    heard = {client.name: float(client.last_connect_time or 0) for client in info.client_info}
+                    self._connected = {name: at for name, at in heard.items() if time.time() - at < HEARD_SECONDS}
+                    relay, members = self._relay is not None, self._members
+                    back = {name for name, at in self._lost.items() if self._connected.get(name, at) > at}
+                    newcomers = (set(self._connected) - members) | back
+                if not self._connected:
+                    continue
+                waited = time.monotonic() - submitted
+                if job and relay and newcomers and waited > POLL_SECONDS:
+                    log.info("%s joins: the engine's job is started anew", ", ".join(sorted(newcomers)))
+                    with contextlib.suppress(Exception):
+                        session.abort_job(job)
+                    self._drop_relay()
+                    job = ""
+                ended = bool(job) and str(session.get_job_status(job)).startswith("FINISHED")
+                if not job or ended or (not relay and waited > JOB_SECONDS):
+                    job, submitted = session.submit_job(str(self._job)), time.monotonic()
+                    self.jobs += 1
+            except Exception as error:  # the engine's session raises many kinds; its server may just be starting
+                log.debug("the engine does not answer (%s)", type(error).__name__)
+                with contextlib.suppress(Exception):
+                    session.close()
+                session, job = None, ""
+        with contextlib.suppress(Exception):
+            session.close()
+
+    def _drop_relay(self) -> None:
+        with self._lock:
+            if self._relay is not None:
+                with contextlib.suppress(OSError):
+                    self._relay.shutdown(socket.SHUT_RDWR)
+                self._relay, self._members = None, frozenset()
+
+
+def _open_session(admin: Path) -> Any:
+    from nvflare.fuel.flare_api.flare_api import new_secure_session
+
+    facts = json.loads((admin / "startup" / "fed_admin.json").read_text())
+    return new_secure_session(facts["admin"]["username"], str(admin), timeout=10.0)
+
+
+def check_installed() -> None:
+    """Raise StoreError if the engine is not installed."""
+    try:
+        import nvflare  # noqa: F401
+    except ImportError:
+        raise StoreError("this command needs the engine NVFlare: pip install 'fedmira[deploy]'") from None

@@ -1,0 +1,365 @@
+"""Sites as the engine's Clients: every order is a frame to a site, every answer is checked before anything reads it.
+
+What a site remembers is with the site. It counts a round once the server says so: each order has the last round in
+which that site's upload was admitted and made durable (`counted`), so that server and site can be killed at any moment.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmira.deploy.audit import Audit
+from fedmira.deploy.link import Failure, Link
+from fedmira.deploy.wire import Frame, decode, pack_message, unpack_message
+from fedmira.disk.checkpoints import Tensors
+from fedmira.disk.files import make_folder, write_atomic
+from fedmira.engine.clients import Asked, Reply, Scores, Send, Tuned, everybody, nobody
+from fedmira.engine.federation import Federation
+from fedmira.engine.gate import SCHEMA, Header
+from fedmira.engine.idle import Idle
+from fedmira.errors import Stopped, WireError
+from fedmira.methods.base import Clock, Message, Method
+
+log = logging.getLogger(__name__)
+
+COUNTED = "sites"  # the file of a checkpoint that holds which round of each site was counted last
+
+
+@dataclass(frozen=True)
+class Terms:
+    """When a round closes. deadline: seconds; quorum: share of those asked; repeats: with too few answers, in a row."""
+
+    deadline: float
+    quorum: float
+    repeats: int = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """The sites `ids` whose round counts once it is durable."""
+
+    remote: "Remote"
+    after: Tensor  # [K]
+
+    bytes_of_all: int = 0
+    bytes_of_round: int = 0
+
+    def files(self, *, full: bool) -> Mapping[str, Tensors]:
+        return {COUNTED: {"counted": self.after}}
+
+    def apply(self) -> None:
+        self.remote.counted = self.after
+        self.remote.clear_inbox()
+
+
+@dataclass(eq=False)
+class Remote:
+    """The clients of one run, each at a site of the same name. inbox: a folder for answers of the round under way."""
+
+    link: Link
+    federation: Federation
+    method: Method
+    terms: Terms
+    inbox: Path
+    audit: Audit
+    metrics: Sequence[str] = ("loss",)
+    round: int = 0  # of the last training
+    counted: Tensor = field(init=False)  # [K] last round of each site that counts
+    has: dict[int, str] = field(default_factory=dict)  # site -> digest of the message that it has
+
+    def __post_init__(self) -> None:
+        self.counted = torch.zeros(len(self.federation), dtype=torch.int64)
+
+    def ask(self, sampled: Tensor) -> Asked:
+        return nobody(sampled) if self.method.regime.trainees == "nobody" else everybody(sampled)
+
+    # ---------------------------------------------------------------- a round
+
+    def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
+        """Ask until the deadline; with fewer answers than the quorum, ask those that are missing again."""
+        self.round = clock.round
+        messages = {k: given.take(slice(n, n + 1)) for n, k in enumerate(ids.tolist())}
+        like = None
+        if len(ids):
+            like = Idle(self.federation, self.method).train(ids[:1], given.take(slice(0, 1)), clock).message
+        found: dict[int, Frame] = {}
+        silent: dict[int, str] = {}
+        for k, message in messages.items():
+            if (stored := self._stored(k, message)) is not None:
+                found[k] = stored
+        for attempt in range(self.terms.repeats):
+            missing = {k: message for k, message in messages.items() if k not in found}
+            silent = {}
+            for k, answer in self._order("train", missing, clock):
+                if isinstance(answer, Failure):
+                    silent[k] = answer.kind
+                elif (reason := _unlike(answer, like)) is not None:
+                    silent[k] = reason
+                else:
+                    self._store(k, messages[k], answer)
+                    found[k] = answer
+            if len(found) >= self.terms.quorum * len(ids):
+                break
+            log.warning(
+                "round %d: %d of %d sites answered, the quorum is %g: it is repeated (%d)",
+                clock.round, len(found), len(ids), self.terms.quorum, attempt + 1,
+            )  # fmt: skip
+        else:
+            raise Stopped(
+                f"round {clock.round}: fewer than {self.terms.quorum:.0%} of the sites answered "
+                f"{self.terms.repeats} times in a row; finished rounds are saved"
+            )
+        return self._reply([k for k in ids.tolist() if k in found], found, silent, like)
+
+    def _reply(
+        self, answered: Sequence[int], found: Mapping[int, Frame], silent: Mapping[int, str], like: Message | None
+    ) -> Reply:
+        frames = [found[k] for k in answered]
+        messages = [unpack_message(frame.header["parts"], frame.rows) for frame in frames]
+        some = like if not messages else messages[0]
+        assert some is not None or not answered
+        empty = Message(torch.empty(0, 0)) if some is None else some.take(slice(0, 0))
+        message = empty if not messages else Message(
+            torch.cat([one.rows for one in messages]),
+            {name: torch.cat([one.scalars[name] for one in messages]) for name in messages[0].scalars},
+            {name: torch.cat([one.more[name] for one in messages]) for name in messages[0].more},
+        )  # fmt: skip
+        said = [frame.header["metrics"] for frame in frames]
+        return Reply(
+            ids=torch.tensor(answered, dtype=torch.int64),
+            message=message,
+            headers=tuple(_header(frame.header) for frame in frames),
+            losses=torch.tensor([_number(one, "train_loss", math.nan) for one in said], dtype=torch.float64),
+            steps=torch.tensor([_count(frame.header, "steps") for frame in frames], dtype=torch.int64),
+            validation=[_optional(one, "validation_loss") for one in said],
+            tokens=sum(_count(frame.header, "tokens") for frame in frames),
+            silent=dict(silent),
+        )
+
+    def keep(self, ids: Tensor) -> Counted:
+        after = self.counted.clone()
+        after[ids] = self.round
+        return Counted(self, after)
+
+    def restore(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if COUNTED in files:
+            self.counted = files[COUNTED]["counted"]
+
+    # ---------------------------------------------------------------- measuring, and the end
+
+    def losses(self, ids: Tensor, send: Send) -> list[float | None]:
+        answers = self._ask_each("losses", ids.tolist(), send)
+        return self._column(ids.tolist(), answers, "validation_loss")
+
+    def test(self, ids: Sequence[int], send: Send, progress: Callable[[int], None]) -> Scores:
+        answers = self._ask_each("test", ids, send, progress)
+        return Scores([None] * len(ids), self._tests(ids, answers))
+
+    def start(self, progress: Callable[[int], None]) -> Scores:
+        """Return every site's scores of the untouched base."""
+        everyone = range(len(self.federation))
+        found: dict[int, Frame] = {}
+        for k, answer in self._order("start", dict.fromkeys(everyone), Clock(0)):
+            if isinstance(answer, Frame):
+                found[k] = answer
+            progress(len(found))
+        return Scores(self._column(everyone, found, "validation_loss"), self._tests(everyone, found))
+
+    def _tests(self, ids: Sequence[int], answers: Mapping[int, Frame]) -> dict[str, list[float | None]]:
+        return {metric: self._column(ids, answers, f"test_{metric}") for metric in self.metrics}
+
+    @staticmethod
+    def _column(ids: Sequence[int], answers: Mapping[int, Frame], name: str) -> list[float | None]:
+        """Return one figure of each site; None where it was not shared, or there is no answer."""
+        return [None if k not in answers else _optional(answers[k].header["metrics"], name) for k in ids]
+
+    def tune(self, send: Send, progress: Callable[[int], None]) -> Tuned:
+        answers = self._ask_each("tune", range(len(self.federation)), send, progress)
+        refused = {k: str(frame.header["refused"]) for k, frame in answers.items() if frame.header.get("refused")}
+        return Tuned(sum(_count(frame.header, "tokens") for frame in answers.values()), refused)
+
+    def set_aside(self, ids: Tensor, send: Send) -> None:
+        self._ask_each("set_aside", ids.tolist(), send)
+
+    def take_up(self) -> None:
+        for _ in self._order("take_up", dict.fromkeys(range(len(self.federation))), Clock(self.round + 1)):
+            pass
+
+    def _ask_each(
+        self, what: str, ids: Sequence[int], send: Send, progress: Callable[[int], None] = lambda done: None
+    ) -> dict[int, Frame]:
+        """Send each site what it would be sent now, with an order; return the answers of those that gave one."""
+        messages = {k: send(torch.tensor([k])) for k in ids}
+        found: dict[int, Frame] = {}
+        for k, answer in self._order(what, messages, send.clock):
+            if isinstance(answer, Frame):
+                found[k] = answer
+            progress(len(found))
+        return found
+
+    # ---------------------------------------------------------------- orders
+
+    def _order(self, what: str, messages: Mapping[int, Message | None], clock: Clock) -> "Any":
+        """Give each site an order and yield (site, its checked answer or why there is none)."""
+        pending = dict(messages)
+        for _ in range(3):  # a site that lost what it had asks for it again
+            if not pending:
+                return
+            frames: dict[str, bytes] = {}
+            nonces: dict[str, str] = {}
+            digests: dict[int, str] = {}
+            places = {self.federation.names[k]: k for k in pending}
+            for name, k in places.items():
+                nonces[name] = secrets.token_hex(8)
+                frame, digests[k] = self._frame(what, k, pending[k], clock, nonces[name])
+                frames[name] = frame.encode()
+                self.audit.note(to=name, what=what, run=self.federation.run, number=clock.round, data=frames[name])
+            again: dict[int, Message | None] = {}
+            for name, data in self.link.call(frames, self.terms.deadline):
+                k = places[name]
+                answer = data if isinstance(data, Failure) else _checked(data, nonces[name])
+                if isinstance(answer, Failure):
+                    log.warning("site '%s' gave no answer to '%s': %s", name, what, answer.kind)
+                elif answer.header["answer"] == "need":
+                    self.has.pop(k, None)
+                    again[k] = pending[k]
+                    continue
+                elif digests[k]:
+                    self.has[k] = digests[k]
+                yield k, answer
+            pending = again
+
+    def _frame(self, what: str, k: int, message: Message | None, clock: Clock, nonce: str) -> tuple[Frame, str]:
+        header: dict[str, Any] = {
+            "schema": SCHEMA,
+            "order": what,
+            "run_id": self.federation.run,
+            "round": clock.round,
+            "client": self.federation.names[k],
+            "nonce": nonce,
+            "base_hash": self.federation.base,
+            "layout_hash": self.federation.layout_hash,
+            "method": self.method.name,
+            "learning_rate": float(clock.learning_rate),
+            "counted": int(self.counted[k]),
+        }
+        if message is None:
+            return Frame(header), ""
+        parts, rows = pack_message(message)
+        digest = digest_of(parts, rows)
+        if self.has.get(k) == digest:
+            return Frame({**header, "same": digest}), digest
+        return Frame({**header, "same": digest, "parts": parts}, rows), digest
+
+    # ---------------------------------------------------------------- the inbox
+
+    def _file(self, k: int) -> Path:
+        return self.inbox / f"{self.federation.names[k]}.frame"
+
+    def _store(self, k: int, message: Message, answer: Frame) -> None:
+        """Make an answer durable, with what it answers: after a crash it is not asked for again."""
+        make_folder(self.inbox)
+        asked = digest_of(*pack_message(message))
+        kept = replace(answer, header={**answer.header, "asked": [self.federation.run, self.round, asked]})
+        write_atomic(self._file(k), kept.encode())
+
+    def _stored(self, k: int, message: Message) -> Frame | None:
+        path = self._file(k)
+        if not path.is_file():
+            return None
+        try:
+            frame = decode(path.read_bytes())
+        except WireError:
+            return None
+        asked = [self.federation.run, self.round, digest_of(*pack_message(message))]
+        return frame if frame.header.get("asked") == asked else None
+
+    def clear_inbox(self) -> None:
+        """Forget the answers of a round that counts."""
+        for path in self.inbox.glob("*.frame"):
+            path.unlink()
+
+
+def digest_of(parts: Mapping[str, Any], rows: Tensor) -> str:
+    """Return the sha256 of a packed message."""
+    found = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    found.update(rows.contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _checked(data: bytes, nonce: str) -> Frame | Failure:
+    """Return an answer to the order with this nonce, or what is wrong with it."""
+    try:
+        frame = decode(data)
+    except WireError as error:
+        return Failure(error.reason)
+    header = frame.header
+    if header.get("nonce") != nonce:
+        return Failure("duplicate")
+    if header.get("answer") == "failed":
+        kind = str(header.get("kind", ""))
+        return Failure(kind if kind.isidentifier() and len(kind) <= 64 else "failed")
+    if header.get("answer") not in ("done", "need") or not isinstance(header.get("metrics", {}), dict):
+        return Failure("schema")
+    return Frame({"metrics": {}, **header}, frame.rows)
+
+
+def _unlike(answer: Frame, like: Message | None) -> str | None:
+    """Say with a word of the wire why an upload has another form than the method's, None if it has the same."""
+    assert like is not None
+    try:
+        message = unpack_message(answer.header.get("parts"), answer.rows)
+        _header(answer.header)
+        _count(answer.header, "steps")
+        _count(answer.header, "tokens")
+    except WireError as error:
+        return error.reason
+    if set(message.more) != set(like.more) or set(message.scalars) != set(like.scalars) or message.base is not None:
+        return "schema"
+    if any(message.scalars[name].dtype != like.scalars[name].dtype for name in like.scalars):
+        return "schema"
+    rows, expected = [message.rows, *message.more.values()], like.rows
+    if any(value.shape != expected.shape or value.dtype != expected.dtype for value in rows):
+        return "size"
+    return None
+
+
+def _header(header: Mapping[str, Any]) -> Header:
+    """Return an upload's header. Raises WireError if a key is missing or of another type."""
+    kinds = {
+        "run_id": str, "round": int, "client": str, "nonce": str, "base_hash": str, "layout_hash": str, "method": str,
+        "schema": int,
+    }  # fmt: skip
+    values = {name: header.get(name) for name in kinds}
+    weight = header.get("weight")
+    if any(type(values[name]) is not kind for name, kind in kinds.items()) or not isinstance(weight, int | float):
+        raise WireError("schema", "a key of the header is missing, or of another type")
+    if isinstance(weight, bool):
+        raise WireError("weight", "the weight is not a number")
+    return Header(weight=float(weight), metrics={}, **values)  # type: ignore[arg-type]
+
+
+def _number(values: Mapping[str, Any], name: str, default: float) -> float:
+    value = values.get(name)
+    return default if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+
+
+def _optional(values: Mapping[str, Any], name: str) -> float | None:
+    value = _number(values, name, math.nan)
+    return None if not math.isfinite(value) else value
+
+
+def _count(header: Mapping[str, Any], name: str) -> int:
+    value = header.get(name, 0)
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise WireError("schema", f"'{name}' is not a count")
+    return value

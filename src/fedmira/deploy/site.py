@@ -1,0 +1,79 @@
+"""A site: its settings, its data and the base, loaded once."""
+
+import json
+from dataclasses import dataclass
+
+from fedmira import bundled
+from fedmira.config.sections import Config
+from fedmira.data.batches import ClientData
+from fedmira.deploy.folders import SiteFolder
+from fedmira.deploy.settings import Agreement, SiteSettings, read_agreement, read_site
+from fedmira.engine.events import silent
+from fedmira.errors import ConfigError, ModelError
+from fedmira.model.base.load import Base, load_base
+from fedmira.study.assemble import count_threads
+from fedmira.study.face import load_config
+from fedmira.study.intake import Intake, take_in
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """What a site works with: loaded once, whatever the engine's processes do."""
+
+    settings: SiteSettings
+    agreement: Agreement
+    config: Config
+    base: Base
+    client: ClientData
+    intake: Intake
+    threads: int
+
+
+def settings_of(folder: SiteFolder) -> tuple[SiteSettings, Agreement, Config]:
+    """Read a site's files: its settings, the agreement, and the study with the site's own data.
+
+    Raises ConfigError or StoreError that says what to edit or to ask for.
+    """
+    settings, agreement = read_site(folder.settings), read_agreement(folder.agreement)
+    if settings.name not in agreement.ranks:
+        known = ", ".join(agreement.ranks)
+        raise ConfigError([f"name: found {settings.name}: the federation's sites are {known}"], str(folder.settings))
+    own = settings.data
+    overrides = [f"data.path={json.dumps(own.path)}", f"data.format={own.format}", f"data.on_bad_row={own.on_bad_row}"]
+    overrides += [f"data.columns={json.dumps(own.columns)}"] if own.columns else []
+    for key in ("encoding", "delimiter", "split_column"):
+        if (value := getattr(own, key)) is not None:
+            overrides.append(f"data.{key}={json.dumps(value)}")
+    overrides += [f"model.device={settings.device}", f"model.dtype={agreement.dtype}"]
+    if settings.base_model is not None:
+        overrides.append(f"model.base_model={json.dumps(settings.base_model)}")
+    return settings, agreement, load_config(folder.study_config, overrides)
+
+
+def open_site(folder: SiteFolder) -> Site:
+    """Read a site's data and load the base. Raises ModelError if the base is not the federation's."""
+    settings, agreement, config = settings_of(folder)
+    tokenizer, intake = take_in(config, silent, whole=settings.name)
+    base = load_base(
+        bundled.resolve(config.model.base_model),
+        revision=config.model.revision,
+        dtype=config.model.dtype,
+        device=config.model.device,
+        targets=config.lora.target_modules,
+        tokenizer=tokenizer,
+    )
+    if base.fingerprint != agreement.base_fingerprint:
+        raise ModelError(
+            f"base_model '{config.model.base_model}' is not the federation's base '{agreement.base_model}' (sha256 "
+            f"{base.fingerprint[:12]}, agreed {agreement.base_fingerprint[:12]}): set base_model in site.yaml to a "
+            "copy of that one"
+        )
+    shapes = [(name, int(inputs), int(outputs)) for name, inputs, outputs in base.shapes]
+    if shapes != list(agreement.shapes):
+        raise ModelError(
+            f"the adapted modules here are {len(shapes)}, agreed are {len(agreement.shapes)}, or their sizes differ: "
+            "another version of transformers names them differently; install the server's versions"
+        )
+    (client,) = intake.clients
+    threads = settings.threads or count_threads(base, None)
+    return Site(settings, agreement, config, base, client, intake, threads)

@@ -1,0 +1,192 @@
+"""One run at a site: the client's half of a method, and what it remembers, durable by round."""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedmira.adapters import lora_layout
+from fedmira.adapters.added import fold
+from fedmira.deploy.settings import Agreement
+from fedmira.deploy.site import Site
+from fedmira.deploy.wire import Frame, pack_message
+from fedmira.disk.checkpoints import Tensors, load_checkpoint, save_checkpoint
+from fedmira.disk.files import make_folder
+from fedmira.engine.clients import Kept
+from fedmira.engine.federation import Federation
+from fedmira.engine.simulated import Simulated, make_clients
+from fedmira.engine.workplace import Workplace
+from fedmira.errors import WireError
+from fedmira.export.peft_folder import depth_of, export_adapter
+from fedmira.methods.base import Clock, Message, Method, remember_nothing
+from fedmira.study.assemble import evaluation_of, targets_of
+from fedmira.study.training import training_of
+
+ME = torch.zeros(1, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One message that the server sent, as what it would send."""
+
+    message: Message
+    clock: Clock
+
+    def __call__(self, ids: Tensor) -> Message:
+        return self.message
+
+
+def federation_of(agreement: Agreement, alpha: float, *, names: tuple[str, ...]) -> Federation:
+    """Return a federation of some sites, with LoRA's rows."""
+    ranks = torch.tensor([agreement.ranks[name] for name in names])
+    largest = torch.tensor(list(agreement.ranks.values())).amax(dim=0).tolist()
+    return Federation(
+        names=names,
+        layout=lora_layout(list(agreement.shapes), largest),
+        ranks=ranks,
+        alpha=alpha,
+        base=agreement.base_fingerprint,
+    )
+
+
+@dataclass(eq=False)
+class SiteRun:
+    """One method with one seed at a site: the client's half, and what it remembers, durable by round.
+
+    at: the round whose memory is in RAM. staged: what the round after it would have the site remember. told: whether
+    the adapter of `at` is written.
+    """
+
+    site: Site
+    method: Method
+    federation: Federation
+    label: str
+    seed: int
+    state: Path
+    adapters: Path
+    clients: Simulated = field(init=False)
+    at: int = 0
+    staged_round: int = 0
+    staged: Kept | None = None
+    digest: str = ""  # of the order that led to `staged`
+    answer: Frame | None = None
+    received: tuple[str, Message] | None = None  # digest and message that came last
+
+    def __post_init__(self) -> None:
+        make_folder(self.state)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start from nothing."""
+        config, site = self.site.config, self.site
+        workplace = Workplace(site.base, (site.client,), 1, evaluation_of(config))
+        entry = next(entry for entry in config.methods if entry.folder == self.label)
+        training = training_of(config, self.seed, config.training_of(entry))
+        clients = make_clients(workplace, self.federation, self.method, training)
+        assert isinstance(clients, Simulated)
+        self.clients = clients
+        self.at, self.staged_round, self.staged, self.digest, self.answer = 0, 0, None, "", None
+
+    def settle(self, counted: int) -> None:
+        """Bring the memory to the round that the server counts. Raises WireError if it is not on this disk."""
+        if self.staged is not None and self.staged_round == counted:
+            self.staged.apply()
+            self.at = counted
+            return
+        if self.at == counted:
+            return
+        checkpoint = load_checkpoint(self.state, counted)
+        self._begin()
+        if checkpoint is not None:
+            self.clients.restore(checkpoint.files)
+        elif counted and self.keeps_something:
+            raise WireError("round", f"the server counts round {counted}, which is not in '{self.state}'")
+        self.at = counted
+
+    @property
+    def keeps_something(self) -> bool:
+        """Does the site remember anything of a round that it cannot do without?"""
+        method, layout, clock = self.method, self.federation.layout, Clock(1)
+        return (
+            self.clients.training.keep_optimizer
+            or method.client.start is not remember_nothing
+            or not bool(method.travels(layout, clock).all())
+        )
+
+    def recall(self, number: int, digest: str) -> Frame | None:
+        """Return the answer to an order that came before, from RAM or disk."""
+        if self.answer is not None and (self.staged_round, self.digest) == (number, digest):
+            return self.answer
+        checkpoint = load_checkpoint(self.state, number)
+        if checkpoint is None or checkpoint.facts.get("digest") != digest:
+            return None
+        return Frame(checkpoint.facts["header"], checkpoint.files.get("answer", {}).get("rows"))
+
+    def train(self, message: Message, clock: Clock, digest: str) -> Frame:
+        """Carry out a round, make it durable, and return its answer."""
+        reply = self.clients.train(ME, message, clock)
+        metrics = {"train_loss": float(reply.losses[0]) if len(reply.ids) else None}
+        if len(reply.ids) and reply.validation[0] is not None:
+            metrics["validation_loss"] = reply.validation[0]
+        if len(reply.ids):
+            own = reply.headers[0]
+            parts, rows = pack_message(reply.message)
+            header = {
+                "run_id": own.run_id,
+                "round": own.round,
+                "client": own.client,
+                "base_hash": own.base_hash,
+                "layout_hash": own.layout_hash,
+                "method": own.method,
+                "weight": own.weight,
+                "schema": own.schema,
+                "steps": int(reply.steps[0]),
+                "tokens": reply.tokens,
+                "metrics": metrics,
+                "parts": parts,
+                "answer": "done",
+            }
+            answer = Frame(header, rows)
+        else:
+            answer = Frame({"answer": "failed", "kind": next(iter(reply.silent.values()))})
+        kept = self.clients.keep(reply.ids)
+        files: dict[str, Tensors] = dict(kept.files(full=True))
+        if answer.rows is not None:
+            files["answer"] = {"rows": answer.rows}
+        save_checkpoint(
+            self.state, clock.round, files, full=True, facts={"digest": digest, "header": dict(answer.header)}
+        )
+        _prune(self.state, keep={self.at, clock.round})
+        self.staged_round, self.staged, self.digest, self.answer = clock.round, kept, digest, answer
+        return answer
+
+    def set_aside(self, message: Message, clock: Clock) -> None:
+        """Set the adapter aside, durably."""
+        self.clients.set_aside(ME, Fixed(message, clock))
+        kept = self.clients.keep(ME[:0])
+        if self.at:
+            save_checkpoint(self.state, self.at, dict(kept.files(full=True)), full=True, facts={})
+
+    def write_adapter(self, message: Message, clock: Clock) -> None:
+        """Write the adapter that the site uses now as a PEFT folder."""
+        adapters = self.clients.adapters(ME, Fixed(message, clock))
+        site = self.site
+        prompts = self.federation.layout.virtual_tokens > 0
+        export_adapter(
+            self.adapters,
+            fold(adapters),
+            base_model=site.config.model.base_model,
+            revision=site.config.model.revision,
+            target_modules=targets_of(site.base),
+            fan_in_fan_out=site.base.transposed,
+            depth=depth_of(site.base.model.config) if prompts else None,
+            card={"client": site.client.id, "method": self.method.name, "seed": self.seed, "rounds": self.at},
+        )
+
+
+def _prune(folder: Path, *, keep: set[int]) -> None:
+    for path in folder.glob("round-*"):
+        if int(path.name.removeprefix("round-")) not in keep:
+            shutil.rmtree(path)
