@@ -6,6 +6,7 @@ under way are sent again; sites answer the same call twice with the same bytes.
 """
 
 import contextlib
+import io
 import itertools
 import json
 import logging
@@ -333,6 +334,8 @@ class Supervisor:
         while not self._ended.wait(POLL_SECONDS):
             try:
                 if session is None:
+                    if not _is_listening(self._admin):
+                        continue
                     session = _open_session(self._admin)
                 info = session.get_system_info()
                 with self._lock:
@@ -370,11 +373,26 @@ class Supervisor:
                 self._relay, self._members = None, frozenset()
 
 
+def _admin_facts(admin: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((admin / "startup" / "fed_admin.json").read_text())["admin"]
+    return facts
+
+
+def _is_listening(admin: Path) -> bool:
+    """Is the engine's server there? A session that is opened too early prints, and waits, for seconds."""
+    facts = _admin_facts(admin)
+    try:
+        socket.create_connection((facts["host"], facts["port"]), timeout=5.0).close()
+    except OSError:
+        return False
+    return True
+
+
 def _open_session(admin: Path) -> Any:
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-    facts = json.loads((admin / "startup" / "fed_admin.json").read_text())
-    return new_secure_session(facts["admin"]["username"], str(admin), timeout=10.0)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it connects
+        return new_secure_session(_admin_facts(admin)["username"], str(admin), timeout=10.0)
 
 
 def check_installed() -> None:
