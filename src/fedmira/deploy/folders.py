@@ -1,10 +1,10 @@
 """The folders of a federation: the server's, with a part to send to each site, and a site's own.
 
-    DIR/              federation.yaml study.yaml agreement.json README.md
-    DIR/ca/           the authority that signs certificates; stays here, and is backed up
-    DIR/server/       kit/ admin/ study/ cards/ inbox/ job/ audit.jsonl log.txt
-    DIR/sites/NAME/   what is sent to a site, and all that a site writes:
-                      site.yaml study.yaml agreement.json README.md kit/ state/ adapters/ audit.jsonl log.txt
+DIR/              federation.yaml study.yaml agreement.json README.md
+DIR/ca/           the authority that signs certificates; stays here, and is backed up
+DIR/server/       kit/ admin/ study/ cards/ inbox/ job/ audit.jsonl log.txt
+DIR/sites/NAME/   what is sent to a site, and all that a site writes:
+                  site.yaml study.yaml agreement.json README.md kit/ state/ adapters/ audit.jsonl log.txt
 """
 
 from dataclasses import dataclass
@@ -132,6 +132,6 @@ def open_folder(path: Path) -> ServerFolder | SiteFolder:
     if (path / SITE).is_file():
         return SiteFolder(path)
     raise StoreError(
-        f"'{path}' is not a federation's folder: it has neither {FEDERATION} (the server's, made by 'fedmira federation "
-        f"init') nor {SITE} (a site's, sent by the server's organiser)"
+        f"'{path}' is not a federation's folder: it has neither {FEDERATION} (the server's, made by 'fedmira "
+        f"federation init') nor {SITE} (a site's, sent by the server's organiser)"
     )
