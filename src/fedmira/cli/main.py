@@ -29,6 +29,8 @@ from fedmira.cli.ending import (
     output_failed,
     steady_streams,
 )
+from fedmira.cli.federation import federation
+from fedmira.cli.options import AsJson, Debug, Overrides, Quiet, Verbose
 from fedmira.cli.show import questions, show_examples, show_plan, side_by_side, visible
 from fedmira.errors import ConfigError, FedMiraError, Stopped, resume_command
 
@@ -40,16 +42,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(federation, name="federation")
 
 # Newer typer contains its own click: its errors are not those of the package `click`, which may not be installed.
 USAGE_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-
-Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c, applied to the config", show_default=False)]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="no progress")]
-AsJson = Annotated[bool, typer.Option("--json", help="print machine-readable JSON")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="show what the log file gets")]
-Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
-
 
 PLAIN_WIDTH = 120  # of tables in a file or a pipe
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedmira.config.faults import describe_fault
 from fedmira.config.strict import Count, Strict
@@ -21,13 +21,14 @@ from fedmira.errors import ConfigError, StoreError
 
 PROTOCOL = 1  # of orders and answers between server and sites
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"  # of a site: it names folders and certificates
-HOST = r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$"
+HOST = r"^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*$"
+RESERVED = ("server",)  # names that the engine has for itself
 
 
 class ServerAddress(Strict):
     """Where sites reach the server: one port, which the sites connect to; none of theirs is opened."""
 
-    host: Annotated[str, Field(pattern=HOST)]
+    host: Annotated[str, Field(pattern=HOST, max_length=253)]
     port: Annotated[int, Field(ge=1, le=65_535)] = 8002
 
 
@@ -49,17 +50,31 @@ class FederationSettings(Strict):
             raise ValueError(f"sites {', '.join(twice)} differ by case at most: each needs a name of its own")
         return sites
 
+    @model_validator(mode="after")
+    def _apart_from_the_server(self) -> FederationSettings:
+        reserved = {*RESERVED, self.server.host.lower()}
+        if taken := [site for site in self.sites if site.lower() in reserved]:
+            raise ValueError(f"sites: '{taken[0]}' is the name of the server; a site needs another")
+        return self
+
 
 class SiteData(Strict):
     """Where a site's data is and how it is read; keys and meaning as in a study's `data`."""
 
-    path: str
+    path: str  # no default on purpose
     format: str = "auto"
     columns: dict[str, str] = Field(default={})
     encoding: str | None = None
     delimiter: str | None = None
     on_bad_row: Literal["error", "skip"] = "error"
     split_column: str | None = None
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _filled_in(cls, value: Any) -> Any:
+        if value is None or value == "":
+            raise ValueError("is not filled in yet: write where this site's data is")
+        return value
 
 
 class SiteSettings(Strict):
@@ -136,9 +151,13 @@ def read_site(path: Path) -> SiteSettings:
 Settings = TypeVar("Settings", bound=Strict)
 
 
-def _read(path: Path, kind: type[Settings]) -> Settings:
-    raw = read_config(path)
+def check(raw: Mapping[str, Any], kind: type[Settings], source: str) -> Settings:
+    """Turn a raw mapping into settings. Raises one ConfigError that lists every fault."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError([describe_fault(fault, kind, raw) for fault in error.errors()], str(path)) from None
+        raise ConfigError([describe_fault(fault, kind, raw) for fault in error.errors()], source) from None
+
+
+def _read(path: Path, kind: type[Settings]) -> Settings:
+    return check(read_config(path), kind, str(path))

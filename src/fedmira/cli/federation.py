@@ -1,0 +1,121 @@
+"""`fedmira federation ...`: a real federation, a server and sites in separate places.
+
+As in main.py, a command imports what it needs when it runs, and annotations are evaluated when this file is read.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedmira.cli.options import AsJson, Debug, Overrides
+from fedmira.cli.show import visible
+from fedmira.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedmira.deploy.invite import Invitation, Signed
+
+federation = typer.Typer(no_args_is_help=True, help="Train over a network: a server, and sites that keep their data.")
+
+
+@federation.callback()
+def group() -> None:
+    """Train over a network: a server, and sites that keep their data."""
+
+
+@federation.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the federation's folder at its server")],
+    overrides: Overrides = None,
+    config: Annotated[str | None, typer.Option(help="the study: a YAML file")] = None,
+    server: Annotated[str | None, typer.Option(metavar="HOST[:PORT]", help="where sites reach the server")] = None,
+    sites: Annotated[str | None, typer.Option(metavar="A,B,...", help="names of the sites, two or more")] = None,
+    name: Annotated[str | None, typer.Option(help="of the federation; default: the folder's")] = None,
+    own_keys: Annotated[bool, typer.Option("--own-keys", help="sites make their private keys themselves")] = False,
+    deadline: Annotated[float | None, typer.Option(help="seconds until a round closes; default: 3600")] = None,
+    quorum: Annotated[float | None, typer.Option(help="share of sites that must answer; default: 0.5")] = None,
+    tls: Annotated[str | None, typer.Option(help="mutual (default) | off-and-i-know-it")] = None,
+    add: Annotated[str | None, typer.Option("--add-site", metavar="NAME", help="add a site to a federation")] = None,
+    sign: Annotated[
+        Path | None, typer.Option("--sign", metavar="FILE", help="sign a site's request, NAME.request.zip")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Make a federation: keys, certificates, settings, and a folder to send to each site, with a page of what to do."""
+    founding = {"--config": config, "--server": server, "--sites": sites}
+    others = {**founding, "--name": name, "--deadline": deadline, "--quorum": quorum, "--tls": tls}
+    needless = [option for option, value in others.items() if value is not None]
+    if add is not None or sign is not None:
+        if overrides or needless or (add is not None and sign is not None) or (sign is not None and own_keys):
+            raise ConfigError(
+                ["--add-site (with --own-keys or not) and --sign change a federation: give one of them alone"],
+                "federation",
+            )
+        from fedmira.deploy import invite
+
+        if sign is not None:
+            _show_signed(invite.sign(folder, sign), as_json)
+        elif add is not None:
+            _show(invite.add_site(folder, add, own_keys=own_keys), as_json)
+        return
+    if config is None or server is None or sites is None:
+        missing = ", ".join(option for option, value in founding.items() if value is None)
+        raise ConfigError([f"missing: {missing}; a federation needs {', '.join(founding)}"], "federation")
+    from fedmira.deploy import invite
+    from fedmira.study.face import load_config
+
+    invite.check_free(folder)
+    names = [site.strip() for site in sites.split(",")]
+    settings = invite.describe_federation(
+        folder, server=server, sites=names, name=name, deadline=deadline, quorum=quorum, tls=tls
+    )
+    checked = load_config(config, overrides or [])
+    if settings.tls != "mutual":
+        print("warning: without TLS whoever is between a site and the server reads and changes all", file=sys.stderr)
+    print(visible(f"loading {checked.model.base_model} to describe it to the sites"), file=sys.stderr)
+    _show(invite.found(folder, checked, settings, own_keys=own_keys), as_json)
+
+
+def _show(made: "Invitation", as_json: bool) -> None:
+    """Print what was made, and what to send to whom."""
+    address = f"{made.settings.server.host}:{made.settings.server.port}"
+    if as_json:
+        facts = {
+            "folder": str(made.folder),
+            "name": made.settings.name,
+            "server": address,
+            "sites": {site: str(path) for site, path in made.sites.items()},
+            "own_keys": made.own_keys,
+            "fingerprint": made.fingerprint,
+            "notes": list(made.notes),
+        }
+        print(json.dumps(facts, ensure_ascii=False))
+        return
+    for note in made.notes:
+        print(visible(f"note: {note}"), file=sys.stderr)
+    channel = "holds no secret" if made.own_keys else "has its private key: by a private channel"
+    print(visible(f"federation {made.settings.name}: server {address}"))
+    for site, path in made.sites.items():
+        print(visible(f"send to {site}: {path}   ({channel})"))
+    print(f"tell by another channel: root certificate {made.fingerprint}")
+    print(visible(f"back up: {made.folder / 'ca'} and {made.folder / 'server'}"))
+    print(visible(f"what to do, in order: {made.folder / 'README.md'}"))
+    if made.own_keys:
+        print(visible(f"next: fedmira federation init {shlex.quote(str(made.folder))} --sign NAME.request.zip"))
+    else:
+        print(visible(f"next: fedmira federation server {shlex.quote(str(made.folder))}"))
+
+
+def _show_signed(signed: "Signed", as_json: bool) -> None:
+    """Print what to send back, and what to compare."""
+    if as_json:
+        facts = {"site": signed.site, "signed": str(signed.path), "sha256": signed.digest}
+        print(json.dumps({**facts, "fingerprint": signed.fingerprint}))
+        return
+    print(visible(f"signed for {signed.site}: send back {signed.path}"))
+    print(f"sha256 of its request: {signed.digest}\nask the site by another channel; if it differs, do not send")
+    print(f"tell by another channel: root certificate {signed.fingerprint}")
