@@ -25,7 +25,7 @@ SITES = small_study.CLIENTS[:3]
 def write_federation(
     folder: Path, raw: Mapping[str, Any], data: Path, *, columns: Sequence[str] = ("group",), **site: Any
 ) -> ServerFolder:
-    """Write the folders of a server and its sites, each with its own part of the data. site: further keys of site.yaml."""
+    """Write the folders of a server and its sites, each with its own part of the data. site: more keys of site.yaml."""
     server = ServerFolder(folder)
     make_folder(server.path)
     config = check_config(raw)
@@ -51,7 +51,7 @@ def write_federation(
         transposed=base.transposed,
         dtype="float32",
         template="none",
-        ranks={name: rank if isinstance(rank, list) else int(rank) for name, rank in zip(SITES, ranks.tolist(), strict=True)},
+        ranks=dict(zip(SITES, ranks.tolist(), strict=True)),
         columns=list(columns),
         profiles=[],
         fedmira=installed_versions()["fedmira"],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmira.cli.options import AsJson, Debug, Overrides
+from fedmira.cli.options import AsJson, Debug, Overrides, Quiet
 from fedmira.cli.show import visible
 from fedmira.errors import ConfigError
 
@@ -78,6 +78,114 @@ def init(
         print("warning: without TLS whoever is between a site and the server reads and changes all", file=sys.stderr)
     print(visible(f"loading {checked.model.base_model} to describe it to the sites"), file=sys.stderr)
     _show(invite.found(folder, checked, settings, own_keys=own_keys), as_json)
+
+
+@federation.command()
+def server(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the federation's folder")],
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Carry out the study with the sites, from where it is; it runs until the study is complete."""
+    from fedmira.cli.main import show_study
+    from fedmira.cli.progress import Watch
+    from fedmira.deploy.folders import open_server
+    from fedmira.deploy.serving import run_server
+
+    opened = open_server(folder)
+    with Watch(quiet) as watch:
+        study = run_server(opened, tell=_tell, observer=watch)
+    show_study(study, as_json=False)
+
+
+@federation.command()
+def site(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the site's folder, as the organiser sent it")],
+    check: Annotated[bool, typer.Option("--check", help="read the settings and the data; send nothing")] = False,
+    show_example: Annotated[
+        bool, typer.Option("--show-example", help="print one example as the model gets it; send nothing")
+    ] = False,
+    request: Annotated[
+        bool, typer.Option("--request", help="make this site's key, and a request to be signed")
+    ] = False,
+    signed: Annotated[
+        Path | None, typer.Option("--accept", metavar="FILE", help="take the signed request, NAME.signed.zip")
+    ] = None,
+    fingerprint: Annotated[
+        str | None, typer.Option(metavar="SHA256:...", help="of the root certificate, told by another channel")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Take part with this site's data until the study is complete; started again, it continues where it was."""
+    chosen = [name for name, value in (("--check", check), ("--show-example", show_example), ("--request", request),
+                                       ("--accept", signed is not None)) if value]  # fmt: skip
+    if len(chosen) > 1 or (signed is None) != (fingerprint is None):
+        raise ConfigError(
+            ["give one of --check, --show-example, --request, and --accept with --fingerprint"], "federation"
+        )
+    from fedmira.deploy.folders import open_site_folder
+
+    opened = open_site_folder(folder)
+    if request:
+        from fedmira.deploy.invite import make_request
+
+        print(visible(f"send to the server's organiser: {make_request(opened.path)}"))
+        return
+    if signed is not None and fingerprint is not None:
+        from fedmira.deploy.invite import accept
+
+        print(visible(f"this site's certificate is in {accept(opened.path, signed, fingerprint)}"))
+        return
+    if check:
+        from fedmira.deploy.checking import check_site
+
+        facts = check_site(opened)
+        print(json.dumps(facts) if as_json else visible("\n".join(f"{name}: {value}" for name, value in facts.items())))
+        return
+    if show_example:
+        from fedmira.cli.show import show_examples
+        from fedmira.deploy.checking import example_of
+
+        show_examples(example_of(opened), as_json)
+        return
+    from fedmira.deploy.serving import run_site
+
+    run_site(opened, tell=_tell)
+
+
+@federation.command()
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the folder of the federation, or of a site")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say how far a federation has come, from its folder: the server's, or a site's."""
+    from fedmira.deploy.status import describe
+
+    facts = describe(folder)
+    print(json.dumps(facts) if as_json else visible("\n".join(f"{name}: {value}" for name, value in facts.items())))
+
+
+@federation.command()
+def audit(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the folder of the federation, or of a site")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List what left this place: when, to whom, for what, how many bytes, and the sha256 of them."""
+    from fedmira.deploy.audit import read_audit
+    from fedmira.deploy.folders import open_folder
+
+    lines = list(read_audit(open_folder(folder).audit))
+    for line in lines:
+        print(json.dumps(line) if as_json else visible("  ".join(str(value) for value in line.values())))
+    if not as_json:
+        print(f"{len(lines)} messages, {sum(line['bytes'] for line in lines)} bytes", file=sys.stderr)
+
+
+def _tell(line: str) -> None:
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 def _show(made: "Invitation", as_json: bool) -> None:

@@ -130,7 +130,7 @@ def run(
     elif dry_run:
         show_plan(plan, as_json)
     else:
-        _show_study(done.path, as_json)
+        show_study(done.path, as_json)
 
 
 @app.command()
@@ -149,7 +149,7 @@ def resume(
     with Watch(quiet or as_json) as watch:
         course.study = path  # whatever happens now, this goes on with it
         done = study.resume(path, overrides or [], observer=watch)
-    _show_study(done.path, as_json)
+    show_study(done.path, as_json)
 
 
 @app.command()
@@ -286,7 +286,7 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     print(json.dumps(facts, indent=2) if as_json else visible("\n".join(describe_machine(facts))))
 
 
-def _show_study(path: Path, as_json: bool) -> None:
+def show_study(path: Path, as_json: bool) -> None:
     """Print the results of a study whose report is written."""
     from fedmira.reports.record import read_study
 

@@ -125,12 +125,28 @@ class SiteFolder:
         return self.path / "log.txt"
 
 
+def open_server(path: Path) -> ServerFolder:
+    """Return the folder of a server. Raises StoreError if it is not one."""
+    found = open_folder(path)
+    if isinstance(found, ServerFolder):
+        return found
+    raise StoreError(f"'{path}' is a site's folder; the server's has {FEDERATION}. For a site: fedmira federation site")
+
+
+def open_site_folder(path: Path) -> SiteFolder:
+    """Return the folder of a site. Raises StoreError if it is not one."""
+    found = open_folder(path)
+    if isinstance(found, SiteFolder):
+        return found
+    raise StoreError(f"'{path}' is the server's folder; a site's has {SITE}. For the server: fedmira federation server")
+
+
 def open_folder(path: Path) -> ServerFolder | SiteFolder:
     """Return the folder of a server or of a site. Raises StoreError if it is neither."""
     if (path / FEDERATION).is_file():
-        return ServerFolder(path)
+        return ServerFolder(path.resolve())
     if (path / SITE).is_file():
-        return SiteFolder(path)
+        return SiteFolder(path.resolve())
     raise StoreError(
         f"'{path}' is not a federation's folder: it has neither {FEDERATION} (the server's, made by 'fedmira "
         f"federation init') nor {SITE} (a site's, sent by the server's organiser)"

@@ -35,7 +35,7 @@ COUNTED = "sites"  # the file of a checkpoint that holds which round of each sit
 
 
 @dataclass(frozen=True)
-class Terms:
+class Closing:
     """When a round closes. deadline: seconds; quorum: share of those asked; repeats: with too few answers, in a row."""
 
     deadline: float
@@ -68,7 +68,7 @@ class Remote:
     link: Link
     federation: Federation
     method: Method
-    terms: Terms
+    closing: Closing
     inbox: Path
     audit: Audit
     metrics: Sequence[str] = ("loss",)
@@ -96,7 +96,7 @@ class Remote:
         for k, message in messages.items():
             if (stored := self._stored(k, message)) is not None:
                 found[k] = stored
-        for attempt in range(self.terms.repeats):
+        for attempt in range(self.closing.repeats):
             missing = {k: message for k, message in messages.items() if k not in found}
             silent = {}
             for k, answer in self._order("train", missing, clock):
@@ -107,16 +107,16 @@ class Remote:
                 else:
                     self._store(k, messages[k], answer)
                     found[k] = answer
-            if len(found) >= self.terms.quorum * len(ids):
+            if len(found) >= self.closing.quorum * len(ids):
                 break
             log.warning(
                 "round %d: %d of %d sites answered, the quorum is %g: it is repeated (%d)",
-                clock.round, len(found), len(ids), self.terms.quorum, attempt + 1,
+                clock.round, len(found), len(ids), self.closing.quorum, attempt + 1,
             )  # fmt: skip
         else:
             raise Stopped(
-                f"round {clock.round}: fewer than {self.terms.quorum:.0%} of the sites answered "
-                f"{self.terms.repeats} times in a row; finished rounds are saved"
+                f"round {clock.round}: fewer than {self.closing.quorum:.0%} of the sites answered "
+                f"{self.closing.repeats} times in a row; finished rounds are saved"
             )
         return self._reply([k for k in ids.tolist() if k in found], found, silent, like)
 
@@ -224,7 +224,7 @@ class Remote:
                 frames[name] = frame.encode()
                 self.audit.note(to=name, what=what, run=self.federation.run, number=clock.round, data=frames[name])
             again: dict[int, Message | None] = {}
-            for name, data in self.link.call(frames, self.terms.deadline):
+            for name, data in self.link.call(frames, self.closing.deadline):
                 k = places[name]
                 answer = data if isinstance(data, Failure) else _checked(data, nonces[name])
                 if isinstance(answer, Failure):

@@ -23,7 +23,7 @@ from fedmira.deploy.audit import Audit
 from fedmira.deploy.folders import ServerFolder
 from fedmira.deploy.joining import SiteCard, read_card, why_not
 from fedmira.deploy.link import Failure, Link
-from fedmira.deploy.remote import Remote, Terms
+from fedmira.deploy.remote import Closing, Remote
 from fedmira.deploy.settings import Agreement, FederationSettings, installed_versions, read_agreement, read_federation
 from fedmira.deploy.site_run import federation_of
 from fedmira.deploy.wire import Frame, decode
@@ -58,7 +58,7 @@ class Server:
         self.agreement: Agreement = read_agreement(folder.agreement)
         self.config: Config = load_config(folder.study_config, [f"output_dir={json.dumps(str(folder.study))}"])
         self.audit = Audit(folder.audit)
-        self.terms = Terms(self.settings.deadline, self.settings.quorum)
+        self.closing = Closing(self.settings.deadline, self.settings.quorum)
         self.names = tuple(self.settings.sites)
 
     # ---------------------------------------------------------------- joining
@@ -87,7 +87,7 @@ class Server:
             time.sleep(0.5)
 
     def _enough(self, there: frozenset[str]) -> bool:
-        return len(there) >= self.terms.quorum * len(self.names)
+        return len(there) >= self.closing.quorum * len(self.names)
 
     def _stored_card(self, name: str) -> SiteCard | None:
         path = self.folder.cards / f"{name}.json"
@@ -168,7 +168,7 @@ class Server:
             self.link,
             federation,
             built.methods[seed],
-            self.terms,
+            self.closing,
             self.folder.inbox,
             self.audit,
             metrics=tuple(self.config.evaluation.metrics),

@@ -12,7 +12,8 @@ from filelock import FileLock, Timeout
 
 from fedmira.deploy import channel
 from fedmira.deploy.folders import ServerFolder, SiteFolder
-from fedmira.deploy.nvflare.engine import Supervisor, check_installed, site_process
+from fedmira.deploy.nvflare.engine import Supervisor, site_process
+from fedmira.deploy.nvflare.kits import check_installed
 from fedmira.deploy.server import Server
 from fedmira.deploy.settings import read_federation
 from fedmira.deploy.site import open_site
@@ -50,7 +51,7 @@ def run_site(folder: SiteFolder, *, tell: Tell) -> None:
     to the engine's. Raises what open_site does, StoreError if the engine or the kit is missing.
     """
     check_installed()
-    _check_kit(folder.kit, "copy the whole folder that the organiser sent, or run 'fedmira federation site DIR --accept'")
+    _check_kit(folder.kit, "copy the organiser's whole folder, or run 'fedmira federation site DIR --accept'")
     with _held(folder.path), _logging(folder.log):
         site = open_site(folder)
         client = site.client

@@ -10,8 +10,9 @@ from fedmira.deploy.folders import SiteFolder
 from fedmira.deploy.settings import Agreement, SiteSettings, read_agreement, read_site
 from fedmira.engine.events import silent
 from fedmira.errors import ConfigError, ModelError
+from fedmira.methods import recipe_of
 from fedmira.model.base.load import Base, load_base
-from fedmira.study.assemble import count_threads
+from fedmira.study.assemble import count_threads, keep_positions
 from fedmira.study.face import load_config
 from fedmira.study.intake import Intake, take_in
 
@@ -47,7 +48,8 @@ def settings_of(folder: SiteFolder) -> tuple[SiteSettings, Agreement, Config]:
     overrides += [f"model.device={settings.device}", f"model.dtype={agreement.dtype}"]
     if settings.base_model is not None:
         overrides.append(f"model.base_model={json.dumps(settings.base_model)}")
-    return settings, agreement, load_config(folder.study_config, overrides)
+    config = load_config(folder.study_config, overrides)
+    return settings, agreement, keep_positions(config, [recipe_of(entry) for entry in config.methods])
 
 
 def open_site(folder: SiteFolder) -> Site:

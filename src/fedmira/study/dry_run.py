@@ -46,10 +46,13 @@ class Shown:
     pieces: tuple[tuple[str, bool], ...]
 
 
-def show_examples(config: Config, *, observer: Observer = silent) -> Iterator[Shown]:
-    """Yield the first training example of every client, as tokenised and cut. Raises as `run` does, without a base."""
+def show_examples(config: Config, *, observer: Observer = silent, whole: str | None = None) -> Iterator[Shown]:
+    """Yield the first training example of every client, as tokenised and cut. Raises as `run` does, without a base.
+
+    whole: the name of the only client, which has all data.
+    """
     config = keep_positions(config, [recipe_of(entry) for entry in config.methods])
-    tokenizer, intake = take_in(config, observer)
+    tokenizer, intake = take_in(config, observer, whole=whole)
     for client in intake.clients:
         example = client.train[0]
         yield Shown(client.id, client.name, len(example.ids), example.labels, pieces_of(example, tokenizer.decode))

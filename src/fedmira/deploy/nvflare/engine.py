@@ -26,8 +26,8 @@ from typing import IO, Any
 
 from fedmira.deploy import channel
 from fedmira.deploy.link import Failure
+from fedmira.deploy.nvflare.kits import ORGANISATION, harden
 from fedmira.disk.files import FILE_MODE, make_folder, write_json
-from fedmira.errors import StoreError
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Process:
 
     def start(self) -> None:
         """Start the process and the thread that keeps it alive."""
+        harden(self.kit)  # its settings name its own folder, which may have been moved
         end_stale(self._pid_file)
         threading.Thread(target=self._keep, daemon=True).start()
 
@@ -120,13 +121,21 @@ def end_stale(pid_file: Path) -> None:
 
 def server_process(kit: Path, path: Path, log_file: Path) -> Process:
     """Return the engine's process of the server."""
-    arguments = ("-s", "fed_server.json", "--set", "secure_train=true", "org=hub", "config_folder=")
+    arguments = ("-s", "fed_server.json", "--set", "secure_train=true", f"org={ORGANISATION}", "config_folder=")
     return Process("nvflare.private.fed.app.server.server_train", kit, arguments, path, log_file)
 
 
 def site_process(kit: Path, name: str, path: Path, log_file: Path) -> Process:
     """Return the engine's process of a site."""
-    arguments = ("-s", "fed_client.json", "--set", "secure_train=true", f"uid={name}", f"org={name}", "config_folder=")
+    arguments = (
+        "-s",
+        "fed_client.json",
+        "--set",
+        "secure_train=true",
+        f"uid={name}",
+        f"org={ORGANISATION}",
+        "config_folder=",
+    )
     return Process("nvflare.private.fed.app.client.client_train", kit, arguments, path, log_file)
 
 
@@ -393,11 +402,3 @@ def _open_session(admin: Path) -> Any:
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it connects
         return new_secure_session(_admin_facts(admin)["username"], str(admin), timeout=10.0)
-
-
-def check_installed() -> None:
-    """Raise StoreError if the engine is not installed."""
-    try:
-        import nvflare  # noqa: F401
-    except ImportError:
-        raise StoreError("this command needs the engine NVFlare: pip install 'fedmira[deploy]'") from None
