@@ -239,6 +239,8 @@ def unknown_words(page: str) -> Iterator[str]:
     options = command_options()
     for line, text in spans(page):
         program, *words = text.split()
+        if " ".join(words[:2]) in options:  # a command of a group: federation init
+            words[:2] = [" ".join(words[:2])]
         own = {word.strip("[],").partition("=")[0] for word in words if word.strip("[],").startswith("-")}
         if program == "python" and words and words[0].endswith(".py") and not (ROOT / words[0]).is_file():
             yield f"line {line}: `{text}`: no such file"
@@ -254,10 +256,13 @@ def unknown_words(page: str) -> Iterator[str]:
 
 
 def command_options() -> dict[str, set[str]]:
-    """Return the options of every command of `fedmira`; those of `fedmira` itself are there too."""
+    """Return the options of every command of `fedmira`, those of groups as "federation init"; its own are there too."""
     group: Any = typer.main.get_command(app)
     alone = {word: {word} for word in ("--help", *(word for one in group.params for word in one.opts))}
-    return alone | {name: {word for one in own.params for word in one.opts} for name, own in group.commands.items()}
+    commands = dict(group.commands)
+    for name, inner in group.commands.items():
+        commands |= {f"{name} {word}": own for word, own in getattr(inner, "commands", {}).items()}
+    return alone | {name: {word for one in own.params for word in one.opts} for name, own in commands.items()}
 
 
 def matches(shown: list[str], printed: list[str]) -> bool:
