@@ -32,6 +32,7 @@ from fedmira.disk.files import FILE_MODE, make_folder, write_json
 log = logging.getLogger(__name__)
 
 RESTART_SECONDS = 2.0  # between starts of a process that ended
+QUICK_SECONDS = 30.0  # a process that ends sooner has probably not worked at all
 POLL_SECONDS = 1.0
 JOB_SECONDS = 60.0  # from submission until the job's server part has to be there
 RETRY_SECONDS = 1.0  # between tries to reach a site
@@ -63,7 +64,9 @@ class Process:
         return self.kit / "pid"
 
     def _keep(self) -> None:
+        quick = 0  # ends in a row soon after a start: the waits between grow
         while not self.stopping.is_set():
+            began = time.monotonic()
             with _append(self.log) as output:
                 self.process = subprocess.Popen(
                     [sys.executable, "-u", "-m", self.module, "-m", str(self.kit), *self.arguments],
@@ -78,9 +81,14 @@ class Process:
             self._pid_file.write_text(str(self.process.pid))
             code = self.process.wait()
             if not self.stopping.is_set():
-                log.warning("the engine's process %s ended (%d): it is started again", self.module.split(".")[-1], code)
+                quick = quick + 1 if time.monotonic() - began < QUICK_SECONDS else 0
+                log.warning(
+                    "the engine's process ended (code %d) and is started again; what it wrote is in '%s'",
+                    code,
+                    self.log,
+                )
                 end_group(self.process.pid)
-                self.stopping.wait(RESTART_SECONDS)
+                self.stopping.wait(RESTART_SECONDS * 2 ** min(quick, 4))
 
     def stop(self) -> None:
         """End the process and its children."""

@@ -1,0 +1,168 @@
+"""A real federation: processes, mutual TLS, a server that is killed in the middle; the bits of the simulation."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from tests import small_study
+
+from fedmira.config.faults import check_config
+from fedmira.deploy.audit import read_audit
+from fedmira.deploy.folders import ServerFolder
+from fedmira.disk.folders import RunFolder, StudyFolder
+from fedmira.engine.events import silent
+from fedmira.study import run
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("nvflare") is None, reason="nvflare is not installed (an extra of fedmira)"
+)
+
+SITES = ("ada", "cy")  # of one group
+ROUNDS = 6
+SECONDS = 150.0
+
+
+def fedmira(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "fedmira", *map(str, words)]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def settings(base: Path, data: Path, output: Path) -> dict[str, Any]:
+    raw = small_study.settings(
+        base,
+        data,
+        output,
+        federation={"rounds": ROUNDS, "participation": 1.0, "cohort": 1},
+        training={"local_steps": 2, "batch_size": 2, "learning_rate": 0.3, "keep_optimizer": True},
+        methods=[{"name": "mira", "lambda": 0.25, "graph": {"kind": "groups", "column": "group"}}],
+    )
+    return raw | {"lora": {"ranks": [1, 2], "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}}
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
+
+
+def start(words: list[str], log: Path) -> subprocess.Popen[str]:
+    with log.open("a") as output:
+        return subprocess.Popen(words, stdout=output, stderr=output, text=True, start_new_session=True)
+
+
+def wait_for(records: RunFolder, rounds: int) -> None:
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        if (records.path / "metrics.jsonl").is_file() and len(records.records()) >= rounds:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {rounds} rounds in {SECONDS:.0f} s")
+
+
+@pytest.fixture(scope="module")
+def ended(
+    tmp_path_factory: pytest.TempPathFactory, processes: list[subprocess.Popen[str]]
+) -> tuple[ServerFolder, Path, list[str]]:
+    """Carry out a study in a simulation and in a federation whose server is killed after two rounds."""
+    here = tmp_path_factory.mktemp("real")
+    base, data = small_study.save_base(here / "base"), small_study.save_data(here / "all.jsonl")
+    rows = [row for line in data.read_text().splitlines() if (row := json.loads(line))["client"] in SITES]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = settings(base, data, here / "simulation")
+    run.start(StudyFolder(here / "simulation"), check_config(raw), silent, overwrite=False)
+    config = small_study.save_config(here / "study.yaml", raw)
+    folder = ServerFolder(here / "federation")
+    subprocess.run(
+        fedmira(
+            "federation", "init", folder.path, "--config", config, "--server", f"localhost:{free_port()}",
+            "--sites", ",".join(SITES), "--deadline", "100", "--quorum", "1",
+        ),
+        check=True, capture_output=True,
+    )  # fmt: skip
+    for name in SITES:
+        own = here / f"{name}.jsonl"
+        own.write_text("".join(json.dumps(row) + "\n" for row in rows if row["client"] == name))
+        place = folder.site(name).settings
+        changed = yaml.safe_load(place.read_text())
+        changed["data"]["path"] = str(own)
+        place.write_text(yaml.safe_dump({**changed, "base_model": str(base), "threads": 1}))
+        log = here / f"{name}.txt"
+        processes.append(start(fedmira("federation", "site", folder.site(name).path), log))
+    log = here / "server.txt"
+    server = start(fedmira("federation", "server", folder.path), log)
+    processes.append(server)
+    wait_for(StudyFolder(folder.study).run("mira", 3), 2)
+    server.kill()
+    server.wait()
+    last = start(fedmira("federation", "server", folder.path), log)
+    processes.append(last)
+    assert last.wait(SECONDS) == 0, log.read_text()
+    for process in processes[: len(SITES)]:
+        assert process.wait(60) == 0
+    return folder, here, [(here / f"{name}.txt").read_text() for name in SITES]
+
+
+def test_adapters_and_figures_are_those_of_the_simulation(ended: tuple[ServerFolder, Path, list[str]]) -> None:
+    folder, here, _ = ended
+    one, other = small_study.outcome(here / "simulation"), small_study.outcome(folder.study)
+    assert one["mira/seed-3/results.csv"] == other["mira/seed-3/results.csv"]
+    assert one["mira/seed-3/metrics.jsonl"] == other["mira/seed-3/metrics.jsonl"]
+    for site in SITES:
+        expected = load_file(here / "simulation" / "mira" / "seed-3" / "adapters" / site / "adapter_model.safetensors")
+        found = load_file(folder.site(site).adapters / "mira" / "seed-3" / "adapter_model.safetensors")
+        assert set(found) == set(expected)
+        assert all(bool((found[name] == expected[name]).all()) for name in expected)
+
+
+def test_the_kill_fell_into_the_run_and_the_sites_kept_their_base(
+    ended: tuple[ServerFolder, Path, list[str]],
+) -> None:
+    folder, _, said = ended
+    assert len(StudyFolder(folder.study).run("mira", 3).facts.resumed) == 1
+    for text in said:
+        assert len(re.findall(r"base loaded by process \d+", text)) == 1
+        assert "the study is complete" in text
+
+
+def test_no_round_was_trained_twice(ended: tuple[ServerFolder, Path, list[str]]) -> None:
+    """An answer that the site has is answered again, and not computed again: its own figures have each round once."""
+    folder, _, _ = ended
+    for site in SITES:
+        lines = (folder.site(site).adapters / "mira" / "seed-3" / "metrics.jsonl").read_text().splitlines()
+        trained = [line["round"] for line in map(json.loads, lines) if line["what"] == "train"]
+        assert trained == list(range(1, ROUNDS + 1))
+
+
+def test_what_left_the_sites_is_listed_and_has_no_word_of_their_data(
+    ended: tuple[ServerFolder, Path, list[str]],
+) -> None:
+    folder, here, _ = ended
+    for site in SITES:
+        lines = list(read_audit(folder.site(site).audit))
+        uploads = [line for line in lines if line["what"] == "train"]
+        assert len({line["round"] for line in uploads}) == ROUNDS
+        assert all(line["to"] == "server" and line["bytes"] > 0 and len(line["sha256"]) == 64 for line in lines)
+    stored = b"".join(path.read_bytes() for path in folder.path.glob("server/**/*") if path.is_file())
+    words = [json.loads(line)["prompt"] for line in (here / "ada.jsonl").read_text().splitlines()]
+    assert not any(word.encode() in stored for word in words)
