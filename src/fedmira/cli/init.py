@@ -16,13 +16,13 @@ from fedmira.config.faults import check_config
 from fedmira.config.sections import Config, DataConfig
 from fedmira.config.yaml_text import apply_overrides, parse_yaml
 from fedmira.data.formats import Reading, UnreadRows, read_records
-from fedmira.data.names import shown_name
 from fedmira.data.owners import FIRST, LAST, Owner, find_owners
 from fedmira.data.splits import find_splits, read_splits
 from fedmira.data.templates import PLAIN
 from fedmira.disk.files import write_atomic
 from fedmira.errors import ConfigError, StoreError
 from fedmira.methods import entry_faults
+from fedmira.names import shown_name
 
 MOST_PARTITIONS = 10  # clients of a partitioner, where no column names them
 PARTITION_SIZE = 20  # examples of each of them, at least

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from fedmira.adapters.ranks import shown
 from fedmira.cli.ending import course
 from fedmira.cli.show import override, plural, time_of, visible
-from fedmira.data.names import shown_name, told_apart
 from fedmira.data.rows import FAULTS_SHOWN
 from fedmira.engine.events import AnswersWritten, ClientsDone, ClientsTuned, Event, RoundDone, StoppedEarly
+from fedmira.names import shown_name, told_apart
 from fedmira.study.events import (
     AdaptersWritten,
     ClientsEncoded,

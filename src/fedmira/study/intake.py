@@ -14,7 +14,6 @@ from fedmira.data import partitioners
 from fedmira.data.batches import ClientData, Truncation
 from fedmira.data.encode import encode_client
 from fedmira.data.formats import Reading, Record, read_records
-from fedmira.data.names import lookalikes
 from fedmira.data.owners import Owner, find_owners
 from fedmira.data.partition import column_values, form_clients
 from fedmira.data.rows import Fault
@@ -25,6 +24,7 @@ from fedmira.engine.events import Observer
 from fedmira.errors import ConfigError
 from fedmira.model.base.source import find_folder, load_config, load_tokenizer, positions, vocabulary_of
 from fedmira.model.base.vocabulary import check_end, check_ids
+from fedmira.names import ClientNames, lookalikes
 from fedmira.study.events import ClientsEncoded, DataRead
 
 SHORTEST = 4  # tokens of a text, as data.max_length has it
@@ -55,6 +55,11 @@ class Intake:
     alike: Mapping[str, Sequence[tuple[str, ...]]]  # column of clients or groups -> its values that look alike
     mixed: Sequence[Owner]  # columns that may name the clients, and whose values a partitioner mixes
     spelled: Mapping[str, str]  # a value of data.split_column -> the split that it names, where it is spelled otherwise
+
+    @property
+    def names(self) -> ClientNames:
+        """Names of the clients in the data, by id."""
+        return ClientNames({client.id: client.name for client in self.clients})
 
 
 def take_in(config: Config, observer: Observer) -> tuple[Any, Intake]:
