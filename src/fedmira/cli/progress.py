@@ -141,7 +141,7 @@ class Watch:
         counts = [len(client.train) for client in clients]
         keys = f" ({', '.join(intake.keys.values())})" if intake.keys else ""
         self.say(
-            f"data: format {intake.format}{keys}, template {intake.template}; {plural(len(clients), 'client')}, "
+            f"data: format {intake.format}{keys}, template {intake.template.name}; {plural(len(clients), 'client')}, "
             f"{plural(sum(counts), 'training example')} ({min(counts)} to {max(counts)} each), "
             f"{sum(client.trained_tokens for client in clients)} trained tokens"
         )

@@ -21,7 +21,6 @@ from fedmira.adapters.ranks import by_ending, client_ranks, is_mixed, shown
 from fedmira.config.sections import Config, TrainingConfig
 from fedmira.data.batches import ClientData
 from fedmira.data.partition import client_key
-from fedmira.data.templates import make_template
 from fedmira.disk.run_facts import RunFacts
 from fedmira.engine.cost import CohortPlan, plan_cohort
 from fedmira.engine.events import Observer
@@ -178,8 +177,7 @@ def prepare(
     sampled = len(next(iter(cohorts.values())).schedule[0])
     workplace = Workplace(base, tuple(clients), sampled, evaluation_of(config))
     targets = targets_of(base)
-    used = materials.intake.template
-    asking = find_asking(make_template(used, usual=used, tokenizer=materials.tokenizer), materials.tokenizer)
+    asking = find_asking(materials.intake.template, materials.tokenizer)
     prepared = Prepared(config, federation, workplace, materials, cohorts, built, targets, asking, threads)
     kinds = prepared.kinds()
     check_virtual_tokens(config, prepared, kinds)

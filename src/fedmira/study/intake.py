@@ -38,7 +38,7 @@ class Intake:
     truncation: Truncation
     format: str
     keys: Mapping[str, str]  # our name -> the data's key
-    template: str
+    template: Template  # as questions to exported adapters are asked: special tokens in them are control tokens
     examples: int  # read
     found: Sequence[str]  # what was found of text files that are not UTF-8 with the usual separator
     others: int  # files in the folder that are of another kind, and not read
@@ -89,14 +89,14 @@ def check_examples(intake: Intake, tokenizer: Any, *, vocabulary: int, name: str
         for split in (client.train, client.validation, client.test)
         for example in split
     )
-    where = f"examples (data.template {intake.template})"
+    where = f"examples (data.template {intake.template.name})"
     check_ids(texts, tokenizer, vocabulary=vocabulary, name=name, where=where)
 
 
 def _read_clients(config: Config, tokenizer: Any, max_question: int | None, observer: Observer) -> Intake:
     section = config.data
     reading = read_records(bundled.resolve(section.path), **section.reading)
-    template = make_template(section.template, usual=reading.template, tokenizer=tokenizer)
+    template = plain = make_template(section.template, usual=reading.template, tokenizer=tokenizer)
     names = special_names(tokenizer)
     if section.special_tokens == "text":
         template, tokenizer = as_text(template, tokenizer)
@@ -131,7 +131,7 @@ def _read_clients(config: Config, tokenizer: Any, max_question: int | None, obse
         truncation=sum((client.truncation for client in clients), Truncation()),
         format=reading.format,
         keys=reading.keys,
-        template=template.name,
+        template=plain,
         examples=len(reading.records),
         found=reading.found,
         others=reading.counts["others"],

@@ -315,7 +315,7 @@ def _facts(prepared: Prepared, built: Built, seed: int) -> RunFacts:
         sampled=prepared.sampled,
         personal=method.personal,
         base_model=config.model.base_model,
-        template=prepared.intake.template,
+        template=prepared.intake.template.name,
         base_fingerprint=base.fingerprint,
         architecture=type(base.model).__name__,
         layout_fingerprint=federation.layout.fingerprint,
