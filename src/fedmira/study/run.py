@@ -31,6 +31,7 @@ from fedmira.engine.simulated import make_clients
 from fedmira.errors import FedMiraError, MethodError, Stopped, StoreError, WireError
 from fedmira.graphs.graph import Graph
 from fedmira.methods.base import Cohort
+from fedmira.names import ClientNames
 from fedmira.reports.render import write_report
 from fedmira.study.assemble import Built, Prepared, client_table, lonely_notes, prepare, using_threads
 from fedmira.study.events import ReportBegun, RunBegun, RunDone, StepBegun, StudyBegun
@@ -114,9 +115,10 @@ def _check_clients(folder: StudyFolder, prepared: Prepared) -> None:
         began: dict[str, Any] = read_json(run.path / "clients.json")
         changed = [name for name in {**began, **table} if began.get(name) != table.get(name)]
         if changed:
+            names = ClientNames({**prepared.intake.names.by_id, **run.names.by_id})
             raise StoreError(
                 f"data.path '{prepared.config.data.path}' is not the data this study began with: {len(changed)} "
-                f"clients differ, such as '{changed[0]}'; put the old data back, or begin a new study"
+                f"clients differ, such as '{names.shown(changed[0])}'; put the old data back, or begin a new study"
             )
 
 
@@ -187,7 +189,7 @@ def _run_one(
             _write_graph(folder, ended.graph, cohort)
             if method.facts.learned is not None:
                 seen = sorted({int(k) for ids in cohort.schedule for k in ids})
-                for note in lonely_notes(built.label, ended.graph, cohort.ids, of=seen):
+                for note in lonely_notes(built.label, ended.graph, cohort, of=seen):
                     log.warning(note)
             serve = partial(clients.adapters, send=ended.send)
             write_adapters(folder, prepared, federation, method, serve, observer, start=start, ended=ended)
@@ -313,7 +315,7 @@ def _facts(prepared: Prepared, built: Built, seed: int) -> RunFacts:
         sampled=prepared.sampled,
         personal=method.personal,
         base_model=config.model.base_model,
-        template=prepared.intake.template,
+        template=prepared.intake.template.name,
         base_fingerprint=base.fingerprint,
         architecture=type(base.model).__name__,
         layout_fingerprint=federation.layout.fingerprint,
