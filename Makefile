@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 # Compiled modules are kept: the tests start some hundred processes, which would compile the package again.
 QUIET_HUB := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
-.PHONY: install install-base demo check test test-slow test-newest test-oldest pretrain docs bench bench-full clean
+.PHONY: install install-base demo demo-federation check test test-slow test-newest test-oldest pretrain docs bench bench-full clean
 
 install: .venv/.installed-dev
 
@@ -30,6 +30,13 @@ $(BIN)/python:
 demo:
 	@test -e .venv/.installed-base || $(MAKE) --no-print-directory install-base
 	$(BIN)/fedmira run demo --overwrite
+
+demo-federation: .venv/.installed-deploy
+	$(BIN)/python examples/federation.py
+
+.venv/.installed-deploy: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e ".[deploy]"
+	touch .venv/.installed-base .venv/.installed-deploy
 
 # Installs nothing; pytest comes last so that its summary is the last line.
 check:

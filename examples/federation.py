@@ -2,7 +2,7 @@
 
     python examples/federation.py [FOLDER]
 
-The sites have clients north-1, north-2 and north-3 of the bundled tasks, each in a folder and a process of its own. Only
+The sites have clients north-1, north-2 and north-3 of the bundled tasks, each in its own folder and process. Only
 commands are used that organisations on separate machines would type; docs/federation.md is the walk-through.
 """
 
@@ -38,7 +38,7 @@ def make(folder: Path) -> None:
     """Make the federation: as its organiser would, from the study that `fedmira run demo` carries out."""
     changes = [
         f"federation.rounds={ROUNDS}",
-        'methods=[{name: local}, {name: mira, lambda: 0.25, graph: {kind: groups, column: family}}]',
+        "methods=[{name: local}, {name: mira, lambda: 0.25, graph: {kind: groups, column: family}}]",
     ]
     address = f"localhost:{free_port()}"
     sites = ",".join(SITES)
@@ -49,7 +49,9 @@ def make(folder: Path) -> None:
 
 def fill_in(folder: Path) -> None:
     """Write each site's data beside its settings, and the data's path into site.yaml, as its people would."""
-    rows = [json.loads(line) for line in Path(bundled.resolve("bundled:tasks")).read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in Path(bundled.resolve("bundled:tasks")).read_text(encoding="utf-8").splitlines()
+    ]
     for site in SITES:
         place = folder / "sites" / site
         own = "".join(json.dumps(row) + "\n" for row in rows if row["client"] == site)

@@ -1,6 +1,7 @@
 """Bytes: what a page's formula says is what is counted. And the page on every method has its stored numbers in it."""
 
 import csv
+import functools
 import importlib.util
 import json
 import math
@@ -50,9 +51,14 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> fedmira.Study:
 # ---------------------------------------------------------------- bytes
 
 
+@functools.cache
+def pages() -> dict[str, str]:
+    return made.pages()
+
+
 def formulas(name: str) -> tuple[str, str]:
     """What the page of a method says of bytes per round: (up, down)."""
-    (said,) = re.findall(r"\| bytes that travel per round \| (.*) \|", made.pages()[f"{name}.md"])
+    (said,) = re.findall(r"\| bytes that travel per round \| (.*) \|", pages()[f"{name}.md"])
     if said == "nothing":
         return "0", "0"
     found = re.fullmatch(r"(.+) up, (.+) down", said)

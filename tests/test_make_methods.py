@@ -38,7 +38,8 @@ made = load_script()
 
 def test_the_pages_of_the_methods_are_what_the_source_says_today() -> None:
     kept = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md")}
-    stale = sorted(name for name in {**kept, **made.pages()} if kept.get(name) != made.pages().get(name))
+    pages = made.pages()
+    stale = sorted(name for name in {**kept, **pages} if kept.get(name) != pages.get(name))
     assert stale == [], "these pages of docs/methods are not what the source says; run: python docs/make_methods.py"
 
 
@@ -50,8 +51,9 @@ def test_the_list_of_the_command_is_what_the_source_says_today() -> None:
 
 def test_the_config_that_a_page_shows_runs(tmp_path: Path) -> None:
     entries: dict[str, Any] = {}
+    pages = made.pages()
     for name in names():
-        (text,) = (text for _, fence, text in split_page(made.pages()[f"{name}.md"])[0] if fence == "```yaml")
+        (text,) = (text for _, fence, text in split_page(pages[f"{name}.md"])[0] if fence == "```yaml")
         entries |= {entry["name"]: entry for entry in yaml.safe_load(text)["methods"]}
     assert sorted(entries) == names()
     small = ["data.clients.first=3", "federation.rounds=1", "training.local_steps=1", "evaluation.metrics=[loss]"]

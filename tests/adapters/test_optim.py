@@ -127,6 +127,60 @@ def test_some_columns_move_as_they_do_alone_and_the_others_not_at_all(
         assert value.ndim == 1 or not value[:, ~columns].any()
 
 
+def test_adamw_gives_a_client_the_same_bits_alone_beside_others_and_on_any_number_of_threads() -> None:
+    """Rows that no vector divides, long enough for several threads; clients at different steps and rates."""
+    count, length = 3, 100_003
+    optimizer = adamw(weight_decay=0.1)
+    start = draw(count, length, dtype=torch.float32)
+    pushes = [draw(count, length, seed=seed, dtype=torch.float32) for seed in (1, 2)]
+    rates = torch.tensor([[0.1], [0.02], [0.1]], dtype=torch.float64)
+
+    def train(clients: list[int], threads: int) -> list[Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            rows = start[clients]
+            memory = optimizer.start(rows)
+            memory["steps"] += torch.tensor([0, 7, 2])[clients]
+            for push in pushes:
+                optimizer.update(rows, push[clients], memory, rates[clients])
+        finally:
+            torch.set_num_threads(before)
+        return [rows, *memory.values()]
+
+    together = train([0, 1, 2], threads=1)
+    for clients in ([0], [1], [2], [2, 0], [0, 1, 2]):
+        for threads in (1, 2):
+            expected = [value[clients] for value in together]
+            assert all(map(torch.equal, train(clients, threads), expected))
+
+
+def test_one_learning_rate_for_all_gives_the_bits_of_that_rate_for_each() -> None:
+    one, each = draw(3, P), draw(3, P)
+    optimizer = adamw(weight_decay=0.1)
+    optimizer.update(one, draw(3, P, seed=1), optimizer.start(one), 0.1)
+    rates = torch.full((3, 1), 0.1, dtype=torch.float64)
+    optimizer.update(each, draw(3, P, seed=1), optimizer.start(each), rates)
+    assert torch.equal(one, each)
+
+
+def test_rows_and_gradients_of_any_strides_move_alike(
+    pair: tuple[Optimizer, Callable[[list[Tensor]], torch.optim.Optimizer]],
+) -> None:
+    """Such as a method may make: the transpose of a stack, one gradient for all clients."""
+    ours, _ = pair
+    gradient = draw(1, P, seed=1)
+    plain = draw(3, P)
+    strided = plain.T.contiguous().T
+    assert not strided.is_contiguous()
+    memory, memory_strided = ours.start(plain), ours.start(strided)
+    for _ in range(2):
+        ours.update(plain, gradient.repeat(3, 1), memory, 0.1)
+        ours.update(strided, gradient.expand(3, P), memory_strided, 0.1)
+    assert torch.equal(strided, plain)
+    assert all(torch.equal(memory_strided[name], value) for name, value in memory.items())
+
+
 def test_clipping_scales_each_client_by_its_own_norm() -> None:
     gradient = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0], [30.0, 40.0]])
     before = clip_(gradient, 1.0)

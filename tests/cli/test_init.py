@@ -219,6 +219,19 @@ def test_an_override_is_written_and_nothing_else_is_changed(
     assert config.data.path == str(data)
 
 
+def test_a_key_takes_out_the_one_that_it_replaces_unless_both_are_given(tmp_path: Path) -> None:
+    """init.yaml has local_epochs: 1, and warm-ups of 0."""
+    config, _, _ = draft(tmp_path, "training.local_steps=5")
+    assert (config.training.local_steps, config.training.local_epochs) == (5, None)
+    (tmp_path / "c.yaml").unlink()
+    _, _, text = draft(tmp_path, "training.local_epochs=3")
+    assert "local_epochs: 3 " in text
+    assert "local_steps: null" not in text
+    (tmp_path / "c.yaml").unlink()
+    with pytest.raises(ConfigError, match="exactly one of local_steps and local_epochs"):
+        draft(tmp_path, "training.local_steps=5", "training.local_epochs=3")
+
+
 def test_what_is_said_of_the_data_is_used_to_read_it_and_beats_what_is_found(tmp_path: Path) -> None:
     path = tmp_path / "fragen.csv"
     path.write_bytes("Klinik#Frage#Antwort\nCharité#Wie groß?#3 cm\nZürich#Wie schwer?#5 g\n".encode("cp1252"))

@@ -412,7 +412,7 @@ def test_a_config_written_and_read_back_is_the_same() -> None:
     assert check(parse_yaml(dump_config(whole), "dump")) == whole
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     by=st.one_of(st.text(min_size=1, max_size=12), st.from_regex(r"\A[-+]?[0-9._eExo:]{1,8}\Z")),
     rate=st.floats(min_value=1e-300, max_value=1e300),

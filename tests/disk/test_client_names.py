@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmira.data.names import folded, lookalikes, plain_line, spoken, told_apart
 from fedmira.data.partition import client_ids
-from fedmira.disk.client_names import ClientNames, as_cell, from_cell, read_client_names
+from fedmira.disk.client_names import as_cell, from_cell, read_client_names
 from fedmira.errors import StoreError
+from fedmira.names import ClientNames, folded, lookalikes, plain_line, spoken, told_apart
 
 HOSPITALS = ["Charité", "Klinik Zürich", "東京", "ada", "007", "St. Mary's", "ﬁle"]
 

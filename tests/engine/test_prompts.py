@@ -175,7 +175,8 @@ def test_a_personal_method_with_virtual_tokens_begins_where_these_put_it(
 
 def test_a_run_of_a_study_is_made_again_by_its_own_config(home: Path) -> None:
     """Beside virtual tokens prompts have less room, and a method run again alone must not be given more."""
-    long = {"evaluation": {"max_new_tokens": 57}}  # of 64 positions 7 are left, and 2 beside 5 virtual tokens
+    # Of 64 positions 7 are left for a prompt, and 2 beside 5 virtual tokens.
+    long = {"federation": {"rounds": 2}, "evaluation": {"max_new_tokens": 57}}
     study = fedmira.run(config(home, "beside", **long))
     for run in study.runs:
         assert run.config.data.positions_ahead == TOKENS

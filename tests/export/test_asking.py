@@ -160,11 +160,6 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def run(here: Path) -> Run:
-    return fedmira.load_run(here / "study" / "local" / "seed-3")
-
-
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The prompts that chat asks from now on."""

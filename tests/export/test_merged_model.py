@@ -19,7 +19,6 @@ from tests.run_facts import run_facts
 from tests.small_study import command, has_traceback
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import fedmira
 from fedmira import bundled
 from fedmira.adapters import lora_layout
 from fedmira.disk.run_facts import RunFacts
@@ -44,11 +43,6 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = command("run", small_study.save_config(folder / "config.yaml", raw), "-q")
     assert ended.code == 0, ended.err
     return folder
-
-
-@pytest.fixture(scope="module")
-def run(here: Path) -> Run:
-    return fedmira.load_run(here / "study" / "local" / "seed-3")
 
 
 @pytest.fixture

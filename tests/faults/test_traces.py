@@ -100,14 +100,15 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     caches = {name: folder / name.lower() for name in CACHES}
     for path in caches.values():
         path.mkdir()
-    config = small_study.settings(small_study.save_base(here / "base"), here / "rows.jsonl", here / "study")
+    short: dict[str, Any] = {"federation": {"rounds": 2}, "methods": [dict(small_study.METHODS[2])]}
+    config = small_study.settings(small_study.save_base(here / "base"), here / "rows.jsonl", here / "study", **short)
     small_study.save_data(here / "rows.jsonl")
     small_study.save_config(here / "config.yaml", config)
     commands: dict[str, list[str]] = {
         "dry run": ["run", "config.yaml", "--dry-run"],
         "show": ["run", "config.yaml", "--show-example", "-q"],
         "run": ["run", "config.yaml", "-v"],
-        "resume": ["resume", "study", "federation.rounds=5", "-q"],
+        "resume": ["resume", "study", "federation.rounds=3", "-q"],
         "report": ["report", "study", "--json"],
         "export": ["export", "study/mira/seed-3", "--out", "copies"],
         "methods": ["methods"],

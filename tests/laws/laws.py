@@ -24,12 +24,10 @@ def copy(message: Message) -> Message:
     return replace(message.map(torch.clone), scalars={name: value.clone() for name, value in message.scalars.items()})
 
 
-def whole(scene: Scene, ids: Tensor, given: Message | None = None) -> Message:
+def whole(scene: Scene, ids: Tensor, returned: Message) -> Message:
     """Uploads of a phase as the server's merge gets them: columns that do not travel are those it sent."""
-    given = scene.send(ids) if given is None else given
     method, layout = scene.method, scene.ledger.federation.layout
     sends = method.travels(layout, ROUND) & method.trained(layout, ROUND)
-    returned = scene.phase(ids, given).returned
     server = method.message(scene.ledger.state, ids, ROUND).rows
     return returned.map(lambda rows: torch.where(sends, rows, server))
 
@@ -55,7 +53,7 @@ def law_a_batch_of_one_equals_a_batch_of_all(method: Method, world: World) -> No
     """A client trained alone returns and keeps what it does among others."""
     scene = world.reach(method)
     given = scene.send(IDS)
-    together = scene.phase(IDS, given)
+    together = world.trained(method)
     for place in range(len(IDS)):
         one = torch.tensor([place])
         alone = scene.phase(IDS[one], given.take(one))
@@ -77,8 +75,8 @@ def law_the_order_in_the_stack_does_not_matter(method: Method, world: World) -> 
     scene = world.reach(method)
     given = scene.send(IDS)
     close(scene.send(IDS[order]).rows, given.rows[order], "send")
-    returned = whole(scene, IDS, given)
-    shuffled = whole(scene, IDS[order], given.take(order))
+    returned = whole(scene, IDS, world.trained(method).returned)
+    shuffled = whole(scene, IDS[order], scene.phase(IDS[order], given.take(order)).returned)
     close(shuffled.rows, returned.rows[order], "training")
     weights = world.weights(IDS)
     change = merge(scene, IDS, copy(returned), weights)
@@ -94,9 +92,7 @@ def law_renaming_clients_renames_the_answer(
     """All clients at other positions, the graph with them: after three rounds each has what it had."""
     order = [4, 2, 5, 0, 3, 1]
     other = world.rename(order)
-    scene, moved = world.reach(method), other.reach(rebuild(other))
-    scene.play(torch.from_numpy(world.cohort.schedule[2]))
-    moved.play(torch.from_numpy(other.cohort.schedule[2]))
+    (_, scene), (_, moved) = world.third(method), other.third(rebuild(other))
     close(moved.used(), scene.used()[order], "rows in use")
     close(moved.rows, scene.rows[order] if method.has_row_of_each else scene.rows, "rows")
     for name, value in moved.remembered().items():
@@ -108,7 +104,7 @@ def law_inputs_of_a_phase_and_of_a_merge_are_unchanged(method: Method, world: Wo
     scene = world.reach(method)
     state = scene.ledger.state
     given = copy(scene.send(IDS))
-    returned = copy(whole(scene, IDS, given))
+    returned = copy(whole(scene, IDS, world.trained(method).returned))
     weights = world.weights(IDS)
 
     def inputs() -> dict[str, Tensor]:
@@ -134,9 +130,9 @@ def law_inputs_of_a_phase_and_of_a_merge_are_unchanged(method: Method, world: Wo
 
 def law_the_same_seed_gives_the_same_bits(method: Method, world: World) -> None:
     """Three rounds, twice."""
-    first, second = world.reach(method, again=True), world.reach(method, again=True)
-    for scene in (first, second):
-        scene.play(IDS)
+    first = world.reach(method, again=True)
+    first.play(IDS)
+    _, second = world.third(method)
     assert torch.equal(first.rows, second.rows)
     assert torch.equal(first.used(), second.used())
     mine, theirs = first.remembered(), second.remembered()
@@ -155,14 +151,14 @@ def law_an_absent_client_has_no_influence(method: Method, world: World, *, store
     if stored:
         assert method.facts.graph is not None
         absent = [k for k in absent if k not in method.facts.graph.neighbours(np.array(NEXT))]
-    first, second = world.reach(method), world.disturb(absent).reach(method)
+    second = world.disturb(absent).reach(method)
     second.ledger, second.clients.memory = world.reach(method).ledger, world.reach(method).clients.memory
     others = torch.tensor(absent, dtype=torch.int64)
     if method.has_row_of_each:
         second.ledger.table.write(others, torch.full((len(others), world.layout.size), 5.0, dtype=torch.float64))
     for table in second.clients.memory.tables.values():
         table.write(others, torch.full_like(table[others], 3))
-    change, other = first.play(IDS), second.play(IDS)
+    (change, first), other = world.third(method), second.play(IDS)
     assert torch.equal(change.ids, other.ids)
     assert torch.equal(change.rows, other.rows)
     assert torch.equal(first.used(IDS), second.used(IDS))
@@ -197,7 +193,7 @@ def law_silent_clients_keep_their_row(method: Method, world: World) -> None:
         return
     scene = world.reach(method)
     before, used = scene.rows, scene.used()
-    change = scene.play(IDS)
+    change, scene = world.third(method)
     assert set(change.ids.tolist()) <= set(NEXT)
     silent = [k for k in EVERYONE if k not in NEXT]
     assert torch.equal(scene.rows[silent], before[silent])
@@ -208,7 +204,7 @@ def law_silent_clients_keep_their_row(method: Method, world: World) -> None:
 def law_a_returning_client_starts_from_the_merged_row(method: Method, world: World) -> None:
     """What a merge decided is what the client receives and uses next; where a graph pulls, that is not its upload."""
     scene = world.reach(method)
-    returned = whole(scene, IDS)
+    returned = whole(scene, IDS, world.trained(method).returned)
     before = scene.rows[method.row_of(IDS)]
     change = merge(scene, IDS, returned, world.weights(IDS))
     scene.ledger.apply(change)
@@ -245,13 +241,12 @@ def law_a_first_time_client_starts_from_the_common_start(method: Method, world: 
 
 def law_numbers_beyond_a_clients_rank_stay_zero(method: Method, world: World) -> None:
     """Ranks 1 and 2 in one stack: neither training nor a merge fills what a client does not have."""
-    scene = world.reach(method)
-    phase = scene.phase(IDS, scene.send(IDS))
+    phase = world.trained(method)
     own = world.layout.rank_mask(world.ranks)
     for rows in (phase.rows, phase.returned.rows, *phase.returned.more.values()):
         assert bool((rows[~own[IDS]] == 0).all()), "returned"
     assert bool((phase.returned.rows[own[IDS]] != 0).any())
-    scene.play(IDS)
+    _, scene = world.third(method)
     assert bool((scene.used()[~own] == 0).all()), "used"
     if method.has_row_of_each:
         assert bool((scene.rows[~own] == 0).all()), "stored"
@@ -316,7 +311,7 @@ def law_columns_that_are_not_trained_stay_as_they_were_sent(method: Method, worl
     trained = method.trained(world.layout, ROUND)
     given = scene.send(IDS)
     before = scene.seen(IDS, given) * world.layout.rank_mask(world.ranks[IDS])
-    phase = scene.phase(IDS, given)
+    phase = world.trained(method)
     assert torch.equal(phase.rows[:, ~trained], before[:, ~trained])
     moved = (phase.rows != before)[:, trained]
     assert bool(moved.any()) == bool(trained.any())
@@ -365,16 +360,14 @@ def law_where_nobody_trains_nothing_moves(method: Method, world: World) -> None:
     scene = world.reach(method)
     given = scene.send(IDS)
     own = world.layout.rank_mask(world.ranks)[IDS]
-    assert torch.equal(scene.phase(IDS, given).rows, scene.seen(IDS, given) * own)
-    scene.play(IDS)
+    assert torch.equal(world.trained(method).rows, scene.seen(IDS, given) * own)
+    _, scene = world.third(method)
     assert torch.equal(scene.used(), world.start(method).used())
 
 
 def law_a_zero_penalty_is_the_simpler_neighbour(method: Method, world: World, *, simpler: Method) -> None:
     """Three rounds give the same bits as the method without the penalty."""
-    one, other = world.reach(method), world.reach(simpler)
-    for scene in (one, other):
-        scene.play(IDS)
+    (_, one), (_, other) = world.third(method), world.third(simpler)
     assert torch.equal(one.used(), other.used())
     for of in ("method", "moments/main"):
         mine, theirs = (scene.clients.memory.recall(of, ALL) for scene in (one, other))

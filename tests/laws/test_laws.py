@@ -114,9 +114,12 @@ def test_mira_without_its_penalty_is_local_training(case: tuple[World, Variant],
     if "lambda" not in variant.settings:
         return
     unpulled = Variant(variant.name, {**variant.settings, "lambda": 0}, variant.graph)
-    laws.law_a_zero_penalty_is_the_simpler_neighbour(
-        unpulled.build(world, tmp_path), world, simpler=build("local", {}, world.cohort)
-    )
+    laws.law_a_zero_penalty_is_the_simpler_neighbour(unpulled.build(world, tmp_path), world, simpler=local(world))
+
+
+@functools.cache
+def local(world: World) -> Method:
+    return build("local", {}, world.cohort)
 
 
 @pytest.mark.parametrize("variant", [*SYMMETRIC, *(one for one in VARIANTS if "column" in one.settings)], ids=str)

@@ -1,6 +1,7 @@
 """One tiny base twice, for FedMira and for PEFT, with the same clients' adapters and texts."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class Pairing:
     stack: Adapters
     texts: list[list[Encoded]]
     tolerance: dict[str, float]
+    made: dict[int, Any] = field(default_factory=dict)  # PEFT's models by client
 
     @property
     def modules(self) -> list[str]:
@@ -44,7 +46,16 @@ class Pairing:
         return collate(self.texts, pad_id=self.base.pad_id)
 
     def peft(self, k: int) -> Any:
-        return tiny.peft_client(self.plain, self.stack, k, modules=self.modules)
+        """Client k as PEFT has it, without gradients; made once, so that a test that trains it has a pairing alone."""
+        if k not in self.made:
+            self.made[k] = tiny.peft_client(self.plain, self.stack, k, modules=self.modules)
+        self.made[k].zero_grad()
+        return self.made[k]
+
+    @cached_property
+    def own(self) -> tuple[Tensor, Tensor]:
+        """Losses and gradients of the pairing's own stack and batch, for tests that only read them."""
+        return self.gradients()
 
     def gradients(self, stack: Adapters | None = None, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
         """Losses [S] and gradient rows [S, P], into a buffer that held something else before."""

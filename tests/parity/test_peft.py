@@ -59,7 +59,7 @@ def small(request: pytest.FixtureRequest) -> Pairing:
 
 
 def test_loss_of_every_client_is_what_peft_gives_it_alone(pairing: Pairing) -> None:
-    found, _ = pairing.gradients()
+    found, _ = pairing.own
     sums, counts = losses(pairing.base, pairing.stack, pairing.batch)
     expected = torch.stack([tiny.peft_loss(pairing.peft(k), texts) for k, texts in enumerate(pairing.texts)]).detach()
     assert counts.tolist() == [2 * count for count in EXAMPLES]
@@ -68,7 +68,7 @@ def test_loss_of_every_client_is_what_peft_gives_it_alone(pairing: Pairing) -> N
 
 
 def test_gradient_of_every_factor_is_what_peft_gives_it_alone(pairing: Pairing) -> None:
-    _, found = pairing.gradients()
+    _, found = pairing.own
     for k, texts in enumerate(pairing.texts):
         made = pairing.peft(k)
         tiny.peft_loss(made, texts).backward()
@@ -91,14 +91,14 @@ def test_logits_of_every_real_token_are_what_peft_gives_them_alone(pairing: Pair
 
 
 def test_a_gradient_beyond_a_clients_own_rank_is_exactly_zero(pairing: Pairing) -> None:
-    _, found = pairing.gradients()
+    _, found = pairing.own
     own = pairing.stack.layout.rank_mask(pairing.stack.ranks)
     assert bool((found[~own] == 0).all())
     assert bool((found[own] != 0).any())
 
 
 def test_a_client_alone_is_the_client_in_a_batch_of_three(small: Pairing) -> None:
-    together, gradient = small.gradients()
+    together, gradient = small.own
     for k, texts in enumerate(small.texts):
         alone, own = small.gradients(small.stack.take(torch.tensor([k])), collate([texts], pad_id=0))
         torch.testing.assert_close(alone[0], together[k], **small.tolerance)
@@ -106,14 +106,14 @@ def test_a_client_alone_is_the_client_in_a_batch_of_three(small: Pairing) -> Non
 
 
 def test_longer_padding_changes_no_loss_or_gradient(small: Pairing) -> None:
-    found = small.gradients()
+    found = small.own
     wider = small.gradients(batch=collate(small.texts, pad_id=3, batch_size=5, multiple=32))
     for one, other in zip(found, wider, strict=True):
         torch.testing.assert_close(one, other, **small.tolerance)
 
 
 def test_another_clients_texts_and_adapter_change_nothing_of_ones_own(small: Pairing) -> None:
-    found = small.gradients()
+    found = small.own
     rows = small.stack.rows.clone()
     rows[1] *= -3
     texts = [small.texts[0], [one for one in small.texts[2] for _ in range(2)], small.texts[2]]
@@ -129,7 +129,7 @@ def test_a_client_without_a_label_has_loss_and_gradient_zero(small: Pairing) -> 
     found, gradient = small.gradients(batch=Batch(small.batch.ids, labels, small.batch.lengths))
     assert float(found[1]) == 0
     assert bool((gradient[1] == 0).all())
-    torch.testing.assert_close(gradient[[0, 2]], small.gradients()[1][[0, 2]], **small.tolerance)
+    torch.testing.assert_close(gradient[[0, 2]], small.own[1][[0, 2]], **small.tolerance)
 
 
 def test_the_base_is_untouched_between_passes(small: Pairing) -> None:

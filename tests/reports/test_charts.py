@@ -203,9 +203,20 @@ def test_many_clients_become_one_sorted_line_whose_ends_are_named(study: Path, w
     assert len(found.path.split()) == gain.MOST_POINTS
     assert (found.best, found.least) == (("c0", 750.0), ("c999", -249.0))
     assert (found.better, found.equal, found.worse) == (750, 1, 249)
+    left, width = found.box.left, found.box.x_end - found.box.left
+    assert found.split == pytest.approx((left + width * 0.75, left + width * 0.751), abs=0.11)
     text = page(study).text
     assert "750 better, 1 equal, 249 worse" in text
     assert "c999</bdi> \u2212249.000" in text
+
+
+@pytest.mark.parametrize(("clients", "bars"), [(gain.BARS_SHOWN, gain.BARS_SHOWN), (gain.BARS_SHOWN + 1, 0)])
+def test_there_are_bars_up_to_sixty_clients_and_a_line_beyond(clients: int, bars: int, study: Path, write_run):
+    write_run("local", rows({f"c{place}": 2 for place in range(clients)}))
+    write_run("mira", rows({f"c{place}": 1 for place in range(clients)}))
+    record = read_study(study)
+    found = gain.gain_panels(record, record.metrics[0]).panels[0]
+    assert (len(found.bars), found.path == "") == (bars, bars > 0)
 
 
 def test_clients_without_a_gain_are_counted(study: Path, write_run):

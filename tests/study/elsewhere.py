@@ -23,24 +23,20 @@ from fedmira.engine.simulated import make_clients
 from fedmira.engine.workplace import Workplace
 from fedmira.methods import recipe_of
 from fedmira.methods.base import Clock, Cohort, Message
-from fedmira.model.base.load import load_base
+from fedmira.model.base.load import Base
 from fedmira.study.assemble import Built, Prepared, evaluation_of
 from fedmira.study.training import training_of
 
 ME = torch.zeros(1, dtype=torch.int64)
 
 
-def site(pipe: Connection, config: Config, client: ClientData, federation: Federation) -> None:
-    """One client's process. Its method is built for a federation of one: it uses the client's half alone."""
+def site(pipe: Connection, config: Config, base: Base, client: ClientData, federation: Federation) -> None:
+    """One client's process. Its method is built for a federation of one: it uses the client's half alone.
+
+    base: forked with the process, which from then on changes its own copy alone.
+    """
     torch.set_num_threads(1)
     (seed,) = config.seeds
-    base = load_base(
-        config.model.base_model,
-        revision=None,
-        dtype=config.model.dtype,
-        device="cpu",
-        targets=config.lora.target_modules,
-    )
     workplace = Workplace(base, (client,), 1, evaluation_of(config))
     (entry,) = config.methods
     method = recipe_of(entry).build(Cohort((client.id,), (len(client.train),), (client.columns,), (), seed))
@@ -85,10 +81,11 @@ class Elsewhere:
         self.federation = federation
         self.pipes, self.processes = [], []
         context = multiprocessing.get_context("fork")  # what is imported already need not be imported again
+        base = prepared.workplace.base
         for k, client in enumerate(prepared.workplace.clients):
             here, there = context.Pipe()
             alone = replace(federation, names=(client.id,), ranks=federation.ranks[k : k + 1])
-            process = context.Process(target=site, args=(there, config, client, alone), daemon=True)
+            process = context.Process(target=site, args=(there, config, base, client, alone), daemon=True)
             process.start()
             there.close()  # so that a process that dies is an end of file here, and not a wait
             self.pipes.append(here)

@@ -12,6 +12,8 @@ from fedmira.config.faults import check_config
 from fedmira.engine.events import silent
 from fedmira.errors import ConfigError, DataError, MethodError
 from fedmira.graphs.graph import group_graph
+from fedmira.methods.base import Cohort
+from fedmira.names import ClientNames
 from fedmira.study.assemble import Intake, lonely_notes, prepare, take_in
 
 KINDS = ("red", "green", "blue")
@@ -216,9 +218,11 @@ def test_a_coupling_that_joins_nobody_or_leaves_some_alone_is_said(
 
 
 def test_of_a_learned_graph_only_clients_that_took_part_are_looked_at() -> None:
-    ids = ["a", "b", "c", "d"]
+    names = ClientNames({"a": "a", "b": "b", "c": "東京", "d": "d"})
+    cohort = Cohort(("a", "b", "c", "d"), (1,) * 4, ({},) * 4, (), 0, names=names)
     graph = group_graph(["x", "x", "y", "z"])
-    assert lonely_notes("mira", graph, ids, of=[0, 1]) == []
-    assert "have no neighbour in the graph and learn alone: 'c'" in lonely_notes("mira", graph, ids, of=[0, 1, 2])[0]
-    assert "joins nobody" in lonely_notes("mira", graph, ids, of=[2, 3])[0]
-    assert lonely_notes("local", None, ids) == []
+    assert lonely_notes("mira", graph, cohort, of=[0, 1]) == []
+    (note,) = lonely_notes("mira", graph, cohort, of=[0, 1, 2])
+    assert note.endswith("have no neighbour in the graph and learn alone: '東京 (c)'")
+    assert "joins nobody" in lonely_notes("mira", graph, cohort, of=[2, 3])[0]
+    assert lonely_notes("local", None, cohort) == []

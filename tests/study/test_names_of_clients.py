@@ -6,6 +6,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import yaml
 from tests import small_study
 from tests.small_study import Ended, command
 
@@ -136,6 +137,41 @@ def test_a_refusal_lists_names_with_their_ids(arguments: list[str], home: Path) 
     assert ended.code == 2
     assert "Charité (Charit--32dd02a2)" in ended.err
     assert "ada" in ended.err
+
+
+def test_a_graph_file_takes_names_and_the_log_has_them(home: Path, tmp_path: Path) -> None:
+    """Three clients are joined, one by its id; the two others learn alone, and are named with their ids."""
+    by_name = ids(home)
+    lines = ["client,neighbour,weight", "klinik zürich,東京,1", f"{by_name['東京']},ada,1"]
+    (tmp_path / "graph.csv").write_text("\n".join(lines), encoding="utf-8")
+    method = {"name": "mira", "graph": {"kind": "file", "path": str(tmp_path / "graph.csv")}}
+    raw = yaml.safe_load((home / "config.yaml").read_text(encoding="utf-8"))
+    raw |= {"methods": [method], "output_dir": str(tmp_path / "study")}
+    ended = command("run", small_study.save_config(tmp_path / "config.yaml", raw))
+    assert ended.code == 0, ended.err
+    run = tmp_path / "study" / "mira" / "seed-3"
+    graph = json.loads((run / "graph.json").read_text(encoding="utf-8"))
+    joined = {(graph["clients"][first], graph["clients"][second]) for first, second, _ in graph["edges"]}
+    pairs = {(by_name["Klinik Zürich"], by_name["東京"]), (by_name["東京"], by_name["ada"])}
+    assert joined == pairs | {(second, first) for first, second in pairs}
+    log = (run / "log.txt").read_text(encoding="utf-8")
+    assert "2 of 5 clients have no neighbour in the graph and learn alone: " in log
+    assert f"'Charité ({by_name['Charité']})'" in log
+    assert f"'=1+1 ({by_name['=1+1']})'" in log
+
+
+def test_a_refused_upload_is_logged_under_the_clients_name(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charite = ids(home)["Charité"]
+    monkeypatch.setattr(
+        "fedmira.engine.gate.refusal", lambda upload, expected: "norm" if upload.header.client == charite else None
+    )
+    raw = yaml.safe_load((home / "config.yaml").read_text(encoding="utf-8"))
+    raw |= {"methods": [{"name": "fedavg"}], "output_dir": str(tmp_path / "study")}
+    fedmira.run(fedmira.load_config(small_study.save_config(tmp_path / "config.yaml", raw)))
+    log = (tmp_path / "study" / "fedavg" / "seed-3" / "log.txt").read_text(encoding="utf-8")
+    assert f"round 1: the upload of client 'Charité ({charite})' was refused: norm" in log
 
 
 def test_an_example_and_a_plan_are_shown_under_names(home: Path, tmp_path: Path) -> None:

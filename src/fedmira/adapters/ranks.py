@@ -23,6 +23,7 @@ from typing import TypeVar
 from fedmira.adapters.lazy import Tensor, np, torch
 from fedmira.config.sections import MAX_RANK, RANK_TYPES
 from fedmira.errors import ConfigError, nearest
+from fedmira.names import ONLY_IDS, ClientNames
 
 Setting = Sequence[int | str] | Mapping[str, str] | str | None  # lora.ranks of the config
 Value = TypeVar("Value")
@@ -46,14 +47,16 @@ def client_ranks(
     keys: Sequence[int],
     seed: int,
     modules: Callable[[], Sequence[str]],
+    names: ClientNames = ONLY_IDS,
 ) -> Tensor:
     """Return every client's rank [K] int64; [K, modules] where the modules of some client differ.
 
-    usual: lora.r, where `setting` is None. columns: of each client, the data columns with one value; keys:
-    64 bits of its id. modules: gives the names of the adapted modules, and is asked only for T3.
+    usual: lora.r, where `setting` is None. columns: of each client, the data columns with one value; keys: 64 bits of
+    its id. modules: gives the names of the adapted modules, and is asked only for T3. names: of clients that have
+    others than their ids.
     Raises ConfigError if a list is not as long as there are clients, or a column does not give every client a rank.
     """
-    named = _name_ranks(setting, usual=usual, ids=ids, columns=columns, keys=keys, seed=seed)
+    named = _name_ranks(setting, usual=usual, ids=ids, names=names, columns=columns, keys=keys, seed=seed)
     pairs = torch.tensor([TYPES[rank] if isinstance(rank, str) else (rank, rank) for rank in named])  # [K, 2]
     if torch.equal(pairs[:, 0], pairs[:, 1]):
         return pairs[:, 0]
@@ -72,6 +75,7 @@ def _name_ranks(
     *,
     usual: int,
     ids: Sequence[str],
+    names: ClientNames,
     columns: Sequence[Mapping[str, str]],
     keys: Sequence[int],
     seed: int,
@@ -82,9 +86,9 @@ def _name_ranks(
     if isinstance(setting, str):
         return [_draw(setting, seed, key) for key in keys]
     if isinstance(setting, Mapping):
-        return _read_column(setting["column"], ids, columns)
+        return _read_column(setting["column"], ids, names, columns)
     if len(setting) != len(ids):
-        shown = ", ".join(ids[:8]) + (", ..." if len(ids) > 8 else "")
+        shown = ", ".join(map(names.shown, ids[:8])) + (", ..." if len(ids) > 8 else "")
         raise ConfigError(
             [
                 f"lora.ranks: found {len(setting)} ranks, and there are {len(ids)} clients; give one for each in their "
@@ -100,15 +104,17 @@ def _draw(shares: str, seed: int, key: int) -> str:
     return next((name for name, up_to in zip(TYPES, accumulate(SHARES[shares]), strict=True) if drawn < up_to), "T4")
 
 
-def _read_column(column: str, ids: Sequence[str], columns: Sequence[Mapping[str, str]]) -> list[int | str]:
+def _read_column(
+    column: str, ids: Sequence[str], names: ClientNames, columns: Sequence[Mapping[str, str]]
+) -> list[int | str]:
     """Read every client's rank, or type, from a data column that has one value for it."""
-    lacking = [name for name, own in zip(ids, columns, strict=True) if column not in own]
+    lacking = [client_id for client_id, own in zip(ids, columns, strict=True) if column not in own]
     if lacking:
         shared = sorted(set.intersection(*(set(client) for client in columns)))
         raise ConfigError(
             [
                 f"lora.ranks.column: found '{column}'{nearest(column, shared)}, which has no single value for "
-                f"{len(lacking)} clients such as '{lacking[0]}'; columns with one value per client: "
+                f"{len(lacking)} clients such as '{names.shown(lacking[0])}'; columns with one value per client: "
                 f"{', '.join(shared) or 'none'}"
             ]
         )
@@ -117,8 +123,9 @@ def _read_column(column: str, ids: Sequence[str], columns: Sequence[Mapping[str,
     if odd:
         raise ConfigError(
             [
-                f"lora.ranks.column: found {values[odd[0]][:20]!r} in '{column}' of client '{ids[odd[0]]}' (and of "
-                f"{len(odd) - 1} others); allowed are whole numbers from 1 to {MAX_RANK:,}, and {', '.join(RANK_TYPES)}"
+                f"lora.ranks.column: found {values[odd[0]][:20]!r} in '{column}' of client "
+                f"'{names.shown(ids[odd[0]])}' (and of {len(odd) - 1} others); allowed are whole numbers from 1 to "
+                f"{MAX_RANK:,}, and {', '.join(RANK_TYPES)}"
             ]
         )
     return [value if value in TYPES else int(value) for value in values]

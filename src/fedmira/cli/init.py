@@ -13,16 +13,16 @@ from fedmira import bundled
 from fedmira.cli.show import override, visible
 from fedmira.config.edits import add_comment, set_value
 from fedmira.config.faults import check_config
-from fedmira.config.sections import Config, DataConfig
+from fedmira.config.sections import INSTEAD, Config, DataConfig
 from fedmira.config.yaml_text import apply_overrides, parse_yaml
 from fedmira.data.formats import Reading, UnreadRows, read_records
-from fedmira.data.names import shown_name
 from fedmira.data.owners import FIRST, LAST, Owner, find_owners
 from fedmira.data.splits import find_splits, read_splits
 from fedmira.data.templates import PLAIN
 from fedmira.disk.files import write_atomic
 from fedmira.errors import ConfigError, StoreError
 from fedmira.methods import entry_faults
+from fedmira.names import shown_name
 
 MOST_PARTITIONS = 10  # clients of a partitioner, where no column names them
 PARTITION_SIZE = 20  # examples of each of them, at least
@@ -30,10 +30,6 @@ OWNERS_LISTED = 6
 UNDECIDED = "CHOOSE"  # what `by` is where several columns fit: a run then says which columns there are
 CLIENTS = ("data", "clients")
 DECISIVE = ((*CLIENTS, "by"), (*CLIENTS, "partitioner"))  # who sets one of them has decided who the clients are
-INSTEAD: Mapping[tuple[str, ...], tuple[tuple[str, ...], Any]] = {  # a key -> one that must then have another value
-    ("training", "local_steps"): (("training", "local_epochs"), None),
-    ("data", "clients", "partitioner"): (("data", "clients", "by"), "task"),
-}
 
 
 @dataclass
@@ -67,13 +63,16 @@ def draft_config(
         given["model", "base_model"] = model
     for words, value in given.items():
         text = set_value(text, words, value)
-    chosen = apply_overrides(parse_yaml(text, "init"), overrides)
+    raw = parse_yaml(text, "init")
+    chosen = apply_overrides(raw, overrides)
+    fixed = [tuple(path) for path, _ in chosen]
     for path, value in chosen:
         text = set_value(text, path, value)  # apply_overrides has refused what leads nowhere
-        if (other := INSTEAD.get(tuple(path))) is not None and value is not None:
-            text = set_value(text, *other)
+        if value and (replaced := INSTEAD.get(tuple(path))) is not None:
+            other, neutral = replaced
+            if other not in fixed and _value(raw, other) not in (None, neutral):
+                text = set_value(text, other, neutral)
     config = check_config(parse_yaml(text, "init"), "overrides", entry_faults)
-    fixed = [tuple(path) for path, _ in chosen]
     decided = any(path == CLIENTS[: len(path)] or path in DECISIVE for path in fixed)
     draft = Draft() if config.data.path == bundled.TASKS else _read(config, file, decided=decided)
     for words, value in draft.values.items():
@@ -86,6 +85,13 @@ def draft_config(
     written = check_config(parse_yaml(text, "init"), "init")
     write_atomic(file, text.encode(), shared=True)
     return _summary(written, draft.notes)
+
+
+def _value(raw: Any, path: Sequence[str]) -> Any:
+    """Return what a mapping of mappings has at a path; None if it has nothing there."""
+    for word in path:
+        raw = raw.get(word) if isinstance(raw, Mapping) else None
+    return raw
 
 
 def _template(file: Path) -> str:

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from fedmira.adapters.ranks import shown
 from fedmira.cli.ending import course
 from fedmira.cli.show import override, plural, time_of, visible
-from fedmira.data.names import shown_name, told_apart
 from fedmira.data.rows import FAULTS_SHOWN
 from fedmira.engine.events import AnswersWritten, ClientsDone, ClientsTuned, Event, RoundDone, StoppedEarly
+from fedmira.names import shown_name, told_apart
 from fedmira.study.events import (
     AdaptersWritten,
     ClientsEncoded,
@@ -141,7 +141,7 @@ class Watch:
         counts = [len(client.train) for client in clients]
         keys = f" ({', '.join(intake.keys.values())})" if intake.keys else ""
         self.say(
-            f"data: format {intake.format}{keys}, template {intake.template}; {plural(len(clients), 'client')}, "
+            f"data: format {intake.format}{keys}, template {intake.template.name}; {plural(len(clients), 'client')}, "
             f"{plural(sum(counts), 'training example')} ({min(counts)} to {max(counts)} each), "
             f"{sum(client.trained_tokens for client in clients)} trained tokens"
         )

@@ -25,7 +25,7 @@ def show_examples(shown: Sequence[Shown], as_json: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from fedmira.data.names import shown_name
+    from fedmira.names import shown_name
 
     console = Console()
     for example in shown:
@@ -92,7 +92,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         print(f"{name:12s}{line}" if len(name) < 12 else f"{name}: {line}")
     if len(plan.by_client) <= CLIENTS_SHOWN:
         print(f"\n{'client':34s}{'train':>8s}{'validation':>12s}{'test':>8s}{'trained tokens':>16s}")
-        from fedmira.data.names import shown_name
+        from fedmira.names import shown_name
 
         for client, counts in plan.by_client.items():
             name = shown_name(plan.names[client])
@@ -135,7 +135,7 @@ def questions() -> Iterator[str]:
 
 def side_by_side(replies: Mapping[str, str]) -> str:
     """Return answers below one another, each after its speaker's name."""
-    from fedmira.data.names import shown_name
+    from fedmira.names import shown_name
 
     width = max(len(shown_name(name)) for name in replies) + 2
     lines = []

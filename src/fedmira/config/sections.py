@@ -254,12 +254,14 @@ class TrainingConfig(Strict):
             yield f"lr_scheduler_kwargs.min_lr = {limits.min_lr:g} is above learning_rate = {self.learning_rate:g}"
 
 
-# Of these keys a method's `training` that gives one removes the other of the study's.
-_INSTEAD = {
-    "local_steps": "local_epochs",
-    "local_epochs": "local_steps",
-    "warmup_steps": "warmup_ratio",
-    "warmup_ratio": "warmup_steps",
+# A key -> the one that it replaces, and the value that this one then has. So for a method's `training` laid over the
+# study's, and for overrides laid over the config that `init` writes.
+INSTEAD: Mapping[tuple[str, ...], tuple[tuple[str, ...], Any]] = {
+    ("training", "local_steps"): (("training", "local_epochs"), None),
+    ("training", "local_epochs"): (("training", "local_steps"), None),
+    ("training", "warmup_steps"): (("training", "warmup_ratio"), 0.0),
+    ("training", "warmup_ratio"): (("training", "warmup_steps"), 0),
+    ("data", "clients", "partitioner"): (("data", "clients", "by"), "task"),
 }
 
 
@@ -288,7 +290,8 @@ class MethodTraining(TrainingConfig):
         Raises ValidationError if the keys do not go together.
         """
         changed = {key: getattr(self, key) for key in self.model_fields_set}
-        removed = {_INSTEAD[key] for key, value in changed.items() if key in _INSTEAD and value}
+        replaced = (INSTEAD.get(("training", key)) for key, value in changed.items() if value)
+        removed = {path[-1] for path, _ in filter(None, replaced)}
         kind = changed.get("lr_scheduler_type")
         if kind == "constant":
             removed |= {"warmup_steps", "warmup_ratio"}

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fedmira.data.batches import ClientData, Encoded, Truncation
-from fedmira.data.names import shown_name
 from fedmira.data.partition import Client
 from fedmira.data.templates import Rendered, Template, common_length
 from fedmira.errors import DataError
+from fedmira.names import shown_name
 
 ANCHORS = ("\n", ".", ":", "a ")  # texts that an answer is encoded after, where it cannot be encoded after its prompt
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedmira.data.formats import Record
-from fedmira.data.names import shown_name
 from fedmira.data.splits import SPLITS, WORDS, read_splits, split_word
 from fedmira.errors import DataError, nearest
+from fedmira.names import shown_name
 
 ID_LENGTH = 64
 MOST_VALUES = 1000  # of a column that is counted; one with more is treated as text

@@ -27,7 +27,7 @@ def check_site(folder: SiteFolder) -> dict[str, Any]:
     return {
         "site": settings.name,
         "format": intake.format,
-        "template": intake.template,
+        "template": intake.template.name,
         "examples": f"{len(client.train)} training, {len(client.validation)} validation, {len(client.test)} test",
         "trained tokens": client.trained_tokens,
         "prompts cut": client.truncation.prompts_cut,

@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedmira.disk.client_names import ClientNames, as_cell, read_client_names
+from fedmira.disk.client_names import as_cell, read_client_names
 from fedmira.disk.files import (
     FILE_MODE,
     NO_LINK,
@@ -37,6 +37,7 @@ from fedmira.disk.files import (
 )
 from fedmira.disk.run_facts import RunFacts, read_run_facts, write_run_facts
 from fedmira.errors import StoreError, resume_command
+from fedmira.names import ClientNames
 
 if TYPE_CHECKING:
     from fedmira.config.sections import Config

@@ -11,13 +11,15 @@ from fedmira.adapters import Adapters, Layout, Stored, scales, start_adapters
 from fedmira.disk.table import Table
 from fedmira.errors import MethodError
 from fedmira.methods.base import Clock, Method, State
+from fedmira.names import ONLY_IDS, ClientNames
 
 
 @dataclass(frozen=True, eq=False)
 class Federation:
-    """Who takes part, with which rows. names [K]; ranks [K] or, by module, [K, modules]; alpha: LoRA's.
+    """Who takes part, with which rows. names [K]: ids; ranks [K] or, by module, [K, modules]; alpha: LoRA's.
 
-    run, base: the ids of the run and of the base's weights, which every upload has to name.
+    run, base: the ids of the run and of the base's weights, which every upload has to name. called: how people call the
+    clients, for the log.
     """
 
     names: tuple[str, ...]
@@ -27,6 +29,7 @@ class Federation:
     run: str = ""
     base: str = ""
     dtype: torch.dtype = torch.float32  # of rows
+    called: ClientNames = ONLY_IDS
 
     def __len__(self) -> int:
         return len(self.names)

@@ -235,7 +235,8 @@ def _one_round(run: Run, sampled: np.ndarray) -> RoundRecord:
         played, after = _let_refuse(run, played, run.method.regime.tolerance)
     facts = {**_facts(run, played, asked, ids), "loss_after": after}
     for name, reason in facts["refused"].items():
-        log.warning("round %d: the upload of client '%s' was refused: %s", ledger.round + 1, name, reason)
+        shown = run.federation.called.shown(name)
+        log.warning("round %d: the upload of client '%s' was refused: %s", ledger.round + 1, shown, reason)
     kept = clients.keep(played.answered)
     ledger.received(played.reply.ids)
     commit(run.folder.checkpoints, ledger, played.change, kept, facts)
@@ -393,6 +394,6 @@ def _tune(run: Run, send: Sender) -> tuple[float, int]:
     began, clients = time.monotonic(), len(run.federation)
     tuned = run.clients.tune(send, lambda done: run.observer(ClientsTuned(done, clients)))
     for k, reason in tuned.refused.items():
-        name = run.federation.names[k]
+        name = run.federation.called.shown(run.federation.names[k])
         log.warning("what client '%s' fine-tuned was refused (%s): it keeps what it was sent", name, reason)
     return time.monotonic() - began, tuned.tokens

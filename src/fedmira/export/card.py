@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 from fedmira import bundled
 from fedmira.config.yaml_text import dump_yaml
-from fedmira.data.names import shown_name
+from fedmira.names import shown_name
 from fedmira.reports.paths import without_folders
 
 # The hub's identifiers of licences used for data; any other licence is `other`, with its name.

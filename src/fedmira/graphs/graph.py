@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from fedmira.adapters.lazy import np, sparse
-from fedmira.errors import MethodError
+from fedmira.errors import MethodError, StoreError
+from fedmira.names import ONLY_IDS, ClientNames, shown_name
 
 Array: TypeAlias = "np.ndarray"
 NORMALISATIONS = ("none", "row", "symmetric")
@@ -150,6 +151,7 @@ def make_graph(
     kind: str,
     *,
     ids: Sequence[str],
+    names: ClientNames,
     columns: Sequence[Mapping[str, str]],
     column: str | None = None,
     path: str | None = None,
@@ -157,7 +159,8 @@ def make_graph(
 ) -> Graph:
     """Make the graph that a config names: random (seed), uniform, groups (column) or file (path).
 
-    ids, columns: of every client; columns are the data columns that have one value for the client.
+    ids, columns: of every client; columns are the data columns that have one value for the client. names: of clients
+    that have others than their ids.
     Raises MethodError if a column or a file does not fit these clients.
     """
     if kind == "uniform":
@@ -165,19 +168,21 @@ def make_graph(
     if kind == "random":
         return random_graph(len(ids), seed=seed)
     if kind == "file":
-        return file_graph(str(path), ids)
+        return file_graph(str(path), ids, names)
     if column is None:
         raise MethodError("graph kind 'groups' needs the data column that names a client's group")
-    return group_graph(groups_by(column, ids, columns, what="graph column"))
+    return group_graph(groups_by(column, ids, columns, names=names, what="graph column"))
 
 
-def groups_by(column: str, ids: Sequence[str], columns: Sequence[Mapping[str, str]], *, what: str) -> list[str]:
+def groups_by(
+    column: str, ids: Sequence[str], columns: Sequence[Mapping[str, str]], *, names: ClientNames, what: str
+) -> list[str]:
     """Return each client's value of a data column. Raises MethodError, starting with `what`, if it is not one value."""
-    lacking = [name for name, values in zip(ids, columns, strict=True) if column not in values]
+    lacking = [client_id for client_id, values in zip(ids, columns, strict=True) if column not in values]
     if lacking:
         shared = sorted(set.intersection(*(set(values) for values in columns)))
         raise MethodError(
-            f"{what} '{column}' has no single value for {len(lacking)} clients such as '{lacking[0]}'; "
+            f"{what} '{column}' has no single value for {len(lacking)} clients such as '{names.shown(lacking[0])}'; "
             f"columns with one value per client: {', '.join(shared) or 'none'}"
         )
     return [values[column] for values in columns]
@@ -250,16 +255,17 @@ def _apart(rows: Array, columns: Array) -> Array:
     return rows[:, None] != columns
 
 
-def file_graph(path: str | Path, ids: Sequence[str]) -> Graph:
-    """Read similarities from CSV with the columns client, neighbour, weight (header row), by client id.
+def file_graph(path: str | Path, ids: Sequence[str], names: ClientNames = ONLY_IDS) -> Graph:
+    """Read similarities from CSV with the columns client, neighbour, weight (header row), by client id or name.
 
     A pair listed once counts in both directions; if both directions are listed, each keeps its weight.
-    Raises MethodError with file and line: an unknown client, a weight that is not a number or below 0, a missing file.
+    Raises MethodError with file and line: a client that is unknown, or may be one of several; a weight that is not a
+    number or below 0; a missing file.
     """
     source = Path(path)
     if not source.is_file():
         raise MethodError(f"graph file '{path}' not found (current folder: {Path.cwd()})")
-    index = {name: position for position, name in enumerate(ids)}
+    index, find = {client_id: position for position, client_id in enumerate(ids)}, names.finder(ids)
     listed: dict[tuple[int, int], float] = {}
     try:
         text = source.read_bytes().decode("utf-8-sig")  # line breaks inside quotes are kept as they are
@@ -274,16 +280,25 @@ def file_graph(path: str | Path, ids: Sequence[str]) -> Graph:
             continue
         if len(cells) != 3:
             raise MethodError(f"{path}:{number}: found {len(cells)} cells, need client,neighbour,weight")
-        unknown = [cell for cell in cells[:2] if cell not in index]
-        if unknown:
-            raise MethodError(f"{path}:{number}: no client '{unknown[0]}'; ids are listed in clients.json of a run")
+        pair = []
+        for cell in cells[:2]:
+            try:
+                client_id = find(cell)
+            except StoreError as error:
+                raise MethodError(f"{path}:{number}: {error}") from None
+            if client_id is None:
+                raise MethodError(
+                    f"{path}:{number}: no client '{shown_name(cell)}'{names.near(cell, ids)}; clients are named as in "
+                    "the data, or by the ids in clients.json of a run"
+                )
+            pair.append(index[client_id])
         try:
             weight = float(cells[2])
         except ValueError:
             raise MethodError(f"{path}:{number}: weight '{cells[2]}' is not a number") from None
         if not (0 <= weight < float("inf")):
             raise MethodError(f"{path}:{number}: weight {weight:g}: similarities are finite and >= 0")
-        listed[index[cells[0]], index[cells[1]]] = weight
+        listed[pair[0], pair[1]] = weight
     rows, columns, values = [], [], []
     for (first, second), weight in listed.items():
         pairs = [(first, second)] if (second, first) in listed else [(first, second), (second, first)]

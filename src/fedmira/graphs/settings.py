@@ -11,6 +11,7 @@ from fedmira.adapters.lazy import np
 from fedmira.config.strict import Strict
 from fedmira.graphs.graph import Graph, make_graph
 from fedmira.graphs.learned import LEAST_SKETCH, LearnedGraph, knn_graph, shuffled
+from fedmira.names import ClientNames
 
 KEYS = {
     "random": {"seed", "shuffled"},
@@ -27,7 +28,7 @@ class GraphConfig(Strict):
 
     kind: Literal["random", "uniform", "groups", "file", "knn", "learned"] = "random"  # random: the authors' recipe
     column: str | None = None  # groups: clients with the same value are joined; knn: whose values are counted
-    path: str | None = None  # file: CSV with client,neighbour,weight
+    path: str | None = None  # file: CSV with client,neighbour,weight; clients by name or id
     seed: int | None = Field(default=None, ge=0)  # random: None = the run's seed
     features: Literal["embedding", "histogram"] = "embedding"  # knn: embeddings of prompts, or counts of values
     of: Literal["adapters", "updates"] = "adapters"  # learned: all that was learned, or only in the last round
@@ -61,14 +62,15 @@ def given_graph(
     config: GraphConfig,
     *,
     ids: Sequence[str],
+    names: ClientNames,
     columns: Sequence[Mapping[str, str]],
     seed: int,
     profile: Callable[[str | None], np.ndarray],
 ) -> Graph:
     """Make a graph that is known before training.
 
-    ids, columns, profile: of the clients, as in a method's Cohort; seed: of the run. Raises MethodError if the graph
-    cannot be made from them.
+    ids, names, columns, profile: of the clients, as in a method's Cohort; seed: of the run. Raises MethodError
+    if the graph cannot be made from them.
     """
     if config.kind == "knn":
         column = config.column if config.features == "histogram" else None
@@ -78,6 +80,7 @@ def given_graph(
         graph = make_graph(
             config.kind,
             ids=ids,
+            names=names,
             columns=columns,
             column=config.column,
             path=config.path,

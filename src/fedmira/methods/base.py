@@ -19,6 +19,7 @@ from fedmira.adapters.lazy import Tensor, np, torch
 from fedmira.config.strict import Strict
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import Graph
+from fedmira.names import ONLY_IDS, ClientNames
 
 Memory = dict[str, Tensor]  # what a client keeps and never sends; every tensor has a leading client axis
 
@@ -57,7 +58,7 @@ class Cohort:
     columns: per client, the data columns with one value (for graphs by group). profile(None): the mean embedding of
     each client's prompts by the frozen base [K, d]; profile(column): the share of each value of a data column in its
     training examples [K, values]. Neither is computed unless it is called. ranks, scale: of each client's adapter, as
-    in Adapters, [K] or [K, modules]; None: everyone has those of the common start.
+    in Adapters, [K] or [K, modules]; None: everyone has those of the common start. names: how people call the clients.
     """
 
     ids: tuple[str, ...]
@@ -68,6 +69,7 @@ class Cohort:
     profile: Callable[[str | None], np.ndarray] = lambda column: _no_profile(column)
     ranks: Tensor | None = None
     scale: Tensor | None = None
+    names: ClientNames = ONLY_IDS
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -34,7 +34,7 @@ def build(config: Config, cohort: Cohort) -> Method:
     """Return GroupAvg as a Method. Raises MethodError if a client has no single value in the column."""
     names = [""] * len(cohort)
     if config.column is not None:
-        names = groups_by(config.column, cohort.ids, cohort.columns, what="groupavg: column")
+        names = groups_by(config.column, cohort.ids, cohort.columns, names=cohort.names, what="groupavg: column")
     known = sorted(set(names))  # by name, so that rows do not depend on the clients' order
     group = torch.tensor([known.index(name) for name in names])  # [K]
 

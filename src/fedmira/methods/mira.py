@@ -91,7 +91,12 @@ def build(config: Config, cohort: Cohort) -> Method:
         learned = learn_graph(config.graph, products=products, stored=stored, seed=cohort.seed)
     else:
         graph = given_graph(
-            config.graph, ids=cohort.ids, columns=cohort.columns, seed=cohort.seed, profile=cohort.profile
+            config.graph,
+            ids=cohort.ids,
+            names=cohort.names,
+            columns=cohort.columns,
+            seed=cohort.seed,
+            profile=cohort.profile,
         )
 
     def restrict(whole: Graph, ids: Tensor) -> Coupling:

@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmira.disk.client_names import ClientNames
 from fedmira.disk.files import read_json
 from fedmira.disk.folders import RunFolder
 from fedmira.errors import StoreError
+from fedmira.names import ClientNames
 from fedmira.reports import wording
 from fedmira.reports.examples import Example, read_examples
 from fedmira.reports.paths import without_folders

@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmira.disk.client_names import ClientNames, from_cell, read_client_names
+from fedmira.disk.client_names import from_cell, read_client_names
 from fedmira.disk.folders import NAME_COLUMN, RESULT_COLUMNS
 from fedmira.errors import StoreError
+from fedmira.names import ONLY_IDS
 
 LOWER_IS_BETTER = frozenset({"loss"})
 
@@ -118,7 +119,7 @@ def _read_file(path: Path) -> Iterator[Row]:
         raise StoreError(f"'{path}' has no column {', '.join(missing)}: results.csv has {', '.join(RESULT_COLUMNS)}")
     columns = [header.index(name) for name in RESULT_COLUMNS]
     named = header.index(NAME_COLUMN) if NAME_COLUMN in header else None
-    names = read_client_names(path.parent) if named is None else ClientNames({})
+    names = read_client_names(path.parent) if named is None else ONLY_IDS
     last: dict[tuple[Any, ...], Row] = {}
     for line in filter(None, lines):
         if len(line) != len(header):

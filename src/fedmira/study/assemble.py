@@ -21,7 +21,6 @@ from fedmira.adapters.ranks import by_ending, client_ranks, is_mixed, shown
 from fedmira.config.sections import Config, TrainingConfig
 from fedmira.data.batches import ClientData
 from fedmira.data.partition import client_key
-from fedmira.data.templates import make_template
 from fedmira.disk.run_facts import RunFacts
 from fedmira.engine.cost import CohortPlan, plan_cohort
 from fedmira.engine.events import Observer
@@ -153,6 +152,7 @@ def prepare(
         config.lora.ranks,
         usual=config.lora.r,
         ids=[client.id for client in clients],
+        names=materials.intake.names,
         columns=[client.columns for client in clients],
         keys=[client_key(client.id) for client in clients],
         seed=config.data.seed,
@@ -172,12 +172,12 @@ def prepare(
         ranks=ranks,
         alpha=config.lora.lora_alpha,
         base=base.fingerprint,
+        called=materials.intake.names,
     )
     sampled = len(next(iter(cohorts.values())).schedule[0])
     workplace = Workplace(base, tuple(clients), sampled, evaluation_of(config))
     targets = targets_of(base)
-    used = materials.intake.template
-    asking = find_asking(make_template(used, usual=used, tokenizer=materials.tokenizer), materials.tokenizer)
+    asking = find_asking(materials.intake.template, materials.tokenizer)
     prepared = Prepared(config, federation, workplace, materials, cohorts, built, targets, asking, threads)
     kinds = prepared.kinds()
     check_virtual_tokens(config, prepared, kinds)
@@ -237,6 +237,7 @@ def make_cohort(config: Config, seed: int, ranks: Tensor, profile: Profiles) -> 
         profile=profile,
         ranks=ranks,
         scale=scales(ranks, config.lora.lora_alpha),
+        names=profile.materials.intake.names,
     )
 
 
@@ -252,7 +253,7 @@ def build(recipe: Recipe, place: int, cohorts: Mapping[int, Cohort], ranks: Tens
             except MethodError as error:
                 raise MethodError(f"methods.{place} ({label}): {error}") from error
         notes = [str(warning.message) for warning in caught] + rank_notes(label, methods[seed], ranks)
-        notes += lonely_notes(label, methods[seed].facts.graph, cohort.ids)
+        notes += lonely_notes(label, methods[seed].facts.graph, cohort)
         check_least_rate(methods[seed], training, f"methods.{place} ({label})")
     return Built(recipe, methods, notes, training)
 
@@ -269,18 +270,21 @@ def rank_notes(label: str, method: Method, ranks: Tensor) -> list[str]:
     ]
 
 
-def lonely_notes(label: str, graph: Graph | None, ids: Sequence[str], *, of: Sequence[int] | None = None) -> list[str]:
+def lonely_notes(label: str, graph: Graph | None, cohort: Cohort, *, of: Sequence[int] | None = None) -> list[str]:
     """Say which clients a graph joins to nobody. of: look at these clients only; None = at all."""
     lonely = [] if graph is None else [int(k) for k in graph.lonely if of is None or int(k) in of]
     if not lonely:
         return []
-    if len(lonely) == len(ids if of is None else of):
+    if len(lonely) == len(cohort if of is None else of):
         return [
             f"{label}: the graph joins nobody, no client has a neighbour, so nothing is shared: the results are those "
             "of training alone; give clients that belong together the same value, or take another graph"
         ]
-    named = ", ".join(f"'{ids[k]}'" for k in lonely[:LONELY_NAMED]) + (", ..." if len(lonely) > LONELY_NAMED else "")
-    return [f"{label}: {len(lonely)} of {len(ids)} clients have no neighbour in the graph and learn alone: {named}"]
+    named = ", ".join(f"'{cohort.names.shown(cohort.ids[k])}'" for k in lonely[:LONELY_NAMED])
+    more = ", ..." if len(lonely) > LONELY_NAMED else ""
+    return [
+        f"{label}: {len(lonely)} of {len(cohort)} clients have no neighbour in the graph and learn alone: {named}{more}"
+    ]
 
 
 def count_threads(base: Base, saved: RunFacts | None) -> int:

@@ -80,7 +80,7 @@ def carry_out(
             _write_graph(folder, ended.graph, cohort)
             if method.facts.learned is not None:
                 seen = sorted({int(k) for ids in cohort.schedule for k in ids})
-                for note in lonely_notes(job.built.label, ended.graph, cohort.ids, of=seen):
+                for note in lonely_notes(job.built.label, ended.graph, cohort, of=seen):
                     log.warning(note)
             finish(clients, ended)
         records = folder.records()

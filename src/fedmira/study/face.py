@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmira import bundled
-from fedmira.data.names import shown_name
 from fedmira.disk.client_names import read_client_names
 from fedmira.disk.folders import RunFolder, StudyFolder, find_study
 from fedmira.engine.events import Observer, silent
 from fedmira.errors import ConfigError, StoreError, resume_command
+from fedmira.names import shown_name
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,7 +14,6 @@ from fedmira.data import partitioners
 from fedmira.data.batches import ClientData, Truncation
 from fedmira.data.encode import encode_client
 from fedmira.data.formats import Reading, Record, read_records
-from fedmira.data.names import lookalikes
 from fedmira.data.owners import Owner, find_owners
 from fedmira.data.partition import column_values, form_clients
 from fedmira.data.rows import Fault
@@ -25,6 +24,7 @@ from fedmira.engine.events import Observer
 from fedmira.errors import ConfigError
 from fedmira.model.base.source import find_folder, load_config, load_tokenizer, positions, vocabulary_of
 from fedmira.model.base.vocabulary import check_end, check_ids
+from fedmira.names import ClientNames, lookalikes
 from fedmira.study.events import ClientsEncoded, DataRead
 
 SHORTEST = 4  # tokens of a text, as data.max_length has it
@@ -38,7 +38,7 @@ class Intake:
     truncation: Truncation
     format: str
     keys: Mapping[str, str]  # our name -> the data's key
-    template: str
+    template: Template  # as questions to exported adapters are asked: special tokens in them are control tokens
     examples: int  # read
     found: Sequence[str]  # what was found of text files that are not UTF-8 with the usual separator
     others: int  # files in the folder that are of another kind, and not read
@@ -55,6 +55,11 @@ class Intake:
     alike: Mapping[str, Sequence[tuple[str, ...]]]  # column of clients or groups -> its values that look alike
     mixed: Sequence[Owner]  # columns that may name the clients, and whose values a partitioner mixes
     spelled: Mapping[str, str]  # a value of data.split_column -> the split that it names, where it is spelled otherwise
+
+    @property
+    def names(self) -> ClientNames:
+        """Names of the clients in the data, by id."""
+        return ClientNames({client.id: client.name for client in self.clients})
 
 
 def take_in(config: Config, observer: Observer, *, whole: str | None = None) -> tuple[Any, Intake]:
@@ -85,7 +90,7 @@ def check_examples(intake: Intake, tokenizer: Any, *, vocabulary: int, name: str
         for split in (client.train, client.validation, client.test)
         for example in split
     )
-    where = f"examples (data.template {intake.template})"
+    where = f"examples (data.template {intake.template.name})"
     check_ids(texts, tokenizer, vocabulary=vocabulary, name=name, where=where)
 
 
@@ -94,7 +99,7 @@ def _read_clients(
 ) -> Intake:
     section = config.data
     reading = read_records(bundled.resolve(section.path), **section.reading)
-    template = make_template(section.template, usual=reading.template, tokenizer=tokenizer)
+    template = plain = make_template(section.template, usual=reading.template, tokenizer=tokenizer)
     names = special_names(tokenizer)
     if section.special_tokens == "text":
         template, tokenizer = as_text(template, tokenizer)
@@ -130,7 +135,7 @@ def _read_clients(
         truncation=sum((client.truncation for client in clients), Truncation()),
         format=reading.format,
         keys=reading.keys,
-        template=template.name,
+        template=plain,
         examples=len(reading.records),
         found=reading.found,
         others=reading.counts["others"],

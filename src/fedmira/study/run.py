@@ -24,6 +24,7 @@ from fedmira.engine.run import Ended
 from fedmira.engine.scoring import examples_of, score_start
 from fedmira.engine.simulated import make_clients
 from fedmira.errors import StoreError
+from fedmira.names import ClientNames
 from fedmira.reports.render import write_report
 from fedmira.study.assemble import Built, Prepared, client_table, prepare, using_threads
 from fedmira.study.carry_out import Job, carry_out, now
@@ -107,9 +108,10 @@ def _check_clients(folder: StudyFolder, prepared: Prepared) -> None:
         began: dict[str, Any] = read_json(run.path / "clients.json")
         changed = [name for name in {**began, **table} if began.get(name) != table.get(name)]
         if changed:
+            names = ClientNames({**prepared.intake.names.by_id, **run.names.by_id})
             raise StoreError(
                 f"data.path '{prepared.config.data.path}' is not the data this study began with: {len(changed)} "
-                f"clients differ, such as '{changed[0]}'; put the old data back, or begin a new study"
+                f"clients differ, such as '{names.shown(changed[0])}'; put the old data back, or begin a new study"
             )
 
 
@@ -200,7 +202,7 @@ def _facts(prepared: Prepared, built: Built, seed: int) -> RunFacts:
         sampled=prepared.sampled,
         personal=method.personal,
         base_model=config.model.base_model,
-        template=prepared.intake.template,
+        template=prepared.intake.template.name,
         base_fingerprint=base.fingerprint,
         architecture=type(base.model).__name__,
         layout_fingerprint=federation.layout.fingerprint,
