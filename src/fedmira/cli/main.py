@@ -308,7 +308,9 @@ def _show(record: "StudyRecord", as_json: bool) -> None:
     for table in summary_tables(record):
         console.print(table)
     for run in record.runs:
-        print(visible(f"adapters: {record.path / run.folder / 'adapters'}"))
+        adapters = record.path / run.folder / "adapters"
+        if adapters.is_dir():  # those of a federation are at its sites
+            print(visible(f"adapters: {adapters}"))
     print(visible(f"report:   {record.path / 'report.html'}"))
 
 
