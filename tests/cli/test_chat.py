@@ -1,6 +1,7 @@
 """Talking to adapters: the same words as PEFT writes, side by side with the base, one question or many."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,16 @@ def test_an_adapter_of_another_base_or_kind_is_refused(done: Path, tmp_path: Pat
         ended = command("chat", run, "--adapter", odd, "-p", "w3")
         assert ended.code == 2
         assert words in ended.err, ended.err
+
+
+def test_a_base_that_an_adapter_names_and_that_is_elsewhere_is_asked_for(done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "ada"
+    shutil.copytree(done / "study" / "local" / "seed-3" / "adapters" / "ada", folder)
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "base_model_name_or_path": "elsewhere"}))
+    ended = command("chat", "--adapter", folder, "-p", "w2", folder=tmp_path)
+    assert ended.code == 2
+    assert f"'{folder}' names this base: give its folder with --model" in ended.err
+    base = settings["base_model_name_or_path"]
+    assert command("chat", "--adapter", folder, "--model", base, "-p", "w2", folder=tmp_path).code == 0

@@ -139,12 +139,19 @@ def test_files_that_only_seem_to_be_splits_are_not(names: Sequence[str], tmp_pat
     assert find_splits(reading.records) is None
 
 
-def test_rows_of_sub_folders_are_named_with_their_folder(tmp_path: Path) -> None:
+def test_rows_of_sub_folders_are_named_with_their_file_and_errors_with_their_folder_too(tmp_path: Path) -> None:
     write(tmp_path, LAYOUTS["folders"])
-    assert {record.columns["file"] for record in read_records(tmp_path).records} == {"train/0", "train/1", "test/0"}
+    assert {record.columns["file"] for record in read_records(tmp_path).records} == {"0", "1"}
     (tmp_path / "test" / "0.jsonl").write_text("{")
     with pytest.raises(DataError, match=r"test/0\.jsonl:1"):
         read_records(tmp_path)
+
+
+def test_files_of_one_name_in_sub_folders_for_splits_are_one_client(tmp_path: Path) -> None:
+    write(tmp_path, ("train/oslo.jsonl", "train/rome.jsonl", "test/oslo.jsonl", "test/rome.jsonl"))
+    clients = form_clients(read_records(tmp_path).records, by="file", split_column="split", validation=0, test=0)
+    assert sorted(client.name for client in clients) == ["oslo", "rome"]
+    assert all(client.train and client.test for client in clients)
 
 
 def test_a_row_that_names_its_split_itself_is_believed(tmp_path: Path) -> None:

@@ -189,3 +189,85 @@ def test_a_key_that_may_be_text_is_not_shown(tmp_path: Path) -> None:
     [record] = records(write(tmp_path / "a.jsonl", {"messages": [USER, {**REPLY, strange: "y"}]}))
     assert isinstance(record, Record)
     assert record.unread == ("a column of turns",)
+
+
+# ---------------------------------------------------------------- other spellings, and two keys for one thing
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        (PAIR, "System"),
+        (PAIR, "System Prompt"),
+        (PAIR, "chatHistory"),
+        (PAIR, "IMAGE"),
+        (ALPACA, "Chat-History"),
+        (CHAT, "System"),
+        (CHAT, "systemPrompt"),
+        (CHAT, "Tools"),
+        ({"text": "red"}, "Images"),
+    ],
+)
+def test_a_key_of_a_row_has_its_meaning_in_any_spelling(tmp_path: Path, row: dict[str, Any], key: str) -> None:
+    message = fault(write(tmp_path / "a.jsonl", row, {**row, key: SECRET}))
+    assert f"a.jsonl:2: '{key}' is not read" in message
+    assert SECRET not in message
+
+
+def test_a_mark_has_its_meaning_in_any_spelling(tmp_path: Path) -> None:
+    [record] = records(write(tmp_path / "a.jsonl", conversation("messages", {"Loss Mask": 0}, {"Weight": 1})))
+    assert [turn.trained for turn in record.turns if turn.role == "assistant"] == [False]
+    assert record.unread == ()
+    assert "'label' is false" in fault(write(tmp_path / "a.jsonl", {**PAIR, "Label": False}))
+    assert "'Weight' says that the row is not" in fault(write(tmp_path / "a.jsonl", {**PAIR, "Weight": 0}))
+
+
+@pytest.mark.parametrize("key", ["toolCalls", "Tool_Calls", "train_detail"])
+def test_a_key_of_a_turn_is_refused_in_any_spelling(tmp_path: Path, key: str) -> None:
+    message = fault(write(tmp_path / "a.jsonl", {"messages": [USER, {**REPLY, key: [SECRET]}]}))
+    assert f"turn 2 of 2: '{key}' is not read" in message
+
+
+@pytest.mark.parametrize(
+    ("more", "pair"),
+    [({"from": "gpt"}, "'role' and 'from' differ"), ({"value": SECRET}, "'content' and 'value' differ")],
+)
+def test_two_keys_for_one_thing_that_differ_are_refused(tmp_path: Path, more: dict[str, str], pair: str) -> None:
+    message = fault(write(tmp_path / "a.jsonl", {"messages": [{**USER, **more}, REPLY]}))
+    assert f"turn 1 of 2: {pair}; keep one" in message
+    assert SECRET not in message
+
+
+@pytest.mark.parametrize("more", [{"from": "human"}, {"value": USER["content"]}, {"value": ""}, {"from": None}])
+def test_two_keys_for_one_thing_that_agree_are_read(tmp_path: Path, more: dict[str, Any]) -> None:
+    [record] = records(write(tmp_path / "a.jsonl", {"messages": [{**USER, **more}, REPLY]}))
+    assert record.turns == (Turn("user", "Name a colour."),)
+
+
+def test_of_two_keys_for_a_text_the_one_that_is_not_empty_is_read(tmp_path: Path) -> None:
+    turn = {"role": "user", "content": "", "value": "Name a colour."}
+    [record] = records(write(tmp_path / "a.jsonl", {"messages": [turn, REPLY]}))
+    assert record.turns == (Turn("user", "Name a colour."),)
+
+
+@pytest.mark.parametrize("key", ["completion", "answer", "Response", "output"])
+def test_an_answer_beside_turns_that_end_with_a_question_is_refused(tmp_path: Path, key: str) -> None:
+    message = fault(write(tmp_path / "a.jsonl", {"messages": [USER, REPLY, USER], key: SECRET}))
+    assert f"a.jsonl:1: '{key}' is not read, and the last turn is the user's" in message
+    assert len(records(write(tmp_path / "a.jsonl", {"messages": [USER, REPLY], key: "red"}))) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "key"), [(CHAT, "context"), (CHAT, "document"), (CHAT, "history"), (PAIR, "instruction")]
+)
+def test_what_belongs_to_a_request_is_refused_unless_it_is_in_a_text(
+    tmp_path: Path, row: dict[str, Any], key: str
+) -> None:
+    message = fault(write(tmp_path / "a.jsonl", row, {**row, key: SECRET}))
+    assert f"a.jsonl:2: '{key}' is not read: no text that is read contains it" in message
+    assert len(records(write(tmp_path / "a.jsonl", {**row, key: "Name  a\ncolour."}))) == 1
+
+
+def test_a_second_list_of_turns_is_reported(tmp_path: Path) -> None:
+    [record] = records(write(tmp_path / "a.jsonl", {**CHAT, "conversation": [USER, REPLY, *MORE]}))
+    assert (record.answers, record.unread) == (("red",), ("'conversation'",))

@@ -384,3 +384,11 @@ def test_a_run_that_stops_early_keeps_the_best_of_its_rounds(tmp_path: Path, sta
     ran = run(of, method("fedavg", of), tmp_path / "run", schedule=SCHEDULE, start=start)
     means = [record["validation_loss"] for record in ran.records]
     assert set(ran.ended.chosen) == {1 + means.index(min(means))}
+
+
+def test_a_run_that_waits_for_one_validation_says_so() -> None:
+    patience = Patience(1)
+    patience.note(1.5)
+    patience.note(2.0)
+    assert patience.is_exhausted
+    assert patience.reason == "the mean validation loss did not fall in one validation (lowest: 1.5000 nats)"

@@ -99,6 +99,9 @@ def test_each_setting_that_changes_what_is_computed_is_refused_by_its_name(here:
         for value in (None, False, [], {}, ""):
             change(folder, **{key: value})
             assert check_adapter(folder).rank == 2
+    change(folder, layers_to_transform=0)  # a layer's number, not an empty value
+    with pytest.raises(StoreError, match="layers_to_transform is 0"):
+        read_adapter_config(folder)
 
 
 def test_ranks_and_scales_are_those_that_peft_gives_each_layer(tmp_path: Path) -> None:

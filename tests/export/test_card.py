@@ -313,3 +313,11 @@ def test_the_front_matter_is_read_back_to_the_letter_whatever_a_licence_is_calle
 )
 def test_an_odd_character_of_a_base_survives_the_front_matter(letter: str) -> None:
     assert huggingface_hub.ModelCard(model_card(f"some/a{letter}b", {})).data.base_model == f"some/a{letter}b"
+
+
+def test_a_card_says_that_a_tokenizer_alone_reads_special_tokens_otherwise() -> None:
+    card: Card = {"template": "none", "chat_template": True}
+    said = "`data.special_tokens: text`"
+    assert said not in model_card("base", {**card, "special_text": False})
+    assert said in model_card("base", {**card, "special_text": True})
+    assert said in model_card("base", {**card, "special_text": True, "chat_template": False})

@@ -150,6 +150,13 @@ def test_a_client_without_a_group_is_named_as_people_know_it() -> None:
         groups_by("ward", ["Charit--1", "b"], [{}, {"ward": "x"}], names=NAMES_OF, what="graph column")
 
 
+def test_a_pair_with_two_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match=r":3: weight 2 of a pair that has 0\.5 above"):
+        file_graph(write(tmp_path, "client,neighbour,weight\na,b,0.5\na,b,2\n"), IDS)
+    same = file_graph(write(tmp_path, "client,neighbour,weight\na,b,0.5\na,b,0.5\n"), IDS)
+    assert same.weights.toarray()[0].tolist() == [0, 0.5, 0]
+
+
 def test_a_graph_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(MethodError, match=r"nowhere\.csv' not found"):
         file_graph(tmp_path / "nowhere.csv", IDS)

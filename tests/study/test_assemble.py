@@ -179,6 +179,33 @@ def test_prompts_that_run_into_their_answers_and_unknown_words_are_counted(base:
     assert take(base, path, template="alpaca").glued == 0
 
 
+@pytest.mark.parametrize(
+    ("metrics", "most", "new", "expected"),
+    [
+        (["rouge_l", "exact_match"], None, 2, (8, [3] * 4, 4)),
+        (["exact_match"], None, 3, (8, [], 0)),
+        (["exact_match"], 1, 2, (1, [3], 0)),
+        (["loss"], None, 1, (0, [], 0)),
+    ],
+)
+def test_test_answers_that_no_method_can_match_are_counted(
+    base: Path, tmp_path: Path, metrics: list[str], most: int | None, new: int, expected: tuple[int, list[int], int]
+) -> None:
+    """Here w9 and <unk> are words of the base; a longer answer is never written whole, 東京 has no word for rouge_l."""
+    answers = ("w9 w8 w7", "\u6771\u4eac")
+    rows = [
+        {"prompt": "w2", "completion": answers[index % 2], "client": "a", "split": "test" if index < 8 else "train"}
+        for index in range(10)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = small_study.settings(base, path, tmp_path / "study")
+    raw["data"] = {"path": str(path), "max_length": 12, "split_column": "split", "clients": {"by": "client"}}
+    raw["evaluation"] = {"metrics": metrics, "max_new_tokens": new, "max_examples": most}
+    _, intake = take_in(check_config(raw), silent)
+    assert (intake.asked, list(intake.too_long), intake.wordless) == expected
+
+
 def test_a_method_may_be_given_by_its_name_alone() -> None:
     raw = small_study.settings(Path("b"), Path("d"), Path("s"), methods=["local", "mira"])
     assert [entry.folder for entry in check_config(raw).methods] == ["local", "mira"]

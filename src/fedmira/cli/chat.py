@@ -138,7 +138,12 @@ def open_chat(
     base_name = bundled.resolve(model or str(usual_base))
     settings = None if opened is None else opened.config
     revision = settings.model.revision if settings is not None and model is None else None
-    tokenizer = load_tokenizer(base_name, revision=revision)
+    try:
+        tokenizer = load_tokenizer(base_name, revision=revision)
+    except ModelError as error:
+        if model is not None or facts is not None:
+            raise
+        raise ModelError(f"{error}; '{configs[0].folder}' names this base: give its folder with --model") from None
     beside = configs[0].folder / CHAT_TEMPLATE  # how the first adapter was trained
     usual = "chat" if getattr(tokenizer, "chat_template", None) else "none"
     usual = str(beside) if facts is None and beside.is_file() else usual

@@ -169,8 +169,9 @@ class Watch:
             )
         if intake.glued:
             self.say(
-                f"warning: {plural(intake.glued, 'prompt')} run into their answers without a space or line break; "
-                "put one at the end of the prompt, or take a template (alpaca, chat, a file)"
+                f"warning: {plural(intake.glued, 'prompt')} {'runs' if intake.glued == 1 else 'run'} into the answer "
+                "without a space or line break; put one at the end of the prompt, or take a template (alpaca, chat, a "
+                "file)"
             )
         if intake.pooled:
             column, names = intake.pooled
@@ -221,6 +222,18 @@ class Watch:
             )
         if cut.questions_cut:
             self.say(f"truncation: {cut.questions_cut} prompts cut at their start where an answer is written to them")
+        if intake.too_long:
+            self.say(
+                f"warning: {len(intake.too_long)} of {plural(intake.asked, 'test answer')} cannot be written in full, "
+                f"so no method can match them: they have up to {max(intake.too_long)} tokens; raise "
+                "evaluation.max_new_tokens"
+            )
+        if intake.wordless:
+            self.say(
+                f"warning: {intake.wordless} of {plural(intake.asked, 'test answer')} have no letter a to z and no "
+                "digit: their rouge_l is 0 whatever is written; exact_match, word_accuracy and rouge_l_paper know all "
+                "letters"
+            )
         if alone := [client.name for client in clients if len(client.train) == 1]:
             self.say(
                 f"warning: {plural(len(alone), 'client')} with one training example only, such as "

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from fedmira.data.records import Keys, Record, Turn, check_text, present, required, shown, take_columns
 from fedmira.data.rows import BadRow, Place, Row, kind_of
-from fedmira.data.unread import SHOWN_KEYS, has_value, is_trained, refuse_turn
+from fedmira.data.unread import SHOWN_KEYS, has_value, is_one_of, is_trained, refuse_turn
 
 ROLES = {
     "system": ("system", "developer"),
@@ -21,6 +21,7 @@ ROLES = {
 
 _ROLE_OF = {word: role for role, words in ROLES.items() for word in words}
 _SPELLINGS = (("role", "content"), ("from", "value"))  # of a turn; both formats accept either
+_ANSWERS = ("completion", "answer", "response", "output")  # beside turns: what they lead to
 _PLAIN_ROLE = re.compile(r"[A-Za-z_-]{1,20}")
 
 
@@ -46,6 +47,7 @@ def convert_chat(row: Row, keys: Keys, place: Place) -> Iterator[Record]:
     if _holds_turns(row, keys) or not _split_chat(row):
         turns = _turns(row, required(row, keys, "messages" if "messages" in keys else "conversations"))
         first = 0
+        _refuse_answer_beside(row, turns)
     else:
         # as in TRL: loss on the completion only
         prompt_turns = [replace(turn, trained=False) for turn in _turns(row, "prompt")]
@@ -64,6 +66,17 @@ def convert_chat(row: Row, keys: Keys, place: Place) -> Iterator[Record]:
     columns = {name: text for name, text in take_columns(row, keys).items() if name != taken}
     answer = turns[spoken[-1]]
     yield Record("", "", (answer.text,), columns, str(place), tuple(before), answer.more)
+
+
+def _refuse_answer_beside(row: Row, turns: list[Turn]) -> None:
+    """Raise BadRow if the conversation ends with a question and its answer is in another column."""
+    if turns[-1].role == "assistant":
+        return
+    if key := next((key for key in row if is_one_of(key, _ANSWERS) and has_value(row[key])), None):
+        raise BadRow(
+            f"'{key}' is not read, and the last turn is the {turns[-1].role}'s: write it as the assistant's last turn, "
+            "or rename the column"
+        )
 
 
 def _with_system(row: Row, keys: Keys, turns: list[Turn]) -> list[Turn]:
@@ -103,12 +116,17 @@ def _turn(entry: object) -> Turn:
     spelling = next((pair for pair in _SPELLINGS if turn.get(pair[0]) is not None), None)
     if spelling is None:
         raise BadRow("no 'role' (or 'from')")
+    roles = {_role(turn[key], key) for key, _ in _SPELLINGS if has_value(turn.get(key))}
     role = _role(turn[spelling[0]], spelling[0])
     contents = [pair[1] for pair in sorted(_SPELLINGS, key=lambda pair: pair != spelling) if pair[1] in turn]
     if not contents:
         raise BadRow(f"no '{spelling[1]}'")
     # tables write null for missing fields
-    content = next((name for name in contents if turn[name] is not None), contents[0])
+    filled = [name for name in contents if has_value(turn[name])]
+    if len(roles) > 1 or (len(filled) > 1 and turn[filled[0]] != turn[filled[1]]):
+        one, other = _SPELLINGS[0][len(roles) < 2], _SPELLINGS[1][len(roles) < 2]
+        raise BadRow(f"'{one}' and '{other}' differ; keep one")
+    content = (filled or [name for name in contents if turn[name] is not None] or contents)[0]
     text = check_text(turn[content], content)
     if role == "assistant" and not text.strip():
         raise BadRow(f"'{content}' of the assistant is empty")

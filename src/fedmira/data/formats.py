@@ -164,7 +164,8 @@ class _Reader:
             yield Fault(str(place), str(bad))
             return
         turns = [turn for key in taken for turn in _listed(row.get(key))] if kind == "chat" else []
-        unread = tuple(list_unread(row, taken, turns, kind=kind))
+        read = {present(row, names) for names in self.keys.values()} | ({"prompt", "completion"} & taken)
+        unread = tuple(list_unread(row, {key for key in read if key is not None}, turns, kind=kind))
         for result in results:
             yield replace(result, unread=unread) if unread and isinstance(result, Record) else result
 

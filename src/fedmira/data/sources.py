@@ -135,7 +135,10 @@ def _folder(path: Path, form: TextForm) -> Source:
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
         raise DataError(f"data.path '{path}': more than one file is named '{twice[0]}'; keep one of them")
-    words = file_words([file.parent.name if below and not named_data else _stem(file) for file in files])
+    by_split = bool(below) and not named_data
+    words = file_words([file.parent.name if by_split else _stem(file) for file in files])
+    if by_split:  # a client's files have one name in all splits
+        stems = [_stem(file) for file in files]
     return Source(
         tuple(
             _file_table(file, form, {"file": stem} if word is None else {"file": stem, COLUMN: word}, name=names[file])

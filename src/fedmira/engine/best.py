@@ -125,7 +125,7 @@ class Patience:
     def reason(self) -> str:
         """Why a run ends, in words."""
         least = f" by more than {self.threshold:g}" if self.threshold else ""
-        times = "validation" if self.waited == 1 else f"{self.waited} validations in a row"
+        times = "one validation" if self.waited == 1 else f"{self.waited} validations in a row"
         return f"the mean validation loss did not fall{least} in {times} (lowest: {self.lowest:.4f} nats)"
 
     def as_tensor(self) -> Tensor:

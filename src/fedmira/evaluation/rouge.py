@@ -31,10 +31,15 @@ def score_answer(prediction: str, answers: Sequence[str], scores: Sequence[str] 
     return {name: max(_SCORES[name](prediction, answer) for answer in answers) for name in scores}
 
 
+def rouge_words(text: str) -> list[str]:
+    """Return the words of a text that rouge_l knows; none of a text in another script."""
+    return re.findall("[a-z0-9]+", text.lower())
+
+
 def _rouge_l(prediction: str, answer: str) -> float:
     from rapidfuzz.distance import LCSseq  # 40 ms, and only where answers are scored
 
-    predicted, expected = (re.findall("[a-z0-9]+", text.lower()) for text in (prediction, answer))
+    predicted, expected = rouge_words(prediction), rouge_words(answer)
     common = LCSseq.similarity(predicted, expected)
     if not common:
         return 0.0

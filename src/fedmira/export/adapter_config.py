@@ -233,7 +233,7 @@ def _check_keys(path: Path, kind: str, config: Mapping[str, Any]) -> None:
         if key in LISTED[kind]:
             if not any(value == allowed and type(value) is type(allowed) for allowed in LISTED[kind][key]):
                 raise _unfit(path, key, value, " or ".join(json.dumps(allowed) for allowed in LISTED[kind][key]))
-        elif value not in (None, False, "", [], {}):
+        elif not (value is None or value is False or value in ("", [], {})):  # 0 is a layer
             known = "" if key in EMPTY[kind] else "a setting that FedMira does not know, "
             raise _unfit(path, key, value, f"{known}only null, false or empty: other settings change what it computes")
     start = config.get("init_lora_weights", True)

@@ -64,6 +64,7 @@ class Card(TypedDict, total=False):
     template: str  # that it was trained with
     prompt: str  # one in full, for a neutral request
     chat_template: bool  # the folder has the tokenizer and a chat template that writes such prompts
+    special_text: bool  # names of special tokens in the texts of the data were read as text
     local: bool  # the base is a folder of the machine that trained
     version: str
     date: str  # on which the run started
@@ -234,6 +235,12 @@ def _ask(card: Card) -> list[str]:
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", card["prompt"])), default=0))
         lines[2:] = [f"{about}. This is one in full, as the model reads it:", "", f"{fence}text", card["prompt"], fence]
         lines.append("")
+    if card.get("special_text"):
+        lines += [
+            "Names of special tokens in the texts were read as text (`data.special_tokens: text`). A tokenizer alone "
+            "reads them as control tokens: remove them from what is asked, or ask with `fedmira chat` and the run.",
+            "",
+        ]
     if not card.get("chat_template"):
         no = "No chat template writes such prompts with this tokenizer, so none is in this folder: `fedmira chat` asks "
         return [*lines, f"{no}in the trained form.", ""]

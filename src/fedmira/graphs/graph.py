@@ -259,8 +259,8 @@ def file_graph(path: str | Path, ids: Sequence[str], names: ClientNames = ONLY_I
     """Read similarities from CSV with the columns client, neighbour, weight (header row), by client id or name.
 
     A pair listed once counts in both directions; if both directions are listed, each keeps its weight.
-    Raises MethodError with file and line: a client that is unknown, or may be one of several; a weight that is not a
-    number or below 0; a missing file.
+    Raises MethodError with file and line: a client that is unknown, or may be one of several; a pair with two weights;
+    a weight that is not a number or below 0; a missing file.
     """
     source = Path(path)
     if not source.is_file():
@@ -298,7 +298,11 @@ def file_graph(path: str | Path, ids: Sequence[str], names: ClientNames = ONLY_I
             raise MethodError(f"{path}:{number}: weight '{cells[2]}' is not a number") from None
         if not (0 <= weight < float("inf")):
             raise MethodError(f"{path}:{number}: weight {weight:g}: similarities are finite and >= 0")
-        listed[pair[0], pair[1]] = weight
+        if listed.setdefault((pair[0], pair[1]), weight) != weight:
+            raise MethodError(
+                f"{path}:{number}: weight {weight:g} of a pair that has {listed[pair[0], pair[1]]:g} above; keep one "
+                "line"
+            )
     rows, columns, values = [], [], []
     for (first, second), weight in listed.items():
         pairs = [(first, second)] if (second, first) in listed else [(first, second), (second, first)]

@@ -82,6 +82,7 @@ def write_adapters(
             "template": asking.template,
             "prompt": asking.prompt,
             "chat_template": asking.source is not None,
+            "special_text": prepared.config.data.special_tokens == "text",
             "local": local,
         }
         if ended.chosen[position]:

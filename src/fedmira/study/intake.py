@@ -9,9 +9,9 @@ import numpy as np
 
 from fedmira import bundled
 from fedmira.config.partitioners import NaturalIdPartitioner, Partitioner
-from fedmira.config.sections import Config
+from fedmira.config.sections import Config, EvaluationConfig
 from fedmira.data import partitioners
-from fedmira.data.batches import ClientData, Truncation
+from fedmira.data.batches import ClientData, Encoded, Truncation
 from fedmira.data.encode import encode_client
 from fedmira.data.formats import Reading, Record, read_records
 from fedmira.data.owners import Owner, find_owners
@@ -22,6 +22,7 @@ from fedmira.data.splits import find_splits, read_splits
 from fedmira.data.templates import Template, make_template
 from fedmira.engine.events import Observer
 from fedmira.errors import ConfigError
+from fedmira.evaluation.rouge import rouge_words
 from fedmira.model.base.source import find_folder, load_config, load_tokenizer, positions, vocabulary_of
 from fedmira.model.base.vocabulary import check_end, check_ids
 from fedmira.names import ClientNames, lookalikes
@@ -55,6 +56,9 @@ class Intake:
     alike: Mapping[str, Sequence[tuple[str, ...]]]  # column of clients or groups -> its values that look alike
     mixed: Sequence[Owner]  # columns that may name the clients, and whose values a partitioner mixes
     spelled: Mapping[str, str]  # a value of data.split_column -> the split that it names, where it is spelled otherwise
+    asked: int  # test examples that answers are generated for; 0 if no metric needs them
+    too_long: Sequence[int]  # of these, tokens of the answers longer than evaluation.max_new_tokens
+    wordless: int  # of these, those whose answers have no word that rouge_l knows; 0 if that is not a metric
 
     @property
     def names(self) -> ClientNames:
@@ -130,6 +134,8 @@ def _read_clients(
             )
         )
         observer(ClientsEncoded(done, len(formed)))
+    asked = _asked(clients, config.evaluation)
+    lengths = [_answer_length(example, tokenizer.eos_token_id) for example in asked]
     return Intake(
         clients=clients,
         truncation=sum((client.truncation for client in clients), Truncation()),
@@ -154,7 +160,24 @@ def _read_clients(
         mixed=() if parts is None else _mixed(reading.records, chosen),
         spelled=_spelled_otherwise(reading.records, section.split_column),
         left_out=0 if parts is None else len(reading.records) - sum(len(part) for part in parts),
+        asked=len(asked),
+        too_long=[length for length in lengths if length > config.evaluation.max_new_tokens],
+        wordless=sum(not any(map(rouge_words, example.answers)) for example in asked)
+        if "rouge_l" in config.evaluation.metrics
+        else 0,
     )
+
+
+def _asked(clients: Sequence[ClientData], evaluation: EvaluationConfig) -> list[Encoded]:
+    """Return the test examples that answers are generated for and scored."""
+    if all(metric == "loss" for metric in evaluation.metrics):
+        return []
+    return [example for client in clients for example in client.test[: evaluation.max_examples]]
+
+
+def _answer_length(example: Encoded, end: int) -> int:
+    """Return how many tokens a model must write for the trained answer, without the end of text."""
+    return len(example.ids) - example.prompt_length - int(example.ids[-1] == end)
 
 
 def _unknown_share(clients: Sequence[ClientData], unknown: int | None) -> float:
