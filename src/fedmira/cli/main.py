@@ -113,10 +113,11 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a study: every method with every seed of a config."""
-    from fedmira.study import face as study
+    from fedmira.study.loading import load_config
 
-    checked = study.load_config(config, overrides or [])
+    checked = load_config(config, overrides or [])  # what follows is imported once the config is not refused
     from fedmira.cli.progress import Watch
+    from fedmira.study import face as study
 
     with Watch(quiet or as_json) as watch:
         if show_example:
