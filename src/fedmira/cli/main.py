@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmira import bundled
+from fedmira.cli.arguments import PlainGroup
 from fedmira.cli.ending import (
     INTERRUPTED,
     Terminated,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from fedmira.reports.record import StudyRecord
 
 app = typer.Typer(
+    cls=PlainGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
