@@ -19,7 +19,6 @@ if TYPE_CHECKING:
         Run,
         Study,
         export,
-        load_config,
         load_method,
         load_run,
         method_names,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
         resume,
         run,
     )
+    from fedmira.study.loading import load_config
 
 __all__ = [
     "Adapters",
@@ -52,6 +52,7 @@ _HOMES = {
     "FedMiraError": "fedmira.errors",
     "Layout": "fedmira.adapters",
     "Method": "fedmira.methods.base",
+    "load_config": "fedmira.study.loading",
 }
 _PACKAGES = ("errors", "methods")
 

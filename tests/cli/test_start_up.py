@@ -81,6 +81,21 @@ print([name for name in ("numpy", "scipy", "yaml", "pydantic") if name in sys.mo
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("command", ["methods", "report"])
+def test_arguments_that_are_text_or_paths_need_no_pydantic(command: str, tmp_path: Path) -> None:
+    arguments = [command]
+    if command == "report":
+        arguments.append(str(make_study(tmp_path / "study", ["a", "b", "c", "d"], sampled=2)))
+    program = """
+import atexit, sys
+atexit.register(lambda: print("checked by pydantic:", "pydantic.type_adapter" in sys.modules))
+from fedmira.cli.main import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "checked by pydantic: False"
+
+
 def test_the_completion_of_a_command() -> None:
     words = {"COMP_WORDS": "fedmira me", "COMP_CWORD": "1"}
     code, out, _ = start(_FEDMIRA_COMPLETE="complete_bash", **words)

@@ -23,6 +23,7 @@ from fedmira.disk.folders import RunFolder
 from fedmira.study import dry_run as preview
 from fedmira.study import face as study
 from fedmira.study import handover
+from fedmira.study.loading import load_config
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_the_plan_counts_the_work_that_the_runs_then_do(
 
 
 def test_the_plan_adds_up_and_measured_what_it_says(config: Path) -> None:
-    plan = preview.plan_study(study.load_config(config))
+    plan = preview.plan_study(load_config(config))
     assert plan.speeds.trained > 0
     assert (plan.speeds.scored or 0) > 0
     assert (plan.speeds.answer or 0) > 0

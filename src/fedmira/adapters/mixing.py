@@ -13,15 +13,15 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
-from threadpoolctl import ThreadpoolController
+from typing import TYPE_CHECKING, Any
 
 from fedmira.adapters import RowTable
 from fedmira.adapters.lazy import Tensor, np, sparse, torch
 from fedmira.adapters.mixing_compiled import ALIGN, TILE, addresses, find_loop
 from fedmira.errors import ShapeError
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 _STRIP = 2**13  # columns of one product
 _SPARSE = 0.1  # of weights that are not 0, up to which a sparse product is faster than one of all of them
@@ -79,6 +79,8 @@ def mix_rows(
         plain(first, last)
 
     turns = range(0, columns, _TURN)
+    from concurrent.futures import ThreadPoolExecutor  # here, as threadpoolctl below: checking settings needs neither
+
     workers = max(1, min(torch.get_num_threads(), len(turns)))
     with _blas().limit(limits=1), ThreadPoolExecutor(workers) as pool:  # BLAS must not start threads inside ours
         list(pool.map(turn, turns))
@@ -182,6 +184,8 @@ def _memory() -> _Memory:
 @functools.cache
 def _blas() -> ThreadpoolController:
     """Look once at which libraries are loaded: it reads every one's name."""
+    from threadpoolctl import ThreadpoolController
+
     return ThreadpoolController()
 
 

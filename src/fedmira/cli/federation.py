@@ -66,7 +66,7 @@ def init(
         missing = ", ".join(option for option, value in founding.items() if value is None)
         raise ConfigError([f"missing: {missing}; a federation needs {', '.join(founding)}"], "federation")
     from fedmira.deploy import invite
-    from fedmira.study.face import load_config
+    from fedmira.study.loading import load_config
 
     invite.check_free(folder)
     names = [site.strip() for site in sites.split(",")]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmira import bundled
+from fedmira.cli.arguments import PlainGroup
 from fedmira.cli.ending import (
     INTERRUPTED,
     Terminated,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from fedmira.reports.record import StudyRecord
 
 app = typer.Typer(
+    cls=PlainGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -109,10 +111,11 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a study: every method with every seed of a config."""
-    from fedmira.study import face as study
+    from fedmira.study.loading import load_config
 
-    checked = study.load_config(config, overrides or [])
+    checked = load_config(config, overrides or [])  # what follows is imported once the config is not refused
     from fedmira.cli.progress import Watch
+    from fedmira.study import face as study
 
     with Watch(quiet or as_json) as watch:
         if show_example:

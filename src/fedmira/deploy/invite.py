@@ -136,7 +136,7 @@ def add_site(folder: Path, name: str, *, own_keys: bool) -> Invitation:
     raw = before.model_dump(mode="json")
     settings = check({**raw, "sites": [*before.sites, name]}, FederationSettings, "--add-site")
     kits.check_installed()
-    from fedmira.study.face import load_config
+    from fedmira.study.loading import load_config
 
     config = load_config(server.study_config)
     rank = _rank_of_new(config, agreement, name)

@@ -41,7 +41,7 @@ from fedmira.reports.render import write_report
 from fedmira.study.assemble import Built, build
 from fedmira.study.carry_out import Job, carry_out, now
 from fedmira.study.events import ReportBegun, StepBegun, StudyBegun
-from fedmira.study.face import load_config
+from fedmira.study.loading import load_config
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from fedmira.errors import ConfigError, ModelError
 from fedmira.methods import recipe_of
 from fedmira.model.base.load import Base, load_base
 from fedmira.study.assemble import count_threads, keep_positions
-from fedmira.study.face import load_config
 from fedmira.study.intake import Intake, take_in
+from fedmira.study.loading import load_config
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,18 +1,17 @@
-"""The Python face of FedMira: load a config, run or resume a study, read back its results and adapters.
+"""The Python face of FedMira: run or resume a study, read back its results and adapters.
 
 A study is one config: the same data, base model and schedule for every method and seed. Everything that can be wrong is
-checked before a folder is made; what a run has saved is never overwritten. What a call needs beside the config is
-imported when it is called, so a refused config is answered at once.
+checked before a folder is made; what a run has saved is never overwritten. What a call needs beside the folders is
+imported when it is called. Configs are loaded in loading.py, which imports less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmira import bundled
 from fedmira.disk.client_names import read_client_names
 from fedmira.disk.folders import RunFolder, StudyFolder, find_study
 from fedmira.engine.events import Observer, silent
@@ -93,28 +92,6 @@ class Study:
         return pd.DataFrame(read_results(self.path).rows)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file, or a bundled one by name (`demo`, `mira-paper`), and apply `a.b=c` overrides.
-
-    Raises one ConfigError that lists every fault, those of the methods' own settings included.
-    """
-    from fedmira.config.yaml_text import read_config
-
-    source = Path(path)
-    preset = bundled.preset(str(path))
-    if preset is not None and not source.is_file():  # a folder of that name is in nobody's way
-        source = preset
-    return _checked(read_config(source, overrides), str(path))
-
-
-def _checked(raw: Mapping[str, Any], source: str) -> Config:
-    """Check a config and its methods' own settings."""
-    from fedmira.config.faults import check_config
-    from fedmira.methods import entry_faults
-
-    return check_config(raw, source, entry_faults)
-
-
 def run(config: Config, *, observer: Observer = silent, overwrite: bool = False) -> Study:
     """Run every method with every seed of a config into its output_dir.
 
@@ -139,7 +116,9 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observe
     Raises StoreError if there is nothing to resume, ConfigError for any other override.
     """
     folder, only = find_study(Path(path))
-    config = _checked(folder.config().model_dump(by_alias=True), str(folder.path / "config.yaml"))
+    from fedmira.study.loading import check
+
+    config = check(folder.config().model_dump(by_alias=True), str(folder.path / "config.yaml"))
     for override in overrides:
         key, _, value = override.partition("=")
         if key != "federation.rounds" or not value.isdecimal() or int(value) < config.federation.rounds:
