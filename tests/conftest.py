@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK = ("127.", "::1", "localhost")
 
 torch.set_num_threads(1)
+settings.register_profile("steady", deadline=None)  # no test depends on how fast this machine is at the moment
+settings.load_profile("steady")
 # transformers and datasets read these once, on import: they must stand before the first test module is loaded.
 for _switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "OMP_NUM_THREADS"):
     os.environ.setdefault(_switch, "1")
