@@ -53,7 +53,6 @@ def write_federation(
         template="none",
         ranks=dict(zip(SITES, ranks.tolist(), strict=True)),
         columns=list(columns),
-        profiles=[],
         fedmira=installed_versions()["fedmira"],
     )
     server.settings.write_text(

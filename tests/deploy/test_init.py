@@ -130,7 +130,7 @@ def test_the_agreement_says_what_the_base_is_and_what_methods_ask(founded: Found
     assert [name.rpartition(".")[2] for name, _, _ in agreement.shapes] == ["q_proj", "v_proj"] * 2
     assert len(agreement.base_fingerprint) == 64
     assert agreement.ranks == dict.fromkeys(SITES, 2)
-    assert (agreement.columns, agreement.profiles) == (["group"], [])
+    assert agreement.columns == ["group"]
     for site in SITES:
         assert read_agreement(founded.server.site(site).agreement) == agreement
 
@@ -153,7 +153,7 @@ def test_a_site_is_refused_until_it_says_where_its_data_is(founded: Founded, tmp
     filled.write_text(text.replace("  path: ", "  path: data.jsonl"), encoding="utf-8")
     written = read_site(filled)
     assert (written.name, written.data.path, written.data.format) == ("north", "data.jsonl", "prompt_completion")
-    assert (written.share_metrics, written.share_profile, written.base_model) == (True, False, None)
+    assert (written.share_metrics, written.base_model) == (True, None)
     keys = {*type(written).model_fields, *type(written.data).model_fields}
     assert [key for key in keys if f"{key}:" not in text] == []
 
@@ -169,6 +169,8 @@ def test_the_pages_say_address_steps_and_what_leaves(founded: Founded) -> None:
     ("options", "changes", "told"),
     [
         ((), {"methods": [{"name": "pooled"}]}, "trains on the data of all clients together"),
+        ((), {"methods": [{"name": "mira", "graph": {"kind": "knn"}}]}, "is made from all clients' prompts"),
+        ((), {"methods": [{"name": "mira", "graph": {"kind": "file", "path": "g.csv"}}]}, "is a file of one machine"),
         ((), {"lora": {"ranks": {"column": "rank"}, "r": 8}}, "nobody sees but its site"),
         ((), {"lora": {"ranks": [2, 4, 8], "r": 8}}, "found 3 ranks for 2 sites"),
         ((), {"data": {"template": "mine.jinja"}}, "a file of this machine"),

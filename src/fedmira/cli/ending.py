@@ -6,8 +6,10 @@ pipe, a full disk, letters that its encoding does not have) never changes the ex
 
 import errno
 import os
+import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -26,17 +28,26 @@ class Terminated(SystemExit):
 class Course:
     """What a signal handler has to know of the command under way, which gives it no argument.
 
-    study: the folder where finished rounds are saved; None before a study was begun.
+    study: the folder where finished rounds are saved; None before a study was begun. again: the words of the command
+    that goes on, where that is not `resume`; None = it is.
     """
 
     study: Path | None = None
+    again: Sequence[str] | None = None
     interrupted = False
+
+    @property
+    def command(self) -> str | None:
+        """Return the command that goes on; None before a study was begun."""
+        if self.again is not None:
+            return shlex.join(self.again)
+        return None if self.study is None else resume_command(self.study)
 
     def how_to_go_on(self) -> str:
         """Say what is saved and which command goes on."""
-        if self.study is None:
+        if self.command is None:
             return "no study was begun"
-        return f"finished rounds are saved; continue with: {resume_command(self.study)}"
+        return f"finished rounds are saved; continue with: {self.command}"
 
 
 course = Course()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedmira.cli.ending import course
 from fedmira.cli.options import AsJson, Debug, Overrides, Quiet
 from fedmira.cli.show import visible
 from fedmira.errors import ConfigError
@@ -93,6 +94,7 @@ def server(
     from fedmira.deploy.serving import run_server
 
     opened = open_server(folder)
+    course.again = ["fedmira", "federation", "server", str(folder)]
     with Watch(quiet) as watch:
         study = run_server(opened, tell=_tell, observer=watch)
     show_study(study, as_json=False)
@@ -151,6 +153,7 @@ def site(
         return
     from fedmira.deploy.serving import run_site
 
+    course.again = ["fedmira", "federation", "site", str(folder)]
     run_site(opened, tell=_tell)
 
 

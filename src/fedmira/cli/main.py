@@ -33,7 +33,7 @@ from fedmira.cli.ending import (
 from fedmira.cli.federation import federation
 from fedmira.cli.options import AsJson, Debug, Overrides, Quiet, Verbose
 from fedmira.cli.show import questions, show_examples, show_plan, side_by_side, visible
-from fedmira.errors import ConfigError, FedMiraError, Stopped, resume_command
+from fedmira.errors import ConfigError, FedMiraError, Stopped
 
 if TYPE_CHECKING:
     from fedmira.export.merged_model import Merged
@@ -376,8 +376,8 @@ def _run_command(*, debug: bool) -> int:
         if debug:
             _trace(error)
         text = str(error)
-        if isinstance(error, Stopped) and course.study is not None:
-            text += f"; continue with: {resume_command(course.study)}"
+        if isinstance(error, Stopped) and course.command is not None:
+            text += f"; continue with: {course.command}"
         print(f"error: {visible(text)}", file=sys.stderr)
         return error.exit_code
     except Exception as error:

@@ -18,8 +18,7 @@ SAME_VERSIONS = ("fedmira",)  # must be equal; the others' minor versions are co
 class SiteCard:
     """What a site says when it joins. columns: values of the data columns that the methods ask for.
 
-    profiles: by column ("" = the mean embedding of its prompts), where the site shares them. metrics: does it share
-    losses and scores. trained_tokens, counts: of its splits.
+    metrics: does it share losses and scores. examples: of its splits.
     """
 
     name: str

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -208,7 +208,9 @@ class Remote:
 
     # ---------------------------------------------------------------- orders
 
-    def _order(self, what: str, messages: Mapping[int, Message | None], clock: Clock) -> "Any":
+    def _order(
+        self, what: str, messages: Mapping[int, Message | None], clock: Clock
+    ) -> Iterator[tuple[int, Frame | Failure]]:
         """Give each site an order and yield (site, its checked answer or why there is none)."""
         pending = dict(messages)
         for _ in range(3):  # a site that lost what it had asks for it again

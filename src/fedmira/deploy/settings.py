@@ -86,7 +86,6 @@ class SiteSettings(Strict):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     threads: Count | None = None  # None = torch's own number, one for a small base
     share_metrics: bool = True  # false: no loss and no score leaves this site
-    share_profile: bool = False  # true: a graph may use the mean embedding, or the counts of a column, of its prompts
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,6 @@ class Agreement:
     template: str
     ranks: Mapping[str, Sequence[int] | int]
     columns: Sequence[str]
-    profiles: Sequence[str | None]
     fedmira: str
     protocol: int = PROTOCOL
 

@@ -52,7 +52,7 @@ def settle(config: Config, *, federation: str, sites: Sequence[str]) -> Terms:
         device=config.model.device,
         targets=config.lora.target_modules,
     )
-    columns, profiles = asked_of_data(recipes)
+    columns = columns_of(recipes)
     agreement = Agreement(
         federation=federation,
         base_model=config.model.base_model,
@@ -65,7 +65,6 @@ def settle(config: Config, *, federation: str, sites: Sequence[str]) -> Terms:
         template=config.data.template,
         ranks=ranks_of(config, sites, [name for name, _, _ in base.shapes]),
         columns=columns,
-        profiles=profiles,
         fedmira=importlib.metadata.version("fedmira"),
     )
     return Terms(shared_config(config, agreement), agreement, list(list_notes(config, recipes)))
@@ -101,14 +100,17 @@ def list_unfit(config: Config, recipes: Sequence[Recipe], sites: Sequence[str]) 
     ranks = torch.ones(len(sites), dtype=torch.int64)
     for place, recipe in enumerate(recipes):
         where = f"methods.{place} ({recipe.entry.folder})"
-        columns, profiles = asked_of_data([recipe])
+        if unfit := list(graphs_out_of_reach(recipe)):
+            yield from (f"{where}: {reason}" for reason in unfit)
+            continue
+        columns = columns_of([recipe])
         cohort = trial_cohort(config, sites, columns, ranks)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 method = recipe.build(cohort)
         except MethodError as error:
-            if not (columns or profiles):  # else it depends on the sites' data, which are known when they have joined
+            if not columns:  # else it depends on the sites' data, which are known when they have joined
                 yield f"{where}: {error}"
             continue
         if method.regime.trainees == "pool":
@@ -167,17 +169,25 @@ def ranks_of(config: Config, sites: Sequence[str], modules: Sequence[str]) -> di
     return dict(zip(sites, ranks.tolist(), strict=True))
 
 
-def asked_of_data(recipes: Sequence[Recipe]) -> tuple[list[str], list[str | None]]:
-    """Return what methods must know of a site's data: columns whose value it has, and profiles (None: embedding)."""
+def columns_of(recipes: Sequence[Recipe]) -> list[str]:
+    """Return the data columns whose value at a site the methods must know."""
     columns: dict[str, None] = {}
-    profiles: dict[str | None, None] = {}
     for recipe in recipes:
         for section in _sections(recipe.settings):
-            if isinstance(section, GraphConfig) and section.kind == "knn":
-                profiles[section.column if section.features == "histogram" else None] = None
-            elif isinstance(column := getattr(section, "column", None), str):
+            if isinstance(column := getattr(section, "column", None), str):
                 columns[column] = None
-    return list(columns), list(profiles)
+    return list(columns)
+
+
+def graphs_out_of_reach(recipe: Recipe) -> Iterator[str]:
+    """Say which graphs of a method cannot be made here, and why."""
+    reasons = {"knn": "is made from all clients' prompts, which stay at the sites", "file": "is a file of one machine"}
+    for section in _sections(recipe.settings):
+        if isinstance(section, GraphConfig) and section.kind in reasons:
+            yield (
+                f"its graph (kind: {section.kind}) {reasons[section.kind]}; take groups, random, uniform or learned, "
+                "or simulate"
+            )
 
 
 def _sections(settings: BaseModel) -> Iterator[BaseModel]:

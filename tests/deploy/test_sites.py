@@ -1,0 +1,259 @@
+"""Sites that fail, lie or come back: a round goes on without them, and nothing of their data is told."""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests import small_study
+from tests.deploy.federation import SITES, Loopback, write_federation
+
+from fedmira.deploy.folders import ServerFolder
+from fedmira.deploy.joining import card_of, read_card, why_not
+from fedmira.deploy.link import Failure
+from fedmira.deploy.server import Server
+from fedmira.deploy.settings import read_agreement
+from fedmira.deploy.site import open_site
+from fedmira.deploy.wire import Frame, decode
+from fedmira.deploy.worker import Worker
+from fedmira.disk.folders import StudyFolder
+from fedmira.engine.events import silent
+from fedmira.errors import ModelError, WireError
+
+ROUNDS = 3
+SECRET = "w9-patient-4711"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    here = tmp_path_factory.mktemp("sites")
+    return small_study.save_base(here / "base"), small_study.save_data(here / "data.jsonl")
+
+
+@pytest.fixture
+def make(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., ServerFolder]:
+    base, data = files
+
+    def made(name: str = "federation", *, sites: Mapping[str, Any] | None = None, **changes: Any) -> ServerFolder:
+        raw = small_study.settings(
+            base,
+            data,
+            tmp_path / "unused",
+            federation={"rounds": ROUNDS, "participation": 1.0, "cohort": 1},
+            methods=[{"name": "mira", "lambda": 0.25, "graph": {"kind": "uniform"}}],
+        )
+        return write_federation(tmp_path / name, raw | changes, data, **(sites or {}))
+
+    return made
+
+
+def carry_out(
+    folder: ServerFolder, tamper: Callable[[str, bytes], bytes | Failure] | None = None
+) -> tuple[list[dict[str, Any]], Loopback]:
+    """Carry out the study; return its rounds. The sites that tamper are not known when they join."""
+    link = Loopback({name: folder.site(name) for name in SITES})
+    server = Server(folder, link, print, silent)
+    cards = server.gather()
+    link.tamper = tamper
+    server.carry_out(cards)
+    return StudyFolder(folder.study).run("mira", 3).records(), link
+
+
+def changed(data: bytes, **header: Any) -> bytes:
+    frame = decode(data)
+    return replace(frame, header={**frame.header, **header}).encode()
+
+
+def with_rows(data: bytes, change: Callable[[torch.Tensor], torch.Tensor]) -> bytes:
+    frame = decode(data)
+    return data if frame.rows is None else replace(frame, rows=change(frame.rows)).encode()
+
+
+def poison(rows: torch.Tensor) -> torch.Tensor:
+    rows[0, 5] = math.nan
+    return rows
+
+
+LIES: Mapping[str, tuple[Callable[[bytes], bytes | Failure], str]] = {
+    "not a number": (lambda data: with_rows(data, poison), "not_finite"),
+    "huge": (lambda data: with_rows(data, lambda rows: rows + 1e30), "norm"),
+    "short": (lambda data: with_rows(data, lambda rows: rows[:, :-16]), "size"),
+    "long": (lambda data: with_rows(data, lambda rows: torch.cat([rows, rows], dim=1)), "size"),
+    "doubles": (lambda data: with_rows(data, torch.Tensor.double), "size"),
+    "another base": (lambda data: changed(data, base_hash="0" * 64), "schema"),
+    "another run": (lambda data: changed(data, run_id="fedavg/seed-0"), "schema"),
+    "another round": (lambda data: changed(data, round=1), "round"),
+    "another site": (lambda data: changed(data, client="ada"), "duplicate"),
+    "no weight": (lambda data: changed(data, weight=0), "weight"),
+    "endless weight": (lambda data: changed(data, weight=math.inf), "weight"),
+    "a weight of text": (lambda data: changed(data, weight="7"), "schema"),
+    "an old answer": (lambda data: changed(data, nonce="0" * 16), "duplicate"),
+    "steps below 0": (lambda data: changed(data, steps=-1), "schema"),
+    "garbage": (lambda data: b"\x00" * 40, "schema"),
+    "nothing": (lambda data: b"", "schema"),
+    "away": (lambda data: Failure("late"), "late"),
+}
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_a_site_that_lies_is_left_out_and_the_others_go_on_as_if_it_were_away(
+    kind: str, make: Callable[..., ServerFolder]
+) -> None:
+    lie, reason = LIES[kind]
+
+    def tamper(name: str, data: bytes) -> bytes | Failure:
+        header = decode(data).header
+        return lie(data) if name == "cy" and header.get("round") == 2 and "weight" in header else data
+
+    records, link = carry_out(make(), tamper)
+    assert records[1]["refused"] == {"cy": reason}
+    assert [sorted(record["answered"]) for record in records] == [
+        sorted(SITES),
+        sorted({*SITES} - {"cy"}),
+        sorted(SITES),
+    ]
+    assert link.workers["cy"].runs["mira/seed-3"].at == 3  # its second round does not count, the third does
+
+
+def test_an_honest_site_has_the_adapter_of_a_run_without_the_liar(make: Callable[..., ServerFolder]) -> None:
+    def outcome(name: str, lie: Callable[[bytes], bytes | Failure]) -> bytes:
+        folder = make(name)
+        carry_out(folder, lambda site, data: lie(data) if site == "cy" and "weight" in decode(data).header else data)
+        return (folder.site("ada").adapters / "mira" / "seed-3" / "adapter_model.safetensors").read_bytes()
+
+    away = outcome("away", lambda data: Failure("late"))
+    assert outcome("liar", LIES["not a number"][0]) == away
+
+
+def test_below_the_quorum_a_round_is_repeated_with_those_that_are_missing(make: Callable[..., ServerFolder]) -> None:
+    tries: list[str] = []
+
+    def tamper(name: str, data: bytes) -> bytes | Failure:
+        if "weight" not in decode(data).header or decode(data).header["round"] != 1:
+            return data
+        tries.append(name)
+        return Failure("late") if len(tries) <= 2 else data
+
+    records, _ = carry_out(make(), tamper)
+    assert tries == [*SITES, *SITES[:2]]  # the third answered at once and was not asked again
+    assert sorted(records[0]["answered"]) == sorted(SITES)
+
+
+def test_of_an_exception_at_a_site_only_the_type_leaves_it(
+    make: Callable[..., ServerFolder], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"cannot read {SECRET}")
+
+    folder = make()
+    worker = Worker(folder.site("bo"), open_site(folder.site("bo")))
+    monkeypatch.setattr("fedmira.deploy.worker.score_start", fails)
+    order = {"order": "start", "run_id": "mira/seed-3", "round": 0, "learning_rate": 0.0, "counted": 0, "nonce": "n"}
+    run = worker._run("mira/seed-3")
+    names = {"base_hash": run.federation.base, "layout_hash": run.federation.layout_hash, "method": "mira"}
+    with caplog.at_level(logging.CRITICAL):
+        answer = worker.handle(Frame({**order, **names, "client": "bo"}).encode())
+    assert decode(answer).header == {"answer": "failed", "kind": "RuntimeError", "nonce": "n"}
+    assert SECRET.encode() not in answer
+    assert SECRET not in (folder.site("bo").audit).read_text()
+
+
+def test_a_site_that_shares_no_metrics_sends_no_loss_and_the_report_copes(make: Callable[..., ServerFolder]) -> None:
+    folder = make(sites={"share_metrics": False})
+    seen: list[Mapping[str, Any]] = []
+
+    def watch(name: str, data: bytes) -> bytes:
+        seen.append(decode(data).header)
+        return data
+
+    records, _ = carry_out(folder, watch)
+    assert len(records) == ROUNDS
+    assert all(header.get("metrics", {}) == {} for header in seen)
+    assert not any("loss" in key for header in seen for key in header)
+    assert (folder.study / "report.html").is_file()
+    own = (folder.site("ada").adapters / "mira" / "seed-3" / "metrics.jsonl").read_text().splitlines()
+    assert any("train_loss" in json.loads(line) for line in own)  # the site itself has them
+
+
+def test_a_site_that_was_restarted_answers_with_what_is_on_its_disk(make: Callable[..., ServerFolder]) -> None:
+    """After every answer the site's process is replaced by a new one: the bits are those of one that lived on."""
+
+    def outcome(name: str, *, restart: bool) -> list[bytes]:
+        folder = make(name, training={"local_steps": 2, "batch_size": 2, "keep_optimizer": True, "learning_rate": 0.1})
+        link = Loopback({site: folder.site(site) for site in SITES})
+        server = Server(folder, link, print, silent)
+        cards = server.gather()
+
+        def replaced(site: str, data: bytes) -> bytes:
+            if restart:
+                link.workers[site] = Worker(link.folders[site], link.workers[site].site)
+            return data
+
+        link.tamper = replaced
+        server.carry_out(cards)
+        return [
+            (folder.site(site).adapters / "mira" / "seed-3" / "adapter_model.safetensors").read_bytes()
+            for site in SITES
+        ]
+
+    assert outcome("lived", restart=False) == outcome("restarted", restart=True)
+
+
+def test_a_site_without_its_state_cannot_go_on_where_it_needs_it(make: Callable[..., ServerFolder]) -> None:
+    folder = make(training={"local_steps": 2, "batch_size": 2, "keep_optimizer": True, "learning_rate": 0.1})
+    site = open_site(folder.site("ada"))
+    run = Worker(folder.site("ada"), site)._run("mira/seed-3")
+    with pytest.raises(WireError, match="the server counts round 2"):
+        run.settle(2)
+
+
+def test_an_order_for_another_site_or_run_is_refused(make: Callable[..., ServerFolder]) -> None:
+    folder = make()
+    worker = Worker(folder.site("bo"), open_site(folder.site("bo")))
+    order = {"order": "start", "round": 0, "learning_rate": 0.0, "counted": 0, "nonce": "n"}
+    for run_id in ("mira/seed-4", "fedavg/seed-3", "", "../mira/seed-3"):
+        assert decode(worker.handle(Frame({**order, "run_id": run_id}).encode())).header["kind"] == "schema"
+    federation = worker._run("mira/seed-3").federation
+    names = {"base_hash": federation.base, "layout_hash": federation.layout_hash, "method": "mira", "client": "ada"}
+    answer = worker.handle(Frame({**order, **names, "run_id": "mira/seed-3"}).encode())
+    assert decode(answer).header["kind"] == "schema"
+
+
+CARDS: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "name": ({"name": "eve"}, "the certificate 'ada'"),
+    "protocol": ({"protocol": 0}, "speaks protocol 0"),
+    "version": ({"versions": {"fedmira": "0.0.1"}}, "has fedmira 0.0.1"),
+    "base": ({"base_fingerprint": "f" * 64}, "its base has sha256 ffffffffffff"),
+    "rank": ({"ranks": 3}, "its rank is 3"),
+    "layout": ({"layout": "0"}, "its adapted modules"),
+    "dtype": ({"dtype": "bfloat16"}, "loaded in bfloat16"),
+    "columns": ({"columns": {}}, "no column 'group'"),
+    "examples": ({"examples": {"train": 0}}, "no training example"),
+}
+
+
+@pytest.mark.parametrize("kind", CARDS)
+def test_a_site_that_does_not_fit_is_refused_when_it_joins_in_one_sentence(
+    kind: str, make: Callable[..., ServerFolder]
+) -> None:
+    folder = make()
+    change, expected = CARDS[kind]
+    site, agreement = open_site(folder.site("ada")), read_agreement(folder.agreement)
+    card = card_of(site)
+    assert why_not(read_card(card), "ada", agreement) is None
+    reason = why_not(read_card({**card, **change}), "ada", agreement)
+    assert reason is not None
+    assert expected in reason
+    assert "\n" not in reason
+
+
+def test_another_base_is_found_out_before_anything_is_sent(make: Callable[..., ServerFolder], tmp_path: Path) -> None:
+    other = small_study.save_base(tmp_path / "other", seed=1)
+    folder = make(sites={"base_model": str(other)})
+    with pytest.raises(ModelError, match="is not the federation's base"):
+        open_site(folder.site("ada"))
