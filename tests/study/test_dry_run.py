@@ -185,7 +185,7 @@ def test_init_writes_every_key_and_the_file_runs_as_it_is(tmp_path: Path) -> Non
     missing = set(keys(Config)) - set(flat(raw)) - {"training.local_steps"}  # the other of two
     assert missing == set()
     assert "local_steps" in (tmp_path / "mine.yaml").read_text()
-    short = ("federation.rounds=1", "training.local_steps=1", "data.clients.first=4")
+    short = ("federation.rounds=1", "training.local_epochs=null", "training.local_steps=1", "data.clients.first=4")
     ended = command("run", "mine.yaml", *short, "-q", folder=tmp_path)
     assert ended.code == 0, ended.err
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
