@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -34,8 +35,20 @@ ROUNDS = 6
 SECONDS = 150.0
 
 
-def fedmira(*words: str | Path) -> list[str]:
-    return [sys.executable, "-m", "fedmira", *map(str, words)]
+PAGE = Path(__file__).parents[2] / "docs" / "federation.md"
+INIT, CHECK, SHOW, SERVER, SITE, STATUS, AUDIT = (
+    line.strip() for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("    fedmira federation")
+)
+
+
+def typed(line: str, folder: Path, *more: str, **changes: str) -> list[str]:
+    """Return a command of the page as its reader would type it here, with other names and places."""
+    names = {"bank-a,bank-b": ",".join(SITES), "bank-a": SITES[0], **changes}
+    for old, new in names.items():
+        line = line.replace(old, new)
+    _, *words = shlex.split(line)
+    place = [f"{folder}{word.removeprefix('fed')}" if word.split("/")[0] == "fed" else word for word in words]
+    return [sys.executable, "-m", "fedmira", *place, *more]
 
 
 def free_port() -> int:
@@ -93,13 +106,9 @@ def ended(
     run.start(StudyFolder(here / "simulation"), check_config(raw), silent, overwrite=False)
     config = small_study.save_config(here / "study.yaml", raw)
     folder = ServerFolder(here / "federation")
-    subprocess.run(
-        fedmira(
-            "federation", "init", folder.path, "--config", config, "--server", f"localhost:{free_port()}",
-            "--sites", ",".join(SITES), "--deadline", "100", "--quorum", "1",
-        ),
-        check=True, capture_output=True,
-    )  # fmt: skip
+    address = {"hub.example.org:8002": f"localhost:{free_port()}", "study.yaml": str(config)}
+    terms = ("--deadline", "100", "--quorum", "1")
+    subprocess.run(typed(INIT, folder.path, *terms, **address), check=True, capture_output=True)
     for name in SITES:
         own = here / f"{name}.jsonl"
         own.write_text("".join(json.dumps(row) + "\n" for row in rows if row["client"] == name))
@@ -108,14 +117,14 @@ def ended(
         changed["data"]["path"] = str(own)
         place.write_text(yaml.safe_dump({**changed, "base_model": str(base), "threads": 1}))
         log = here / f"{name}.txt"
-        processes.append(start(fedmira("federation", "site", folder.site(name).path), log))
+        processes.append(start(typed(SITE, folder.path, **{SITES[0]: name}), log))
     log = here / "server.txt"
-    server = start(fedmira("federation", "server", folder.path), log)
+    server = start(typed(SERVER, folder.path), log)
     processes.append(server)
     wait_for(StudyFolder(folder.study).run("mira", 3), 2)
     server.kill()
     server.wait()
-    last = start(fedmira("federation", "server", folder.path), log)
+    last = start(typed(SERVER, folder.path), log)
     processes.append(last)
     assert last.wait(SECONDS) == 0, log.read_text()
     for process in processes[: len(SITES)]:
@@ -166,3 +175,20 @@ def test_what_left_the_sites_is_listed_and_has_no_word_of_their_data(
     stored = b"".join(path.read_bytes() for path in folder.path.glob("server/**/*") if path.is_file())
     words = [json.loads(line)["prompt"] for line in (here / "ada.jsonl").read_text().splitlines()]
     assert not any(word.encode() in stored for word in words)
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        (CHECK, "6 training, 2 validation, 2 test"),
+        (SHOW, "ada: 7 tokens, loss on 3"),
+        (STATUS, f"complete, {ROUNDS} of {ROUNDS} rounds"),
+        (AUDIT, "mira/seed-3"),
+    ],
+)
+def test_the_other_commands_of_the_page_say_what_they_should(
+    line: str, shown: str, ended: tuple[ServerFolder, Path, list[str]]
+) -> None:
+    folder, _, _ = ended
+    done = subprocess.run(typed(line, folder.path), check=True, capture_output=True, text=True)
+    assert shown in done.stdout
