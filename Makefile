@@ -44,7 +44,7 @@ check:
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(QUIET_HUB) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(QUIET_HUB) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test:
 	@$(MAKE) --no-print-directory install

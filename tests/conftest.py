@@ -110,3 +110,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line(f"tests skipped: {reasons.total()}")
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"  {count} x {reason}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the file that waits most for other processes: no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_real.py")

@@ -14,7 +14,7 @@ from fedmira.config.yaml_text import dump_config
 from fedmira.deploy.folders import ServerFolder, SiteFolder
 from fedmira.deploy.link import Failure
 from fedmira.deploy.settings import Agreement, installed_versions
-from fedmira.deploy.site import open_site
+from fedmira.deploy.site import Site, open_site
 from fedmira.deploy.worker import Worker
 from fedmira.disk.files import make_folder, write_json
 from fedmira.model.base.load import load_base
@@ -75,13 +75,22 @@ def write_federation(
 
 
 class Loopback:
-    """A link whose sites are workers in this process: bytes in, bytes out. tamper: changes an answer on its way."""
+    """A link whose sites are workers in this process: bytes in, bytes out. tamper: changes an answer on its way.
+
+    opened: sites with the same data and base, which are not loaded again.
+    """
 
     def __init__(
-        self, folders: Mapping[str, SiteFolder], *, tamper: Callable[[str, bytes], bytes | Failure] | None = None
+        self,
+        folders: Mapping[str, SiteFolder],
+        *,
+        tamper: Callable[[str, bytes], bytes | Failure] | None = None,
+        opened: Mapping[str, Site] | None = None,
     ) -> None:
         self.folders, self.tamper = folders, tamper
-        self.workers = {name: Worker(folder, open_site(folder)) for name, folder in folders.items()}
+        self.workers = {
+            name: Worker(folder, opened[name] if opened else open_site(folder)) for name, folder in folders.items()
+        }
         self.bytes: list[tuple[str, int, int]] = []
 
     @property

@@ -19,7 +19,7 @@ from fedmira.deploy.folders import ServerFolder, SiteFolder
 from fedmira.deploy.nvflare import kits
 from fedmira.deploy.settings import read_agreement, read_federation, read_site
 from fedmira.errors import ConfigError, StoreError
-from fedmira.study.face import load_config
+from fedmira.study.loading import load_config
 
 pytest.importorskip("nvflare", reason="NVFlare is not installed: pip install 'fedmira[deploy]'")
 

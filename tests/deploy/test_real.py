@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 
 SITES = ("ada", "cy")  # of one group
 ROUNDS = 6
-SECONDS = 150.0
+SECONDS = 400.0  # far more than it takes; a busy machine is slow
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "federation.md"

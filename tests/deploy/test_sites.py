@@ -18,7 +18,7 @@ from fedmira.deploy.joining import card_of, read_card, why_not
 from fedmira.deploy.link import Failure
 from fedmira.deploy.server import Server
 from fedmira.deploy.settings import read_agreement
-from fedmira.deploy.site import open_site
+from fedmira.deploy.site import Site, open_site
 from fedmira.deploy.wire import Frame, decode
 from fedmira.deploy.worker import Worker
 from fedmira.disk.folders import StudyFolder
@@ -35,28 +35,41 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return small_study.save_base(here / "base"), small_study.save_data(here / "data.jsonl")
 
 
+def plain(base: Path, data: Path) -> dict[str, Any]:
+    return small_study.settings(
+        base,
+        data,
+        base.parent / "unused",
+        federation={"rounds": ROUNDS, "participation": 1.0, "cohort": 1},
+        methods=[{"name": "mira", "lambda": 0.25, "graph": {"kind": "uniform"}}],
+    )
+
+
 @pytest.fixture
 def make(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., ServerFolder]:
     base, data = files
 
     def made(name: str = "federation", *, sites: Mapping[str, Any] | None = None, **changes: Any) -> ServerFolder:
-        raw = small_study.settings(
-            base,
-            data,
-            tmp_path / "unused",
-            federation={"rounds": ROUNDS, "participation": 1.0, "cohort": 1},
-            methods=[{"name": "mira", "lambda": 0.25, "graph": {"kind": "uniform"}}],
-        )
-        return write_federation(tmp_path / name, raw | changes, data, **(sites or {}))
+        return write_federation(tmp_path / name, plain(base, data) | changes, data, **(sites or {}))
 
     return made
 
 
+@pytest.fixture(scope="module")
+def opened(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Site]:
+    """The sites of the plainest federation, loaded once."""
+    folder = write_federation(tmp_path_factory.mktemp("plain") / "federation", plain(*files), files[1])
+    return {name: open_site(folder.site(name)) for name in SITES}
+
+
 def carry_out(
-    folder: ServerFolder, tamper: Callable[[str, bytes], bytes | Failure] | None = None
+    folder: ServerFolder,
+    tamper: Callable[[str, bytes], bytes | Failure] | None = None,
+    *,
+    opened: Mapping[str, Site] | None = None,
 ) -> tuple[list[dict[str, Any]], Loopback]:
     """Carry out the study; return its rounds. The sites that tamper are not known when they join."""
-    link = Loopback({name: folder.site(name) for name in SITES})
+    link = Loopback({name: folder.site(name) for name in SITES}, opened=opened)
     server = Server(folder, link, print, silent)
     cards = server.gather()
     link.tamper = tamper
@@ -88,7 +101,7 @@ LIES: Mapping[str, tuple[Callable[[bytes], bytes | Failure], str]] = {
     "another base": (lambda data: changed(data, base_hash="0" * 64), "schema"),
     "another run": (lambda data: changed(data, run_id="fedavg/seed-0"), "schema"),
     "another round": (lambda data: changed(data, round=1), "round"),
-    "another site": (lambda data: changed(data, client="ada"), "duplicate"),
+    "another site": (lambda data: changed(data, client="ada"), "identity"),
     "no weight": (lambda data: changed(data, weight=0), "weight"),
     "endless weight": (lambda data: changed(data, weight=math.inf), "weight"),
     "a weight of text": (lambda data: changed(data, weight="7"), "schema"),
@@ -102,7 +115,7 @@ LIES: Mapping[str, tuple[Callable[[bytes], bytes | Failure], str]] = {
 
 @pytest.mark.parametrize("kind", LIES)
 def test_a_site_that_lies_is_left_out_and_the_others_go_on_as_if_it_were_away(
-    kind: str, make: Callable[..., ServerFolder]
+    kind: str, make: Callable[..., ServerFolder], opened: Mapping[str, Site]
 ) -> None:
     lie, reason = LIES[kind]
 
@@ -110,7 +123,7 @@ def test_a_site_that_lies_is_left_out_and_the_others_go_on_as_if_it_were_away(
         header = decode(data).header
         return lie(data) if name == "cy" and header.get("round") == 2 and "weight" in header else data
 
-    records, link = carry_out(make(), tamper)
+    records, link = carry_out(make(), tamper, opened=opened)
     assert records[1]["refused"] == {"cy": reason}
     assert [sorted(record["answered"]) for record in records] == [
         sorted(SITES),
@@ -120,17 +133,25 @@ def test_a_site_that_lies_is_left_out_and_the_others_go_on_as_if_it_were_away(
     assert link.workers["cy"].runs["mira/seed-3"].at == 3  # its second round does not count, the third does
 
 
-def test_an_honest_site_has_the_adapter_of_a_run_without_the_liar(make: Callable[..., ServerFolder]) -> None:
+def test_an_honest_site_has_the_adapter_of_a_run_without_the_liar(
+    make: Callable[..., ServerFolder], opened: Mapping[str, Site]
+) -> None:
     def outcome(name: str, lie: Callable[[bytes], bytes | Failure]) -> bytes:
         folder = make(name)
-        carry_out(folder, lambda site, data: lie(data) if site == "cy" and "weight" in decode(data).header else data)
+        carry_out(
+            folder,
+            lambda site, data: lie(data) if site == "cy" and "weight" in decode(data).header else data,
+            opened=opened,
+        )
         return (folder.site("ada").adapters / "mira" / "seed-3" / "adapter_model.safetensors").read_bytes()
 
     away = outcome("away", lambda data: Failure("late"))
     assert outcome("liar", LIES["not a number"][0]) == away
 
 
-def test_below_the_quorum_a_round_is_repeated_with_those_that_are_missing(make: Callable[..., ServerFolder]) -> None:
+def test_below_the_quorum_a_round_is_repeated_with_those_that_are_missing(
+    make: Callable[..., ServerFolder], opened: Mapping[str, Site]
+) -> None:
     tries: list[str] = []
 
     def tamper(name: str, data: bytes) -> bytes | Failure:
@@ -139,7 +160,7 @@ def test_below_the_quorum_a_round_is_repeated_with_those_that_are_missing(make: 
         tries.append(name)
         return Failure("late") if len(tries) <= 2 else data
 
-    records, _ = carry_out(make(), tamper)
+    records, _ = carry_out(make(), tamper, opened=opened)
     assert tries == [*SITES, *SITES[:2]]  # the third answered at once and was not asked again
     assert sorted(records[0]["answered"]) == sorted(SITES)
 
@@ -239,12 +260,10 @@ CARDS: Mapping[str, tuple[Mapping[str, Any], str]] = {
 
 @pytest.mark.parametrize("kind", CARDS)
 def test_a_site_that_does_not_fit_is_refused_when_it_joins_in_one_sentence(
-    kind: str, make: Callable[..., ServerFolder]
+    kind: str, make: Callable[..., ServerFolder], opened: Mapping[str, Site]
 ) -> None:
-    folder = make()
     change, expected = CARDS[kind]
-    site, agreement = open_site(folder.site("ada")), read_agreement(folder.agreement)
-    card = card_of(site)
+    agreement, card = read_agreement(make().agreement), card_of(opened["ada"])
     assert why_not(read_card(card), "ada", agreement) is None
     reason = why_not(read_card({**card, **change}), "ada", agreement)
     assert reason is not None

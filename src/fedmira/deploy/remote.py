@@ -102,6 +102,8 @@ class Remote:
             for k, answer in self._order("train", missing, clock):
                 if isinstance(answer, Failure):
                     silent[k] = answer.kind
+                elif answer.header.get("client") != self.federation.names[k]:
+                    silent[k] = "identity"  # a site answers for itself: its name is what its certificate says
                 elif (reason := _unlike(answer, like)) is not None:
                     silent[k] = reason
                 else:
