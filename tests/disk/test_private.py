@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import signal
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -269,10 +270,10 @@ def test_a_study_is_held_by_one_and_freed_when_that_one_is_killed(tmp_path: Path
     if not child:
         with StudyFolder(tmp_path).held():
             os.write(writer, b"x")
-            os.read(reader, 2)  # nobody writes: until the end
             while True:
-                pass
-    os.read(reader, 1)
+                signal.pause()
+    os.close(writer)  # so that a child that dies too soon is an end of file here, and not a wait
+    assert os.read(reader, 1) == b"x"
     with pytest.raises(StoreError, match="in use by another fedmira process"), StudyFolder(tmp_path).held():
         pass
     os.kill(child, 9)
