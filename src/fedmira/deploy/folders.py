@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedmira.errors import StoreError
 
-FEDERATION, SITE, STUDY, AGREEMENT, GUIDE = "federation.yaml", "site.yaml", "study.yaml", "agreement.json", "README.md"
+FEDERATION, SITE, STUDY, AGREEMENT = "federation.yaml", "site.yaml", "study.yaml", "agreement.json"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fedmira.errors import WireError
 if TYPE_CHECKING:
     from fedmira.deploy.site import Site
 
-SAME_VERSIONS = ("fedmira",)  # must be equal; the others' minor versions are compared and warned of
+SAME_VERSIONS = ("fedmira",)  # must be equal; those of other libraries are only told
 
 
 @dataclass(frozen=True)

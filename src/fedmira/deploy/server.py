@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import secrets
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -29,7 +28,7 @@ from fedmira.deploy.site_run import federation_of
 from fedmira.deploy.wire import Frame, decode
 from fedmira.disk.files import make_folder, read_json, write_json
 from fedmira.disk.folders import StudyFolder
-from fedmira.disk.run_facts import SCHEMA, RunFacts
+from fedmira.disk.run_facts import RunFacts
 from fedmira.engine.clients import Scores
 from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
@@ -39,7 +38,7 @@ from fedmira.methods import recipe_of
 from fedmira.methods.base import Cohort
 from fedmira.reports.render import write_report
 from fedmira.study.assemble import Built, build
-from fedmira.study.carry_out import Job, carry_out, now
+from fedmira.study.carry_out import Job, carry_out, describe_run, is_complete
 from fedmira.study.events import ReportBegun, StepBegun, StudyBegun
 from fedmira.study.loading import load_config
 
@@ -79,15 +78,12 @@ class Server:
                     write_json(self.folder.cards / f"{name}.json", asdict(card))
                     self.tell(f"site {name} has joined: {card.examples['train']} training examples")
             missing = set(self.names) - set(cards)
-            if not missing and (there or self._enough(there)):
+            if not missing and there:
                 return cards
             if missing != shown:
                 self.tell(f"waiting for {', '.join(sorted(missing)) or 'a site to connect'}")
                 shown = missing
             time.sleep(0.5)
-
-    def _enough(self, there: frozenset[str]) -> bool:
-        return len(there) >= self.closing.quorum * len(self.names)
 
     def _stored_card(self, name: str) -> SiteCard | None:
         path = self.folder.cards / f"{name}.json"
@@ -146,10 +142,7 @@ class Server:
         for one in built:
             check_possible(one, config.seeds[0])
         due = [
-            (one, seed)
-            for seed in config.seeds
-            for one in built
-            if not _is_complete(study, one.label, seed, config.federation.rounds)
+            (one, seed) for seed in config.seeds for one in built if not is_complete(study.run(one.label, seed), config)
         ]
         self.observer(StudyBegun(study.path, len(due)))
         start: Scores | None = None
@@ -212,54 +205,32 @@ class Server:
         cards: Mapping[str, SiteCard],
     ) -> None:
         folder = study.run(built.label, seed)
-        config = self.config.model_copy(
-            update={"seeds": [seed], "methods": [built.recipe.entry], "output_dir": str(folder.path / "again")}
-        )
         job = Job(
             folder=folder,
-            config=config,
+            config=self.config,
             built=built,
             cohort=cohort,
             federation=federation,
-            facts=self._facts(built, seed, cohort, federation),
+            facts=self._facts(built, cohort, federation),
             clients=partial(client_table, self.names, cards, federation),
             start=start,
         )
         carry_out(job, lambda: remote, lambda clients, ended: None, self.observer)
 
-    def _facts(self, built: Built, seed: int, cohort: Cohort, federation: Federation) -> RunFacts:
-        method, entry, agreement = built.methods[seed], built.recipe.entry, self.agreement
-        graph, pulls = method.facts.graph, None
-        if method.facts.pull is not None:
-            pulls = [100 * float(x) for ids in cohort.schedule for x in method.facts.pull(torch.from_numpy(ids))]
-        return RunFacts(
-            schema=SCHEMA,
-            state="running",
-            method=method.name,
-            label=entry.folder,
-            settings=entry.settings | ({"with": entry.wrappers} if entry.wrappers else {}),
-            training=built.training.model_dump(mode="json"),
-            seed=seed,
-            rounds=self.config.federation.rounds,
-            keep=self.config.evaluation.keep,
-            clients=len(federation),
-            sampled=len(cohort.schedule[0]),
-            personal=method.personal,
-            base_model=agreement.base_model,
+    def _facts(self, built: Built, cohort: Cohort, federation: Federation) -> RunFacts:
+        agreement = self.agreement
+        return describe_run(
+            self.config,
+            built,
+            cohort,
+            federation,
             template=agreement.template,
-            base_fingerprint=agreement.base_fingerprint,
             architecture=agreement.architecture,
-            layout_fingerprint=federation.layout.fingerprint,
-            graph_sha256=None if graph is None else graph.fingerprint,
-            parameters=federation.layout.parameters,
             dtype=agreement.dtype,
             device="sites",
-            cohort=1,
+            width=1,
             threads=torch.get_num_threads(),
-            pull_percent=None if not pulls else [min(pulls), sum(pulls) / len(pulls), max(pulls)],
             versions=installed_versions(),
-            command=sys.argv,
-            started=now(),
         )
 
     def goodbye(self) -> None:
@@ -295,11 +266,3 @@ def client_table(
         }
         for name, ranks in zip(names, federation.ranks, strict=True)
     }
-
-
-def _is_complete(study: StudyFolder, label: str, seed: int, rounds: int) -> bool:
-    folder = study.run(label, seed)
-    if not (folder.path / "run.json").is_file():
-        return False
-    facts = folder.facts
-    return facts.state == "complete" and facts.rounds >= rounds

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from fedmira.deploy import channel
 from fedmira.deploy.folders import ServerFolder, SiteFolder
 from fedmira.deploy.nvflare.engine import Supervisor, site_process
@@ -18,13 +16,13 @@ from fedmira.deploy.server import Server
 from fedmira.deploy.settings import read_federation
 from fedmira.deploy.site import open_site
 from fedmira.deploy.worker import Worker
-from fedmira.disk.files import FILE_MODE, NO_LINK, make_folder
+from fedmira.disk.files import make_folder
+from fedmira.disk.folders import held, logging_to
 from fedmira.engine.events import Observer
 from fedmira.errors import StoreError
 
 log = logging.getLogger(__name__)
 
-LOCK = ".lock"
 Tell = Callable[[str], None]
 
 
@@ -36,7 +34,7 @@ def run_server(folder: ServerFolder, *, tell: Tell, observer: Observer) -> Path:
     check_installed()
     _check_kit(folder.kit, "run 'fedmira federation init' again")
     name = read_federation(folder.settings).name
-    with _held(folder.path), _logging(folder.log):
+    with held(folder.path), _logging(folder.log):
         with Supervisor(folder.kit, folder.admin, folder.job, name, folder.log.with_name("engine.txt")) as link:
             server = Server(folder, link, tell, observer)
             study = server.carry_out(server.gather())
@@ -52,7 +50,7 @@ def run_site(folder: SiteFolder, *, tell: Tell) -> None:
     """
     check_installed()
     _check_kit(folder.kit, "copy the organiser's whole folder, or run 'fedmira federation site DIR --accept'")
-    with _held(folder.path), _logging(folder.log):
+    with held(folder.path), _logging(folder.log):
         site = open_site(folder)
         client = site.client
         tell(
@@ -89,35 +87,13 @@ def _check_kit(kit: Path, remedy: str) -> None:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Keep the folder to this process. Raises StoreError if another one has it."""
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise StoreError(f"'{folder}' is in use by another process: stop it, or wait until it has ended") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
 def _logging(path: Path) -> Iterator[None]:
-    """Send FedMira's log records to a file, readable by its owner only."""
+    """Send FedMira's log records to a file; what the engine's session warns of stays off the terminal."""
     make_folder(path.parent)
-    opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, FILE_MODE)
-    handler = logging.StreamHandler(os.fdopen(opened, "a", encoding="utf-8"))
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("fedmira")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    quiet = logging.NullHandler()  # else what the engine's session warns of goes to the terminal
+    quiet = logging.NullHandler()
     logging.getLogger().addHandler(quiet)
     try:
-        yield
+        with logging_to(path):
+            yield
     finally:
         logging.getLogger().removeHandler(quiet)
-        logger.removeHandler(handler)
-        handler.close()
-        handler.stream.close()

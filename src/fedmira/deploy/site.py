@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass
 
-from fedmira import bundled
 from fedmira.config.sections import Config
 from fedmira.data.batches import ClientData
 from fedmira.deploy.folders import SiteFolder
@@ -11,9 +10,9 @@ from fedmira.deploy.settings import Agreement, SiteSettings, read_agreement, rea
 from fedmira.engine.events import silent
 from fedmira.errors import ConfigError, ModelError
 from fedmira.methods import recipe_of
-from fedmira.model.base.load import Base, load_base
-from fedmira.study.assemble import count_threads, keep_positions
-from fedmira.study.intake import Intake, take_in
+from fedmira.model.base.load import Base
+from fedmira.study.assemble import Materials, count_threads, keep_positions
+from fedmira.study.intake import take_in
 from fedmira.study.loading import load_config
 
 
@@ -26,7 +25,6 @@ class Site:
     config: Config
     base: Base
     client: ClientData
-    intake: Intake
     threads: int
 
 
@@ -56,14 +54,7 @@ def open_site(folder: SiteFolder) -> Site:
     """Read a site's data and load the base. Raises ModelError if the base is not the federation's."""
     settings, agreement, config = settings_of(folder)
     tokenizer, intake = take_in(config, silent, whole=settings.name)
-    base = load_base(
-        bundled.resolve(config.model.base_model),
-        revision=config.model.revision,
-        dtype=config.model.dtype,
-        device=config.model.device,
-        targets=config.lora.target_modules,
-        tokenizer=tokenizer,
-    )
+    base = Materials(tokenizer, intake).load(config, config.model.dtype)
     if base.fingerprint != agreement.base_fingerprint:
         raise ModelError(
             f"base_model '{config.model.base_model}' is not the federation's base '{agreement.base_model}' (sha256 "
@@ -78,4 +69,4 @@ def open_site(folder: SiteFolder) -> Site:
         )
     (client,) = intake.clients
     threads = settings.threads or count_threads(base, None)
-    return Site(settings, agreement, config, base, client, intake, threads)
+    return Site(settings, agreement, config, base, client, threads)

@@ -11,7 +11,6 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from fedmira import bundled
 from fedmira.adapters import scales
 from fedmira.adapters.ranks import client_ranks
 from fedmira.config.sections import ClientsConfig, Config
@@ -23,7 +22,7 @@ from fedmira.errors import ConfigError, MethodError
 from fedmira.graphs.settings import GraphConfig
 from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort
-from fedmira.model.base.load import load_base
+from fedmira.study.assemble import base_of
 
 AT_EACH_SITE = "AT-EACH-SITE"  # data.path of the study that all sites get
 
@@ -45,13 +44,7 @@ def settle(config: Config, *, federation: str, sites: Sequence[str]) -> Terms:
     recipes = [recipe_of(entry) for entry in config.methods]
     if faults := list(list_unfit(config, recipes, sites)):
         raise ConfigError(faults, "federation")
-    base = load_base(
-        bundled.resolve(config.model.base_model),
-        revision=config.model.revision,
-        dtype=config.model.dtype,
-        device=config.model.device,
-        targets=config.lora.target_modules,
-    )
+    base = base_of(config, config.model.dtype)
     columns = columns_of(recipes)
     agreement = Agreement(
         federation=federation,

@@ -209,24 +209,52 @@ class RunFolder:
         write_atomic(self.path / "results.csv", buffer.getvalue().encode())
 
     @contextmanager
-    def logging(self) -> Any:
+    def logging(self) -> Iterator[None]:
         """Send FedMira's log records to log.txt during the run."""
-        path = self.path / "log.txt"
-        try:
-            opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, FILE_MODE)
-        except OSError as error:
-            link = f"{describe_link(path)}; " if path.is_symlink() else ""
-            raise StoreError(f"cannot write '{path}': {link}{error.strerror}; remove it, and resume") from error
-        handler = logging.StreamHandler(os.fdopen(opened, "a", encoding="utf-8"))
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger = logging.getLogger("fedmira")
-        logger.addHandler(handler)
-        try:
+        with logging_to(self.path / "log.txt"):
             yield
-        finally:
-            logger.removeHandler(handler)
-            handler.close()
-            handler.stream.close()
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Send FedMira's log records to a file, which its owner alone may read. Raises StoreError if that cannot be."""
+    try:
+        opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, FILE_MODE)
+    except OSError as error:
+        link = f"{describe_link(path)}; " if path.is_symlink() else ""
+        raise StoreError(f"cannot write '{path}': {link}{error.strerror}; remove it, and resume") from error
+    handler = logging.StreamHandler(os.fdopen(opened, "a", encoding="utf-8"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("fedmira")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+        handler.stream.close()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Lock a folder while this process writes. Raises StoreError if another process holds the lock.
+
+    The lock is on the file `.lock` of the folder and ends with the process, even after a crash.
+    """
+    import filelock  # takes as long to import as the rest of a refusal
+
+    lock = filelock.FileLock(folder / LOCK, mode=FILE_MODE, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise StoreError(f"'{folder}' is in use by another fedmira process; wait for it or stop it") from None
+    except (OSError, NotImplementedError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        log.warning("'%s' cannot be locked (%s): start only one process on it", folder, why)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True)
@@ -299,25 +327,10 @@ class StudyFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Lock the study while this process writes. Raises StoreError if another process holds the lock.
-
-        The lock is on the file `.lock` of the study and ends with the process, even after a crash.
-        """
-        import filelock  # takes as long to import as the rest of a refusal
-
-        lock = filelock.FileLock(self.path / LOCK, mode=FILE_MODE, timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise StoreError(f"'{self.path}' is in use by another fedmira process; wait for it or stop it") from None
-        except (OSError, NotImplementedError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            log.warning("'%s' cannot be locked (%s): start only one process on it", self.path, why)
-        try:
+        """Lock the study while this process writes. Raises StoreError if another process holds the lock."""
+        with held(self.path):
             remove_temporaries(self.path)
             yield
-        finally:
-            lock.release()
 
     def create(self, config: Config) -> None:
         """Create the folder. Raises StoreError if it is not empty: nothing saved is overwritten."""

@@ -63,6 +63,18 @@ class Built:
         return self.recipe.entry.folder
 
 
+def base_of(config: Config, dtype: str, *, tokenizer: Any = None) -> Base:
+    """Load the base that a config names. tokenizer: the base's, if it is read already. Raises ModelError."""
+    return load_base(
+        bundled.resolve(config.model.base_model),
+        revision=config.model.revision,
+        dtype=dtype,
+        device=config.model.device,
+        targets=config.lora.target_modules,
+        tokenizer=tokenizer,
+    )
+
+
 @dataclass(eq=False)
 class Materials:
     """What several studies of the same data and base share: the encoded data, and the base once it is loaded."""
@@ -75,14 +87,7 @@ class Materials:
     def load(self, config: Config, dtype: str) -> Base:
         """Return the base, loaded at the first call. Raises ModelError if it cannot read an id of the examples."""
         if self.base is None:
-            base = load_base(
-                bundled.resolve(config.model.base_model),
-                revision=config.model.revision,
-                dtype=dtype,
-                device=config.model.device,
-                targets=config.lora.target_modules,
-                tokenizer=self.tokenizer,
-            )
+            base = base_of(config, dtype, tokenizer=self.tokenizer)
             check_examples(
                 self.intake, self.tokenizer, vocabulary=base.vocabulary, name=config.model.base_model
             )  # the weights may have fewer embeddings than the config says

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import torch
 from fedmira.config.sections import Config
 from fedmira.disk.files import remove_temporaries, write_json
 from fedmira.disk.folders import RunFolder
-from fedmira.disk.run_facts import RunFacts, State
+from fedmira.disk.run_facts import SCHEMA, RunFacts, State
 from fedmira.engine.clients import Clients, Scores
 from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
@@ -35,7 +36,7 @@ Someone = TypeVar("Someone", bound=Clients)
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One run, and what it needs beside its clients. config: of this run alone; clients: gives clients.json."""
+    """One run, and what it needs beside its clients. config: of the study; clients: gives clients.json."""
 
     folder: RunFolder
     config: Config
@@ -47,11 +48,74 @@ class Job:
     start: Scores
 
 
+def is_complete(folder: RunFolder, config: Config) -> bool:
+    """Has a run all the rounds that a config asks for?"""
+    if not (folder.path / "run.json").is_file():
+        return False
+    facts = folder.facts
+    return facts.state == "complete" and facts.rounds >= config.federation.rounds
+
+
+def describe_run(
+    config: Config,
+    built: Built,
+    cohort: Cohort,
+    federation: Federation,
+    *,
+    template: str,
+    architecture: str,
+    dtype: str,
+    device: str,
+    width: int,
+    threads: int,
+    versions: Mapping[str, str],
+) -> RunFacts:
+    """Return what run.json says of a run that begins. config: of the study; width: clients trained in one pass."""
+    method, entry = built.methods[cohort.seed], built.recipe.entry
+    graph, pulls = method.facts.graph, None
+    if method.facts.pull is not None:
+        pulls = [100 * float(share) for ids in cohort.schedule for share in method.facts.pull(torch.from_numpy(ids))]
+    return RunFacts(
+        schema=SCHEMA,
+        state="running",
+        method=method.name,
+        label=entry.folder,
+        settings=entry.settings
+        | ({"with": entry.wrappers} if entry.wrappers else {})
+        | ({"training": entry.training.given} if entry.training is not None and entry.training.given else {}),
+        training=built.training.model_dump(mode="json"),
+        seed=cohort.seed,
+        rounds=config.federation.rounds,
+        keep=config.evaluation.keep,
+        clients=len(federation),
+        sampled=len(cohort.schedule[0]),
+        personal=method.personal,
+        base_model=config.model.base_model,
+        template=template,
+        base_fingerprint=federation.base,
+        architecture=architecture,
+        layout_fingerprint=federation.layout.fingerprint,
+        graph_sha256=None if graph is None else graph.fingerprint,
+        parameters=federation.layout.parameters,
+        dtype=dtype,
+        device=device,
+        cohort=width,
+        threads=threads,
+        pull_percent=None if not pulls else [min(pulls), sum(pulls) / len(pulls), max(pulls)],
+        versions=versions,
+        command=sys.argv,
+        started=now(),
+    )
+
+
 def carry_out(
     job: Job, open_clients: Callable[[], Someone], finish: Callable[[Someone, Ended], None], observer: Observer
 ) -> None:
     """Carry a run from the newest checkpoint to its last round. finish: what is written when it has been tested."""
-    folder, config, facts, cohort = job.folder, job.config, job.facts, job.cohort
+    folder, facts, cohort = job.folder, job.facts, job.cohort
+    config = job.config.model_copy(
+        update={"seeds": [facts.seed], "methods": [job.built.recipe.entry], "output_dir": str(folder.path / "again")}
+    )
     method = job.built.methods[facts.seed]
     notes: list[str] = []
     with _marked(folder):

@@ -4,14 +4,11 @@ import importlib.metadata
 import importlib.util
 import logging
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fedmira.config.sections import Config
 from fedmira.disk.files import read_json
@@ -24,10 +21,11 @@ from fedmira.engine.run import Ended
 from fedmira.engine.scoring import examples_of, score_start
 from fedmira.engine.simulated import make_clients
 from fedmira.errors import StoreError
+from fedmira.methods.base import Cohort
 from fedmira.names import ClientNames
 from fedmira.reports.render import write_report
 from fedmira.study.assemble import Built, Prepared, client_table, prepare, using_threads
-from fedmira.study.carry_out import Job, carry_out, now
+from fedmira.study.carry_out import Job, carry_out, describe_run, is_complete
 from fedmira.study.events import ReportBegun, StepBegun, StudyBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.trackers import tracking
@@ -84,7 +82,7 @@ def _check_schema(folder: StudyFolder, config: Config) -> None:
     """Refuse to go on with a run whose checkpoints an earlier version wrote."""
     for run in folder.runs():
         facts = run.facts
-        if facts.schema < SCHEMA and not _is_complete(run, config):
+        if facts.schema < SCHEMA and not is_complete(run, config):
             raise StoreError(
                 f"'{run.path}' was begun by FedMira {facts.versions['fedmira']} with checkpoints of schema "
                 f"{facts.schema}, and this version continues schema {SCHEMA}: finish it with the version that "
@@ -129,7 +127,7 @@ def _run_all(
         (run, prepared.built[label], seed)
         for seed in config.seeds
         for label in prepared.built
-        if not _is_complete(run := folder.run(label, seed), config)
+        if not is_complete(run := folder.run(label, seed), config)
         and (only is None or run.path.resolve() == only.path.resolve())
     ]
     observer(StudyBegun(folder.path, len(due)))
@@ -143,22 +141,12 @@ def _run_all(
     write_report(folder.path)
 
 
-def _is_complete(folder: RunFolder, config: Config) -> bool:
-    if not (folder.path / "run.json").is_file():
-        return False
-    facts = folder.facts
-    return facts.state == "complete" and facts.rounds >= config.federation.rounds
-
-
 def _run_one(
     folder: RunFolder, prepared: Prepared, built: Built, seed: int, start: Scores, observer: Observer, where: Where
 ) -> None:
     """Carry one run to its last round, then write its adapters."""
     method, cohort = built.methods[seed], prepared.cohorts[seed]
     federation = replace(prepared.under(method), run=f"{built.label}/seed-{seed}")
-    config = prepared.config.model_copy(
-        update={"seeds": [seed], "methods": [built.recipe.entry], "output_dir": str(folder.path / "again")}
-    )
 
     def finish(clients: AtHand, ended: Ended) -> None:
         if prepared.workplace.evaluation.examples:
@@ -168,56 +156,33 @@ def _run_one(
 
     job = Job(
         folder=folder,
-        config=config,
+        config=prepared.config,
         built=built,
         cohort=cohort,
         federation=federation,
-        facts=_facts(prepared, built, seed),
+        facts=_facts(prepared, built, cohort, federation),
         clients=partial(client_table, prepared.workplace, federation),
         start=start,
     )
     carry_out(job, partial(where, prepared, built, seed, federation, folder.path), finish, observer)
 
 
-def _facts(prepared: Prepared, built: Built, seed: int) -> RunFacts:
-    method, entry = built.methods[seed], built.recipe.entry
-    federation, cohort, config = prepared.under(method), prepared.cohorts[seed], prepared.config
-    base, graph = prepared.workplace.base, method.facts.graph
-    pulls = None
-    if method.facts.pull is not None:
-        pulls = [100 * float(share) for ids in cohort.schedule for share in method.facts.pull(torch.from_numpy(ids))]
-    return RunFacts(
-        schema=SCHEMA,
-        state="running",
-        method=method.name,
-        label=entry.folder,
-        settings=entry.settings
-        | ({"with": entry.wrappers} if entry.wrappers else {})
-        | ({"training": entry.training.given} if entry.training is not None and entry.training.given else {}),
-        training=built.training.model_dump(mode="json"),
-        seed=seed,
-        rounds=config.federation.rounds,
-        keep=config.evaluation.keep,
-        clients=len(federation),
-        sampled=prepared.sampled,
-        personal=method.personal,
-        base_model=config.model.base_model,
+def _facts(prepared: Prepared, built: Built, cohort: Cohort, federation: Federation) -> RunFacts:
+    base = prepared.workplace.base
+    return describe_run(
+        prepared.config,
+        built,
+        cohort,
+        federation,
         template=prepared.intake.template.name,
-        base_fingerprint=base.fingerprint,
         architecture=type(base.model).__name__,
-        layout_fingerprint=federation.layout.fingerprint,
-        graph_sha256=None if graph is None else graph.fingerprint,
-        parameters=federation.layout.parameters,
         dtype=str(base.dtype).removeprefix("torch."),
         device=str(base.device),
-        cohort=prepared.workplace.cohort,
+        width=prepared.workplace.cohort,
         threads=prepared.threads,
-        pull_percent=None if not pulls else [min(pulls), sum(pulls) / len(pulls), max(pulls)],
         versions={
             "fedmira": importlib.metadata.version("fedmira"),
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in LIBRARIES if importlib.util.find_spec(name)},
         },
-        command=sys.argv,
-        started=now(),
     )

@@ -50,7 +50,6 @@ class Process:
     socket: Path
     log: Path
     process: subprocess.Popen[bytes] | None = None
-    starts: int = 0
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
@@ -77,7 +76,6 @@ class Process:
                     stderr=output,
                     start_new_session=True,
                 )
-            self.starts += 1
             self._pid_file.write_text(str(self.process.pid))
             code = self.process.wait()
             if not self.stopping.is_set():
@@ -220,7 +218,6 @@ class Supervisor:
         self._ended = threading.Event()
         self._connected: dict[str, float] = {}  # site -> when the engine heard of it last
         self._lost: dict[str, float] = {}  # member whose part of the job is gone -> when that was noticed
-        self.jobs = 0
 
     def __enter__(self) -> "Supervisor":
         write_job(self._job, self._name)
@@ -242,12 +239,6 @@ class Supervisor:
     def sites(self) -> frozenset[str]:
         with self._lock:
             return frozenset(name for name in self._members if name not in self._lost)
-
-    @property
-    def connected(self) -> frozenset[str]:
-        """Which sites have registered with the engine, in the job or not."""
-        with self._lock:
-            return frozenset(self._connected)
 
     def call(self, frames: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
         answers: queue.Queue[tuple[str, bytes | Failure]] = queue.Queue()
@@ -373,7 +364,6 @@ class Supervisor:
                 ended = bool(job) and str(session.get_job_status(job)).startswith("FINISHED")
                 if not job or ended or (not relay and waited > JOB_SECONDS):
                     job, submitted = session.submit_job(str(self._job)), time.monotonic()
-                    self.jobs += 1
             except Exception as error:  # the engine's session raises many kinds; its server may just be starting
                 log.debug("the engine does not answer (%s)", type(error).__name__)
                 with contextlib.suppress(Exception):
