@@ -18,6 +18,7 @@ from fedmira.deploy import invite
 from fedmira.deploy.folders import ServerFolder, SiteFolder
 from fedmira.deploy.nvflare import kits
 from fedmira.deploy.settings import read_agreement, read_federation, read_site
+from fedmira.disk.folders import held
 from fedmira.errors import ConfigError, StoreError
 from fedmira.study.loading import load_config
 
@@ -248,6 +249,28 @@ def test_a_site_can_be_added(founded: Founded, tmp_path: Path) -> None:
     again = command("federation", "init", server.path, "--add-site", "West")
     assert again.code == 2
     assert "differ by case" in again.err
+
+
+def test_the_servers_certificates_are_renewed_by_the_same_authority(founded: Founded, tmp_path: Path) -> None:
+    folder = tmp_path / "clinics"
+    shutil.copytree(founded.server.path, folder)
+    server = ServerFolder(folder)
+    files = [server.kit / "startup" / "server.crt", server.admin / "startup" / "client.crt"]
+    (server.kit / "state" / "job").write_text("of the engine")
+    before = [path.read_bytes() for path in files]
+    with held(server.path):
+        assert "in use" in command("federation", "init", folder, "--renew").err
+    assert [path.read_bytes() for path in files] == before
+    done = command("federation", "init", folder, "--renew")
+    assert done.code == 0, done.err
+    x509 = pytest.importorskip("cryptography.x509")
+    root = x509.load_pem_x509_certificate((founded.server.kit / "startup" / "rootCA.pem").read_bytes())
+    for path, old in zip(files, before, strict=True):
+        assert path.read_bytes() != old
+        x509.load_pem_x509_certificate(path.read_bytes()).verify_directly_issued_by(root)  # raises if it is not
+        key = path.with_suffix(".key")
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert sorted(path.name for path in server.kit.parent.iterdir()) == ["admin", "kit"]
 
 
 def test_a_site_makes_its_own_key_and_the_server_never_has_it(own_keys: ServerFolder, tmp_path: Path) -> None:

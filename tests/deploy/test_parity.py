@@ -51,7 +51,8 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Loopb
     folder = write_federation(here / "federation", settings(base, data, here / "unused"), data)
     link = Loopback({name: folder.site(name) for name in SITES})
     server = Server(folder, link, print, silent)
-    server.carry_out(server.gather())
+    server.members.gather()
+    server.carry_out()
     return here / "here", folder.study, link
 
 

@@ -71,9 +71,9 @@ def carry_out(
     """Carry out the study; return its rounds. The sites that tamper are not known when they join."""
     link = Loopback({name: folder.site(name) for name in SITES}, opened=opened)
     server = Server(folder, link, print, silent)
-    cards = server.gather()
+    server.members.gather()
     link.tamper = tamper
-    server.carry_out(cards)
+    server.carry_out()
     return StudyFolder(folder.study).run("mira", 3).records(), link
 
 
@@ -208,7 +208,7 @@ def test_a_site_that_was_restarted_answers_with_what_is_on_its_disk(make: Callab
         folder = make(name, training={"local_steps": 2, "batch_size": 2, "keep_optimizer": True, "learning_rate": 0.1})
         link = Loopback({site: folder.site(site) for site in SITES})
         server = Server(folder, link, print, silent)
-        cards = server.gather()
+        server.members.gather()
 
         def replaced(site: str, data: bytes) -> bytes:
             if restart:
@@ -216,7 +216,7 @@ def test_a_site_that_was_restarted_answers_with_what_is_on_its_disk(make: Callab
             return data
 
         link.tamper = replaced
-        server.carry_out(cards)
+        server.carry_out()
         return [
             (folder.site(site).adapters / "mira" / "seed-3" / "adapter_model.safetensors").read_bytes()
             for site in SITES

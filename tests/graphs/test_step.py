@@ -5,7 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmira.graphs.step import Coupling, normalise, transfer
+from fedmira.adapters import Stored, lora_layout, scales
+from fedmira.adapters.lazy import sparse, torch
+from fedmira.graphs.graph import Graph
+from fedmira.graphs.step import Coupling, extend, normalise, transfer
 
 
 def draw_coupling(seed: int, *, clients: int, symmetric: bool, kind: str, stored: int) -> Coupling:
@@ -47,3 +50,29 @@ def test_a_client_without_neighbours_takes_its_row_alone_and_all_rows_sum_to_one
     if exact:
         whole = np.eye(clients) + strength * near.laplacian
         np.testing.assert_allclose(whole @ within, np.eye(clients), atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_a_newcomer_starts_where_the_regulariser_is_lowest(products: bool) -> None:
+    """sum_l a_kl |w_k - w_l|^2 over the known clients has its minimum at the row, and one without a neighbour stays."""
+    weights = np.array([[0, 0, 0, 3, 0], [0, 0, 0, 1, 0], [0, 0, 0, 5, 0], [3, 1, 5, 0, 0], [0, 0, 0, 0, 0]], float)
+    layout = lora_layout([("layer", 3, 4)], 2)
+    rows = torch.randn(5, layout.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ranks = torch.full((5,), 2)
+    stored = Stored(layout, rows, ranks, scales(ranks, 4.0).double())
+    known = np.array([0, 1])  # 2 is a neighbour too, and joins at the same time
+    found = extend(Graph(sparse.csr_array(weights), "file"), stored, np.array([3, 4]), known, products=products)
+    assert torch.equal(found[1], rows[4])
+
+    def products_of(row: torch.Tensor) -> torch.Tensor:
+        adapters = stored.take(torch.tensor([0]), rows=row[None])
+        (part,) = layout.parts
+        a, b = (adapters.leaf(leaf)[0] for leaf in part.leaves[:2])
+        return b @ a
+
+    if products:
+        mean = 0.75 * products_of(rows[0]) + 0.25 * products_of(rows[1])
+        u, s, vh = torch.linalg.svd(mean)
+        assert torch.allclose(products_of(found[0]), (u[:, :2] * s[:2]) @ vh[:2])
+    else:
+        assert torch.allclose(found[0], 0.75 * rows[0] + 0.25 * rows[1])

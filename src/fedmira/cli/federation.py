@@ -43,6 +43,7 @@ def init(
     sign: Annotated[
         Path | None, typer.Option("--sign", metavar="FILE", help="sign a site's request, NAME.request.zip")
     ] = None,
+    renew: Annotated[bool, typer.Option("--renew", help="give the server new keys and certificates")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -50,15 +51,18 @@ def init(
     founding = {"--config": config, "--server": server, "--sites": sites}
     others = {**founding, "--name": name, "--deadline": deadline, "--quorum": quorum, "--tls": tls}
     needless = [option for option, value in others.items() if value is not None]
-    if add is not None or sign is not None:
-        if overrides or needless or (add is not None and sign is not None) or (sign is not None and own_keys):
+    changes = (add is not None, sign is not None, renew)
+    if any(changes):
+        if overrides or needless or sum(changes) > 1 or (add is None and own_keys):
             raise ConfigError(
-                ["--add-site (with --own-keys or not) and --sign change a federation: give one of them alone"],
+                ["--add-site (with --own-keys or not), --sign and --renew change a federation: give one of them alone"],
                 "federation",
             )
         from fedmira.deploy import invite
 
-        if sign is not None:
+        if renew:
+            print(visible(f"the server's new certificate is in {invite.renew(folder)}; start the server again"))
+        elif sign is not None:
             _show_signed(invite.sign(folder, sign), as_json)
         elif add is not None:
             _show(invite.add_site(folder, add, own_keys=own_keys), as_json)

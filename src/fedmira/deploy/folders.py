@@ -58,6 +58,11 @@ class ServerFolder:
         return self.path / "server" / "cards"
 
     @property
+    def members(self) -> Path:
+        """Names of the sites that take part, in the order in which they joined."""
+        return self.cards / "members.json"
+
+    @property
     def inbox(self) -> Path:
         """Answers of the round under way, durable before they count."""
         return self.path / "server" / "inbox"

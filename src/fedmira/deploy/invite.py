@@ -1,4 +1,4 @@
-"""Found a federation, add a site to it, and the certificates of sites that make their keys themselves.
+"""Found a federation, add a site to it, renew the server's certificates, and sign those of sites with their own keys.
 
 A folder is built beside the place where it will be and renamed when it is complete: an interrupted command leaves
 nothing. What is refused is refused before anything is written.
@@ -30,6 +30,7 @@ from fedmira.deploy.settings import (
     read_federation,
 )
 from fedmira.disk.files import FOLDER_MODE, make_folder, write_atomic, write_json
+from fedmira.disk.folders import held
 from fedmira.errors import ConfigError, StoreError, nearest
 
 if TYPE_CHECKING:
@@ -106,10 +107,7 @@ def found(folder: Path, config: Config, settings: FederationSettings, *, own_key
         fingerprint = kits.make_authority(
             server.authority, federation=settings.name, server=settings.server, encrypted=settings.tls == "mutual"
         )
-        parties = {
-            server.kit: kits.Party(settings.server.host, "server"),
-            server.admin: kits.Party(kits.ADMIN, "admin"),
-        }
+        parties = _own_parties(server.kit, server.admin, settings)
         if not own_keys:
             parties |= {server.site(site).kit: kits.Party(site, "client") for site in settings.sites}
         kits.make_kits(server.authority, parties, federation=settings.name)
@@ -153,6 +151,34 @@ def add_site(folder: Path, name: str, *, own_keys: bool) -> Invitation:
     text = set_value(server.settings.read_text(encoding="utf-8"), ["sites"], list(settings.sites))
     write_atomic(server.settings, text.encode())
     return _invitation(target, settings, [name], kits.fingerprint_of(server.authority), None, own_keys)
+
+
+def renew(folder: Path) -> Path:
+    """Give a federation's server new keys and certificates of the same authority; return its kit. Sites keep theirs.
+
+    Raises StoreError if the server is running, or this is not a federation.
+    """
+    server = ServerFolder(folder.resolve())
+    settings = read_federation(server.settings)
+    with held(server.path):
+        make_folder(server.kit.parent)
+        fresh = Path(tempfile.mkdtemp(prefix=".renewed.", suffix=".tmp", dir=server.kit.parent))
+        try:
+            parties = _own_parties(fresh / "kit", fresh / "admin", settings)
+            kits.make_kits(server.authority, parties, federation=settings.name)
+            for place in (server.kit, server.admin):
+                kits.harden(fresh / place.name, at=place)
+                if place.exists():
+                    place.rename(fresh / f"old-{place.name}")
+                (fresh / place.name).rename(place)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return server.kit
+
+
+def _own_parties(kit: Path, admin: Path, settings: FederationSettings) -> dict[Path, kits.Party]:
+    """Return the two kits that stay at the server."""
+    return {kit: kits.Party(settings.server.host, "server"), admin: kits.Party(kits.ADMIN, "admin")}
 
 
 def sign(folder: Path, request: Path) -> Signed:

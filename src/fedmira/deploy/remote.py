@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from fedmira.methods.base import Clock, Message, Method
 
 log = logging.getLogger(__name__)
 
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 30.0  # seconds before a round is repeated; doubled each time
 COUNTED = "sites"  # the file of a checkpoint that holds which round of each site was counted last
 
 
@@ -115,6 +117,7 @@ class Remote:
                 "round %d: %d of %d sites answered, the quorum is %g: it is repeated (%d)",
                 clock.round, len(found), len(ids), self.closing.quorum, attempt + 1,
             )  # fmt: skip
+            time.sleep(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE))  # a site may fail at once, each time
         else:
             raise Stopped(
                 f"round {clock.round}: fewer than {self.closing.quorum:.0%} of the sites answered "
@@ -154,7 +157,8 @@ class Remote:
 
     def restore(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
         if COUNTED in files:
-            self.counted = files[COUNTED]["counted"]
+            stored = files[COUNTED]["counted"]  # of fewer sites, where some have joined since
+            self.counted[: len(stored)] = stored
 
     # ---------------------------------------------------------------- measuring, and the end
 
@@ -166,15 +170,10 @@ class Remote:
         answers = self._ask_each("test", ids, send, progress)
         return Scores([None] * len(ids), self._tests(ids, answers))
 
-    def start(self, progress: Callable[[int], None]) -> Scores:
-        """Return every site's scores of the untouched base."""
-        everyone = range(len(self.federation))
-        found: dict[int, Frame] = {}
-        for k, answer in self._order("start", dict.fromkeys(everyone), Clock(0)):
-            if isinstance(answer, Frame):
-                found[k] = answer
-            progress(len(found))
-        return Scores(self._column(everyone, found, "validation_loss"), self._tests(everyone, found))
+    def start(self, ids: Sequence[int]) -> dict[int, Scores]:
+        """Return the scores of the untouched base of the sites `ids`, of those that answer."""
+        answers = {k: one for k, one in self._order("start", dict.fromkeys(ids), Clock(0)) if isinstance(one, Frame)}
+        return {k: Scores(self._column([k], answers, "validation_loss"), self._tests([k], answers)) for k in answers}
 
     def _tests(self, ids: Sequence[int], answers: Mapping[int, Frame]) -> dict[str, list[float | None]]:
         return {metric: self._column(ids, answers, f"test_{metric}") for metric in self.metrics}

@@ -4,12 +4,8 @@ It has no data and no base: names, rows, numbers, and what each site says of its
 """
 
 import json
-import logging
-import math
-import secrets
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,21 +16,22 @@ from fedmira.adapters.ranks import is_mixed
 from fedmira.config.sections import Config
 from fedmira.deploy.audit import Audit
 from fedmira.deploy.folders import ServerFolder
-from fedmira.deploy.joining import SiteCard, read_card, why_not
-from fedmira.deploy.link import Failure, Link
+from fedmira.deploy.joining import SiteCard
+from fedmira.deploy.link import Link
+from fedmira.deploy.members import Members
 from fedmira.deploy.remote import Closing, Remote
-from fedmira.deploy.settings import Agreement, FederationSettings, installed_versions, read_agreement, read_federation
+from fedmira.deploy.settings import installed_versions
 from fedmira.deploy.site_run import federation_of
-from fedmira.deploy.wire import Frame, decode
-from fedmira.disk.files import make_folder, read_json, write_json
-from fedmira.disk.folders import StudyFolder
+from fedmira.disk.checkpoints import checkpoint_rounds
+from fedmira.disk.files import read_json, write_json
+from fedmira.disk.folders import RunFolder, StudyFolder
 from fedmira.disk.run_facts import RunFacts
 from fedmira.engine.clients import Scores
-from fedmira.engine.events import Observer
+from fedmira.engine.events import Event, Observer, RoundDone
 from fedmira.engine.federation import Federation
 from fedmira.engine.schedule import draw_schedule
-from fedmira.errors import MethodError, WireError
-from fedmira.methods import recipe_of
+from fedmira.errors import MethodError, Stopped
+from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort
 from fedmira.reports.render import write_report
 from fedmira.study.assemble import Built, build
@@ -42,169 +39,115 @@ from fedmira.study.carry_out import Job, carry_out, describe_run, is_complete
 from fedmira.study.events import ReportBegun, StepBegun, StudyBegun
 from fedmira.study.loading import load_config
 
-log = logging.getLogger(__name__)
-
-HELLO_SECONDS = 60.0
 Tell = Callable[[str], None]
+
+
+class SiteJoined(Stopped):
+    """A run ends after a round, to go on with one more site."""
 
 
 class Server:
     """One federation's study. tell: shows a line to whoever started the server."""
 
     def __init__(self, folder: ServerFolder, link: Link, tell: Tell, observer: Observer) -> None:
-        self.folder, self.link, self.tell, self.observer = folder, link, tell, observer
-        self.settings: FederationSettings = read_federation(folder.settings)
-        self.agreement: Agreement = read_agreement(folder.agreement)
+        self.folder, self.observer, self.tell = folder, observer, tell
+        self.members = Members(folder, link, tell)
         self.config: Config = load_config(folder.study_config, [f"output_dir={json.dumps(str(folder.study))}"])
         self.audit = Audit(folder.audit)
-        self.closing = Closing(self.settings.deadline, self.settings.quorum)
-        self.names = tuple(self.settings.sites)
 
-    # ---------------------------------------------------------------- joining
-
-    def gather(self) -> dict[str, SiteCard]:
-        """Wait until every site has joined once, now or in an earlier run of the server; return their cards."""
-        make_folder(self.folder.cards)
-        cards = {name: card for name in self.names if (card := self._stored_card(name)) is not None}
-        asked: dict[str, float] = {}
-        shown: set[str] | None = None
-        while True:
-            there = frozenset(self.link.sites) & frozenset(self.names)
-            due = [name for name in sorted(there) if time.monotonic() - asked.get(name, -math.inf) >= HELLO_SECONDS]
-            for name, card in self._greet(due):
-                asked[name] = time.monotonic()
-                if card is not None:
-                    cards[name] = card
-                    write_json(self.folder.cards / f"{name}.json", asdict(card))
-                    self.tell(f"site {name} has joined: {card.examples['train']} training examples")
-            missing = set(self.names) - set(cards)
-            if not missing and there:
-                return cards
-            if missing != shown:
-                self.tell(f"waiting for {', '.join(sorted(missing)) or 'a site to connect'}")
-                shown = missing
-            time.sleep(0.5)
-
-    def _stored_card(self, name: str) -> SiteCard | None:
-        path = self.folder.cards / f"{name}.json"
-        if not path.is_file():
-            return None
-        card = read_card(read_json(path))
-        return card if why_not(card, name, self.agreement) is None else None
-
-    def _greet(self, names: Sequence[str]) -> list[tuple[str, SiteCard | None]]:
-        """Ask sites for their cards; tell those that cannot take part why."""
-        found: list[tuple[str, SiteCard | None]] = []
-        refused: dict[str, bytes] = {}
-        for name, answer in self.link.call({name: self._order("hello") for name in names}, HELLO_SECONDS):
-            card, reason = None, None
-            if isinstance(answer, Failure):
-                reason = f"no answer ({answer.kind})"
-            else:
-                try:
-                    card = read_card(decode(answer).header.get("card"))
-                    reason = why_not(card, name, self.agreement)
-                except WireError as error:
-                    reason = str(error)
-            if reason is not None:
-                self.tell(f"site {name} cannot take part: {reason}")
-                log.warning("site '%s' cannot take part: %s", name, reason)
-                refused[name] = self._order("refused", reason=reason)
-            found.append((name, None if reason is not None else card))
-        for _ in self.link.call(refused, HELLO_SECONDS):
-            pass
-        return found
-
-    @staticmethod
-    def _order(what: str, **more: Any) -> bytes:
-        header = {"order": what, "run_id": "", "round": 0, "learning_rate": 0.0, "counted": 0, **more}
-        return Frame({**header, "nonce": secrets.token_hex(8)}).encode()
-
-    # ---------------------------------------------------------------- the study
-
-    def carry_out(self, cards: Mapping[str, SiteCard]) -> StudyFolder:
-        """Carry the study to its end, from where it is, and write its report."""
+    def carry_out(self) -> StudyFolder:
+        """Carry the study to its end, from where it is, with the members that have gathered; write its report."""
         study = StudyFolder(self.folder.study)
         if not study.path.is_dir():
             study.create(self.config)
         with study.held():
-            self._runs(study, cards)
+            while True:
+                self._take_in()
+                try:
+                    self._runs(study)
+                except SiteJoined:
+                    continue
+                break
+            self.observer(ReportBegun())
+            write_report(study.path)
         return study
 
-    def _runs(self, study: StudyFolder, cards: Mapping[str, SiteCard]) -> None:
-        config, lora = self.config, federation_of(self.agreement, self.config.lora.lora_alpha, names=self.names)
-        cohorts = {seed: self._cohort(seed, lora, cards) for seed in config.seeds}
+    # ---------------------------------------------------------------- sites that join later
+
+    def _take_in(self) -> bool:
+        """Make members of the sites that have arrived; say whether there are new ones."""
+        before = self.members.names
+        for name in self.members.arrivals():
+            if (reason := self._why_alone(name)) is not None:
+                self.members.refuse(name, reason)
+            else:
+                self.members.admit(name)
+        return self.members.names != before
+
+    def _why_alone(self, name: str) -> str | None:
+        """Say why a method cannot take in one more site, None if all can."""
+        names = self.members.names
+        old = torch.arange(len(names))
+        for recipe in map(recipe_of, self.config.methods):
+            seed = self.config.seeds[0]
+            try:
+                now, then = (self._build(recipe, self._cohort(seed, some)) for some in (names, (*names, name)))
+            except MethodError as error:
+                return str(error)
+            one, other = now.methods[seed], then.methods[seed]
+            same = torch.equal(one.row_of(old), other.row_of(old))
+            if not one.has_row_of_each and not (same and one.count_rows(len(old)) == other.count_rows(len(old) + 1)):
+                return (
+                    f"method '{now.label}' has a row for each group, and the site's group is a new one; begin a new "
+                    "study with it"
+                )
+        return None
+
+    def _observe(self, event: Event) -> None:
+        """Show an event. Raises SiteJoined once a round is durable and a site has arrived meanwhile."""
+        self.observer(event)
+        if isinstance(event, RoundDone) and self._take_in():
+            raise SiteJoined("a site joins")
+
+    # ---------------------------------------------------------------- the study
+
+    def _runs(self, study: StudyFolder) -> None:
+        config = self.config
         recipes = [recipe_of(entry) for entry in config.methods]
-        built = [
-            build(recipe, place, cohorts, lora.ranks, config.training_of(recipe.entry))
-            for place, recipe in enumerate(recipes)
-        ]
-        for one in built:
-            check_possible(one, config.seeds[0])
         due = [
-            (one, seed) for seed in config.seeds for one in built if not is_complete(study.run(one.label, seed), config)
+            (recipe, seed)
+            for seed in config.seeds
+            for recipe in recipes
+            if not is_complete(study.run(recipe.entry.folder, seed), config)
         ]
         self.observer(StudyBegun(study.path, len(due)))
-        start: Scores | None = None
-        for one, seed in due:
-            federation = replace(lora.under(one.methods[seed], self.agreement.width), run=f"{one.label}/seed-{seed}")
-            remote = self._remote(federation, one, seed)
-            if start is None:
-                self.observer(StepBegun("scoring the untouched base"))
-                start = self._start_scores(remote)
-            self._run(study, one, seed, cohorts[seed], federation, remote, start, cards)
-        self.observer(ReportBegun())
-        write_report(study.path)
+        for recipe in recipes:  # refused before the first round of any
+            check_possible(self._build(recipe, self._cohort(config.seeds[0], self.members.names)), config.seeds[0])
+        for recipe, seed in due:
+            self._run(study.run(recipe.entry.folder, seed), recipe, seed)
 
-    def _remote(self, federation: Federation, built: Built, seed: int) -> Remote:
-        return Remote(
-            self.link,
+    def _run(self, folder: RunFolder, recipe: Recipe, seed: int) -> None:
+        names = self.members.names
+        since = self._since(folder)
+        cohort = self._cohort(seed, names, since)
+        built = self._build(recipe, cohort)
+        lora = federation_of(self.members.agreement, self.config.lora.lora_alpha, names=names)
+        federation = replace(
+            lora.under(built.methods[seed], self.members.agreement.width),
+            run=f"{built.label}/seed-{seed}",
+            since=torch.tensor(since),
+        )
+        settings = self.members.settings
+        remote = Remote(
+            self.members.listed,
             federation,
             built.methods[seed],
-            self.closing,
+            Closing(settings.deadline, settings.quorum),
             self.folder.inbox,
             self.audit,
             metrics=tuple(self.config.evaluation.metrics),
         )
-
-    def _cohort(self, seed: int, lora: Federation, cards: Mapping[str, SiteCard]) -> Cohort:
-        federation = self.config.federation
-        return Cohort(
-            ids=self.names,
-            examples=tuple(int(cards[name].examples["train"]) for name in self.names),
-            columns=tuple(cards[name].columns for name in self.names),
-            schedule=draw_schedule(
-                len(self.names), rounds=federation.rounds, participation=federation.participation, seed=seed
-            ),
-            seed=seed,
-            ranks=lora.ranks,
-            scale=scales(lora.ranks, lora.alpha),
-        )
-
-    def _start_scores(self, remote: Remote) -> Scores:
-        """Return the scores of the untouched base, asked for once."""
-        path = self.folder.cards / "start.json"
-        if path.is_file():
-            stored = read_json(path)
-            if stored["sites"] == list(self.names):
-                return Scores(stored["validation"], stored["test"])
-        scores = remote.start(lambda done: None)
-        stored = {"sites": list(self.names), "validation": list(scores.validation), "test": dict(scores.test)}
-        write_json(path, stored)
-        return scores
-
-    def _run(
-        self,
-        study: StudyFolder,
-        built: Built,
-        seed: int,
-        cohort: Cohort,
-        federation: Federation,
-        remote: Remote,
-        start: Scores,
-        cards: Mapping[str, SiteCard],
-    ) -> None:
-        folder = study.run(built.label, seed)
+        start = self._start_scores(remote)
         job = Job(
             folder=folder,
             config=self.config,
@@ -212,13 +155,63 @@ class Server:
             cohort=cohort,
             federation=federation,
             facts=self._facts(built, cohort, federation),
-            clients=partial(client_table, self.names, cards, federation),
+            clients=partial(client_table, names, self.members.cards, federation),
             start=start,
         )
-        carry_out(job, lambda: remote, lambda clients, ended: None, self.observer)
+        carry_out(job, lambda: remote, lambda clients, ended: None, self._observe)
+
+    def _build(self, recipe: Recipe, cohort: Cohort) -> Built:
+        place = [entry.folder for entry in self.config.methods].index(recipe.entry.folder)
+        assert cohort.ranks is not None
+        return build(recipe, place, {cohort.seed: cohort}, cohort.ranks, self.config.training_of(recipe.entry))
+
+    def _since(self, folder: RunFolder) -> list[int]:
+        """Return the first round of every member in a run: 1, or that after the newest durable one when it joined."""
+        names = self.members.names
+        if not (folder.path / "run.json").is_file():
+            return [1] * len(names)
+        old, joined = folder.names.by_id, folder.facts.joined or {}
+        next_round = max(checkpoint_rounds(folder.checkpoints), default=0) + 1
+        return [joined.get(name, 1 if name in old else next_round) for name in names]
+
+    def _cohort(self, seed: int, names: Sequence[str], since: Sequence[int] | None = None) -> Cohort:
+        federation, cards = self.config.federation, self.members.cards
+        lora = federation_of(self.members.agreement, self.config.lora.lora_alpha, names=tuple(names))
+        return Cohort(
+            ids=tuple(names),
+            examples=tuple(int(cards[name].examples["train"]) for name in names),
+            columns=tuple(cards[name].columns for name in names),
+            schedule=draw_schedule(
+                len(names),
+                rounds=federation.rounds,
+                participation=federation.participation,
+                seed=seed,
+                since=since,
+            ),
+            seed=seed,
+            ranks=lora.ranks,
+            scale=scales(lora.ranks, lora.alpha),
+        )
+
+    def _start_scores(self, remote: Remote) -> Scores:
+        """Return the scores of the untouched base; each site is asked until it has answered once."""
+        names, path = self.members.names, self.folder.cards / "start.json"
+        stored: dict[str, Any] = read_json(path) if path.is_file() else {}
+        if missing := [k for k, name in enumerate(names) if name not in stored]:
+            self.observer(StepBegun("scoring the untouched base"))
+            for k, found in remote.start(missing).items():
+                test = {metric: values[0] for metric, values in found.test.items()}
+                stored[names[k]] = {"validation": found.validation[0], "test": test}
+            write_json(path, stored)
+        absent = {"validation": None, "test": dict.fromkeys(self.config.evaluation.metrics)}
+        every = [stored.get(name, absent) for name in names]
+        return Scores(
+            [one["validation"] for one in every],
+            {metric: [one["test"].get(metric) for one in every] for metric in self.config.evaluation.metrics},
+        )
 
     def _facts(self, built: Built, cohort: Cohort, federation: Federation) -> RunFacts:
-        agreement = self.agreement
+        agreement = self.members.agreement
         return describe_run(
             self.config,
             built,
@@ -232,12 +225,6 @@ class Server:
             threads=torch.get_num_threads(),
             versions=installed_versions(),
         )
-
-    def goodbye(self) -> None:
-        """Tell the sites that the study is complete."""
-        frames = {name: self._order("end") for name in self.link.sites & set(self.names)}
-        for _ in self.link.call(frames, HELLO_SECONDS):
-            pass
 
 
 def check_possible(built: Built, seed: int) -> None:

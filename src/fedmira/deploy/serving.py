@@ -32,13 +32,14 @@ def run_server(folder: ServerFolder, *, tell: Tell, observer: Observer) -> Path:
     Raises StoreError if the engine is not installed, the kit is missing, or another server has the folder.
     """
     check_installed()
-    _check_kit(folder.kit, "run 'fedmira federation init' again")
+    _check_kit(folder.kit, f"make it again: fedmira federation init {folder.path} --renew")
     name = read_federation(folder.settings).name
     with held(folder.path), _logging(folder.log):
         with Supervisor(folder.kit, folder.admin, folder.job, name, folder.log.with_name("engine.txt")) as link:
             server = Server(folder, link, tell, observer)
-            study = server.carry_out(server.gather())
-            server.goodbye()
+            server.members.gather()
+            study = server.carry_out()
+            server.members.goodbye()
         return study.path
 
 

@@ -165,6 +165,12 @@ class RunFolder:
                 del line["stopped_early"]
             append_lines(self.path / "metrics.jsonl", [json.dumps(line, allow_nan=False)])
 
+    @property
+    def scored_at_start(self) -> set[str]:
+        """The clients of which results.csv has figures before round 1."""
+        with (self.path / "results.csv").open(encoding="utf-8", newline="") as file:
+            return {row["client"] for row in csv.DictReader(file) if row["round"] == "0"}
+
     def write_examples(self, examples: Iterable[Mapping[str, Any]]) -> None:
         """Write examples.jsonl: prompts, references and answers, where report.examples is true."""
         lines = "".join(json.dumps(dict(example), ensure_ascii=False) + "\n" for example in examples)

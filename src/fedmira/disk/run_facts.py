@@ -60,6 +60,7 @@ class RunFacts:
     ever_sampled: int | None = None  # clients
     refused_uploads: int | None = None
     refused_replies: int | None = None
+    joined: Mapping[str, int] | None = None  # client -> its first round, of those that joined after round 1
     resumed: Sequence[Mapping[str, Any]] = ()  # of every later start: started, versions, device, command
 
     def as_json(self) -> dict[str, Any]:

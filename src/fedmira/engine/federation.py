@@ -19,7 +19,7 @@ class Federation:
     """Who takes part, with which rows. names [K]: ids; ranks [K] or, by module, [K, modules]; alpha: LoRA's.
 
     run, base: the ids of the run and of the base's weights, which every upload has to name. called: how people call the
-    clients, for the log.
+    clients, for the log. since [K], ascending: the first round of each; None: all are there from the first.
     """
 
     names: tuple[str, ...]
@@ -30,6 +30,7 @@ class Federation:
     base: str = ""
     dtype: torch.dtype = torch.float32  # of rows
     called: ClientNames = ONLY_IDS
+    since: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -50,6 +51,12 @@ class Federation:
             )
         ranks = self.ranks if layout.low_rank else torch.zeros(len(self), dtype=torch.int64)
         return replace(self, layout=layout, ranks=ranks)
+
+    def joining(self, number: int) -> Tensor:
+        """Return the clients [n] whose first round this is, if it is not the first of all."""
+        if self.since is None or number <= 1:
+            return torch.empty(0, dtype=torch.int64)
+        return (self.since == number).nonzero().flatten()
 
     def adapters(self, ids: Tensor, rows: Tensor) -> Adapters:
         """Return rows [S, P] as adapters of the clients `ids`, at their ranks and scales; nothing is copied."""

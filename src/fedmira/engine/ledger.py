@@ -3,7 +3,7 @@
 Rows of clients that were never sampled are the common start, which the seed gives back; they are not stored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -130,11 +130,14 @@ def _measured(ledger: Ledger) -> Tensors:
     return {"ids": ids, "validation": new[ids]}
 
 
-def restore(checkpoints: Path, ledger: Ledger, clients: Restored) -> Mapping[str, Any]:
+def restore(
+    checkpoints: Path, ledger: Ledger, clients: Restored, after: Callable[[], None] = lambda: None
+) -> Mapping[str, Any]:
     """Bring a fresh ledger, and its clients, to the newest round that is intact on disk; return that round's facts.
 
     Without a checkpoint both stay at the start. Later checkpoints, which only a damaged one in between can leave, are
-    removed. Raises StoreError if there are checkpoints but none can be used.
+    removed. A checkpoint of fewer clients than there are now says nothing about the last ones. after: is called when
+    the ledger is at the round of a checkpoint. Raises StoreError if there are checkpoints but none can be used.
     """
     facts: Mapping[str, Any] = {}
     for checkpoint in load_chain(checkpoints):
@@ -147,8 +150,10 @@ def restore(checkpoints: Path, ledger: Ledger, clients: Restored) -> Mapping[str
         base = tuple(pairs for _, pairs in sorted(from_named(checkpoint.files.get("base", {})).items()))
         ledger.state = replace(ledger.state, base=(*ledger.state.base, *base))
         engine = checkpoint.files["engine"]
-        ledger.validation[engine.get("ids", slice(None))] = engine["validation"]  # without ids: everybody's
-        ledger.known = engine.get("known", ledger.known)
+        everybody = torch.arange(len(engine["validation"]))
+        ledger.validation[engine.get("ids", everybody)] = engine["validation"]
+        if "known" in engine:
+            ledger.known[: len(engine["known"])] = engine["known"]
         if ledger.patience is not None and "patience" in engine:
             ledger.patience.restore(engine["patience"])
         if ledger.best is not None:
@@ -164,6 +169,7 @@ def restore(checkpoints: Path, ledger: Ledger, clients: Restored) -> Mapping[str
             values += [value for name, value in chosen.items() if name not in ("units", "loss", "round")]
             values += [value for name, value in checkpoint.files.get("aside", {}).items() if name != "ids"]
             ledger.delta_bytes += sum(value.numel() * value.element_size() for value in values) + count_bytes(base)
+        after()
     ledger.saved = ledger.validation.clone()
     if ledger.round:  # what is beyond is done again, and must not be taken for the new rounds' own
         prune(checkpoints, keep_from=0, keep_to=ledger.round)

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from fedmira.engine.clients import Asked, Clients, Reply, Scores
 from fedmira.engine.events import AnswersWritten, ClientsTuned, Observer, RoundDone, StoppedEarly
 from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger, commit, restore
+from fedmira.engine.newcomers import measure_newcomers, take_in
 from fedmira.engine.rates import CONSTANT, Schedule
 from fedmira.engine.round import Round, Sender, mask_change, play
 from fedmira.engine.scoring import final_scores, known, note, results_of, tests_of, validate, view_of
@@ -117,6 +119,12 @@ class Run:
         stops = patience is not None and patience.is_exhausted and self.ledger.round < self.course.rounds
         return patience.reason if patience is not None and stops else None
 
+    @property
+    def moved(self) -> Tensor:
+        """Which clients [K] are no longer at the common start, where each has a row: sampled, or joined later."""
+        since = self.federation.since
+        return self.last_sampled > 0 if since is None else (self.last_sampled > 0) | (since > 1)
+
     def progress(self, clients: int) -> Callable[[int], None]:
         return lambda done: self.observer(AnswersWritten(done, clients))
 
@@ -146,7 +154,7 @@ def run_rounds(
     ledger = Ledger(federation, federation.first_state(course.seed, method, folder.path), validation, best, patience)
     last_sampled = torch.zeros(len(federation), dtype=torch.int64)
     run = Run(federation, method, clients, course, folder, ledger, last_sampled, observer)
-    facts = restore(folder.checkpoints, ledger, clients)
+    facts = restore(folder.checkpoints, ledger, clients, after=partial(take_in, ledger, method))
     for number, ids in enumerate(schedule[: ledger.round], 1):
         last_sampled[torch.from_numpy(ids)] = number
     folder.cut_back(ledger.round - 1)
@@ -158,6 +166,7 @@ def run_rounds(
     if ledger.round:
         log.info("resumed after round %d", ledger.round)
         _measure(run, facts, torch.from_numpy(schedule[ledger.round - 1]))
+        measure_newcomers(clients, ledger, method, run.sender, folder, start)
     while ledger.round < course.rounds and run.stopped_early is None:
         record = _one_round(run, schedule[ledger.round])
         observer(RoundDone(record, course.rounds))
@@ -193,7 +202,7 @@ def _end(run: Run, start: Scores, *, everyone_is_tested: bool) -> Ended:
         else:
             send = replace(send, clock=run.clock_of(int(best.round) + 1), state=best.state)
     rounds = [number or ledger.round for number in chosen.tolist()]
-    final = test(send, run.last_sampled.nonzero().flatten().tolist())
+    final = test(send, run.moved.nonzero().flatten().tolist())
     run.folder.append(None, tests_of(names, rounds, view, final))
     if any(number < ledger.round for number in rounds):
         whole = final if last is None else _laid_over(final, last, changed)
@@ -222,6 +231,7 @@ def _one_round(run: Run, sampled: np.ndarray) -> RoundRecord:
     """One round, from sampling to its line of metrics.jsonl."""
     began = time.monotonic()
     ledger, clients = run.ledger, run.clients
+    take_in(ledger, run.method)
     ids = torch.from_numpy(sampled)
     asked = clients.ask(ids)
     played = play(run.method, ledger, clients, asked.ids, run.clock)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fedmira.adapters import Adapters, Stored
-from fedmira.adapters.lazy import np, sparse, torch
+from fedmira.adapters.lazy import Tensor, np, sparse, torch
+from fedmira.adapters.lowrank import mix_products
+from fedmira.adapters.mixing import mix_rows
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import Array, Graph
 
@@ -136,6 +138,21 @@ def transfer(near: Coupling, coupling: float, *, exact: bool) -> tuple[np.ndarra
         return np.eye(len(near.within)) - coupling * near.laplacian, coupling * near.outside
     inverse = _invert(near, coupling)
     return inverse, coupling * inverse @ near.outside
+
+
+def extend(graph: Graph, stored: Stored, ids: Array, known: Array, *, products: bool) -> Tensor:
+    """Rows [n, P] of clients `ids` [n] that the others are to predict: w_k = sum_l a_kl w_l / sum_l a_kl, l in known.
+
+    The harmonic extension: with all others held, it minimises the regulariser sum a_kl |w_k - w_l|^2 (Zhu, Ghahramani
+    and Lafferty 2003, equation 2). products: of the updates s B A. Without a neighbour in known [m] a row stays.
+    """
+    near = np.intersect1d(graph.neighbours(ids), known)
+    shares = normalise(graph.subgraph(ids, near), "row")
+    own = stored.take(torch.from_numpy(ids))
+    alone = np.diag((shares.sum(axis=1) == 0).astype(np.float64))
+    if products:
+        return mix_products(alone, own, shares, stored.take(torch.from_numpy(near)))
+    return mix_rows(alone, own.rows, outside=shares, stored=stored.rows, neighbours=near)
 
 
 def _invert(near: Coupling, coupling: float) -> np.ndarray:

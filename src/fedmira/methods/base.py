@@ -237,6 +237,12 @@ class Client:
     use: Use = use_what_was_sent
 
 
+class FirstRows(Protocol):
+    """Rows [n, P] that clients `ids` [n], who join after some rounds, start from. known [m]: those before them."""
+
+    def __call__(self, state: State, ids: Tensor, known: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Regime:
     """What a method needs of whoever carries out its rounds, beside the rounds themselves.
@@ -244,13 +250,15 @@ class Regime:
     trainees: whose data a round trains on: its clients', all clients' together (a pool), or nobody's. pool_steps: of
     the pool in a round; None = as many, and examples, as its clients would take. learning_rate: of its clients; None =
     the config's. tolerance: a client keeps a reply only if its validation loss is not worse by more, in nats; None =
-    always. tune: what every client trains alone after the last round.
+    always. first_rows: of clients that join later, where each has one; None = the common start. tune: what every client
+    trains alone after the last round.
     """
 
     trainees: Literal["sampled", "pool", "nobody"] = "sampled"
     pool_steps: int | None = None
     learning_rate: float | None = None
     tolerance: float | None = None
+    first_rows: FirstRows | None = None
     tune: tuple[Literal["steps", "epochs"], int] | None = None
 
 

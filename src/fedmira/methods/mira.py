@@ -7,6 +7,7 @@
 w is the pair (B, A): the step is factor-wise. It is simultaneous: every difference uses the uploads, never a row that
 was already moved. w_l is the upload of a co-sampled neighbour; with `neighbours: stored` a neighbour that is not in the
 round takes part with its last stored row. All clients start from one common adapter, and each continues from its own.
+A client that joins later starts from its neighbours' mean, or, where the graph is learned, from the common adapter.
 I - eta lambda L must be a contraction on every round of the schedule, else the build is refused; where fewer clients
 answer than were sampled, or the graph is learned, eta lambda is lowered for that round so that no client overshoots.
 
@@ -43,8 +44,8 @@ from fedmira.adapters.mixing import mix_rows
 from fedmira.graphs.graph import Graph
 from fedmira.graphs.learned import LearnedGraph
 from fedmira.graphs.settings import GraphConfig, given_graph, learn_graph
-from fedmira.graphs.step import Coupling, check_stable, couple, shorten, stable_coupling, transfer
-from fedmira.methods.base import Change, Clock, Cohort, Facts, Message, Method, Settings, State
+from fedmira.graphs.step import Coupling, check_stable, couple, extend, shorten, stable_coupling, transfer
+from fedmira.methods.base import Change, Clock, Cohort, Facts, Message, Method, Regime, Settings, State
 from fedmira.methods.wrappers import accepting, lost_reply
 
 
@@ -139,6 +140,10 @@ def build(config: Config, cohort: Cohort) -> Method:
     def start(start: Stored, clock: Clock) -> State:
         return State(start) if learned is None else State(start, *learned.begin(start))
 
+    def first_rows(state: State, ids: Tensor, known: Tensor) -> Tensor:
+        assert graph is not None
+        return extend(graph, state.adapters, ids.numpy(), known.numpy(), products=products)
+
     facts = Facts(
         needs="each",
         compare="products" if products else "factors",
@@ -146,7 +151,8 @@ def build(config: Config, cohort: Cohort) -> Method:
         learned=None if learned is None else lambda state: learned.whole(state.tables),
         pull=None if graph is None else pull,
     )
-    method = Method("mira", merge, rows_of="each", init=start, facts=facts)
+    regime = Regime(first_rows=None if graph is None else first_rows)
+    method = Method("mira", merge, rows_of="each", init=start, regime=regime, facts=facts)
     if config.reply == "lost":
         return lost_reply(method)
     return method if config.accept is None else accepting(method, tolerance=config.accept.tolerance)

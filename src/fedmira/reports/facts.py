@@ -118,6 +118,14 @@ def _sampling_notices(record: StudyRecord) -> list[str]:
             f"{plural(never, 'client')} {'was' if never == 1 else 'were'} never sampled (most, over the seeds). Under "
             "a personal method such a client is scored at the common start: it can neither gain nor lose."
         )
+    joined = {(name, number) for run in record.runs for name, number in _mapping(run.facts.joined).items()}
+    if joined:
+        each = listed(
+            [f"{clean(name)} (from round {clean(number)} on)" for name, number in sorted(joined)], NAMES_LISTED
+        )
+        said.append(
+            f"Not all clients were there from round 1; means of earlier rounds are without them. Joined: {each}."
+        )
     refused = sum(int(run.total("refused_uploads") or 0) for run in record.runs)
     if refused:
         said.append(f"{plural(refused, 'upload')} refused, and not merged: see log.txt of the run.")

@@ -49,6 +49,7 @@ class ShownFacts(NamedTuple):
     resumed: Any = None
     keep: Any = None
     stopped_early: Any = None
+    joined: Any = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -88,7 +88,7 @@ def describe_run(
         rounds=config.federation.rounds,
         keep=config.evaluation.keep,
         clients=len(federation),
-        sampled=len(cohort.schedule[0]),
+        sampled=len(cohort.schedule[-1]),
         personal=method.personal,
         base_model=config.model.base_model,
         template=template,
@@ -105,7 +105,13 @@ def describe_run(
         versions=versions,
         command=sys.argv,
         started=now(),
+        joined=None if federation.since is None else _later(federation.names, federation.since.tolist()),
     )
+
+
+def _later(names: Sequence[str], since: Sequence[int]) -> dict[str, int] | None:
+    """Return the first round of each client that joined after round 1; None if none did."""
+    return {name: number for name, number in zip(names, since, strict=True) if number > 1} or None
 
 
 def carry_out(
@@ -122,6 +128,10 @@ def carry_out(
         remove_temporaries(folder.path)
         if (folder.path / "run.json").is_file():
             notes = _reopen(folder, config, facts, schedule_of(job.built.training, facts.rounds))
+            if facts.joined and set(folder.names.by_id) != set(cohort.ids):
+                # after run.json, which says who joined: else they would pass for clients of the first round
+                write_json(folder.path / "clients.json", dict(job.clients()))
+                folder = RunFolder(folder.path)
         else:
             folder.create(config, facts, job.clients())
         _write_graph(folder, method.facts.graph, cohort)
@@ -177,7 +187,8 @@ def _reopen(folder: RunFolder, config: Config, facts: RunFacts, schedule: Schedu
     Returns what is to be logged. Raises MethodError if the graph is not the one the run began with.
     """
     began = folder.facts
-    if began.graph_sha256 != facts.graph_sha256:
+    grown = began.joined != facts.joined  # which changes the graph
+    if began.graph_sha256 != facts.graph_sha256 and not grown:
         raise MethodError(
             f"'{folder.path}': the task graph is not the one this run began with (a graph file or a data column has "
             "changed); put the old one back, or begin a new study"
@@ -226,10 +237,11 @@ def _marked(folder: RunFolder) -> Iterator[None]:
         outside = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError | WireError) or (
             isinstance(error, FedMiraError) and isinstance(error.__cause__, OSError)
         )
-        state: State = "interrupted" if outside or isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
-        signals = {KeyboardInterrupt: "by Ctrl-C", SystemExit: "by a signal"}
-        why = next((text for kind, text in signals.items() if isinstance(error, kind)), type(error).__name__)
-        log.log(logging.INFO if why in signals.values() else logging.ERROR, "%s: %s", state, why)
+        goes_on = outside or isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
+        state: State = "interrupted" if goes_on else "failed"
+        asked = {KeyboardInterrupt: "by Ctrl-C", SystemExit: "by a signal", Stopped: str(error)}
+        why = next((text for kind, text in asked.items() if isinstance(error, kind)), type(error).__name__)
+        log.log(logging.INFO if why in asked.values() else logging.ERROR, "%s: %s", state, why)
         with suppress(StoreError, OSError):  # a full disk: the state stays "running", which resumes as well
             folder.update(replace(folder.facts, state=state, finished=now()))
         if outside:
