@@ -23,7 +23,13 @@ SITES = small_study.CLIENTS[:3]
 
 
 def write_federation(
-    folder: Path, raw: Mapping[str, Any], data: Path, *, columns: Sequence[str] = ("group",), **site: Any
+    folder: Path,
+    raw: Mapping[str, Any],
+    data: Path,
+    *,
+    columns: Sequence[str] = ("group",),
+    profiles: Sequence[str | None] = (),
+    **site: Any,
 ) -> ServerFolder:
     """Write the folders of a server and its sites, each with its own part of the data. site: more keys of site.yaml."""
     server = ServerFolder(folder)
@@ -54,6 +60,7 @@ def write_federation(
         ranks=dict(zip(SITES, ranks.tolist(), strict=True)),
         columns=list(columns),
         fedmira=installed_versions()["fedmira"],
+        profiles=list(profiles),
     )
     server.settings.write_text(
         json.dumps({"name": "small", "server": {"host": "localhost"}, "sites": list(SITES), "deadline": 60.0})

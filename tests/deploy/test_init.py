@@ -170,8 +170,7 @@ def test_the_pages_say_address_steps_and_what_leaves(founded: Founded) -> None:
     ("options", "changes", "told"),
     [
         ((), {"methods": [{"name": "pooled"}]}, "trains on the data of all clients together"),
-        ((), {"methods": [{"name": "mira", "graph": {"kind": "knn"}}]}, "is made from all clients' prompts"),
-        ((), {"methods": [{"name": "mira", "graph": {"kind": "file", "path": "g.csv"}}]}, "is a file of one machine"),
+        ((), {"methods": [{"name": "mira", "graph": {"kind": "file", "path": "g.csv"}}]}, "g.csv"),
         ((), {"lora": {"ranks": {"column": "rank"}, "r": 8}}, "nobody sees but its site"),
         ((), {"lora": {"ranks": [2, 4, 8], "r": 8}}, "found 3 ranks for 2 sites"),
         ((), {"data": {"template": "mine.jinja"}}, "a file of this machine"),
@@ -195,6 +194,24 @@ def test_what_cannot_work_is_refused_and_nothing_is_left(
     assert done.code == 2, done.err
     assert told in " ".join(done.err.split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_graphs_need_is_agreed_and_said(study: Study, tmp_path: Path) -> None:
+    """A graph's file stays at the server; a kNN graph is made of what sites say, and their page has it."""
+    graph = tmp_path / "graph.csv"
+    graph.write_text("client,neighbour,weight\nnorth,south,1\n")
+    graphs = [{"kind": "file", "path": str(graph)}, {"kind": "knn"}]
+    graphs.append({"kind": "knn", "features": "histogram", "column": "topic"})
+    methods = [{"name": "mira", "label": f"mira-{n}", "graph": one} for n, one in enumerate(graphs)]
+    done = study.init(tmp_path / "fed", methods=methods)
+    assert done.code == 0, done.err
+    server = ServerFolder(tmp_path / "fed")
+    agreement = read_agreement(server.agreement)
+    assert list(agreement.profiles) == [None, "topic"]
+    assert agreement.columns == []
+    page = (server.site("north").path / "README.md").read_text(encoding="utf-8")
+    assert "mean embedding of up to 16" in page
+    assert "value of the column `topic`" in page
 
 
 def test_a_folder_with_something_in_it_is_not_touched(founded: Founded, study: Study, tmp_path: Path) -> None:

@@ -271,6 +271,36 @@ def test_a_site_that_does_not_fit_is_refused_when_it_joins_in_one_sentence(
     assert "\n" not in reason
 
 
+@pytest.mark.parametrize(
+    ("profile", "card", "expected"),
+    [
+        (None, {}, "set share_profile: true"),
+        (None, {"embedding": [0.5, float("nan")]}, "mean embedding"),
+        ("group", {"counts": {"other": {"a": 1}}}, "column 'group', and this site sends none"),
+        ("group", {"counts": {"group": {"even": "many"}}}, "are not numbers"),
+    ],
+)
+def test_a_site_without_what_a_graph_is_made_of_is_told(
+    profile: str | None,
+    card: Mapping[str, Any],
+    expected: str,
+    make: Callable[..., ServerFolder],
+    opened: Mapping[str, Site],
+) -> None:
+    agreement = replace(read_agreement(make().agreement), profiles=[profile])
+    reason = why_not(read_card({**card_of(opened["ada"]), **card}), "ada", agreement)
+    assert reason is not None
+    assert expected in reason
+
+
+def test_a_site_sends_of_its_prompts_what_it_agreed_to(files: tuple[Path, Path], tmp_path: Path) -> None:
+    for shares in (True, False):
+        raw = plain(*files)
+        folder = write_federation(tmp_path / str(shares), raw, files[1], profiles=[None, "group"], share_profile=shares)
+        card = card_of(open_site(folder.site("ada")))
+        assert bool(card["embedding"]) == bool(card["counts"]) == shares
+
+
 def test_another_base_is_found_out_before_anything_is_sent(make: Callable[..., ServerFolder], tmp_path: Path) -> None:
     other = small_study.save_base(tmp_path / "other", seed=1)
     folder = make(sites={"base_model": str(other)})

@@ -88,7 +88,7 @@ def test_values_of_a_column_are_counted_as_shares() -> None:
     def client(**counts: int) -> ClientData:
         return replace(tiny.client("c", train=1), counts={"topic": counts})
 
-    found = count_values([client(a=1, b=3), client(b=2), client()], "topic")
+    found = count_values([one.counts for one in (client(a=1, b=3), client(b=2), client())], "topic")
     np.testing.assert_allclose(found, [[0.25, 0.75], [0, 1], [0, 0]])
     with pytest.raises(MethodError, match=r"'topics'.*did you mean 'topic'"):
-        count_values([client(a=1)], "topics")
+        count_values([client(a=1).counts], "topics")

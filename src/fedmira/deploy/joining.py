@@ -1,5 +1,6 @@
 """Joining: what a site says of itself, and why a server would not take it. Found out here, and not in round 7."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ SAME_VERSIONS = ("fedmira",)  # must be equal; those of other libraries are only
 class SiteCard:
     """What a site says when it joins. columns: values of the data columns that the methods ask for.
 
+    counts: of values of the columns that a kNN graph is made of; embedding: of the prompts, where one is made of those.
     metrics: does it share losses and scores. examples: of its splits.
     """
 
@@ -31,6 +33,8 @@ class SiteCard:
     examples: Mapping[str, int]
     trained_tokens: int
     columns: Mapping[str, str]
+    counts: Mapping[str, Mapping[str, int]]
+    embedding: Sequence[float]
     metrics: bool
 
 
@@ -45,6 +49,7 @@ def layout_of(agreement: Agreement) -> str:
 def card_of(site: "Site") -> dict[str, Any]:
     """Return a site's card as JSON."""
     client, agreement = site.client, site.agreement
+    counted = [name for name in agreement.profiles if name is not None and site.settings.share_profile]
     card = SiteCard(
         name=site.settings.name,
         protocol=PROTOCOL,
@@ -56,6 +61,8 @@ def card_of(site: "Site") -> dict[str, Any]:
         examples={"train": len(client.train), "validation": len(client.validation), "test": len(client.test)},
         trained_tokens=client.trained_tokens,
         columns={name: value for name, value in client.columns.items() if name in agreement.columns},
+        counts={name: dict(site.client.counts.get(name, {})) for name in counted},
+        embedding=site.embedding,
         metrics=site.settings.share_metrics,
     )
     return asdict(card)
@@ -65,7 +72,8 @@ def read_card(stored: Any) -> SiteCard:
     """Return a card. Raises WireError if it is not one."""
     kinds: dict[str, type | tuple[type, ...]] = {
         "name": str, "protocol": int, "versions": dict, "base_fingerprint": str, "layout": str, "ranks": (int, list),
-        "dtype": str, "examples": dict, "trained_tokens": int, "columns": dict, "metrics": bool,
+        "dtype": str, "examples": dict, "trained_tokens": int, "columns": dict, "counts": dict,
+        "embedding": (list, tuple), "metrics": bool,
     }  # fmt: skip
     if not isinstance(stored, dict) or any(not isinstance(stored.get(name), kind) for name, kind in kinds.items()):
         raise WireError("schema", "a site's card lacks a key, or one is of another type")
@@ -95,6 +103,28 @@ def why_not(card: SiteCard, name: str, agreement: Agreement) -> str | None:
         return f"its base is loaded in {card.dtype}, agreed was {agreement.dtype}: send it the newest agreement.json"
     if missing := [column for column in agreement.columns if column not in card.columns]:
         return f"its data has no column '{missing[0]}' with one value, which a method's graph asks for: add the column"
+    if (lacking := _lacking_profile(card, agreement)) is not None:
+        return lacking
     if card.examples.get("train", 0) < 1:
         return "it has no training example"
+    return None
+
+
+def _lacking_profile(card: SiteCard, agreement: Agreement) -> str | None:
+    """Say what a kNN graph needs and a card does not have, None if it has all."""
+    for column in agreement.profiles:
+        if column is None:
+            numbers = all(isinstance(value, float) and math.isfinite(value) for value in card.embedding)
+            if not card.embedding or not numbers:
+                return (
+                    "a graph of the study is made of the mean embedding of each site's prompts, and this site does not "
+                    "send it: set share_profile: true in site.yaml, or let the organiser take another graph"
+                )
+        elif not card.counts.get(column):
+            return (
+                f"a graph of the study is made of counts of the values of column '{column}', and this site sends none: "
+                "add the column, or set share_profile: true in site.yaml, or let the organiser take another graph"
+            )
+        elif not all(type(count) is int and count >= 0 for count in card.counts[column].values()):
+            return f"its counts of the values of column '{column}' are not numbers"
     return None

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedmira.adapters import scales
@@ -34,7 +35,7 @@ from fedmira.errors import MethodError, Stopped
 from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort
 from fedmira.reports.render import write_report
-from fedmira.study.assemble import Built, build
+from fedmira.study.assemble import Built, build, count_values
 from fedmira.study.carry_out import Job, carry_out, describe_run, is_complete
 from fedmira.study.events import ReportBegun, StepBegun, StudyBegun
 from fedmira.study.loading import load_config
@@ -189,6 +190,7 @@ class Server:
                 since=since,
             ),
             seed=seed,
+            profile=partial(profile_of, [cards[name] for name in names]),
             ranks=lora.ranks,
             scale=scales(lora.ranks, lora.alpha),
         )
@@ -225,6 +227,13 @@ class Server:
             threads=torch.get_num_threads(),
             versions=installed_versions(),
         )
+
+
+def profile_of(cards: Sequence[SiteCard], column: str | None) -> np.ndarray:
+    """Return what a kNN graph is made of, as sites said it: embeddings [K, d], or shares of a column's values."""
+    if column is None:
+        return np.array([card.embedding for card in cards])
+    return count_values([card.counts for card in cards], column)
 
 
 def check_possible(built: Built, seed: int) -> None:

@@ -86,6 +86,7 @@ class SiteSettings(Strict):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     threads: Count | None = None  # None = torch's own number, one for a small base
     share_metrics: bool = True  # false: no loss and no score leaves this site
+    share_profile: bool = True  # false: nothing about its prompts and columns leaves it; a kNN graph cannot do without
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ class Agreement:
     """agreement.json: what server and sites must have in common; compared when a site joins.
 
     shapes: of the adapted modules, (name, inputs, outputs). ranks: site -> rank, or one of each module. columns: names
-    of data columns whose value at a site the methods ask for. base_model is a name for people: the fingerprint counts.
+    of data columns whose value at a site the methods ask for. profiles: of what kNN graphs are made: names of
+    columns whose values are counted, None for mean embeddings of the prompts. base_model is a name for people: the
+    fingerprint counts.
     """
 
     federation: str
@@ -108,6 +111,7 @@ class Agreement:
     ranks: Mapping[str, Sequence[int] | int]
     columns: Sequence[str]
     fedmira: str
+    profiles: Sequence[str | None] = ()
     protocol: int = PROTOCOL
 
     def as_json(self) -> dict[str, Any]:

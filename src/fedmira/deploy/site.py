@@ -1,14 +1,17 @@
 """A site: its settings, its data and the base, loaded once."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedmira.config.sections import Config
 from fedmira.data.batches import ClientData
 from fedmira.deploy.folders import SiteFolder
 from fedmira.deploy.settings import Agreement, SiteSettings, read_agreement, read_site
+from fedmira.deploy.terms import for_one_site
 from fedmira.engine.events import silent
 from fedmira.errors import ConfigError, ModelError
+from fedmira.evaluation.embed import embed_prompts
 from fedmira.methods import recipe_of
 from fedmira.model.base.load import Base
 from fedmira.study.assemble import Materials, count_threads, keep_positions
@@ -26,6 +29,7 @@ class Site:
     base: Base
     client: ClientData
     threads: int
+    embedding: Sequence[float] = ()  # of its prompts, if a graph is made of those and the site shares it
 
 
 def settings_of(folder: SiteFolder) -> tuple[SiteSettings, Agreement, Config]:
@@ -46,7 +50,7 @@ def settings_of(folder: SiteFolder) -> tuple[SiteSettings, Agreement, Config]:
     overrides += [f"model.device={settings.device}", f"model.dtype={agreement.dtype}"]
     if settings.base_model is not None:
         overrides.append(f"model.base_model={json.dumps(settings.base_model)}")
-    config = load_config(folder.study_config, overrides)
+    config = for_one_site(load_config(folder.study_config, overrides))
     return settings, agreement, keep_positions(config, [recipe_of(entry) for entry in config.methods])
 
 
@@ -69,4 +73,7 @@ def open_site(folder: SiteFolder) -> Site:
         )
     (client,) = intake.clients
     threads = settings.threads or count_threads(base, None)
-    return Site(settings, agreement, config, base, client, threads)
+    embedding = (
+        embed_prompts(base, [client])[0].tolist() if None in agreement.profiles and settings.share_profile else ()
+    )
+    return Site(settings, agreement, config, base, client, threads, embedding)

@@ -2,9 +2,10 @@
 
 import importlib.metadata
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fedmira.adapters import scales
 from fedmira.adapters.ranks import client_ranks
-from fedmira.config.sections import ClientsConfig, Config
+from fedmira.config.sections import ClientsConfig, Config, MethodEntry
 from fedmira.data.partition import client_key
 from fedmira.data.templates import NAMES
 from fedmira.deploy.settings import Agreement
@@ -59,6 +60,7 @@ def settle(config: Config, *, federation: str, sites: Sequence[str]) -> Terms:
         ranks=ranks_of(config, sites, [name for name, _, _ in base.shapes]),
         columns=columns,
         fedmira=importlib.metadata.version("fedmira"),
+        profiles=profiles_of(recipes),
     )
     return Terms(shared_config(config, agreement), agreement, list(list_notes(config, recipes)))
 
@@ -69,7 +71,7 @@ def shared_config(config: Config, agreement: Agreement) -> Config:
     base_model = str(folder.resolve()) if folder.is_dir() else config.model.base_model
     model = config.model.model_copy(update={"base_model": base_model, "dtype": agreement.dtype})
     data = config.data.model_copy(update={"path": AT_EACH_SITE, "clients": ClientsConfig()})
-    return config.model_copy(update={"model": model, "data": data})
+    return _change_graphs(config, _with_whole_path).model_copy(update={"model": model, "data": data})
 
 
 def list_unfit(config: Config, recipes: Sequence[Recipe], sites: Sequence[str]) -> Iterator[str]:
@@ -93,9 +95,6 @@ def list_unfit(config: Config, recipes: Sequence[Recipe], sites: Sequence[str]) 
     ranks = torch.ones(len(sites), dtype=torch.int64)
     for place, recipe in enumerate(recipes):
         where = f"methods.{place} ({recipe.entry.folder})"
-        if unfit := list(graphs_out_of_reach(recipe)):
-            yield from (f"{where}: {reason}" for reason in unfit)
-            continue
         columns = columns_of([recipe])
         cohort = trial_cohort(config, sites, columns, ranks)
         try:
@@ -167,20 +166,43 @@ def columns_of(recipes: Sequence[Recipe]) -> list[str]:
     columns: dict[str, None] = {}
     for recipe in recipes:
         for section in _sections(recipe.settings):
-            if isinstance(column := getattr(section, "column", None), str):
+            counted = isinstance(section, GraphConfig) and section.kind == "knn"
+            if not counted and isinstance(column := getattr(section, "column", None), str):
                 columns[column] = None
     return list(columns)
 
 
-def graphs_out_of_reach(recipe: Recipe) -> Iterator[str]:
-    """Say which graphs of a method cannot be made here, and why."""
-    reasons = {"knn": "is made from all clients' prompts, which stay at the sites", "file": "is a file of one machine"}
-    for section in _sections(recipe.settings):
-        if isinstance(section, GraphConfig) and section.kind in reasons:
-            yield (
-                f"its graph (kind: {section.kind}) {reasons[section.kind]}; take groups, random, uniform or learned, "
-                "or simulate"
-            )
+def profiles_of(recipes: Sequence[Recipe]) -> list[str | None]:
+    """Return what kNN graphs are made of: names of data columns whose values are counted, None for embeddings."""
+    graphs = [section for recipe in recipes for section in _sections(recipe.settings)]
+    knn = [graph for graph in graphs if isinstance(graph, GraphConfig) and graph.kind == "knn"]
+    return list(dict.fromkeys(graph.column for graph in knn))
+
+
+def for_one_site(config: Config) -> Config:
+    """Return a study whose methods can be built at a site, which knows no other: the client's half needs no graph."""
+    return _change_graphs(config, lambda graph: {"kind": "uniform"} if graph.get("kind") in ("knn", "file") else graph)
+
+
+def _change_graphs(config: Config, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Config:
+    """Return a config with the settings of every graph changed."""
+
+    def walk(value: Any, key: str = "") -> Any:
+        if not isinstance(value, dict):
+            return value
+        inner = {name: walk(one, name) for name, one in value.items()}
+        return change(inner) if key == "graph" else inner
+
+    entries = [
+        MethodEntry.model_validate({**entry.model_dump(by_alias=True, exclude_unset=True), **walk(entry.settings)})
+        for entry in config.methods
+    ]
+    return config.model_copy(update={"methods": entries})
+
+
+def _with_whole_path(graph: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a graph with the path of its file from the root: the server may be started elsewhere."""
+    return graph if graph.get("kind") != "file" else {**graph, "path": str(Path(graph["path"]).resolve())}
 
 
 def _sections(settings: BaseModel) -> Iterator[BaseModel]:

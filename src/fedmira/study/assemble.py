@@ -220,7 +220,7 @@ class Profiles:
                 profiles[column] = (
                     embed_prompts(self.materials.load(self.config, self.dtype), clients)
                     if column is None
-                    else count_values(clients, column)
+                    else count_values([client.counts for client in clients], column)
                 )
         return profiles[column]
 
@@ -373,22 +373,21 @@ def targets_of(base: Base) -> list[str]:
     return short_targets([name for name, _, _ in base.shapes], [name for name, _ in base.model.named_modules()])
 
 
-def count_values(clients: Sequence[ClientData], column: str) -> np.ndarray:
+def count_values(counts: Sequence[Mapping[str, Mapping[str, int]]], column: str) -> np.ndarray:
     """Return [K, values]: the share of each value of a column in every client's training examples.
 
-    Raises MethodError if no client has that column, or it has too many values to be counted.
+    counts: of each client, column -> value -> examples. Raises MethodError if no client has that column, or it has too
+    many values to be counted.
     """
-    values = sorted({value for client in clients for value in client.counts.get(column, {})})
+    values = sorted({value for client in counts for value in client.get(column, {})})
     if not values:
-        known = sorted({name for client in clients for name, own in client.counts.items() if own})
+        known = sorted({name for client in counts for name, own in client.items() if own})
         raise MethodError(
             f"no column '{column}' whose values can be counted{nearest(column, known)}; there are: "
             f"{', '.join(known) or 'none'}"
         )
-    counts_of_clients = np.array(
-        [[client.counts.get(column, {}).get(value, 0) for value in values] for client in clients]
-    )
-    return counts_of_clients / np.maximum(counts_of_clients.sum(axis=1, keepdims=True), 1)
+    found = np.array([[client.get(column, {}).get(value, 0) for value in values] for client in counts])
+    return found / np.maximum(found.sum(axis=1, keepdims=True), 1)
 
 
 def client_table(workplace: Workplace, federation: Federation) -> dict[str, Any]:
