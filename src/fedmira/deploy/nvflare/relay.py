@@ -7,6 +7,7 @@ resident worker; both outlive the engine's processes.
 import os
 import queue
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +20,19 @@ PING_SECONDS = 3.0
 PING_TIMEOUT = 10.0
 
 
+def leave_out_torch() -> None:
+    """Let NVFlare go without torch, which it imports, if it can, to send tensors: ours are bytes by then.
+
+    A process that has torch already keeps it.
+    """
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+
 class SiteRelay:
     """At a site: pass a frame to the worker and return its answer."""
+
+    def __init__(self) -> None:
+        leave_out_torch()
 
     @collab.publish  # type: ignore[untyped-decorator]
     def deliver(self, frame: bytes) -> bytes:
@@ -40,6 +52,9 @@ class SiteRelay:
 
 class ServerRelay:
     """At the server: pass the supervisor's frames to sites, each with its own deadline, and answers back."""
+
+    def __init__(self) -> None:
+        leave_out_torch()
 
     @collab.main  # type: ignore[untyped-decorator]
     def run(self) -> None:
