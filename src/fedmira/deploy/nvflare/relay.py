@@ -40,7 +40,7 @@ class SiteRelay:
         try:
             with connect(os.environ[SOCKET]) as worker:
                 send(worker, {}, frame)
-                return receive(worker)[1]
+                return bytes(receive(worker)[1])
         except (OSError, EOFError) as error:
             raise ConnectionError(f"the worker of this site is not there ({type(error).__name__})") from None
 
@@ -61,9 +61,9 @@ class ServerRelay:
         """Serve until the supervisor closes the socket, or the job ends."""
         names = [client.name for client in collab.clients]
         with connect(os.environ[SOCKET]) as supervisor:
-            answers: queue.Queue[tuple[dict[str, Any], bytes]] = queue.Queue()
+            answers: queue.Queue[tuple[dict[str, Any], bytes | bytearray]] = queue.Queue()
             answers.put(({"sites": names, "job": collab.fl_ctx.get_job_id()}, b""))
-            requests: queue.Queue[tuple[dict[str, Any], bytes] | None] = queue.Queue()
+            requests: queue.Queue[tuple[dict[str, Any], bytearray] | None] = queue.Queue()
             threading.Thread(target=_read, args=(supervisor, requests), daemon=True).start()
             threading.Thread(target=_write, args=(supervisor, answers), daemon=True).start()
             while not collab.is_aborted:
@@ -82,7 +82,7 @@ class ServerRelay:
                 threading.Thread(target=_wait, args=(note, calls, answers), daemon=True).start()
 
 
-def _read(supervisor: socket.socket, requests: "queue.Queue[tuple[dict[str, Any], bytes] | None]") -> None:
+def _read(supervisor: socket.socket, requests: "queue.Queue[tuple[dict[str, Any], bytearray] | None]") -> None:
     try:
         while True:
             requests.put(receive(supervisor))
