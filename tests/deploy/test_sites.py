@@ -13,6 +13,7 @@ import torch
 from tests import small_study
 from tests.deploy.federation import SITES, Loopback, write_federation
 
+from fedmira.deploy.audit import read_audit
 from fedmira.deploy.folders import ServerFolder
 from fedmira.deploy.joining import card_of, read_card, why_not
 from fedmira.deploy.link import Failure
@@ -27,6 +28,8 @@ from fedmira.errors import ModelError, WireError
 
 ROUNDS = 3
 SECRET = "w9-patient-4711"
+ROW = 4 * 2 * 2 * ((16 + 16) + (16 + 8))  # bytes of an adapter: rank 2, 2 layers; q 16 -> 16, v 16 -> 8
+HEADER = 2048  # bytes of a frame beside its numbers, at most
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +202,24 @@ def test_a_site_that_shares_no_metrics_sends_no_loss_and_the_report_copes(make: 
     assert (folder.study / "report.html").is_file()
     own = (folder.site("ada").adapters / "mira" / "seed-3" / "metrics.jsonl").read_text().splitlines()
     assert any("train_loss" in json.loads(line) for line in own)  # the site itself has them
+
+
+def test_a_frame_has_the_bytes_of_its_numbers_and_a_small_header(
+    make: Callable[..., ServerFolder], opened: Mapping[str, Site]
+) -> None:
+    """An adapter travels up once in a round, and down once: the site has it already when the next round begins."""
+    folder = make()
+    records, _ = carry_out(folder, opened=opened)
+    orders = [line for line in read_audit(folder.audit) if line["run"]]
+    answers = [line for name in SITES for line in read_audit(folder.site(name).audit) if line["run"]]
+    assert len(orders) == len(answers) == len(SITES) * (1 + 2 * ROUNDS + 1)  # the base, rounds with losses, the test
+    for line in orders:
+        numbers = ROW if line["what"] == "losses" or (line["what"], line["round"]) == ("train", 1) else 0
+        assert numbers < line["bytes"] < numbers + HEADER
+    for line in answers:
+        numbers = ROW if line["what"] == "train" else 0
+        assert numbers < line["bytes"] < numbers + HEADER
+    assert [(record["bytes_up"], record["bytes_down"]) for record in records] == [(3 * ROW, 3 * ROW)] * ROUNDS
 
 
 def test_a_site_that_was_restarted_answers_with_what_is_on_its_disk(make: Callable[..., ServerFolder]) -> None:

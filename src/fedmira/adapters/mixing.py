@@ -181,6 +181,11 @@ def _memory() -> _Memory:
     return _Memory()
 
 
+def forget() -> None:
+    """Give the memory that is kept for the next answer back: for who waits long between two."""
+    _memory.cache_clear()
+
+
 @functools.cache
 def _blas() -> ThreadpoolController:
     """Look once at which libraries are loaded: it reads every one's name."""

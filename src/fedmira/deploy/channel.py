@@ -55,14 +55,14 @@ def connect(path: str) -> socket.socket:
     return connection
 
 
-def send(connection: socket.socket, note: dict[str, Any], frame: bytes = b"") -> None:
+def send(connection: socket.socket, note: dict[str, Any], frame: bytes | bytearray = b"") -> None:
     """Send a note (JSON) and a frame, which may be empty."""
     text = json.dumps(note).encode()
     connection.sendall(_LENGTH.pack(len(text)) + _LENGTH.pack(len(frame)) + text)
     connection.sendall(frame)
 
 
-def receive(connection: socket.socket) -> tuple[dict[str, Any], bytes]:
+def receive(connection: socket.socket) -> tuple[dict[str, Any], bytearray]:
     """Return the next note and frame. Raises EOFError at the end, ValueError if what comes is not a frame of ours."""
     head = _exactly(connection, 2 * _LENGTH.size)
     text_length, length = (number for (number,) in _LENGTH.iter_unpack(head))
@@ -71,7 +71,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], bytes]:
     note = json.loads(_exactly(connection, text_length))
     if not isinstance(note, dict):
         raise ValueError("a note is a JSON object")
-    return note, bytes(_exactly(connection, length))
+    return note, _exactly(connection, length)
 
 
 def _exactly(connection: socket.socket, length: int) -> bytearray:

@@ -20,9 +20,10 @@ class Link(Protocol):
         """Which sites are there now."""
         ...
 
-    def call(self, frames: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
+    def call(self, frames: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | bytearray | Failure]]:
         """Send each site its frame and yield answers as they arrive; `late` for those that did not in time.
 
-        A site that is away may come back until then. A frame may reach a site more than once.
+        A site that is away may come back until then. A frame may reach a site more than once; it is looked up each
+        time that it is sent, so that a mapping may make it then.
         """
         ...

@@ -127,7 +127,7 @@ class Members:
             write_json(self.folder.cards / f"{name}.json", asdict(found))
             self.tell(f"site {name} has joined: {found.examples['train']} training examples")
 
-    def _card_in(self, answer: bytes | Failure, name: str) -> SiteCard | str:
+    def _card_in(self, answer: bytes | bytearray | Failure, name: str) -> SiteCard | str:
         """Return the card in an answer, or why the site cannot take part."""
         if isinstance(answer, Failure):
             return f"no answer ({answer.kind})"
@@ -163,12 +163,29 @@ class ListedLink:
     def sites(self) -> frozenset[str]:
         return self.link.sites & self.listed()
 
-    def call(self, frames: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
+    def call(self, frames: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | bytearray | Failure]]:
         listed = self.listed()
         for name in frames:
             if name not in listed:
                 yield name, Failure("unlisted")
-        yield from self.link.call({name: frame for name, frame in frames.items() if name in listed}, seconds)
+        yield from self.link.call(_Some(frames, [name for name in frames if name in listed]), seconds)
+
+
+@dataclass(frozen=True)
+class _Some(Mapping[str, bytes]):
+    """Some of a mapping's frames, which are made when they are looked up."""
+
+    frames: Mapping[str, bytes]
+    names: Sequence[str]
+
+    def __getitem__(self, name: str) -> bytes:
+        return self.frames[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def order(what: str, **more: Any) -> bytes:

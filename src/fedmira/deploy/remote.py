@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import mmap
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmira.adapters import mixing
 from fedmira.deploy.audit import Audit
 from fedmira.deploy.link import Failure, Link
 from fedmira.deploy.wire import Frame, decode, pack_message, unpack_message
 from fedmira.disk.checkpoints import Tensors
-from fedmira.disk.files import make_folder, write_atomic
+from fedmira.disk.files import make_folder, write_pieces
 from fedmira.engine.clients import Asked, Reply, Scores, Send, Tuned, everybody, nobody
 from fedmira.engine.federation import Federation
 from fedmira.engine.gate import SCHEMA, Header
@@ -89,19 +91,19 @@ class Remote:
     def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
         """Ask until the deadline; with fewer answers than the quorum, ask those that are missing again."""
         self.round = clock.round
+        mixing.forget()
         messages = {k: given.take(slice(n, n + 1)) for n, k in enumerate(ids.tolist())}
         like = None
         if len(ids):
-            like = Idle(self.federation, self.method).train(ids[:1], given.take(slice(0, 1)), clock).message
+            like = _form_of(Idle(self.federation, self.method).train(ids[:1], given.take(slice(0, 1)), clock).message)
         found: dict[int, Frame] = {}
         silent: dict[int, str] = {}
         for k, message in messages.items():
             if (stored := self._stored(k, message)) is not None:
                 found[k] = stored
         for attempt in range(self.closing.repeats):
-            missing = {k: message for k, message in messages.items() if k not in found}
             silent = {}
-            for k, answer in self._order("train", missing, clock):
+            for k, answer in self._order("train", [k for k in messages if k not in found], messages.__getitem__, clock):
                 if isinstance(answer, Failure):
                     silent[k] = answer.kind
                 elif answer.header.get("client") != self.federation.names[k]:
@@ -109,8 +111,8 @@ class Remote:
                 elif (reason := _unlike(answer, like)) is not None:
                     silent[k] = reason
                 else:
-                    self._store(k, messages[k], answer)
-                    found[k] = answer
+                    found[k] = self._store(k, messages[k], answer)
+                del answer
             if len(found) >= self.closing.quorum * len(ids):
                 break
             log.warning(
@@ -172,7 +174,7 @@ class Remote:
 
     def start(self, ids: Sequence[int]) -> dict[int, Scores]:
         """Return the scores of the untouched base of the sites `ids`, of those that answer."""
-        answers = {k: one for k, one in self._order("start", dict.fromkeys(ids), Clock(0)) if isinstance(one, Frame)}
+        answers = {k: one for k, one in self._order("start", ids, _no_message, Clock(0)) if isinstance(one, Frame)}
         return {k: Scores(self._column([k], answers, "validation_loss"), self._tests([k], answers)) for k in answers}
 
     def _tests(self, ids: Sequence[int], answers: Mapping[int, Frame]) -> dict[str, list[float | None]]:
@@ -192,16 +194,15 @@ class Remote:
         self._ask_each("set_aside", ids.tolist(), send)
 
     def take_up(self) -> None:
-        for _ in self._order("take_up", dict.fromkeys(range(len(self.federation))), Clock(self.round + 1)):
+        for _ in self._order("take_up", range(len(self.federation)), _no_message, Clock(self.round + 1)):
             pass
 
     def _ask_each(
         self, what: str, ids: Sequence[int], send: Send, progress: Callable[[int], None] = lambda done: None
     ) -> dict[int, Frame]:
         """Send each site what it would be sent now, with an order; return the answers of those that gave one."""
-        messages = {k: send(torch.tensor([k])) for k in ids}
         found: dict[int, Frame] = {}
-        for k, answer in self._order(what, messages, send.clock):
+        for k, answer in self._order(what, ids, lambda k: send(torch.tensor([k])), send.clock):
             if isinstance(answer, Frame):
                 found[k] = answer
             progress(len(found))
@@ -210,38 +211,32 @@ class Remote:
     # ---------------------------------------------------------------- orders
 
     def _order(
-        self, what: str, messages: Mapping[int, Message | None], clock: Clock
+        self, what: str, ids: Sequence[int], message_of: Callable[[int], Message | None], clock: Clock
     ) -> Iterator[tuple[int, Frame | Failure]]:
         """Give each site an order and yield (site, its checked answer or why there is none)."""
-        pending = dict(messages)
+        pending = list(ids)
         for _ in range(3):  # a site that lost what it had asks for it again
             if not pending:
                 return
-            frames: dict[str, bytes] = {}
-            nonces: dict[str, str] = {}
-            digests: dict[int, str] = {}
-            places = {self.federation.names[k]: k for k in pending}
-            for name, k in places.items():
-                nonces[name] = secrets.token_hex(8)
-                frame, digests[k] = self._frame(what, k, pending[k], clock, nonces[name])
-                frames[name] = frame.encode()
-                self.audit.note(to=name, what=what, run=self.federation.run, number=clock.round, data=frames[name])
-            again: dict[int, Message | None] = {}
-            for name, data in self.link.call(frames, self.closing.deadline):
-                k = places[name]
-                answer = data if isinstance(data, Failure) else _checked(data, nonces[name])
+            orders = _Orders(self, what, {self.federation.names[k]: k for k in pending}, message_of, clock)
+            pending = []
+            for name, data in self.link.call(orders, self.closing.deadline):
+                k = orders.places[name]
+                answer = data if isinstance(data, Failure) else _checked(data, orders.nonces[name])
+                del data  # what of it is needed the answer has
                 if isinstance(answer, Failure):
                     log.warning("site '%s' gave no answer to '%s': %s", name, what, answer.kind)
                 elif answer.header["answer"] == "need":
                     self.has.pop(k, None)
-                    again[k] = pending[k]
+                    pending.append(k)
                     continue
-                elif digests[k]:
-                    self.has[k] = digests[k]
+                elif digest := orders.digests.get(name):
+                    self.has[k] = digest
                 yield k, answer
-            pending = again
+                del answer
 
-    def _frame(self, what: str, k: int, message: Message | None, clock: Clock, nonce: str) -> tuple[Frame, str]:
+    def frame(self, what: str, k: int, message: Message | None, clock: Clock, nonce: str) -> tuple[Frame, str]:
+        """Return an order, and the digest of its message: sent or, where the site has it, named."""
         header: dict[str, Any] = {
             "schema": SCHEMA,
             "order": what,
@@ -268,19 +263,23 @@ class Remote:
     def _file(self, k: int) -> Path:
         return self.inbox / f"{self.federation.names[k]}.frame"
 
-    def _store(self, k: int, message: Message, answer: Frame) -> None:
-        """Make an answer durable, with what it answers: after a crash it is not asked for again."""
+    def _store(self, k: int, message: Message, answer: Frame) -> Frame:
+        """Make an answer durable, with what it answers: after a crash it is not asked for again. Return it from there.
+
+        Its numbers are then pages of a file, which the system can take back.
+        """
         make_folder(self.inbox)
         asked = digest_of(*pack_message(message))
-        kept = replace(answer, header={**answer.header, "asked": [self.federation.run, self.round, asked]})
-        write_atomic(self._file(k), kept.encode())
+        kept = replace(answer, header={**answer.header, "asked": [self.federation.run, self.round, asked]}).pieces()
+        write_pieces(self._file(k), kept, sum(map(len, kept)))
+        return _mapped(self._file(k))
 
     def _stored(self, k: int, message: Message) -> Frame | None:
         path = self._file(k)
         if not path.is_file():
             return None
         try:
-            frame = decode(path.read_bytes())
+            frame = _mapped(path)
         except WireError:
             return None
         asked = [self.federation.run, self.round, digest_of(*pack_message(message))]
@@ -292,6 +291,58 @@ class Remote:
             path.unlink()
 
 
+@dataclass(eq=False)
+class _Orders(Mapping[str, bytes]):
+    """The frames of an order by site, each made when it is looked up, and noted in the audit the first time.
+
+    So that one of them is in memory at a time, beside what they are made of. places: site -> position; digests: of the
+    messages of those that were looked up.
+    """
+
+    remote: Remote
+    what: str
+    places: Mapping[str, int]
+    message_of: Callable[[int], Message | None]
+    clock: Clock
+    nonces: Mapping[str, str] = field(init=False)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.nonces = {name: secrets.token_hex(8) for name in self.places}
+
+    def __getitem__(self, name: str) -> bytes:
+        k, remote = self.places[name], self.remote
+        frame, digest = remote.frame(self.what, k, self.message_of(k), self.clock, self.nonces[name])
+        data = frame.encode()
+        if name not in self.digests:
+            remote.audit.note(to=name, what=self.what, run=remote.federation.run, number=self.clock.round, data=data)
+            self.digests[name] = digest
+        return data
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def _no_message(k: int) -> None:
+    """The message of an order that has none."""
+
+
+def _form_of(message: Message) -> Message:
+    """Return a message of the same form that holds no memory."""
+    return message.map(lambda rows: rows.new_zeros(()).expand(rows.shape))
+
+
+def _mapped(path: Path) -> Frame:
+    """Read a frame whose numbers stay in their file. Raises WireError if it is none."""
+    if not path.stat().st_size:
+        raise WireError("schema", "an empty file")
+    with path.open("rb") as file:
+        return decode(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+
+
 def digest_of(parts: Mapping[str, Any], rows: Tensor) -> str:
     """Return the sha256 of a packed message."""
     found = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
@@ -299,7 +350,7 @@ def digest_of(parts: Mapping[str, Any], rows: Tensor) -> str:
     return found.hexdigest()
 
 
-def _checked(data: bytes, nonce: str) -> Frame | Failure:
+def _checked(data: bytes | bytearray, nonce: str) -> Frame | Failure:
     """Return an answer to the order with this nonce, or what is wrong with it."""
     try:
         frame = decode(data)

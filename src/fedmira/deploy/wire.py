@@ -3,17 +3,20 @@
 An upload's header has the contract's keys (gate.Header). A message of several rows, and pairs for the base, are laid
 end to end in `rows`; the header's `parts` says how many numbers each has. Scalars are in the header: JSON writes a
 float64 so that it reads back to the bit.
+
+The safetensors file is written and read here and not by that library, which copies the numbers two or three times: a
+server has those of all sites in memory at once.
 """
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from fedmira.adapters import Pairs
@@ -24,6 +27,9 @@ from fedmira.methods.base import Message
 MAX_HEADER = 1 << 20  # bytes
 TENSOR = "rows"
 _LENGTH = struct.Struct(">Q")
+_FILE_LENGTH = struct.Struct("<Q")  # of the header of a safetensors file
+MAX_FILE_HEADER = 1024  # bytes
+_KINDS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SCALARS = {"float64": torch.float64, "float32": torch.float32, "int64": torch.int64}
 
 
@@ -34,39 +40,83 @@ class Frame:
     header: Mapping[str, Any]
     rows: Tensor | None = None
 
+    def pieces(self) -> list[bytes | memoryview]:
+        """Return the frame in pieces: the header's length, the header, the tensor's file, whose numbers are not copied.
+
+        Both headers end with spaces, so that the numbers begin at a multiple of 8.
+        """
+        text = _padded(json.dumps(dict(self.header)).encode())
+        found: list[bytes | memoryview] = [_LENGTH.pack(len(text)), text]
+        if self.rows is not None:
+            rows = self.rows.detach().contiguous()
+            (kind,) = (name for name, dtype in _KINDS.items() if dtype == rows.dtype)
+            about = {"dtype": kind, "shape": list(rows.shape), "data_offsets": [0, rows.numel() * rows.itemsize]}
+            inner = _padded(json.dumps({TENSOR: about}, separators=(",", ":")).encode())
+            found += [_FILE_LENGTH.pack(len(inner)), inner, rows.view(-1).view(torch.uint8).numpy().data]
+        return found
+
     def encode(self) -> bytes:
-        """Return the frame as bytes: the header's length, the header, the tensor's file."""
-        text = json.dumps(dict(self.header)).encode()
-        body = b"" if self.rows is None else save({TENSOR: self.rows.contiguous()})
-        return _LENGTH.pack(len(text)) + text + body
+        """Return the frame as bytes."""
+        return b"".join(self.pieces())
 
 
-def decode(data: bytes) -> Frame:
-    """Read a frame. Raises WireError: `schema` for what is not one, `size` for a tensor of another shape."""
+def _padded(text: bytes) -> bytes:
+    return text + b" " * (-len(text) % 8)
+
+
+def decode(data: bytes | bytearray | mmap) -> Frame:
+    """Read a frame. Raises WireError: `schema` for what is not one, `size` for a tensor of another shape.
+
+    The numbers stay where they are in `data` if that can be written to, else they are copied.
+    """
     if len(data) < _LENGTH.size:
         raise WireError("schema", f"a message of {len(data)} bytes has no header")
     (length,) = _LENGTH.unpack_from(data)
     if length > min(MAX_HEADER, len(data) - _LENGTH.size):
         raise WireError("schema", f"a header of {length} bytes in a message of {len(data)}: at most {MAX_HEADER}")
     start = _LENGTH.size + length
+    header = _read_object(data[_LENGTH.size : start], "the header")
+    return Frame(header, None if start == len(data) else _read_rows(data, start))
+
+
+def _read_object(text: bytes | bytearray, what: str) -> dict[str, Any]:
     try:
-        header = json.loads(data[_LENGTH.size : start])
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        raise WireError("schema", "the header is not JSON") from None
-    if not isinstance(header, dict):
-        raise WireError("schema", "the header is not a JSON object")
-    if start == len(data):
-        return Frame(header)
+        raise WireError("schema", f"{what} is not JSON") from None
+    if not isinstance(found, dict):
+        raise WireError("schema", f"{what} is not a JSON object")
+    return found
+
+
+def _read_rows(data: bytes | bytearray | mmap, start: int) -> Tensor:
+    """Return the one tensor of the safetensors file that begins at `start`."""
+    what = "the header of the safetensors file"
+    if len(data) - start < _FILE_LENGTH.size:
+        raise WireError("schema", "what follows the header is not a safetensors file")
+    (length,) = _FILE_LENGTH.unpack_from(data, start)
+    start += _FILE_LENGTH.size
+    if length > min(MAX_FILE_HEADER, len(data) - start):
+        raise WireError("schema", f"{what} has {length} bytes: at most {MAX_FILE_HEADER}")
+    about = _read_object(data[start : start + length], what)
+    start += length
+    if set(about) != {TENSOR}:
+        raise WireError("schema", f"{len(about)} tensors in a message: need one, '{TENSOR}'")
     try:
-        tensors = load(data[start:])
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
-        raise WireError("schema", "what follows the header is not a safetensors file") from None
-    if set(tensors) != {TENSOR}:
-        raise WireError("schema", f"{len(tensors)} tensors in a message: need one, '{TENSOR}'")
-    rows = tensors[TENSOR]
-    if rows.ndim != 2 or len(rows) != 1 or not rows.is_floating_point():
-        raise WireError("size", f"'{TENSOR}' is {rows.dtype} {tuple(rows.shape)}: need numbers [1, N]")
-    return Frame(header, rows)
+        kind, shape, ends = (about[TENSOR][name] for name in ("dtype", "shape", "data_offsets"))
+    except (KeyError, TypeError):
+        raise WireError("schema", f"{what} does not describe '{TENSOR}'") from None
+    whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    if not whole or not isinstance(kind, str) or kind not in _KINDS or len(shape) != 2 or shape[0] != 1:
+        raise WireError("size", f"'{TENSOR}' is {kind} {shape}: need numbers [1, N]")
+    count, dtype = math.prod(shape), _KINDS[kind]
+    if ends != [0, count * dtype.itemsize] or len(data) - start != ends[1]:
+        raise WireError("schema", f"'{TENSOR}' has {len(data) - start} bytes, and its header tells of {ends}")
+    if not count:
+        return torch.empty(1, 0, dtype=dtype)
+    if isinstance(data, bytes) or start % dtype.itemsize:
+        data, start = bytearray(data[start:]), 0
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=start)[None]
 
 
 def pack_message(message: Message) -> tuple[dict[str, Any], Tensor]:
@@ -89,6 +139,8 @@ def pack_message(message: Message) -> tuple[dict[str, Any], Tensor]:
             ],
         }
         values += [factor.flatten() for pairs in base.pairs for _, pair in sorted(pairs.items()) for factor in pair]
+    if len(values) == 1:
+        return parts, message.rows  # not copied
     return parts, torch.cat([value.to(message.rows.dtype) for value in values])[None]
 
 

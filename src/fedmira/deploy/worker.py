@@ -63,7 +63,7 @@ class Worker:
             except (OSError, EOFError, ValueError):
                 log.warning("the engine went away in the middle of an order")
 
-    def handle(self, data: bytes) -> bytes:
+    def handle(self, data: bytes | bytearray) -> bytes:
         """Carry out an order; return the answer, which is noted in the audit before it leaves."""
         header: Mapping[str, Any] = {}
         try:

@@ -47,6 +47,7 @@ def play(method: Method, ledger: Ledger, clients: Trainers, ids: Tensor, clock: 
     up = down & method.trained(layout, clock)
     given = message_of(method, ledger, ledger.state, ids, clock)
     sent = given.map(lambda rows: pack(rows, down))
+    bytes_down = _payload(sent, count_columns(layout, down, federation.ranks[ids]))
     asked = time.monotonic()
     reply = clients.train(ids, sent, clock)
     trained = time.monotonic()
@@ -57,8 +58,11 @@ def play(method: Method, ledger: Ledger, clients: Trainers, ids: Tensor, clock: 
     answered = reply.ids[places]
     returned = reply.message if len(places) == len(reply.ids) else reply.message.take(places)
     where = {k: n for n, k in enumerate(ids.tolist())}
-    base = given.rows[[where[k] for k in answered.tolist()]] if not bool(up.all()) else given.rows
-    whole = returned.map(lambda rows: lay_over(base, up, rows))
+    whole = returned
+    if not bool(up.all()):
+        base = given.rows[[where[k] for k in answered.tolist()]]
+        whole = returned.map(lambda rows: lay_over(base, up, rows))
+    del given, sent  # as much memory as the uploads, which the merge does without
     weights = torch.tensor([uploads[n].header.weight for n in places.tolist()], dtype=torch.float64)
     change = merge_admitted(method, ledger, answered, whole, weights, clock)
     return Round(
@@ -69,7 +73,7 @@ def play(method: Method, ledger: Ledger, clients: Trainers, ids: Tensor, clock: 
         change=change,
         reply=reply,
         bytes_up=_payload(reply.message, count_columns(layout, up, federation.ranks[reply.ids])),
-        bytes_down=_payload(sent, count_columns(layout, down, federation.ranks[ids])),
+        bytes_down=bytes_down,
         seconds_training=trained - asked,
         seconds_merge=time.monotonic() - trained + asked - began,
     )

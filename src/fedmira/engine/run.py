@@ -255,6 +255,7 @@ def _one_round(run: Run, sampled: np.ndarray) -> RoundRecord:
     ledger.apply(played.change)
     ledger.round += 1
     run.last_sampled[ids] = ledger.round
+    del played, kept  # rows of everybody, which are in the ledger now
     return _measure(run, facts, ids, began=began)
 
 

@@ -37,6 +37,7 @@ POLL_SECONDS = 1.0
 JOB_SECONDS = 60.0  # from submission until the job's server part has to be there
 RETRY_SECONDS = 1.0  # between tries to reach a site
 HEARD_SECONDS = 60.0  # since the last heartbeat of a site that is there
+LARGE_BYTES = 1 << 20  # of one object, from which on its memory is the system's again when it is freed
 ABSENT_PINGS = 2  # in a row without an answer: the site's part of the job is gone
 
 
@@ -102,12 +103,16 @@ def _append(path: Path) -> IO[bytes]:
 
 
 def _environment(path: Path) -> dict[str, str]:
-    """The engine's environment: no code is found in the current folder, and no text of an error leaves a site."""
+    """The engine's environment: no code is found in the current folder, and no text of an error leaves a site.
+
+    The memory of frames is the system's again as soon as nobody has them: glibc would keep up to 32 MB of each.
+    """
     return {
         **os.environ,
         channel.SOCKET: str(path),
         "NVFLARE_SECURE_LOGGING": "true",
         "PYTHONSAFEPATH": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(LARGE_BYTES),
     }
 
 
@@ -190,12 +195,12 @@ def write_job(folder: Path, name: str) -> None:
 
 @dataclass(eq=False)
 class _Call:
-    """One site's frame until it is answered. sent: to which connection of the relay."""
+    """One site's frame, one of `frames`, until it is answered. sent: to which connection of the relay."""
 
     site: str
-    frame: bytes
+    frames: Mapping[str, bytes]
     until: float
-    answers: "queue.Queue[tuple[str, bytes | Failure]]"
+    answers: "queue.Queue[tuple[str, bytearray | Failure]]"
     sent: int = -1
     retry_at: float = 0.0
 
@@ -240,11 +245,11 @@ class Supervisor:
         with self._lock:
             return frozenset(name for name in self._members if name not in self._lost)
 
-    def call(self, frames: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
-        answers: queue.Queue[tuple[str, bytes | Failure]] = queue.Queue()
+    def call(self, frames: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytearray | Failure]]:
+        answers: queue.Queue[tuple[str, bytearray | Failure]] = queue.Queue()
         until = time.monotonic() + seconds
         with self._lock:
-            numbers = {next(self._ids): _Call(site, frame, until, answers) for site, frame in frames.items()}
+            numbers = {next(self._ids): _Call(site, frames, until, answers) for site in frames}
             self._calls.update(numbers)
         waiting = set(frames)
         try:
@@ -260,6 +265,7 @@ class Supervisor:
                 if site in waiting:
                     waiting.discard(site)
                     yield site, answer
+                del answer  # else it would be held until the next one is there
         finally:
             with self._lock:
                 for number in numbers:
@@ -278,7 +284,7 @@ class Supervisor:
                     continue
                 note = {"id": number, "site": call.site, "seconds": max(call.until - now, 1.0)}
                 try:
-                    channel.send(self._relay, note, call.frame)
+                    channel.send(self._relay, note, call.frames[call.site])
                 except OSError:
                     return  # the relay is gone; the next one gets the call
                 call.sent = self._number
@@ -303,8 +309,7 @@ class Supervisor:
                 self._silent, self._lost = {}, {}
             log.info("the engine's job runs with %s", ", ".join(sorted(self._members)) or "no site")
             while True:
-                note, frame = channel.receive(connection)
-                self._heard(note, frame)
+                self._heard(*channel.receive(connection))  # no name here holds a frame until the next one is there
         except (OSError, EOFError, ValueError, KeyError):
             pass
         finally:
@@ -313,7 +318,7 @@ class Supervisor:
                     self._relay, self._members = None, frozenset()
             connection.close()
 
-    def _heard(self, note: dict[str, Any], frame: bytes) -> None:
+    def _heard(self, note: dict[str, Any], frame: bytearray) -> None:
         with self._lock:
             if "ping" in note:
                 self._pinged(note["ping"], alive=note["alive"])

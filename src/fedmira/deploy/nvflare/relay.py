@@ -7,6 +7,7 @@ resident worker; both outlive the engine's processes.
 import os
 import queue
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +20,19 @@ PING_SECONDS = 3.0
 PING_TIMEOUT = 10.0
 
 
+def leave_out_torch() -> None:
+    """Let NVFlare go without torch, which it imports, if it can, to send tensors: ours are bytes by then.
+
+    A process that has torch already keeps it.
+    """
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+
 class SiteRelay:
     """At a site: pass a frame to the worker and return its answer."""
+
+    def __init__(self) -> None:
+        leave_out_torch()
 
     @collab.publish  # type: ignore[untyped-decorator]
     def deliver(self, frame: bytes) -> bytes:
@@ -28,7 +40,7 @@ class SiteRelay:
         try:
             with connect(os.environ[SOCKET]) as worker:
                 send(worker, {}, frame)
-                return receive(worker)[1]
+                return bytes(receive(worker)[1])
         except (OSError, EOFError) as error:
             raise ConnectionError(f"the worker of this site is not there ({type(error).__name__})") from None
 
@@ -41,14 +53,17 @@ class SiteRelay:
 class ServerRelay:
     """At the server: pass the supervisor's frames to sites, each with its own deadline, and answers back."""
 
+    def __init__(self) -> None:
+        leave_out_torch()
+
     @collab.main  # type: ignore[untyped-decorator]
     def run(self) -> None:
         """Serve until the supervisor closes the socket, or the job ends."""
         names = [client.name for client in collab.clients]
         with connect(os.environ[SOCKET]) as supervisor:
-            answers: queue.Queue[tuple[dict[str, Any], bytes]] = queue.Queue()
+            answers: queue.Queue[tuple[dict[str, Any], bytes | bytearray]] = queue.Queue()
             answers.put(({"sites": names, "job": collab.fl_ctx.get_job_id()}, b""))
-            requests: queue.Queue[tuple[dict[str, Any], bytes] | None] = queue.Queue()
+            requests: queue.Queue[tuple[dict[str, Any], bytearray] | None] = queue.Queue()
             threading.Thread(target=_read, args=(supervisor, requests), daemon=True).start()
             threading.Thread(target=_write, args=(supervisor, answers), daemon=True).start()
             while not collab.is_aborted:
@@ -67,7 +82,7 @@ class ServerRelay:
                 threading.Thread(target=_wait, args=(note, calls, answers), daemon=True).start()
 
 
-def _read(supervisor: socket.socket, requests: "queue.Queue[tuple[dict[str, Any], bytes] | None]") -> None:
+def _read(supervisor: socket.socket, requests: "queue.Queue[tuple[dict[str, Any], bytearray] | None]") -> None:
     try:
         while True:
             requests.put(receive(supervisor))
