@@ -1,5 +1,7 @@
 """Columns of what a command prints stay below one another, also where letters are wide, narrow or joined."""
 
+import io
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,4 +25,17 @@ def test_a_cell_takes_its_columns_whatever_its_letters(text: str, width: int) ->
 @pytest.mark.parametrize("name", WIDE)
 def test_answers_begin_below_one_another(name: str) -> None:
     lines = side_by_side({"base": "ANSWER one\nANSWER two", name: "ANSWER three"}).split("\n")
+    assert len({cell_len(line[: line.index("ANSWER")]) for line in lines}) == 1
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_they_do_so_where_the_stream_writes_letters_in_ascii(
+    name: str, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding, errors="backslashreplace"))
+    print(in_cells(shown_name(name), 34), side_by_side({"base": "ANSWER", name: "ANSWER"}), sep="\n", flush=True)
+    cell, *lines = written.getvalue().decode(encoding).splitlines()
+    assert cell_len(cell) == 34
     assert len({cell_len(line[: line.index("ANSWER")]) for line in lines}) == 1

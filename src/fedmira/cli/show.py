@@ -112,6 +112,9 @@ def in_cells(text: str, width: int) -> str:
     """Return a text that takes this many columns of a terminal, where a letter may take two, or none; cut if longer."""
     from rich.cells import cell_len, set_cell_size
 
+    from fedmira.names import writable
+
+    text = writable(text, sys.stdout.encoding)
     if cell_len(text) >= width:
         text = f"{set_cell_size(text, width - 4).rstrip()}..."
     return text + " " * (width - cell_len(text))
@@ -146,11 +149,12 @@ def side_by_side(replies: Mapping[str, str]) -> str:
     """Return answers below one another, each after its speaker's name."""
     from rich.cells import cell_len
 
-    from fedmira.names import shown_name
+    from fedmira.names import shown_name, writable
 
-    width = max(cell_len(shown_name(name)) for name in replies) + 2
+    names = [writable(shown_name(name), sys.stdout.encoding) for name in replies]
+    width = max(map(cell_len, names)) + 2
     lines = []
-    for name, reply in replies.items():
+    for name, reply in zip(names, replies.values(), strict=True):
         first, *more = visible(reply).split("\n")
-        lines += [in_cells(f"{shown_name(name)}:", width) + first, *(" " * width + line for line in more)]
+        lines += [in_cells(f"{name}:", width) + first, *(" " * width + line for line in more)]
     return "\n".join(lines)
