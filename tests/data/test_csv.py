@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.data.bad_rows import SECRET, fault, records, skipping
 
+from fedmira.data.formats import read_records
 from fedmira.data.rows import Fault, Place
 from fedmira.data.tables import read_csv
+from fedmira.errors import DataError
 
 START = Place("f.csv", "f", 1, False)
 
@@ -176,3 +179,25 @@ def test_a_line_of_separators_is_a_row_of_empty_values_and_no_blank_line() -> No
     text = io.BytesIO(b"a\tb\n\t\n\n1\t2\n")
     rows = [item[1] for item in read_csv(text, START, delimiter="\t") if not isinstance(item, Fault)]
     assert rows == [{"a": "", "b": ""}, {"a": "1", "b": "2"}]
+
+
+@pytest.mark.parametrize("header", [" Prompt , Completion", "PROMPT,completion ", '"promt","completion"'])
+def test_a_header_that_is_nearly_known_is_named_with_the_name_that_is_wanted(tmp_path: Path, header: str) -> None:
+    path = table(tmp_path / "a.csv", f"{header},{SECRET}\np,c,s\n")
+    message = fault(path)
+    found = [name.strip('"') for name in header.split(",")]
+    assert all(json.dumps(name) in message for name in found if name not in ("prompt", "completion"))
+    for name, wanted in zip(found, ("prompt", "completion"), strict=True):
+        assert (f"{json.dumps(name)} is not '{wanted}'" in message) == (name != wanted)
+    assert SECRET not in message
+    told = yaml.safe_load(message.rpartition("(our name: yours): ")[2])
+    (record,) = read_records(path, columns=told).records
+    assert (record.instruction, record.answers) == ("p", ("c",))
+
+
+def test_a_header_that_is_nearly_one_of_the_columns_that_the_config_names_says_so(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.csv", " frage,antwort\np,c\n")
+    with pytest.raises(DataError) as caught:
+        read_records(path, columns={"prompt": "frage", "completion": "antwort"})
+    assert """" frage" is not 'frage'""" in str(caught.value)
+    assert '{prompt: " frage", completion: "antwort"}' in str(caught.value)

@@ -165,6 +165,26 @@ def test_an_input_under_another_formats_name_is_not_dropped_silently(tmp_path: P
     assert "'context' would not be read" in fault(tmp_path / "a.jsonl", format="alpaca")
 
 
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"Prompt": "p", "completion": "c"}, 'prompt: "Prompt"'),
+        ({"instruction": "i", "Response": "r"}, 'answer: "Response"'),
+        ({"Messages": []}, 'messages: "Messages"'),
+        ({"text\u200b": "t"}, 'text: "text\\u200b"'),
+    ],
+)
+def test_keys_that_are_nearly_known_are_named_with_what_to_write(
+    tmp_path: Path, row: dict[str, object], told: str
+) -> None:
+    assert fault(write(tmp_path / "a.jsonl", row)).endswith(f"data.columns (our name: yours): {{{told}}}")
+
+
+def test_a_key_that_a_later_row_spells_otherwise_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", PAIR, {"Prompt": "p", "completion": "c"})
+    assert "a.jsonl:2: no 'prompt', but \"Prompt\": keys are read exactly as they are written" in fault(path)
+
+
 def test_a_text_is_an_answer_to_nothing(tmp_path: Path) -> None:
     name, [record] = read(write(tmp_path / "a.jsonl", {"text": "Once upon a time.", "topic": "tales"}))
     assert (name, record.instruction, record.input, record.answers) == ("text", "", "", ("Once upon a time.",))

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmira.data.formats import Record, read_records
+from fedmira.data.owners import find_owners
 from fedmira.data.partition import form_clients
-from fedmira.data.splits import SPLITS, WORDS, file_words, find_splits, read_splits, split_word
+from fedmira.data.splits import SPLITS, WORDS, file_words, find_splits, read_splits, split_word, without_split
 from fedmira.errors import DataError
 
 TRAIN, VALIDATION, TEST = (sorted(word for word, split in WORDS.items() if split == name) for name in SPLITS)
@@ -152,6 +153,66 @@ def test_files_of_one_name_in_sub_folders_for_splits_are_one_client(tmp_path: Pa
     clients = form_clients(read_records(tmp_path).records, by="file", split_column="split", validation=0, test=0)
     assert sorted(client.name for client in clients) == ["oslo", "rome"]
     assert all(client.train and client.test for client in clients)
+
+
+PAIRS = {  # spellings of the files of two clients, each with two splits or more
+    "after": ("oslo_train", "oslo_test", "rome_train", "rome_test"),
+    "before": ("train-oslo", "test-oslo", "Train-rome", "Test-rome"),
+    "inside": ("oslo.train.v2", "oslo.val.v2", "rome.train.v2", "rome.dev.v2"),
+    "joined": ("oslo_trainset", "oslo_testset", "rome train data", "rome test data"),
+    "shards": (*(f"oslo-train-0000{n}-of-00002" for n in (0, 1)), "oslo-test-00000-of-00001", "rome-train", "rome-dev"),
+    "folders": ("train/oslo_train", "test/oslo_test", "train/rome", "test/rome-test"),
+}
+
+
+@pytest.mark.parametrize("layout", sorted(PAIRS))
+def test_files_whose_names_differ_in_the_word_for_a_split_are_one_client(layout: str, tmp_path: Path) -> None:
+    reading = read_records(write(tmp_path, [f"{name}.jsonl" for name in PAIRS[layout]]))
+    clients = form_clients(reading.records, by="file", split_column="split")
+    assert sorted(client.name.partition(".")[0] for client in clients) == ["oslo", "rome"]
+    for client in clients:
+        names = {split: {of(record.instruction) for record in getattr(client, split)} for split in SPLITS}
+        assert all(found <= {split} for split, found in names.items())
+        assert names["train"]
+        assert names["validation"] or names["test"]
+
+
+@pytest.mark.parametrize(
+    ("names", "files"),
+    [
+        (("oslo_train", "rome_test"), {"oslo_train", "rome_test"}),  # no pair
+        (("train_station", "test_centre"), {"train_station", "test_centre"}),
+        (("oslo_val", "oslo_test", "rome_train"), {"oslo_val", "oslo_test", "rome_train"}),  # nothing to train on
+        (("oslo_train", "oslo_test", "oslo"), {"oslo_train", "oslo_test", "oslo"}),  # a file has the rest as its name
+        (("oslo_train", "oslo_test", "rome_train"), {"oslo", "rome_train"}),
+        (("train", "test"), {"train", "test"}),
+        (("x_train",), {"x_train"}),
+    ],
+)
+def test_names_that_are_no_pair_are_not_taken_apart(names: Sequence[str], files: set[str], tmp_path: Path) -> None:
+    reading = read_records(write(tmp_path, [f"{name}.jsonl" for name in names]))
+    assert {record.columns["file"] for record in reading.records} == files
+
+
+@given(st.from_regex(r"[A-Za-z]{3,8}", fullmatch=True), st.sampled_from(sorted(WORDS)), st.sampled_from(" _-."))
+def test_a_name_is_what_is_left_without_the_word_for_its_split(name: str, word: str, between: str) -> None:
+    if split_word(name) is None and name.lower() not in ("set", "split", "data"):
+        assert without_split(f"{name}{between}{word}") == without_split(f"{word}{between}{name}") == name
+        assert without_split(name) == name
+    assert without_split(f"{word}-00000-of-00012") == ""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("train", "test"), ("gsm8k_train", "gsm8k_test"), ("train-00000-of-00002", "train-00001-of-00002")],
+)
+def test_the_splits_and_shards_of_one_data_set_are_not_suggested_as_clients(
+    names: Sequence[str], tmp_path: Path
+) -> None:
+    for name in names:
+        rows = [json.dumps({"prompt": f"p{index}", "completion": "c"}) for index in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    assert find_owners(read_records(tmp_path).records) == (None, [])
 
 
 def test_a_row_that_names_its_split_itself_is_believed(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tests import tiny
 
 from fedmira.errors import ModelError
@@ -85,6 +86,15 @@ def test_weights_that_are_not_numbers_are_refused(saved: Path) -> None:
     model.model.norm.weight.data[3] = torch.nan
     model.save_pretrained(saved)
     with pytest.raises(ModelError, match=r"logits are not all finite in torch\.float32: damaged weights"):
+        load_base(str(saved), dtype="float32", device="cpu")
+
+
+def test_whole_numbers_as_weights_are_refused(saved: Path) -> None:
+    """Without the scales that belong to them they would be trained on as they are."""
+    weights = load_file(saved / "model.safetensors")
+    name = next(key for key in weights if key.endswith("q_proj.weight"))
+    save_file(weights | {name: (weights[name] * 100).to(torch.int8)}, saved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"whole numbers \(I8\) as weights: .*q_proj\.weight; FedMira trains on plain"):
         load_base(str(saved), dtype="float32", device="cpu")
 
 

@@ -1,6 +1,7 @@
 """What a folder or hub name may hold; all else is refused with a reason before weights are read."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,35 @@ def test_weights_in_several_files_are_read(saved: Path) -> None:
     assert len(list(saved.glob("*.safetensors"))) > 1
     base = load_base(str(saved), dtype="float32", device="cpu")
     torch.testing.assert_close(base.head.weight, tiny.model("llama", dtype=torch.float32).lm_head.weight.data)
+
+
+@pytest.mark.parametrize("ends", ["2", 2.0, True, [2, None], ["2"], [[2]], {"id": 2}])
+def test_ends_of_answers_that_are_no_ids_are_refused(changed: Change, ends: object) -> None:
+    unread(changed("generation_config.json", eos_token_id=ends), r"generation_config\.json has eos_token_id .*expected")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", ""])
+def test_generation_settings_that_cannot_be_read_are_refused(saved: Path, text: str) -> None:
+    (saved / "generation_config.json").write_text(text)
+    unread(saved, r"generation_config\.json (cannot be read|holds a)")
+
+
+@pytest.mark.parametrize("inside", ["model", "snapshots/0123abc"])
+def test_a_folder_above_the_model_names_the_one_below(saved: Path, tmp_path: Path, inside: str) -> None:
+    above = tmp_path / "above"
+    shutil.copytree(saved, above / inside)
+    unread(above, f"no config.json in this folder; '.*{inside}' has one: name that folder")
+
+
+def test_a_file_instead_of_a_folder_is_refused_as_such(saved: Path) -> None:
+    with pytest.raises(ModelError, match=r"is a file; name the folder that holds the model"):
+        load_tokenizer(str(saved / "config.json"))
+
+
+def test_an_end_of_text_without_letters_is_none(changed: Change) -> None:
+    """transformers gives it the id of the unknown token, and every answer would end with that one."""
+    with pytest.raises(ModelError, match="has no end-of-text token"):
+        load_tokenizer(str(changed("tokenizer_config.json", eos_token="")))
 
 
 def test_a_missing_tokenizer_is_refused(saved: Path) -> None:

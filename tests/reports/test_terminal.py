@@ -1,5 +1,7 @@
 """The terminal's tables, from hand-made study folders."""
 
+import io
+import json
 import re
 from pathlib import Path
 
@@ -53,3 +55,19 @@ def test_the_terminal_prints_names_as_they_are(study: Path, write_run):
 def test_clients_without_a_value_are_mentioned_in_the_terminal(study: Path, write_run):
     write_run("local", rows({"a": 2, "b": None}))
     assert "clients without a value (n/a), left out: 1" in " ".join(terminal(study).split())
+
+
+def test_tables_stay_aligned_where_the_stream_has_ascii_only(study: Path, write_run):
+    run = write_run("local", rows({"a": 2, "b": 1}))
+    names = {"a": {"name": "\u6771\u4eac"}, "b": {"name": "Z\u00fcrich"}}
+    (run / "clients.json").write_text(json.dumps(names))
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="ascii", errors="backslashreplace")
+    console = Console(file=stream, width=200, no_color=True)
+    table = summary_tables(read_study(study), encoding=console.encoding)[0]
+    console.print(table)
+    stream.flush()
+    lines = [line for line in written.getvalue().decode().splitlines() if line.startswith(("+", "|"))]
+    assert any(r"\u6771\u4eac" in line for line in lines)
+    assert any(r"Z\xfcrich" in line for line in lines)
+    assert len({len(line) for line in lines}) == 1

@@ -1,12 +1,14 @@
 """From a config to clients: what each setting of `data` does to real files, before any weights are read."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests import small_study
+from transformers import AutoTokenizer
 
 from fedmira.config.faults import check_config
 from fedmira.engine.events import silent
@@ -16,6 +18,7 @@ from fedmira.methods.base import Cohort
 from fedmira.names import ClientNames
 from fedmira.study.assemble import Intake, lonely_notes, prepare, take_in
 
+ONE = {"partitioner": {"name": "iid", "num_partitions": 1}}
 KINDS = ("red", "green", "blue")
 
 
@@ -175,8 +178,37 @@ def test_prompts_that_run_into_their_answers_and_unknown_words_are_counted(base:
     path.write_text("".join(json.dumps({"prompt": p, "completion": c, "kind": k}) + "\n" for p, c, k in rows))
     intake = take(base, path)
     assert intake.glued == 1
-    assert 0 < intake.unknown < 1
+    assert intake.unknown["train"][1:] == (1, 5)
     assert take(base, path, template="alpaca").glued == 0
+
+
+def test_unknown_words_are_counted_in_every_split_and_said_once(base: Path, tmp_path: Path) -> None:
+    """Words of two prompts and of one answer of the tests are unknown, and of one answer of the validation."""
+    path = tmp_path / "rows.csv"
+    rows = ["w3, w4,train", "w4, w5,train", "zebra w2, w5,test", "zebra, zebra,test", "w5, w6 zebra,validation"]
+    path.write_text("\n".join(["prompt,completion,split", *rows]))
+    raw = small_study.settings(base, path, tmp_path / "study")
+    raw["data"] = {"path": str(path), "max_length": 12, "split_column": "split", "clients": ONE}
+    config = small_study.save_config(tmp_path / "config.yaml", raw)
+    ended = small_study.command("run", config, "--show-example")
+    assert ended.err.count("does not know") == 1
+    assert (
+        "does not know 25.0% of the validation, 42.9% of the test tokens; answers with such tokens: 1 of 1 in "
+        "validation, 1 of 2 in test."
+    ) in ended.err
+
+
+def test_an_end_of_text_that_is_also_the_unknown_token_is_not_counted_as_unknown(base: Path, tmp_path: Path) -> None:
+    """As GPT-2's: it ends each turn of the assistant, and none of these words is unknown."""
+    both = tmp_path / "both"
+    shutil.copytree(base, both)
+    tokenizer = AutoTokenizer.from_pretrained(both)
+    tokenizer.unk_token = tokenizer.eos_token
+    tokenizer.save_pretrained(both)
+    turns = [{"role": role, "content": "w3"} for role in ("user", "assistant") * 2]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": turns, "kind": "a"}) + "\n" for _ in range(3)))
+    assert take(both, path, template="zephyr", max_length=60).unknown == {}
 
 
 @pytest.mark.parametrize(

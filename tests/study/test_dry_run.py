@@ -3,17 +3,20 @@
 import importlib.metadata
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from pydantic import BaseModel
+from rich.cells import cell_len
 from tests import small_study
 from tests.small_study import CLIENTS, command, has_traceback
 
 from fedmira import bundled
 from fedmira.cli import doctor
+from fedmira.cli.show import show_plan
 from fedmira.config.faults import check_config
 from fedmira.config.partitioners import PARTITIONERS
 from fedmira.config.sections import Config
@@ -112,6 +115,21 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(config: Path, tmp_path: Pa
     for word in ("clients", "tokens", "truncation", "in one pass", "memory", "disk", "per round", "about", "tokens/s"):
         assert word in ended.out, word
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_the_plans_table_stays_aligned_under_wide_names(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = preview.plan_study(load_config(str(config)))
+    names = dict(
+        zip(
+            plan.names,
+            ["東京大学病院", "🏥 Nord", "中" * 60, "Praxis", *map(str, range(len(plan.names)))],
+            strict=False,
+        )
+    )
+    show_plan(replace(plan, names=names), False)
+    header, *lines = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
+    assert len(lines) == len(plan.names)
+    assert {cell_len(line) for line in lines} == {len(header)}
 
 
 def test_a_dry_run_in_json_is_the_plan(config: Path) -> None:

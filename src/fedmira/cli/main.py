@@ -308,7 +308,7 @@ def _show(record: "StudyRecord", as_json: bool) -> None:
     console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
-    for table in summary_tables(record):
+    for table in summary_tables(record, encoding=console.encoding):
         console.print(table)
     for run in record.runs:
         adapters = record.path / run.folder / "adapters"

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 SPELLINGS_SHOWN = 8
 ALIKE_SHOWN = 5
 OWNERS_SHOWN = 3
-UNKNOWN_SHARE = 0.01  # of the tokens; below it, rare characters
+UNKNOWN_SHARE = 0.01  # of the tokens, or of the answers, of a split; below it, rare characters
 
 
 def _adapter(of: Federation, layers: int) -> str:
@@ -162,10 +162,14 @@ class Watch:
             self.say(f"warning: {len(intake.skipped)} of {total} examples cannot be read and are skipped:")
             for fault in intake.skipped[:FAULTS_SHOWN]:
                 self.say(f"  - {fault}")
-        if intake.unknown > UNKNOWN_SHARE:
+        unknown = intake.unknown.items()
+        if any(max(found.share, found.answers / found.examples) > UNKNOWN_SHARE for _, found in unknown):
+            shares = ", ".join(f"{found.share:.1%} of the {split}" for split, found in unknown)
+            answers = ", ".join(f"{found.answers} of {found.examples} in {split}" for split, found in unknown)
             self.say(
-                f"warning: {intake.unknown:.0%} of the training tokens are unknown to the base's tokenizer; nothing "
-                "can be learned from them: take a base whose tokenizer knows these texts"
+                f"warning: the base's tokenizer does not know {shares} tokens; answers with such tokens: {answers}. "
+                "Nothing can be learned from them, and no method can match such an answer: take a base whose tokenizer "
+                "knows these texts"
             )
         if intake.glued:
             self.say(

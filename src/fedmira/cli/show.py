@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedmira.study.dry_run import Shown
 
 CLIENTS_SHOWN = 32  # more than this are in --json
+NAME_CELLS = 34  # columns of a terminal for a client's name
 
 
 def show_examples(shown: Sequence[Shown], as_json: bool) -> None:
@@ -91,14 +92,13 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     for name, line in lines.items():
         print(f"{name:12s}{line}" if len(name) < 12 else f"{name}: {line}")
     if len(plan.by_client) <= CLIENTS_SHOWN:
-        print(f"\n{'client':34s}{'train':>8s}{'validation':>12s}{'test':>8s}{'trained tokens':>16s}")
+        print(f"\n{'client':{NAME_CELLS}s}{'train':>8s}{'validation':>12s}{'test':>8s}{'trained tokens':>16s}")
         from fedmira.names import shown_name
 
         for client, counts in plan.by_client.items():
-            name = shown_name(plan.names[client])
-            name = name if len(name) < 33 else f"{name[:30]}..."
             print(
-                f"{name:34s}{counts['train']:8d}{counts['validation']:12d}{counts['test']:8d}"
+                f"{in_cells(shown_name(plan.names[client]), NAME_CELLS)}"
+                f"{counts['train']:8d}{counts['validation']:12d}{counts['test']:8d}"
                 f"{counts['trained_tokens']:16d}"
             )
     stored = disk["adapters"] + disk["checkpoints"] + disk["rows"]
@@ -106,6 +106,18 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         free = {"memory": memory["free"] + memory["base"], "disk": disk["free"]}[what]
         if need > free:
             print(f"warning: {what} for {_size(need)} is needed and {_size(free)} is free")
+
+
+def in_cells(text: str, width: int) -> str:
+    """Return a text that takes this many columns of a terminal, where a letter may take two, or none; cut if longer."""
+    from rich.cells import cell_len, set_cell_size
+
+    from fedmira.names import writable
+
+    text = writable(text, sys.stdout.encoding)
+    if cell_len(text) >= width:
+        text = f"{set_cell_size(text, width - 4).rstrip()}..."
+    return text + " " * (width - cell_len(text))
 
 
 def _size(count: float) -> str:
@@ -135,11 +147,14 @@ def questions() -> Iterator[str]:
 
 def side_by_side(replies: Mapping[str, str]) -> str:
     """Return answers below one another, each after its speaker's name."""
-    from fedmira.names import shown_name
+    from rich.cells import cell_len
 
-    width = max(len(shown_name(name)) for name in replies) + 2
+    from fedmira.names import shown_name, writable
+
+    names = [writable(shown_name(name), sys.stdout.encoding) for name in replies]
+    width = max(map(cell_len, names)) + 2
     lines = []
-    for name, reply in replies.items():
+    for name, reply in zip(names, replies.values(), strict=True):
         first, *more = visible(reply).split("\n")
-        lines += [f"{shown_name(name) + ':':{width}s}{first}", *(" " * width + line for line in more)]
+        lines += [in_cells(f"{name}:", width) + first, *(" " * width + line for line in more)]
     return "\n".join(lines)

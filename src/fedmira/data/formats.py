@@ -20,7 +20,7 @@ from fedmira.data.converters import (
     recognises_tasks,
     recognises_text,
 )
-from fedmira.data.records import ALIASES, PLAIN_KEY, Keys, Record, Turn, present
+from fedmira.data.records import ALIASES, PLAIN_KEY, Keys, Record, Turn, misspelt, present, quoted
 from fedmira.data.rows import FAULTS_SHOWN, BadRow, Fault, Place, Row
 from fedmira.data.sources import Source, Table, open_source
 from fedmira.data.text_form import TextForm
@@ -271,8 +271,17 @@ def _unknown_format(row: Row, columns: Mapping[str, str], place: Place) -> str:
         "labels",
         "split",
     }
+    names = {key: name for name, key in columns.items()}  # the user's first
+    for entry in FORMATS:
+        spelled = [(name, key) for name, keys in entry.keys.items() for key in keys if name not in ALIASES]
+        names |= {key: name for name, key in spelled if key not in names}
+    near = misspelt(row, list(names))
     # In a CSV file without a header the keys are an example: only words that reveal nothing are shown.
-    shown_keys = [key for key in row if (key in usual if place.headed else PLAIN_KEY.fullmatch(key))][:12]
+    shown_keys = [
+        quoted(key) if key in near else key
+        for key in row
+        if key in near or (key in usual if place.headed else PLAIN_KEY.fullmatch(key))
+    ][:12]
     hidden = len(row) - len(shown_keys) if place.headed else 0
     unseen = ["1 other" if hidden == 1 else f"{hidden} others"] if hidden else []
     known = "; ".join(
@@ -292,11 +301,15 @@ def _unknown_format(row: Row, columns: Mapping[str, str], place: Place) -> str:
         )
     mapped = f" and data.columns for {', '.join(columns)}" if columns else ""
     header = "; is the first line a header?" if place.headed else "."
-    return (
-        f"no known format has these keys ({', '.join([*shown_keys, *unseen]) or 'none'})"
-        f"{mapped}{header} Known: {known}. "
-        "Name the columns in data.columns (our name: yours), as in {prompt: question, completion: answer}"
-    )
+    advice = "Name the columns in data.columns (our name: yours), as in {prompt: question, completion: answer}"
+    if near:
+        written = ", ".join(f"{quoted(key)} is not '{wanted}'" for key, wanted in near.items())
+        header = f": keys are read exactly as they are written, and {written}."
+        ours = {**columns, **{names[wanted]: key for key, wanted in near.items()}}
+        told = ", ".join(f"{name}: {quoted(key)}" for name, key in ours.items())
+        advice = f"Rename the columns, or write data.columns (our name: yours): {{{told}}}"
+    found = ", ".join([*shown_keys, *unseen]) or "none"
+    return f"no known format has these keys ({found}){mapped}{header} Known: {known}. {advice}"
 
 
 # ---------------------------------------------------------------- the table, and what errors say about it

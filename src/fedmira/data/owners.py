@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from fedmira.data.partition import known_columns
 from fedmira.data.records import Record
-from fedmira.data.splits import find_splits
+from fedmira.data.splits import find_splits, without_split
 
 FIRST = ("client", "site", "user")  # names that need no further sign, the best first
 LAST = ("task", "file")
@@ -48,13 +48,16 @@ class Owners(NamedTuple):
 def find_owners(records: Sequence[Record]) -> Owners:
     """Find the column that names the clients.
 
-    A column `client`, `site` or `user` does. Then one column with the name of an owner and few values, `task` or
-    `file`, or a single column with few values. Several are a question, not an answer.
+    A column `client`, `site` or `user` does. Then one column with the name of an owner and few values, `task`, `file`
+    if the files are not the splits of one data set, or a single column with few values. Several are a question, not an
+    answer.
     """
     known = known_columns(records)
     spelled = {name.lower(): name for name in reversed(known)}
     own_splits = find_splits(records)
     used = {own_splits[0]} if own_splits else set()
+    if not _names_several(records):
+        used.add("file")
     likely = [name for name in known if name not in used and (is_named(name) or not _words(name) & OTHERS)]
     fitting = [Owner(name, count) for name in likely if (count := _count(records, name))]
     fitting.sort(key=lambda owner: not is_named(owner.column))
@@ -73,6 +76,15 @@ def find_owners(records: Sequence[Record]) -> Owners:
 def is_named(column: str) -> bool:
     """Does a column's name say that it is an owner, as `hospital` or `customer_id`?"""
     return bool(_words(column) & NAMED)
+
+
+def _names_several(records: Sequence[Record]) -> bool:
+    """Do the files of a folder have several names, if the word for a split and the number of a shard are left out?
+
+    The files of one data set, `train-00000-of-00002` or `gsm8k_test`, are no clients.
+    """
+    stems = {record.columns.get("file", "") for record in records}
+    return len({without_split(stem) for stem in stems}) > 1
 
 
 def _words(column: str) -> set[str]:

@@ -2,11 +2,13 @@
 
 import datetime
 import decimal
+import functools
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from fedmira.data.rows import BadRow, Row, kind_of
 
@@ -14,6 +16,8 @@ Keys = Mapping[str, Sequence[str]]  # our name -> the data's possible keys for i
 
 ALIASES = ("task", "category")  # columns that any format may read from another key of the data
 EXACT = 2**53  # a larger float may stand for several whole numbers
+NEARLY = 0.85  # of difflib: `promt`, `completions` and `instuction` are nearly a key
+LONGEST_KEY = 40  # letters of a key that an error shows
 PLAIN_KEY = re.compile(r"[\w .:/-]{1,40}")  # any other key may be misplaced text: errors do not show it
 
 
@@ -50,8 +54,34 @@ def required(row: Row, keys: Keys, name: str) -> str:
     """Return the row's key for one of our names. Raises BadRow if it has none."""
     key = present(row, keys[name])
     if key is None:
-        raise BadRow(f"no '{keys[name][0]}'")
+        wanted = {letters_of(spelling) for spelling in keys[name]}
+        near = next((key for key in row if letters_of(key) in wanted), None)
+        hint = "" if near is None else f", but {quoted(near)}: keys are read exactly as they are written; rename it"
+        raise BadRow(f"no '{keys[name][0]}'{hint}")
     return key
+
+
+@functools.lru_cache(maxsize=1024)  # rows of one source have the same few keys
+def letters_of(key: str) -> str:
+    """Return the letters and digits of a key, equal for `System Prompt`, `systemPrompt` and ` SYSTEM-PROMPT`."""
+    return "".join(letter for letter in key.casefold() if letter.isalnum())
+
+
+def misspelt(row: Row, wanted: Sequence[str]) -> dict[str, str]:
+    """Return the row's keys that none of the wanted ones is, but that are nearly one: key -> wanted key."""
+    letters = {letters_of(key): key for key in reversed(wanted)}
+    found: dict[str, str] = {}
+    for key in row:
+        if key not in wanted and len(key) <= LONGEST_KEY:
+            near = get_close_matches(letters_of(key), list(letters), n=1, cutoff=NEARLY)
+            if near and letters[near[0]] not in row:
+                found[key] = letters[near[0]]
+    return found
+
+
+def quoted(key: str) -> str:
+    """Return a key as it can be written in a config, so that spaces and signs that are not seen are."""
+    return json.dumps(key)
 
 
 def take_text(row: Row, keys: Keys, name: str) -> str:

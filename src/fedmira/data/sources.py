@@ -11,7 +11,7 @@ from typing import BinaryIO, cast
 
 from fedmira.data import hub
 from fedmira.data.rows import DOCUMENT_GIB, BadRow, Fault, Item, Place, read_document, read_lines, too_large
-from fedmira.data.splits import COLUMN, file_words
+from fedmira.data.splits import COLUMN, file_names, file_words
 from fedmira.data.tables import read_csv, read_parquet, read_saved, saved_splits
 from fedmira.data.text_form import TextForm, check_form, find_delimiter, in_utf8
 from fedmira.errors import DataError, nearest
@@ -139,6 +139,7 @@ def _folder(path: Path, form: TextForm) -> Source:
     words = file_words([file.parent.name if by_split else _stem(file) for file in files])
     if by_split:  # a client's files have one name in all splits
         stems = [_stem(file) for file in files]
+    stems = file_names(stems, words)
     return Source(
         tuple(
             _file_table(file, form, {"file": stem} if word is None else {"file": stem, COLUMN: word}, name=names[file])

@@ -17,6 +17,9 @@ EVALUATION = frozenset({"eval", "evaluation"})  # a second name of the test, or,
 
 _LETTERS = re.compile(r"[^\W\d_]+")
 _WHOLE = re.compile(r"(\w+?)(?:[ _-]?(?:set|split|data))?")
+_PIECE = re.compile(r"([^\W\d_]+?)(?:[ _-]?(?:set|split|data))?(?![^\W\d_])", re.IGNORECASE)
+_SHARD = re.compile(r"[ _.-]?\d+-of-\d+$")
+_BETWEEN = " _.-"  # what stands between the words of a file's name
 
 
 def split_word(text: str) -> str | None:
@@ -53,6 +56,41 @@ def file_words(stems: Sequence[str]) -> list[str | None]:
     chosen = inside if all(inside) else found
     distinct = {WORDS[word] for word in chosen if word}
     return chosen if len(distinct) > 1 else [None] * len(stems)
+
+
+def file_names(stems: Sequence[str], words: Sequence[str | None]) -> list[str]:
+    """Return the value of each file for the column `file`: oslo_train and oslo_test are `oslo`, others as they are.
+
+    words: the word that says which split each file is, None if it is none. Files are one data set if their names differ
+    in that word only, two splits and among them train are there, and no file has the rest as its whole name.
+    """
+    rests = [
+        stem if word is None else without_split(stem, WORDS[word]) for stem, word in zip(stems, words, strict=True)
+    ]
+    splits: dict[str, set[str]] = {}
+    for rest, word in zip(rests, words, strict=True):
+        splits.setdefault(rest, set()).add("" if word is None else WORDS[word])
+    return [
+        rest if rest and len(splits[rest]) > 1 and "train" in splits[rest] and "" not in splits[rest] else stem
+        for stem, rest in zip(stems, rests, strict=True)
+    ]
+
+
+def without_split(stem: str, split: str | None = None) -> str:
+    """Return a file's name without the word for its split, and without the number of a shard after it.
+
+    It is empty where the name has nothing else: `train-00000-of-00001`. split: take out a word for this one only.
+    """
+    named = {WORDS[word] for letters in _LETTERS.findall(stem.lower()) if (word := _word(letters))}
+    if len(named) != 1 or split not in (None, *named):
+        return stem
+    piece = next((piece for piece in _PIECE.finditer(stem) if piece[1].lower() in WORDS), None)
+    if piece is None:
+        return stem
+    before, after = stem[: piece.start()], _SHARD.sub("", stem[piece.end() :])
+    left, right = before.rstrip(_BETWEEN), after.lstrip(_BETWEEN)
+    between = before[len(left) :] or after[: len(after) - len(right)]
+    return f"{left}{between}{right}" if left and right else left or right
 
 
 def read_splits(values: Iterable[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from fedmira.data.records import scalars, shown
+from fedmira.data.records import letters_of, scalars, shown
 from fedmira.data.rows import BadRow, Row, kind_of
 
 LOSS_MARKS = ("weight", "loss", "train", "trainable", "training", "loss_mask", "loss_weight")  # 0, false: no loss
@@ -111,17 +111,12 @@ def refuse_turn(turn: Row) -> None:
 
 def is_one_of(key: str, names: tuple[str, ...]) -> bool:
     """Is this key one of the names, in any spelling: `System Prompt`, `systemPrompt`, `SYSTEM-PROMPT`?"""
-    return _letters(key) in _all_letters(names)
+    return letters_of(key) in _all_letters(names)
 
 
 @functools.cache
 def _all_letters(names: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(map(_letters, names))
-
-
-@functools.lru_cache(maxsize=1024)  # rows of one source have the same few keys
-def _letters(key: str) -> str:
-    return "".join(letter for letter in key.casefold() if letter.isalnum())
+    return frozenset(map(letters_of, names))
 
 
 def _refuse(beside: Row, keys: tuple[str, ...], what: str) -> None:

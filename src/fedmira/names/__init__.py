@@ -29,6 +29,14 @@ def plain_line(name: str) -> str:
     )
 
 
+def writable(text: str, encoding: str | None) -> str:
+    """Return a text as a stream of this encoding writes it: `\\u6771` for a letter that it does not have.
+
+    A table must know this before it counts columns. None: the stream takes every letter.
+    """
+    return text if encoding is None else text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def shown_name(name: str) -> str:
     """Return a name in a form that fits one line of an error."""
     plain = plain_line(name)

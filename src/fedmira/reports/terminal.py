@@ -5,6 +5,7 @@ import math
 from rich.table import Table
 from rich.text import Text
 
+from fedmira.names import writable
 from fedmira.reports.record import StudyRecord
 from fedmira.reports.stats import MethodSummary, client_values
 from fedmira.reports.wording import counts, interval, number, short
@@ -13,14 +14,22 @@ CLIENTS_SHOWN = 32  # more are shown in the report only
 NAME_SHOWN = 60  # letters of a client's name
 
 
-def summary_tables(record: StudyRecord) -> list[Table]:
+def summary_tables(record: StudyRecord, *, encoding: str | None = None) -> list[Table]:
     """Return the tables: one line per client if there are at most CLIENTS_SHOWN, then one line per method.
+
+    encoding: of the stream that they are printed to, None = it has every letter.
 
     Methods: mean with 95 % interval over clients and the worst client, metric by metric, the untouched base first;
     wins/ties/losses against the baseline on the first metric that is not the loss, else on the loss.
     """
     clients = _client_table(record) if len(record.results.clients) <= CLIENTS_SHOWN else None
-    return [table for table in (clients, _method_table(record)) if table is not None]
+    tables = [table for table in (clients, _method_table(record)) if table is not None]
+    for table in tables:
+        cells = [cell for column in table.columns for cell in (column.header, *column.cells)]
+        for text in (table.title, table.caption, *cells):
+            if isinstance(text, Text):
+                text.plain = writable(text.plain, encoding)
+    return tables
 
 
 def _client_table(record: StudyRecord) -> Table | None:

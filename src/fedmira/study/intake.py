@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from fedmira.data.owners import Owner, find_owners
 from fedmira.data.partition import column_values, form_clients
 from fedmira.data.rows import Fault
 from fedmira.data.special import as_text, count_special, special_names
-from fedmira.data.splits import find_splits, read_splits
+from fedmira.data.splits import SPLITS, find_splits, read_splits
 from fedmira.data.templates import Template, make_template
 from fedmira.engine.events import Observer
 from fedmira.errors import ConfigError
@@ -29,6 +29,14 @@ from fedmira.names import ClientNames, lookalikes
 from fedmira.study.events import ClientsEncoded, DataRead
 
 SHORTEST = 4  # tokens of a text, as data.max_length has it
+
+
+class Unknown(NamedTuple):
+    """What the tokenizer does not know in a split."""
+
+    share: float  # of the tokens
+    answers: int  # with such a token
+    examples: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +54,7 @@ class Intake:
     empty: int  # files or splits without an example, with on_bad_row: skip
     skipped: Sequence[Fault]  # bad rows, with on_bad_row: skip
     left_out: int  # examples that the partitioner gives to nobody
-    unknown: float  # share of the training tokens that the tokenizer does not know
+    unknown: Mapping[str, Unknown]  # split -> what the tokenizer does not know in it; splits with such tokens only
     glued: int  # prompts that end, and whose answers begin, without a space or line break
     special: Mapping[str, int]  # special token -> examples whose own texts have it
     special_as_text: bool  # these are plain text
@@ -147,7 +155,7 @@ def _read_clients(
         others=reading.counts["others"],
         empty=reading.counts["empty"],
         skipped=reading.skipped,
-        unknown=_unknown_share(clients, getattr(tokenizer, "unk_token_id", None)),
+        unknown=_find_unknown(clients, getattr(tokenizer, "unk_token_id", None), end=tokenizer.eos_token_id),
         glued=_count_glued(reading.records) if template.name == "none" and reading.format != "text" else 0,
         special=count_special(reading.records, names),
         special_as_text=section.special_tokens == "text",
@@ -180,12 +188,20 @@ def _answer_length(example: Encoded, end: int) -> int:
     return len(example.ids) - example.prompt_length - int(example.ids[-1] == end)
 
 
-def _unknown_share(clients: Sequence[ClientData], unknown: int | None) -> float:
-    """Return the share of tokens for words that the tokenizer does not know; GPT-2's such token is its end of text."""
-    if unknown is None:
-        return 0.0
-    unknown_tokens = sum(example.ids[:-1].count(unknown) for client in clients for example in client.train)
-    return unknown_tokens / max(1, sum(client.tokens for client in clients))
+def _find_unknown(clients: Sequence[ClientData], unknown: int | None, *, end: int) -> dict[str, Unknown]:
+    """Return what the tokenizer does not know in each split. Where that token is also the end of text, as GPT-2's,
+    nothing is unknown: such a tokenizer has a token for every byte.
+    """
+    found: dict[str, Unknown] = {}
+    if unknown is None or unknown == end:
+        return found
+    for split in SPLITS:
+        examples: list[Encoded] = [example for client in clients for example in getattr(client, split)]
+        tokens = sum(example.ids.count(unknown) for example in examples)
+        answers = sum(unknown in example.ids[example.prompt_length :] for example in examples)
+        if tokens:
+            found[split] = Unknown(tokens / sum(len(example.ids) for example in examples), answers, len(examples))
+    return found
 
 
 def _count_glued(records: Sequence[Record]) -> int:

@@ -32,7 +32,7 @@ from fedmira.model.base.source import (
 )
 from fedmira.model.base.trial import check_decoder, check_prompts, list_unfit, try_packing
 from fedmira.model.base.vocabulary import check_end, count_known_ids
-from fedmira.model.base.weights import check_fit
+from fedmira.model.base.weights import check_fit, check_numbers
 from fedmira.model.packed.fused import fuse
 from fedmira.model.packed.lora import Stack, find_targets, install
 from fedmira.model.packed.loss import Head
@@ -109,6 +109,7 @@ def load_base(
     keep_freed_memory()
     folder = find_folder(name, revision=revision, weights=True)
     config = load_config(name, folder)
+    check_numbers(folder, name=name)
     try:
         with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(

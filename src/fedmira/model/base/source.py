@@ -57,6 +57,8 @@ _FORM = frozenset(
         "use_kernels",
     ]
 )
+_GENERATION = "generation_config.json"
+_INSIDE = ("*/config.json", "snapshots/*/config.json")  # where a folder above the model's has it, as in the hub's cache
 _CAUSAL = "FedMira needs a causal decoder (GPT-2, Llama, Qwen, Mistral, Gemma, Phi, ...)"
 
 
@@ -68,6 +70,8 @@ def find_folder(name: str, *, revision: str | None = None, weights: bool = False
     """
     folder = Path(name)
     local = folder.is_dir()
+    if folder.is_file():
+        raise refuse(name, "is a file; name the folder that holds the model")
     if not local and (folder.exists() or name.startswith((".", "/", "~")) or not _HUB_NAME.match(name)):
         raise refuse(name, f"no such folder (current folder: {Path.cwd()})")
     if local and revision is not None:
@@ -155,7 +159,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> transformers.Pr
     # Without its files transformers returns an empty tokenizer for some kinds, and texts would have no tokens.
     if not set(tokenizer.get_vocab().values()) - {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
         raise refuse(name, "no usable tokenizer: it has no words; is tokenizer.json missing?")
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None or not tokenizer.eos_token:
         raise refuse(name, "the tokenizer has no end-of-text token, so answers could not end")
     return tokenizer
 
@@ -232,7 +236,10 @@ def _check_files(name: str, folder: Path, *, local: bool, weights: bool) -> None
     if (folder / "adapter_config.json").is_file():
         raise refuse(name, "holds a PEFT adapter (adapter_config.json); merge it into its base first, or name the base")
     if not (folder / "config.json").is_file():
-        raise refuse(name, "no config.json in this folder; expected a transformers model")
+        inside = sorted(path.parent for pattern in _INSIDE for path in folder.glob(pattern)) if local else []
+        hint = f"; '{inside[0]}' has one: name that folder" if inside else "; expected a transformers model"
+        raise refuse(name, f"no config.json in this folder{hint}")
+    _check_ends(name, folder)
     if weights and not files:
         raise refuse(
             name, "has no safetensors (model.safetensors, or an index and its parts); FedMira reads no other format"
@@ -243,6 +250,22 @@ def _check_files(name: str, folder: Path, *, local: bool, weights: bool) -> None
         unknown = [shard for shard in shards.values() if shard not in files] if isinstance(shards, dict) else [shards]
         if unknown:
             raise refuse(name, f"{index.name} points to {unknown[0]!r}, not a safetensors file of this folder")
+
+
+def _check_ends(name: str, folder: Path) -> None:
+    """Raise ModelError for a generation_config.json that does not say clearly which ids end answers.
+
+    transformers leaves out a file that it cannot read, and answers would not end where they should.
+    """
+    if not (folder / _GENERATION).is_file():
+        return
+    facts = _read_json(name, folder / _GENERATION)
+    for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        found = facts.get(key)
+        ids = found if isinstance(found, list) and key == "eos_token_id" else [found]
+        if found is not None and not all(type(index) is int for index in ids):
+            allowed = "a whole number, a list of them, or null" if key == "eos_token_id" else "a whole number, or null"
+            raise refuse(name, f"{_GENERATION} has {key} {json.dumps(found)}; expected {allowed}")
 
 
 def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:

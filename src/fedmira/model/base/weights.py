@@ -7,9 +7,11 @@ different tensors where the config has one for both would be loaded here as two,
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import safe_open
 
 from fedmira.model.base.source import join_some, refuse
 
@@ -18,6 +20,27 @@ from fedmira.model.base.source import join_some, refuse
 _CONSTANTS = re.compile(
     r"(^|\.)((attn|attention|self_attn)\.masked_bias|rotary_emb\.(inv_freq|cos_cached|sin_cached))$"
 )
+_WHOLE = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"})
+
+
+def check_numbers(folder: Path, *, name: str) -> None:
+    """Raise ModelError if a file has weights that are whole numbers: they would be loaded as floats without a scale.
+
+    A file that cannot be read is left to who loads it.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                kinds = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+        except Exception:  # any fault of the file
+            continue
+        whole = sorted(key for key, kind in kinds.items() if key.endswith(".weight") and kind in _WHOLE)
+        if whole:
+            raise refuse(
+                name,
+                f"{file.name} has whole numbers ({kinds[whole[0]]}) as weights: {join_some(whole)}; FedMira trains on "
+                "plain float weights, so use the model that this one was quantised from",
+            )
 
 
 def check_fit(model: transformers.PreTrainedModel, report: Mapping[str, Iterable[Any]], *, name: str) -> None:
