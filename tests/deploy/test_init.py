@@ -225,7 +225,7 @@ def test_a_folder_with_something_in_it_is_not_touched(founded: Founded, study: S
 def test_an_interrupted_init_leaves_nothing(number: int, study: Study, tmp_path: Path) -> None:
     where = ("--config", study.config(), "--server", "localhost", "--sites", "a,b")
     running = start("federation", "init", tmp_path / "new", *where)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 400
     while not any(tmp_path.glob(".new.*/ca/profile.yml")):  # it has begun to write
         assert time.monotonic() < deadline
         time.sleep(0.01)

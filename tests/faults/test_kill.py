@@ -59,7 +59,7 @@ def states(study: Path) -> set[str]:
 
 def wait_for_round(study: Path, process: Command | subprocess.Popen[bytes]) -> None:
     """Wait until some run of the study has finished a round."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         if any(path.stat().st_size for path in study.glob("*/seed-*/metrics.jsonl")):
             return
