@@ -108,7 +108,7 @@ def admit(uploads: Sequence[Upload], expected: Expected) -> tuple[Tensor, dict[i
 
 def _is_finite(value: Tensor) -> bool:
     """Piece by piece: a norm in float64 takes twice the memory of what it is of."""
-    return all(bool(torch.isfinite(norms(piece[None])).all()) for piece in value.reshape(-1).split(PIECE))
+    return all(bool(torch.isfinite(norms(piece[None])).all()) for piece in torch.split(value.reshape(-1), PIECE))
 
 
 def check_change(change: Change, method: str, layout: Layout) -> None:
