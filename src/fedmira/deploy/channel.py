@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,13 @@ def send(connection: socket.socket, note: dict[str, Any], frame: bytes | bytearr
     connection.sendall(frame)
 
 
-def receive(connection: socket.socket) -> tuple[dict[str, Any], bytearray]:
-    """Return the next note and frame. Raises EOFError at the end, ValueError if what comes is not a frame of ours."""
+def receive(
+    connection: socket.socket, admit: Callable[[int], None] = lambda size: None
+) -> tuple[dict[str, Any], bytearray]:
+    """Return the next note and frame. Raises EOFError at the end, ValueError if what comes is not a frame of ours.
+
+    admit: called with the frame's size before it is read; it may wait.
+    """
     head = _exactly(connection, 2 * _LENGTH.size)
     text_length, length = (number for (number,) in _LENGTH.iter_unpack(head))
     if text_length > 1 << 20 or length > MAX_FRAME:
@@ -71,6 +77,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], bytearray]:
     note = json.loads(_exactly(connection, text_length))
     if not isinstance(note, dict):
         raise ValueError("a note is a JSON object")
+    admit(length)
     return note, _exactly(connection, length)
 
 

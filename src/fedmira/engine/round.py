@@ -51,6 +51,8 @@ def play(method: Method, ledger: Ledger, clients: Trainers, ids: Tensor, clock: 
     asked = time.monotonic()
     reply = clients.train(ids, sent, clock)
     trained = time.monotonic()
+    laid_over = None if bool(up.all()) else given.rows
+    del given, sent  # as much memory as the uploads
     names = {federation.names[k]: k for k in ids.tolist()}
     expected = Expected(federation, method.name, clock.round, names, int(up.sum()))
     uploads = [Upload(header, reply.message.take(slice(n, n + 1))) for n, header in enumerate(reply.headers)]
@@ -59,10 +61,9 @@ def play(method: Method, ledger: Ledger, clients: Trainers, ids: Tensor, clock: 
     returned = reply.message if len(places) == len(reply.ids) else reply.message.take(places)
     where = {k: n for n, k in enumerate(ids.tolist())}
     whole = returned
-    if not bool(up.all()):
-        base = given.rows[[where[k] for k in answered.tolist()]]
+    if laid_over is not None:
+        base = laid_over[[where[k] for k in answered.tolist()]]
         whole = returned.map(lambda rows: lay_over(base, up, rows))
-    del given, sent  # as much memory as the uploads, which the merge does without
     weights = torch.tensor([uploads[n].header.weight for n in places.tolist()], dtype=torch.float64)
     change = merge_admitted(method, ledger, answered, whole, weights, clock)
     return Round(

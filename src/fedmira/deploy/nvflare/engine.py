@@ -214,6 +214,7 @@ class Supervisor:
         self._listener = channel.listen(self._folder / "s")
         self._process = server_process(kit, self._folder / "s", log_file)
         self._lock = threading.RLock()
+        self._sending = threading.Lock()  # one frame at a time goes to the relay
         self._relay: socket.socket | None = None
         self._number = 0  # of the relay's connection
         self._members: frozenset[str] = frozenset()
@@ -274,20 +275,29 @@ class Supervisor:
             yield site, Failure("late")
 
     def _send_due(self) -> None:
-        """Send the calls that the newest relay has not got, to sites that are in its job."""
+        """Send the calls that the newest relay has not got, to sites that are in its job.
+
+        Not under the lock: the relay reads a large frame when it has room for it, and answers come meanwhile.
+        """
+        with self._sending:
+            while (due := self._next_due()) is not None:
+                relay, note, call = due
+                try:
+                    channel.send(relay, note, call.frames[call.site])
+                except OSError:
+                    return  # the relay is gone; the next one gets the call
+
+    def _next_due(self) -> tuple[socket.socket, dict[str, Any], _Call] | None:
         now = time.monotonic()
         with self._lock:
             if self._relay is None:
-                return
+                return None
             for number, call in self._calls.items():
                 if call.sent == self._number or call.site not in self._members or now < call.retry_at:
                     continue
-                note = {"id": number, "site": call.site, "seconds": max(call.until - now, 1.0)}
-                try:
-                    channel.send(self._relay, note, call.frames[call.site])
-                except OSError:
-                    return  # the relay is gone; the next one gets the call
                 call.sent = self._number
+                return self._relay, {"id": number, "site": call.site, "seconds": max(call.until - now, 1.0)}, call
+        return None
 
     def _accept(self) -> None:
         while not self._ended.is_set():
