@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -269,12 +270,12 @@ moments, so the most of their sum is less than that of their peaks. A payload is
 
 {memory}
 
-Wanted: less than {limit:g} times the payload of a round. {verdict}
+{verdict}
 
 Of the server's own process three adapters are the rows that it keeps, and three each are what it sends, what came, and
-what the merge makes of it; not all of them at one moment. The engine alone took 3.5 payloads in its job, as it copies
-each frame some times: now {in_flight:.0f} MB of large frames are under way at one time, or one frame, each is made when
-its turn comes, and answers stay in their files.
+what the merge makes of it; not all of them at one moment. NVFlare copies each frame some times, and would hold those of
+all sites at once: {in_flight:.0f} MB of large frames, or one frame, are under way at one time; each is made when its
+turn comes, and answers stay in their files.
 """
 
 
@@ -300,13 +301,19 @@ def payload(row: Mapping[str, Any]) -> int:
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> str:
     """Say where the server's memory is below its limit, by what a payload may be taken to be."""
-    said = []
+    said = [f"Wanted: less than {LIMIT:g} times the payload of a round."]
     for what, times in (("down and up, six adapters", 2), ("one way, three adapters", 1)):
         held = [row["memory_together"] < LIMIT * times * payload(row) for row in rows]
         reached = [text_of(4 * row["row_numbers"]) for row, holds in zip(rows, held, strict=True) if holds]
         where = "at no size" if not reached else "at each size" if all(held) else f"at {', '.join(reached)} MB only"
         said.append(f"If that is what travels {what}: {where}.")
-    return " ".join(said)
+    last = rows[-1]
+    engine = sum(last["memory_peaks"][role] - last["memory_before"][role] for role in (ENGINE, JOB)) / payload(last)
+    said.append(
+        f"Of that NVFlare's two processes have, above what they take before, up to {engine:.1f} payloads "
+        f"at {text_of(4 * last['row_numbers'])} MB."
+    )
+    return textwrap.fill(" ".join(said), 120, break_on_hyphens=False)
 
 
 def page(found: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from fedmira.adapters.added import BaseVersions
 from fedmira.deploy.wire import Frame, decode, pack_message, unpack_message
@@ -120,3 +120,16 @@ def test_one_tensor_of_numbers_and_nothing_else_is_read(header: object, body: by
 def test_parts_that_do_not_describe_the_numbers_are_refused(parts: object) -> None:
     with pytest.raises(WireError):
         unpack_message(parts, torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_tensor_is_a_file_that_safetensors_reads_and_writes(dtype: torch.dtype) -> None:
+    rows = torch.randn(1, 7).to(dtype)
+    data = Frame({"parts": {}}, rows).encode()
+    (length,) = struct.unpack_from(">Q", data)
+    (only,) = load(data[8 + length :]).items()
+    assert torch.equal(only[1], rows)
+    theirs = data[: 8 + length] + save({only[0]: rows})
+    found = decode(theirs).rows
+    assert found is not None
+    assert torch.equal(found, rows)
