@@ -53,6 +53,7 @@ def test_the_bare_loop_gives_the_engines_adapters_to_1e_5(tmp_path: Path) -> Non
             assert (ours[name.replace(".default", "")] - value).abs().max() < 1e-5
 
 
+@pytest.mark.slow  # 17 s; the bare loop and the quickstart stay
 def test_the_example_in_python_ends_with_mira_ahead_of_training_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,7 +107,11 @@ def test_code_that_comes_with_a_job_is_not_run(running: Running, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("party", "end"), [("server", "FINISHED:EXECUTION_EXCEPTION"), ("client", "FINISHED:ABNORMAL")]
+    ("party", "end"),
+    [
+        pytest.param("server", "FINISHED:EXECUTION_EXCEPTION", marks=pytest.mark.slow),
+        ("client", "FINISHED:ABNORMAL"),
+    ],
 )
 def test_a_class_that_is_not_fedmiras_is_not_made(party: str, end: str, running: Running, tmp_path: Path) -> None:
     engine.write_job(tmp_path / "job", "names-another-class")
