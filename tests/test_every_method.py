@@ -93,6 +93,7 @@ def count_numbers(path: Path) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
+@pytest.mark.slow
 def test_bytes_as_counted_are_those_of_the_formula_on_the_page(study: fedmira.Study) -> None:
     assert {run.facts.method for run in study.runs} == set(fedmira.method_names())
     wrong = []
@@ -167,6 +168,7 @@ def test_without_the_shared_data_it_is_said_where_they_were_looked_for(
 # ---------------------------------------------------------------- what is found
 
 
+@pytest.mark.slow
 def test_a_row_holds_the_means_of_results_csv(study: fedmira.Study) -> None:
     rows = {row["label"]: row for row in every.summaries(study, ["loss"])}
     assert list(rows) == list(dict.fromkeys(run.facts.label for run in study.runs))
@@ -183,6 +185,7 @@ def test_a_row_holds_the_means_of_results_csv(study: fedmira.Study) -> None:
     assert sum(rows["fedavg"]["against"][key] for key in ("wins", "ties", "losses")) == CLIENTS
 
 
+@pytest.mark.slow
 def test_a_row_holds_what_its_runs_have_recorded(study: fedmira.Study) -> None:
     rows = {row["label"]: row for row in every.summaries(study, ["loss"])}
     views = {label: row["view"] for label, row in rows.items()}

@@ -54,6 +54,7 @@ def losses(study: Path, method: str) -> list[list[float]]:
     return [json.loads(line)["train_loss"] for text in texts for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_with_the_reply_lost_every_round_trains_as_training_alone_does(ran: Path) -> None:
     assert losses(ran / "study", "mira-lost") == losses(ran / "study", "local")
     assert losses(ran / "study", "mira") != losses(ran / "study", "local")  # a client came back: the reply tells
@@ -62,6 +63,7 @@ def test_with_the_reply_lost_every_round_trains_as_training_alone_does(ran: Path
     assert "in 4 of\n4 rounds" in (ran / "page.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_what_is_scored_is_pulled_once(ran: Path) -> None:
     found = json.loads((ran / "found.json").read_text(encoding="utf-8"))
     mean = {name: one["loss"]["mean"] for name, one in found["methods"].items()}
@@ -70,6 +72,7 @@ def test_what_is_scored_is_pulled_once(ran: Path) -> None:
     assert around["mira-lost"][0] == around["local"][0] == around["local"][1] != around["mira-lost"][1]
 
 
+@pytest.mark.slow
 def test_a_seed_has_a_mean_of_its_own_and_a_pair_every_client(ran: Path) -> None:
     found = json.loads((ran / "found.json").read_text(encoding="utf-8"))
     local = found["methods"]["local"]["loss"]
@@ -80,11 +83,13 @@ def test_a_seed_has_a_mean_of_its_own_and_a_pair_every_client(ran: Path) -> None
     assert pair["loss"]["difference"] == pytest.approx(difference)
 
 
+@pytest.mark.slow
 def test_no_place_on_this_machine_is_stored(ran: Path) -> None:
     for name in ("found.json", "page.md"):
         assert str(ran) not in (ran / name).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_study_that_is_there_is_read_and_not_run_again(script: ModuleType, ran: Path) -> None:
     page = (ran / "page.md").read_text(encoding="utf-8")
     before = {path: path.stat().st_mtime_ns for path in ran.glob("study/*/*/metrics.jsonl")}
