@@ -88,6 +88,7 @@ def test_the_page_on_the_first_answer_shows_medians_in_units_of_the_first_row() 
 
 
 @pytest.mark.slow  # products of bfloat16, which many CPUs compute slowly
+@pytest.mark.slow
 def test_the_gpu_script_runs_on_a_small_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     found = tmp_path / "gpu.json"

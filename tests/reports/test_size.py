@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from tests.reports.hand_made import Page
 from tests.reports.made_study import make_study
 
@@ -11,6 +12,7 @@ from fedmira.reports.render import write_report
 MOST_BYTES = 3_000_000
 
 
+@pytest.mark.slow
 def test_two_thousand_clients_make_a_small_page(tmp_path: Path):
     names = [f"client-{place}" for place in range(2000)]
     groups = [f"group {place % 40}" for place in range(2000)]
