@@ -160,19 +160,12 @@ def renew(folder: Path) -> Path:
     """
     server = ServerFolder(folder.resolve())
     settings = read_federation(server.settings)
-    with held(server.path):
-        make_folder(server.kit.parent)
-        fresh = Path(tempfile.mkdtemp(prefix=".renewed.", suffix=".tmp", dir=server.kit.parent))
-        try:
-            parties = _own_parties(fresh / "kit", fresh / "admin", settings)
-            kits.make_kits(server.authority, parties, federation=settings.name)
-            for place in (server.kit, server.admin):
-                kits.harden(fresh / place.name, at=place)
-                if place.exists():
-                    place.rename(fresh / f"old-{place.name}")
-                (fresh / place.name).rename(place)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+    with held(server.path), kits.scratch(server.kit.parent) as fresh:
+        parties = _own_parties(fresh / "kit", fresh / "admin", settings)
+        kits.make_kits(server.authority, parties, federation=settings.name)
+        for place in (server.kit, server.admin):
+            kits.harden(fresh / place.name, at=place)
+            kits.put(fresh / place.name, place, fresh)
     return server.kit
 
 
@@ -221,14 +214,7 @@ def make_request(folder: Path) -> Path:
     waiting = site.request / f"{name}.request.zip"
     if waiting.is_file() and not site.kit.exists():
         return waiting
-    fresh = Path(tempfile.mkdtemp(prefix=".request.", suffix=".tmp", dir=site.path))
-    try:
-        kits.make_request(fresh / "request", federation=agreement.federation, site=name)
-        if site.request.exists():
-            site.request.rename(fresh / "old")
-        (fresh / "request").rename(site.request)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    kits.make_request(site.request, federation=agreement.federation, site=name)
     return waiting
 
 

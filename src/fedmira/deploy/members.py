@@ -70,11 +70,11 @@ class Members:
         """Wait until every site has joined once, now or in an earlier run of the server, and one is connected."""
         make_folder(self.folder.cards)
         self.names = self._stored_names()
+        known = self.names or self.settings.sites
+        self.cards = {name: card for name in known if (card := self._stored_card(name)) is not None}
         shown: set[str] | None = None
         while True:
             wanted = self.names or tuple(self.settings.sites)
-            if shown is None:
-                self.cards = {name: card for name in wanted if (card := self._stored_card(name)) is not None}
             there = self.link.sites & frozenset(wanted)
             self._greet_due(sorted(there))
             missing = set(wanted) - set(self.cards)

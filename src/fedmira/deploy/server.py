@@ -51,7 +51,7 @@ class Server:
     """One federation's study. tell: shows a line to whoever started the server."""
 
     def __init__(self, folder: ServerFolder, link: Link, tell: Tell, observer: Observer) -> None:
-        self.folder, self.observer, self.tell = folder, observer, tell
+        self.folder, self.observer = folder, observer
         self.members = Members(folder, link, tell)
         self.config: Config = load_config(folder.study_config, [f"output_dir={json.dumps(str(folder.study))}"])
         self.audit = Audit(folder.audit)

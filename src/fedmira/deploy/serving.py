@@ -1,17 +1,16 @@
 """The two long-running commands: a federation's server, and one site of it."""
 
-import ctypes
 import logging
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedmira.deploy import channel
 from fedmira.deploy.folders import ServerFolder, SiteFolder
-from fedmira.deploy.nvflare.engine import LARGE_BYTES, Supervisor, site_process
+from fedmira.deploy.nvflare.engine import Supervisor, site_process
 from fedmira.deploy.nvflare.kits import check_installed
 from fedmira.deploy.server import Server
 from fedmira.deploy.settings import read_federation
@@ -21,6 +20,7 @@ from fedmira.disk.files import make_folder
 from fedmira.disk.folders import held, logging_to
 from fedmira.engine.events import Observer
 from fedmira.errors import StoreError
+from fedmira.model.base.memory import return_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def run_server(folder: ServerFolder, *, tell: Tell, observer: Observer) -> Path:
     Raises StoreError if the engine is not installed, the kit is missing, or another server has the folder.
     """
     check_installed()
-    _give_memory_back()
+    return_freed_memory()
     _check_kit(folder.kit, f"make it again: fedmira federation init {folder.path} --renew")
     name = read_federation(folder.settings).name
     with held(folder.path), _logging(folder.log):
@@ -73,12 +73,6 @@ def run_site(folder: SiteFolder, *, tell: Tell) -> None:
             listener.close()
             shutil.rmtree(place, ignore_errors=True)
         tell(f"the study is complete; the adapters are in {folder.adapters}")
-
-
-def _give_memory_back() -> None:
-    """Let this process keep no large piece of memory that was freed, as its engine's do not; glibc alone has this."""
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(ctypes.c_int(-3), ctypes.c_int(LARGE_BYTES))  # -3: M_MMAP_THRESHOLD of malloc.h
 
 
 def _wait(worker: Worker, tell: Tell) -> None:

@@ -231,7 +231,7 @@ def _one_round(run: Run, sampled: np.ndarray) -> RoundRecord:
     """One round, from sampling to its line of metrics.jsonl."""
     began = time.monotonic()
     ledger, clients = run.ledger, run.clients
-    take_in(ledger, run.method)
+    take_in(ledger, run.method)  # again, unless the newest checkpoint is older than a client's first round
     ids = torch.from_numpy(sampled)
     asked = clients.ask(ids)
     played = play(run.method, ledger, clients, asked.ids, run.clock)

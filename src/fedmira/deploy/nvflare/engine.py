@@ -28,6 +28,7 @@ from fedmira.deploy import channel
 from fedmira.deploy.link import Failure
 from fedmira.deploy.nvflare.kits import ORGANISATION, harden
 from fedmira.disk.files import FILE_MODE, make_folder, write_json
+from fedmira.model.base.memory import RETURNED_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ POLL_SECONDS = 1.0
 JOB_SECONDS = 60.0  # from submission until the job's server part has to be there
 RETRY_SECONDS = 1.0  # between tries to reach a site
 HEARD_SECONDS = 60.0  # since the last heartbeat of a site that is there
-LARGE_BYTES = 1 << 20  # of one object, from which on its memory is the system's again when it is freed
 ABSENT_PINGS = 2  # in a row without an answer: the site's part of the job is gone
 
 
@@ -112,7 +112,7 @@ def _environment(path: Path) -> dict[str, str]:
         channel.SOCKET: str(path),
         "NVFLARE_SECURE_LOGGING": "true",
         "PYTHONSAFEPATH": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(LARGE_BYTES),
+        "MALLOC_MMAP_THRESHOLD_": str(RETURNED_BYTES),
     }
 
 

@@ -106,11 +106,11 @@ def make_kits(authority: Path, kits: Mapping[Path, Party], *, federation: str) -
     Requests and signatures are made beside the authority and removed. Raises StoreError if NVFlare refuses.
     """
     profile, fingerprint = authority / PROFILE, fingerprint_of(authority)
-    with _scratch(authority.parent) as scratch:
+    with scratch(authority.parent) as fresh:
         commands: list[Sequence[str | Path]] = []
         packed: dict[Path, Path] = {}
         for place, (kit, party) in enumerate(kits.items()):
-            work = scratch / str(place)
+            work = fresh / str(place)
             work.mkdir(mode=FOLDER_MODE)
             commands += [
                 _request_command(work / "request", work / "party.yml", federation, party),
@@ -125,15 +125,15 @@ def make_kits(authority: Path, kits: Mapping[Path, Party], *, federation: str) -
 
 
 def make_request(folder: Path, *, federation: str, site: str) -> Path:
-    """Make a site's private key and its request in a new folder; return the request, NAME.request.zip.
+    """Make a site's key and request in a folder, in place of older ones; return the request, NAME.request.zip.
 
     The key stays in the folder; the request does not have it. Raises StoreError if NVFlare refuses.
     """
-    with _scratch(folder.parent) as scratch:
-        built = scratch / "request"
-        _run([_request_command(built, scratch / "party.yml", federation, Party(site, "client"))])
+    with scratch(folder.parent) as fresh:
+        built = fresh / "request"
+        _run([_request_command(built, fresh / "party.yml", federation, Party(site, "client"))])
         close_folder(built)
-        built.rename(folder)
+        put(built, folder, fresh)
     return folder / _request_name(site)
 
 
@@ -171,14 +171,19 @@ def pack_kit(signed: Path, *, request: Path, kit: Path, fingerprint: str) -> Non
 
     fingerprint: of the authority that must have signed. Raises StoreError if NVFlare refuses.
     """
-    with _scratch(kit.parent) as scratch:
-        shutil.copyfile(signed, scratch / SIGNED)
-        _run([_pack_command(scratch / SIGNED, request, scratch / "packed", fingerprint)])
-        built = _only_kit(scratch / "packed")
+    with scratch(kit.parent) as fresh:
+        shutil.copyfile(signed, fresh / SIGNED)
+        _run([_pack_command(fresh / SIGNED, request, fresh / "packed", fingerprint)])
+        built = _only_kit(fresh / "packed")
         harden(built, at=kit)
-        if kit.exists():
-            kit.rename(scratch / "old")
-        built.rename(kit)
+        put(built, kit, fresh)
+
+
+def put(built: Path, place: Path, fresh: Path) -> None:
+    """Put a folder that was built in a scratch folder in its place; what was there goes with the scratch folder."""
+    if place.exists():
+        place.rename(fresh / f"old-{place.name}")
+    built.rename(place)
 
 
 def harden(kit: Path, *, at: Path | None = None) -> None:
@@ -257,14 +262,14 @@ def _only_kit(folder: Path) -> Path:
 
 
 @contextmanager
-def _scratch(parent: Path) -> Iterator[Path]:
+def scratch(parent: Path) -> Iterator[Path]:
     """Give a private folder beside what is made, so that keys never leave the disk that they belong on; remove it."""
     make_folder(parent)
-    scratch = Path(tempfile.mkdtemp(prefix=".kits.", suffix=".tmp", dir=parent.resolve()))
+    fresh = Path(tempfile.mkdtemp(prefix=".kits.", suffix=".tmp", dir=parent.resolve()))
     try:
-        yield scratch
+        yield fresh
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _run(commands: Sequence[Sequence[str | Path]]) -> None:
