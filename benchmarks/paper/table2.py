@@ -161,7 +161,7 @@ def sent(name: str, layout: Layout) -> tuple[int, int]:
     stored = Stored(layout, rows, held.ranks, held.scale)
     given = method.message(method.init(stored, Clock(0)), ids, clock)
     never: Any = no_training
-    tools = Tools(clock, never, never, rng=never, curvature=never, loss=never)
+    tools = Tools(clock, never, never, rng=never, curvature=never, loss=never, each=never)
     returned, _ = method.client.finish(hold(layout, given.rows), {}, given, tools)
     assert method.travels is method.trained is all_columns, "whole rows are counted"
     return payload(given), payload(returned)

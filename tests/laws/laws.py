@@ -49,6 +49,12 @@ def uploads(ids: Tensor, world: World, *, seed: int = 0) -> Tensor:
     return world.adapters(ids, rows).mask_().rows
 
 
+def message(method: Method, world: World, rows: Tensor) -> Message:
+    """Rows [n, P] as a message of the form that this method's clients return, its scalars 0."""
+    names = world.trained(method).returned.scalars
+    return Message(rows, {name: torch.zeros(len(rows), dtype=value.dtype) for name, value in names.items()})
+
+
 def law_a_batch_of_one_equals_a_batch_of_all(method: Method, world: World) -> None:
     """A client trained alone returns and keeps what it does among others."""
     scene = world.reach(method)
@@ -170,20 +176,20 @@ def law_a_client_of_weight_zero_has_no_influence(method: Method, world: World) -
     rows = uploads(IDS, world)
     weights = world.weights(IDS)
     if not method.facts.weighs:
-        change = merge(scene, IDS, Message(rows.clone()), weights)
-        other = merge(scene, IDS, Message(rows.clone()), weights.flip(0) + 1)
+        change = merge(scene, IDS, message(method, world, rows.clone()), weights)
+        other = merge(scene, IDS, message(method, world, rows.clone()), weights.flip(0) + 1)
         assert torch.equal(change.rows, other.rows), "weights are said not to be used"
         return
     weights[1] = 0.0
     rest = torch.tensor([0, 2, 3])
-    change = merge(scene, IDS, Message(rows.clone()), weights)
-    without = merge(scene, IDS[rest], Message(rows[rest]), weights[rest])
+    change = merge(scene, IDS, message(method, world, rows.clone()), weights)
+    without = merge(scene, IDS[rest], message(method, world, rows[rest]), weights[rest])
     keep = torch.tensor([k in without.ids.tolist() for k in change.ids.tolist()])
     close(change.rows[keep], without.rows, "weight 0 against absent")
     wild = rows.clone()
     wild[1] = 1e3
-    close(merge(scene, IDS, Message(wild), weights).rows[keep], change.rows[keep], "its upload")
-    doubled = merge(scene, IDS, Message(rows.clone()), 2 * weights)
+    close(merge(scene, IDS, message(method, world, wild), weights).rows[keep], change.rows[keep], "its upload")
+    doubled = merge(scene, IDS, message(method, world, rows.clone()), 2 * weights)
     close(doubled.rows, change.rows, "only the ratio of weights counts")
 
 
@@ -261,7 +267,7 @@ def law_equal_clients_stay_equal(method: Method, world: World) -> None:
         _equal_updates_stay_equal(world, scene, row)
         return
     for ids in (IDS, ALL):
-        change = merge(scene, ids, Message(row.repeat(len(ids), 1)), torch.ones(len(ids)).double())
+        change = merge(scene, ids, message(method, world, row.repeat(len(ids), 1)), torch.ones(len(ids)).double())
         close(change.rows, change.rows[:1].expand_as(change.rows), "each other")
         if method.facts.graph is not None:
             close(change.rows, row.expand_as(change.rows), "what they had")
@@ -271,7 +277,7 @@ def _equal_updates_stay_equal(world: World, scene: Scene, row: Tensor) -> None:
     """The same among clients of the same rank: whatever the factors are, their products stay."""
     alike = torch.nonzero(world.ranks == world.ranks.max()).flatten()
     given = row.repeat(len(alike), 1)
-    change = merge(scene, alike, Message(given), torch.ones(len(alike)).double())
+    change = merge(scene, alike, message(scene.method, world, given), torch.ones(len(alike)).double())
     for leaf in world.layout.parts[0].leaves[::2]:
         mine, before = (world.adapters(alike, rows).product(leaf.module) for rows in (change.rows, given))
         torch.testing.assert_close(mine, before, rtol=1e-6, atol=1e-8)
@@ -321,7 +327,7 @@ def law_the_graph_step_keeps_the_mean(method: Method, world: World) -> None:
     """With a symmetric operator and everyone present, the mean over clients stays."""
     rows = uploads(ALL, world)
     scene = world.reach(method)
-    change = merge(scene, ALL, Message(rows.clone()), torch.ones(CLIENTS).double())
+    change = merge(scene, ALL, message(method, world, rows.clone()), torch.ones(CLIENTS).double())
     after = rows_after(scene, change)
     close(after.mean(dim=0), rows.mean(dim=0), "mean")
     assert not torch.allclose(after, rows)
@@ -332,7 +338,7 @@ def law_the_graph_step_never_widens_disagreement(method: Method, world: World, *
     scene = world.reach(method)
     for seed in range(5):
         rows = uploads(ALL, world, seed=seed)
-        change = merge(scene, ALL, Message(rows.clone()), torch.ones(CLIENTS).double())
+        change = merge(scene, ALL, message(method, world, rows.clone()), torch.ones(CLIENTS).double())
         before, after = (disagreement(some, similarities) for some in (rows, rows_after(scene, change)))
         assert after < before, f"{before:g} became {after:g}"
 
@@ -348,7 +354,7 @@ def law_only_clients_that_are_joined_have_influence(method: Method, world: World
         wild = rows.clone()
         wild[strangers] = 1e3
         mine, theirs = (
-            rows_after(scene, merge(scene, IDS, Message(some), world.weights(IDS)))[k]
+            rows_after(scene, merge(scene, IDS, message(method, world, some), world.weights(IDS)))[k]
             for some, scene in ((rows.clone(), world.reach(method)), (wild, world.reach(method)))
         )
         assert torch.equal(mine, theirs), f"client {k} is moved by {[NEXT[other] for other in strangers]}"

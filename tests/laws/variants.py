@@ -45,6 +45,11 @@ class Variant:
         return any(one["name"] == "server_optimizer" for one in self.settings.get("with", ()))
 
     @property
+    def chooses(self) -> bool:
+        """Does each client choose its own pull?"""
+        return self.settings.get("lambda") == "auto"
+
+    @property
     def stored(self) -> bool:
         return self.settings.get("neighbours") == "stored"
 
@@ -87,6 +92,13 @@ BEYOND = [  # the paper
     Variant("mira", {"lambda": 0.3, "graph": {"kind": "learned", "degree": 2}}),
     Variant("mira", {"lambda": 0.3, "graph": {"kind": "learned", "of": "updates", "measure": "distance"}}),
 ]
+FAMILY = {"kind": "groups", "column": "family"}
+CHOSEN = [  # by each client
+    Variant("mira", {"lambda": "auto"}),
+    Variant("mira", {"lambda": "auto", "graph": FAMILY, "choice": {"alphas": [0, 1], "prior": 0}}),
+    Variant("mira", {"lambda": "auto", "choice": {"by": "module_group", "graphs": ["global"], "margin": 0.5}}),
+    Variant("mira", {"lambda": "auto", "graph": FAMILY, "choice": {"alphas": [0.5], "graphs": ["given"]}}),
+]
 TABLE: Mapping[str, list[Variant]] = {
     "fedavg": [Variant("fedavg", {"weights": weights}) for weights in ("examples", "uniform")],
     "fedavg_ft": [Variant("fedavg_ft", {"weights": weights}) for weights in ("examples", "uniform")],
@@ -94,7 +106,7 @@ TABLE: Mapping[str, list[Variant]] = {
         Variant("groupavg", {}),
         *(Variant("groupavg", {"column": "family", "weights": weights}) for weights in ("examples", "uniform")),
     ],
-    "mira": [*MIRA, *BEYOND],
+    "mira": [*MIRA, *BEYOND, *CHOSEN],
     "fedptuning": [
         Variant("fedptuning", {"virtual_tokens": 3, "hidden": 2, "weights": weights})
         for weights in ("examples", "uniform")
@@ -128,6 +140,7 @@ WRAPPED = [
             "groups",
             [{"name": "only", "travels": "A"}],
         ),
+        ("mira", {"lambda": "auto"}, None, [{"name": "only", "travels": "A"}]),
         ("local", {}, None, [{"name": "proximal", "mu": 0.5}]),
         ("flexlora", {}, None, [{"name": "clipped", "norm": 0.3}]),
     )
@@ -136,7 +149,7 @@ WRAPPED = [
 VARIANTS = [variant for name in names() for variant in TABLE.get(name, [Variant(name, {})])]
 # On the transformer every local step costs milliseconds: each graph and each setting once is enough there.
 FEW = [variant for variant in VARIANTS if variant.name != "mira"] + [MIRA[place] for place in (1, 6, 17, 22, 24)]
-FEW += BEYOND
+FEW += BEYOND + CHOSEN
 VARIANTS += WRAPPED
 FEW += [
     one for one in WRAPPED if one.settings["with"][0]["name"] in ("proximal", "only", "clip", "noise")

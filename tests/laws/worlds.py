@@ -264,6 +264,9 @@ class Quadratic(Simulated):
         def loss(adapters: Adapters, *, on: Literal["validation", "batch"] = "validation") -> Tensor:
             return (adapters.rows - targets).square().sum(dim=1) / 2
 
+        def each(adapters: Adapters) -> tuple[Tensor, Tensor]:
+            return loss(adapters)[:, None], torch.ones(len(adapters), 1, dtype=torch.float64)
+
         def grad(adapters: Adapters) -> tuple[Tensor, Tensor]:
             losses.add_(loss(adapters))
             return loss(adapters), (adapters.rows - targets) * trained
@@ -285,7 +288,7 @@ class Quadratic(Simulated):
 
         def tools(step: int) -> Tools:
             at = replace(clock, step=step, steps=torch.full((len(ids),), STEPS), learning_rate=RATE)
-            return Tools(at, grad, update, rng, curvature, loss)
+            return Tools(at, grad, update, rng, curvature, loss, each)
 
         memory = {name: value.clone() for name, value in memory.items()}
         adapters, memory = half.begin(adapters, memory, given, tools(0))

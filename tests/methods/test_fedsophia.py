@@ -64,14 +64,14 @@ class Client:
         def grad(current: Adapters) -> tuple[Tensor, Tensor]:
             return torch.zeros(len(current)), gradient.clone()
 
-        tools = Tools(Clock(1, learning_rate=self.rate), grad, never, lambda name: [], curvature, never)
+        tools = Tools(Clock(1, learning_rate=self.rate), grad, never, lambda name: [], curvature, never, never)
         self.adapters, self.memory = self.method.client.step(self.adapters, self.memory, Message(self.start), tools)
         self.taken += 1
         return self.adapters.rows[:, :2]
 
     def end_round(self) -> None:
         """Finish a round and begin another, with the memory that is kept."""
-        tools = Tools(Clock(1), never, never, lambda name: [], never, never)
+        tools = Tools(Clock(1), never, never, lambda name: [], never, never, never)
         _, self.memory = self.method.client.finish(self.adapters, self.memory, Message(self.start), tools)
 
 
@@ -128,7 +128,7 @@ def test_nothing_beyond_a_clients_rank_is_filled_whatever_a_gradient_says() -> N
     def ones(current: Adapters) -> tuple[Tensor, Tensor]:
         return torch.ones(2), torch.ones_like(current.rows)
 
-    tools = Tools(Clock(1, learning_rate=1.0), ones, never, lambda name: [], ones, never)
+    tools = Tools(Clock(1, learning_rate=1.0), ones, never, lambda name: [], ones, never, never)
     found, _ = method.client.step(adapters, method.client.start(adapters), Message(adapters.rows), tools)
     assert bool((found.rows[1][~own[1]] == 0).all())
     assert bool((found.rows[own] < 1).all())

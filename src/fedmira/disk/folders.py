@@ -95,6 +95,8 @@ class RoundRecord:
     tokens: int  # unpadded tokens trained on
     notes: Mapping[str, float] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)  # client -> reason
+    scored: int = 0  # tokens of validation on which clients asked for losses within their part of the method
+    figures: Mapping[str, list[float | None]] = field(default_factory=dict)  # of each of `clients`; absent if empty
     stopped_early: str | None = None  # why no further round follows; absent from the line if None
 
 
@@ -161,8 +163,9 @@ class RunFolder:
             append_lines(self.path / "results.csv", [lines.removesuffix("\n")])
         if record is not None:
             line = _finite(asdict(record))
-            if record.stopped_early is None:
-                del line["stopped_early"]
+            for name, absent in (("stopped_early", None), ("figures", {}), ("scored", 0)):
+                if line[name] == absent:
+                    del line[name]
             append_lines(self.path / "metrics.jsonl", [json.dumps(line, allow_nan=False)])
 
     @property

@@ -43,7 +43,8 @@ class Reply:
 
     message: rows [n, Q] of the columns that travel, scalars, further rows. headers: what each upload says of itself.
     losses [n]: mean over a client's local steps; steps [n]; validation [n]: its loss with the adapter it would use if
-    the server changed nothing, None = no such split or not shared. silent: client -> why it sends nothing.
+    the server changed nothing, None = no such split or not shared. tokens: trained on; scored: of validation, in the
+    method's own half. silent: client -> why it sends nothing.
     """
 
     ids: Tensor
@@ -53,6 +54,7 @@ class Reply:
     steps: Tensor
     validation: Sequence[float | None]
     tokens: int = 0
+    scored: int = 0
     silent: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -67,10 +69,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of fine-tuning. refused: client -> why it keeps what it was sent."""
+    """What came of fine-tuning. refused: client -> why it keeps what it was sent; figures: client -> Facts.figures."""
 
     tokens: int
     refused: Mapping[int, str]
+    figures: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Kept(Protocol):

@@ -22,7 +22,7 @@ from fedmira.engine.phase import local_phase
 from fedmira.engine.tools import Training
 from fedmira.engine.workplace import Workplace
 from fedmira.evaluation.measure import measure_answers, measure_loss
-from fedmira.methods.base import Clock, Message, Method
+from fedmira.methods.base import Clock, Method
 from fedmira.model.base.load import Base
 from fedmira.model.packed.loss import CHUNK_BYTES
 from fedmira.model.passes import gradients
@@ -159,11 +159,13 @@ def count_run(
             trained += regime.pool_steps * min(batch_size, pool) * mean
         sampled = sum(validation[k] for k in ids)
         due = number % every == 0 or number == len(schedule)
+        scored += regime.scorings * sampled
         scored += (0 if pooled else sampled) + (everyone if due and not method.has_row_of_each else sampled)
     tested: Sequence[int] = range(len(clients))
     if regime.tune is not None:
         kind, length = regime.tune
         steps, epochs = (length, None) if kind == "steps" else (None, length)
+        scored += ends * regime.scorings * everyone
         trained += ends * sum(
             count_examples(len(client.train), batch_size=batch_size, steps=steps, epochs=epochs) * tokens
             for client, tokens in zip(clients, means, strict=True)
@@ -190,8 +192,9 @@ def measure_speeds(
     ids [S]: the clients of the first round; as many as one pass takes are used. Nothing is kept.
     """
     ids = ids[: workplace.cohort]
-    row, _ = replace(federation, ranks=federation.largest_ranks).start_rows(training.seed)
-    start = federation.adapters(ids, row.expand(len(ids), -1))
+    clock = Clock(1, learning_rate=training.learning_rate)
+    given = method.message(federation.first_state(training.seed, method), ids, clock)
+    start = federation.adapters(ids, given.rows)
     clients = [workplace.clients[int(k)] for k in ids]
 
     def train(steps: int) -> float:
@@ -202,10 +205,10 @@ def measure_speeds(
             method,
             clients,
             start,
-            Message(start.rows),
-            {},
+            given,
+            method.client.start(start),
             training=short,
-            clock=Clock(1),
+            clock=clock,
             cohort=workplace.cohort,
         )
         return (time.monotonic() - began) / max(done.tokens, 1)

@@ -32,6 +32,7 @@ class Idle:
             rng=lambda name: [np.random.default_rng(k) for k in ids.tolist()],
             curvature=lambda adapters: (torch.ones(len(adapters)), torch.zeros_like(adapters.rows)),
             loss=lambda adapters, *, on="validation": torch.zeros(len(adapters), dtype=torch.float64),
+            each=lambda adapters: (torch.zeros(len(adapters), 1), torch.ones(len(adapters), 1)),
         )
         adapters, memory = half.begin(adapters, half.start(adapters), whole, tools)
         adapters, memory = half.step(adapters, memory, whole, tools)

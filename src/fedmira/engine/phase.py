@@ -25,7 +25,8 @@ class PhaseResult:
     """What a phase gives, in the order of the clients it was given.
 
     rows [S, P]: each client's own, as its last step left it; returned: what it sends, whole rows. memory: of the
-    method; moments: of the optimizer. losses [S]: mean over each client's own steps.
+    method; moments: of the optimizer. losses [S]: mean over each client's own steps. scored: tokens of validation that
+    the method asked losses of.
     """
 
     rows: Tensor
@@ -35,6 +36,7 @@ class PhaseResult:
     losses: Tensor
     steps: Tensor
     tokens: int
+    scored: int = 0
 
 
 def plan_steps(client: ClientData, training: Training, round_number: int) -> list[np.ndarray]:
@@ -63,12 +65,15 @@ def local_phase(
     clock: Clock,
     cohort: int,
     plans: Sequence[Sequence[np.ndarray]] | None = None,
+    reports: bool = True,
 ) -> PhaseResult:
     """Train `clients` from what they were sent, at most `cohort` of them in one pass.
 
     start: the ranks and scales of these clients; its rows are not read. given: whole rows, what was sent laid over each
     client's own. given, memory and moments are only read. plans: the training examples of each step of each client;
-    None: as plan_steps draws them. Raises ShapeError if rows and clients disagree.
+    None: as plan_steps draws them. reports: may losses leave the clients?
+
+    Raises ShapeError if rows and clients disagree.
     """
     moments = moments or {}
     if plans is None:
@@ -91,6 +96,7 @@ def local_phase(
                 {of: {name: value[index] for name, value in some.items()} for of, some in moments.items()},
                 training=training,
                 clock=clock,
+                reports=reports,
             )
         )
     back = torch.argsort(torch.tensor(order))
@@ -115,6 +121,7 @@ def local_phase(
         losses=join([piece.losses for piece in pieces]),
         steps=join([piece.steps for piece in pieces]),
         tokens=sum(piece.tokens for piece in pieces),
+        scored=sum(piece.scored for piece in pieces),
     )
 
 
@@ -130,6 +137,7 @@ def _train_together(
     *,
     training: Training,
     clock: Clock,
+    reports: bool,
 ) -> PhaseResult:
     """One pass per step for clients in descending order of their number of steps."""
     device = base.device
@@ -140,9 +148,8 @@ def _train_together(
     moments.setdefault("main", training.optimizer.start(adapters.rows))
     steps = torch.tensor([len(plan) for plan in plans])
     trained = method.trained(adapters.layout, clock).to(device)
-    box = Toolbox(
-        base, clients, training, replace(clock, learning_rate=training.learning_rate), adapters.rows, trained, moments
-    )
+    at = replace(clock, learning_rate=training.learning_rate)
+    box = Toolbox(base, clients, training, at, adapters.rows, trained, moments, reports)
     half, everyone = method.client, len(clients)
     adapters, memory = half.begin(adapters, memory, given, box.tools(0, [0] * everyone, steps=steps))
     frozen = adapters.rows[:, ~trained].clone() if box.partly else None
@@ -176,6 +183,7 @@ def _train_together(
         losses=box.losses.cpu() / steps,
         steps=steps,
         tokens=tokens,
+        scored=box.scored,
     )
 
 

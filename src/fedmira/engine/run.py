@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedmira.disk.folders import RoundRecord, RunFolder, View
 from fedmira.engine.best import Best, Patience, copy_state
-from fedmira.engine.clients import Asked, Clients, Reply, Scores
+from fedmira.engine.clients import Asked, Clients, Reply, Scores, Tuned
 from fedmira.engine.events import AnswersWritten, ClientsTuned, Observer, RoundDone, StoppedEarly
 from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger, commit, restore
@@ -180,12 +180,12 @@ def _end(run: Run, start: Scores, *, everyone_is_tested: bool) -> Ended:
     """Test the adapters that are kept, and where others are kept than those of the last round, these too."""
     ledger, method, names = run.ledger, run.method, run.federation.names
     view: View = "personal" if method.regime.tune is not None else view_of(method)
-    tunings: list[tuple[float, int]] = []  # seconds and tokens of each
+    tunings: list[tuple[float, Tuned]] = []  # seconds, and what came of it
 
     def test(send: Sender, ids: Sequence[int]) -> Scores:
         if method.regime.tune is not None:
             tunings.append(_tune(run, send))
-        count = len(run.federation) if everyone_is_tested else len(ids)
+        count = len(run.federation) if everyone_is_tested or method.regime.tune is not None else len(ids)
         return final_scores(run.clients, method, ledger, send, ids, start, run.progress(count))
 
     send, best, chosen = run.sender, ledger.best, torch.zeros(len(names), dtype=torch.int64)
@@ -210,8 +210,9 @@ def _end(run: Run, start: Scores, *, everyone_is_tested: bool) -> Ended:
         again = {name for name, number in zip(names, rounds, strict=True) if number < ledger.round}
         run.folder.append(None, [row for row in tests if row.client in again])
     if tunings:
-        seconds, tokens = (sum(values) for values in zip(*tunings, strict=True))
-        run.folder.update(replace(run.folder.facts, seconds_tuning=seconds, tokens_tuning=tokens))
+        seconds, tokens = sum(one for one, _ in tunings), sum(tuned.tokens for _, tuned in tunings)
+        figures = _figures(run, tunings[-1][1])
+        run.folder.update(replace(run.folder.facts, seconds_tuning=seconds, tokens_tuning=tokens, figures=figures))
     learned = method.facts.learned
     graph = None if learned is None else learned(ledger.state)
     return Ended(send, graph, final, chosen.tolist(), run.stopped_early)
@@ -308,6 +309,14 @@ def _facts(run: Run, played: Round, asked: Asked, sampled: Tensor) -> dict[str, 
         "seconds_training": played.seconds_training,
         "seconds_merge": played.seconds_merge,
         "tokens": reply.tokens,
+        "scored": reply.scored,
+        "figures": {
+            name: [
+                _figure(reply.message.scalars[name], n) if k in admitted else None
+                for n, k in zip(whose, asked_for, strict=True)
+            ]
+            for name in (run.method.facts.figures if admitted else ())
+        },
         "notes": {**played.change.notes, **_rates(run, reply)},
         "refused": {
             name: played.refused[k]
@@ -316,6 +325,11 @@ def _facts(run: Run, played: Round, asked: Asked, sampled: Tensor) -> dict[str, 
         },
         "unmoved": unmoved,
     }
+
+
+def _figure(values: Tensor, place: int | None) -> float | None:
+    """One client's figure; None where it has not told it."""
+    return None if place is None or float(values[place]) == -1 else float(values[place])
 
 
 def _rates(run: Run, reply: Reply) -> dict[str, float]:
@@ -396,8 +410,15 @@ def _choose(run: Run, mean: float | None) -> None:
         ledger.best.state = copy_state(ledger.state, rows_only=run.method.send is None)
 
 
-def _tune(run: Run, send: Sender) -> tuple[float, int]:
-    """Let every client fine-tune what it would be sent by `send`; return the seconds and tokens of that.
+def _figures(run: Run, tuned: Tuned) -> dict[str, list[float | None]] | None:
+    """What each client tells of what it did after the last round."""
+    everyone = range(len(run.federation))
+    told = {name: [tuned.figures.get(k, {}).get(name, -1) for k in everyone] for name in run.method.facts.figures}
+    return {name: [None if value == -1 else value for value in values] for name, values in told.items()} or None
+
+
+def _tune(run: Run, send: Sender) -> tuple[float, Tuned]:
+    """Let every client fine-tune what it would be sent by `send`; return the seconds and what came of it.
 
     Nothing of it enters the ledger: after a kill it is done again, to the same bits, and more rounds later go on from
     what the server has.
@@ -407,4 +428,4 @@ def _tune(run: Run, send: Sender) -> tuple[float, int]:
     for k, reason in tuned.refused.items():
         name = run.federation.called.shown(run.federation.names[k])
         log.warning("what client '%s' fine-tuned was refused (%s): it keeps what it was sent", name, reason)
-    return time.monotonic() - began, tuned.tokens
+    return time.monotonic() - began, tuned

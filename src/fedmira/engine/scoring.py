@@ -78,13 +78,13 @@ def final_scores(
 ) -> Scores:
     """Test every client with the adapter it would use now; where each has a row, those never sampled are at the start.
 
-    With LoRA that is the untouched base, whose scores are known.
+    With LoRA that is the untouched base, whose scores are known, unless everybody does something after the last round.
     """
     federation = ledger.federation
     if method.regime.trainees == "nobody":
         return replace(start, validation=[None] * len(federation))
     starts_elsewhere = federation.layout.virtual_tokens > 0  # a client never sampled is then not at the untouched base
-    if not method.has_row_of_each or starts_elsewhere:
+    if not method.has_row_of_each or starts_elsewhere or method.regime.tune is not None:
         return clients.test(range(len(federation)), send, progress)
     scores = clients.test(ever, send, progress)
     whole = {metric: list(values) for metric, values in start.test.items()}
@@ -140,7 +140,7 @@ def examples_of(workplace: Workplace, start: Scores, final: Scores) -> list[dict
 
 def view_of(method: Method) -> View:
     """Whose adapter the numbers are about: each client's own, or the one that all share."""
-    return "personal" if method.personal and method.regime.tune is None else "global"
+    return "personal" if method.has_row_of_each or (method.personal and method.regime.tune is None) else "global"
 
 
 def results_of(names: Sequence[str], number: int, view: View, scores: Scores) -> list[Result]:

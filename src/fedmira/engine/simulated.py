@@ -103,6 +103,7 @@ class Simulated:
             steps=phase.steps[heard],
             validation=self._losses_of(ids[heard], returned, phase, heard, whole, clock),
             tokens=phase.tokens,
+            scored=phase.scored,
             silent=silent,
         )
 
@@ -152,6 +153,7 @@ class Simulated:
             clock=clock,
             cohort=self.workplace.cohort,
             plans=plans,
+            reports=self.workplace.reports,
         )
 
     def losses(self, ids: Tensor, send: Send) -> list[float | None]:
@@ -196,34 +198,43 @@ class Simulated:
         tuned = Table(rows, kinds, self.memory.scratch)
         tokens = 0
         refused: dict[int, str] = {}
+        figures: dict[int, Mapping[str, float]] = {}
+        self.tuned = None
         alike = sorted(range(len(self.federation)), key=lambda k: len(self.workplace.clients[k].train))
         cohort = self.workplace.cohort
         for first in range(0, len(alike), cohort):
             ids = torch.tensor(alike[first : first + cohort])
-            trained, tokens_of_pass, unfit = self._tune_together(ids, send)
+            trained, phase, unfit = self._tune_together(ids, send)
             tuned.write(ids, trained)
-            tokens += tokens_of_pass
+            tokens += phase.tokens
             refused |= unfit
+            said = [(name, phase.returned.scalars[name].tolist()) for name in self.method.facts.figures]
+            figures |= {k: {name: values[n] for name, values in said} for n, k in enumerate(ids.tolist())}
             progress(first + len(ids))
         self.tuned = tuned
-        return Tuned(tokens, refused)
+        return Tuned(tokens, refused, figures)
 
-    def _tune_together(self, ids: Tensor, send: Send) -> tuple[Tensor, int, dict[int, str]]:
-        """Return the rows [n, P] that the clients `ids` use from now on, tokens, and client -> why it was refused.
+    def _tune_together(self, ids: Tensor, send: Send) -> tuple[Tensor, PhaseResult, dict[int, str]]:
+        """Return the rows [n, P] that the clients `ids` use from now on, what led there, and client -> why not.
 
-        A client whose row is refused keeps what it was sent.
+        A client whose row is refused keeps what it was sent. One that has taken up what it had set aside begins there.
         """
         assert self.method.regime.tune is not None
         kind, length = self.method.regime.tune
         steps, epochs = (length, None) if kind == "steps" else (None, length)
         schedule = self.training.schedule.alone()
         training = replace(self.training, local_steps=steps, local_epochs=epochs, schedule=schedule)
-        whole, phase = self.local_phase(ids, send(ids), send.clock, training=training)
+        given = send(ids)
+        if self.taken_up:
+            travels = self.method.travels(self.federation.layout, send.clock)
+            given = replace(given, rows=pack(self.adapters(ids, send).rows, travels))
+        plans: list[list[np.ndarray]] | None = None if length else [[] for _ in ids]
+        whole, phase = self.local_phase(ids, given, send.clock, training=training, plans=plans)
         unfit = self._unfit(ids, phase.returned.rows)
         rows = self.federation.adapters(ids, whole.rows.clone()).mask_().rows
         fit = torch.tensor([k not in unfit for k in ids.tolist()])
         rows[fit] = phase.returned.rows[fit]
-        return rows, phase.tokens, unfit
+        return rows, phase, unfit
 
     def keep(self, ids: Tensor) -> Staged:
         chosen = {k: n for n, k in enumerate(self.staged.ids.tolist())}

@@ -14,7 +14,7 @@ from fedmira.adapters.optim import Optimizer, clip_, on_columns
 from fedmira.data.batches import Batch, ClientData
 from fedmira.data.partition import client_key
 from fedmira.engine.rates import CONSTANT, Schedule, by_client
-from fedmira.evaluation.measure import measure_loss
+from fedmira.evaluation.measure import measure_examples, measure_loss
 from fedmira.methods.base import Clock, Tools
 from fedmira.model.base.load import Base
 from fedmira.model.packed.lora import Dropout
@@ -52,6 +52,7 @@ class Toolbox:
     """Makes the Tools of clients that share a pass. rows [S, P]: theirs, for the shape of buffers and moments.
 
     trained: columns bool [P]. moments: of the optimizer, changed in place and added to. losses [S]: sums over steps.
+    reports: may clients' losses leave them? scored: tokens of validation that clients asked a loss of, in all.
     """
 
     base: Base
@@ -61,6 +62,8 @@ class Toolbox:
     rows: Tensor
     trained: Tensor
     moments: Moments = field(default_factory=dict)
+    reports: bool = True
+    scored: int = 0
 
     @functools.cached_property
     def losses(self) -> Tensor:
@@ -102,7 +105,7 @@ class Toolbox:
         if steps is not None and not self.training.schedule.is_constant:
             clock = replace(clock, learning_rate=self._rate(step, steps.tolist()))
         call = _Call(self, clock, moments, batches)
-        return Tools(clock, call.grad, call.update, call.rng, call.curvature, call.loss)
+        return Tools(clock, call.grad, call.update, call.rng, call.curvature, call.loss, call.each, self.reports)
 
     def _rate(self, step: int, steps: Sequence[int]) -> float | Tensor:
         """Return the learning rate of a step, of all clients or [S, 1]."""
@@ -195,12 +198,21 @@ class _Call:
             passes = [losses(self.box.base, adapters, batch) for batch in self._batches()]
             sums, counts = (torch.stack(values).sum(dim=0) for values in zip(*passes, strict=True))
             return sums.double() / counts
-        clients = self.box.clients[: len(self.moments)]
+        clients = self._scored()
         everyone = range(len(clients))
         values = measure_loss(
             self.box.base, adapters.take, clients, everyone, split="validation", cohort=max(1, len(clients))
         )
         return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float64)
+
+    def each(self, adapters: Adapters) -> tuple[Tensor, Tensor]:
+        return measure_examples(self.box.base, adapters, self._scored(), split="validation")
+
+    def _scored(self) -> Sequence[ClientData]:
+        """The clients of this moment, whose validation is scored and counted."""
+        clients = self.box.clients[: len(self.moments)]
+        self.box.scored += sum(len(example.ids) for client in clients for example in client.validation)
+        return clients
 
     def _batches(self) -> Sequence[Batch]:
         assert self.batches, "begin, finish and use have no batch"

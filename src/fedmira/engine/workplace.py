@@ -21,12 +21,16 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False)
 class Workplace:
-    """What simulated clients share. clients [K]: their data; cohort: clients trained in one pass."""
+    """What simulated clients share. clients [K]: their data; cohort: clients trained in one pass.
+
+    reports: may clients' losses leave them within a method's messages?
+    """
 
     base: Base
     clients: tuple[ClientData, ...]
     cohort: int
     evaluation: Evaluation = Evaluation()
+    reports: bool = True
 
     def __len__(self) -> int:
         return len(self.clients)

@@ -11,9 +11,9 @@ from fedmira.data.batches import ClientData, Encoded, collate
 from fedmira.evaluation.rouge import score_answer
 from fedmira.model.answers.generate import ANSWER_ROWS, answers
 from fedmira.model.base.load import Base
-from fedmira.model.passes import losses
+from fedmira.model.passes import example_losses, losses
 
-__all__ = ["ANSWER_ROWS", "measure_answers", "measure_loss"]
+__all__ = ["ANSWER_ROWS", "measure_answers", "measure_examples", "measure_loss"]
 
 Serve = Callable[[Tensor], Adapters]  # client positions [n] -> their adapters, in that order
 
@@ -42,6 +42,27 @@ def measure_loss(
             if count:  # a loss that is not finite has diverged; n/a would make its method look better
                 scores[k] = total / count if math.isfinite(total) else math.inf
     return [scores[k] for k in ids]
+
+
+def measure_examples(
+    base: Base, adapters: Adapters, clients: Sequence[ClientData], *, split: str
+) -> tuple[Tensor, Tensor]:
+    """Return, for each example of `split` of clients [S], its sum of nats [S, N] and labelled tokens [S, N], float64.
+
+    N: of the client with the most; 0 beyond those of another. adapters [S]: of each client. Infinite nats: diverged.
+    """
+    examples = [_examples(client, split) for client in clients]
+    order = [sorted(range(len(some)), key=lambda place: -len(some[place].ids)) for some in examples]
+    queues = [[some[place] for place in places] for some, places in zip(examples, order, strict=True)]
+    nats, tokens = torch.zeros(2, len(clients), max(map(len, examples), default=0), dtype=torch.float64)
+    done = [0] * len(clients)
+    for parts in _deal(queues, padded=not base.packs, ahead=adapters.layout.virtual_tokens):
+        sums, counts = example_losses(base, adapters, collate(parts, pad_id=base.pad_id))
+        for k, part in enumerate(parts):
+            places = order[k][done[k] : done[k] + len(part)]
+            nats[k, places], tokens[k, places] = sums[k, : len(part)].cpu(), counts[k, : len(part)].double().cpu()
+            done[k] += len(part)
+    return nats.nan_to_num(nan=math.inf), tokens
 
 
 def measure_answers(

@@ -262,14 +262,16 @@ def shuffled(graph: Graph, seed: int) -> Graph:
 class LearnedGraph:
     """A task graph that is computed from what clients have learned, by a sketch of each.
 
-    of: adapters (minus the common start) or updates (minus what the client was sent); products: compare s B A instead
-    of factors; stored: sampled clients are joined to all that ever took part, not only to each other. A client is
-    sketched when it is first seen, and in those of its rounds for which round - 1 is divisible by `every`.
+    of: adapters (minus the common start) or updates (minus what the client was sent); centred: minus their mean over
+    the clients that are compared; products: compare s B A instead of factors; stored: sampled clients are joined to
+    all that ever took part, not only to each other. A client is sketched when it is first seen, and in those of its
+    rounds for which round - 1 is divisible by `every`.
     """
 
     of: str
     measure: str
     by_module: bool
+    centred: bool
     every: int
     degree: int
     size: int
@@ -299,6 +301,92 @@ class LearnedGraph:
 
         adapters, shared and tables are the server's, before the round; rows [n, P] what the clients uploaded.
         """
+        sketch, origin, fresh = self._take_down(adapters, shared, tables, ids, rows, number)
+        sampled = sketch.double().numpy()
+        others = torch.nonzero(tables["seen"]).flatten().numpy() if self.stored else np.empty(0, dtype=np.int64)
+        others = np.setdiff1d(others, ids.numpy())
+        known = np.concatenate([sampled, tables["sketch"][torch.from_numpy(others)].double().numpy()])
+        columns = np.concatenate([ids.numpy(), others])
+        if self.shuffled:
+            known = known[np.random.default_rng([self.seed, number]).permutation(len(known))]
+            sampled = known[: len(ids)]
+        similar = self._compare(sampled, known, known)
+        pairs = nearest_pairs(similar, ids.numpy(), columns, degree=self.degree)
+        joined = join(pairs, clients=len(tables["seen"]), degree=self.degree)
+        notes = {"learned_pairs": joined.nnz / 2}
+        if not self.products and bool(fresh.all()) and len(ids) > 2:
+            stretches = stretches_of(adapters.layout, by_module=self.by_module)
+            exact = exact_similarities(rows if origin is None else rows - origin.rows, stretches, self.measure)
+            agreed = agreement(compare(sketch.double().numpy(), sketch.double().numpy(), self.measure), exact)
+            notes |= {} if agreed is None else {"sketch_agreement": agreed}
+        now = {"sketch": sketch, "seen": torch.ones(len(ids), dtype=torch.int64)}
+        return Graph(joined, "learned", self.note), now, notes
+
+    def note_down(
+        self,
+        adapters: Stored,
+        shared: Mapping[str, Tensor],
+        tables: Mapping[str, Tensor],
+        ids: Tensor,
+        rows: Tensor,
+        number: int,
+    ) -> dict[str, Tensor]:
+        """Return the tables' new rows of `ids` [n], as `look` does, where no graph of the round is wanted."""
+        sketch, _, _ = self._take_down(adapters, shared, tables, ids, rows, number)
+        return {"sketch": sketch, "seen": torch.ones(len(ids), dtype=torch.int64)}
+
+    def nearest(self, tables: Mapping[str, Tensor], ids: Tensor) -> tuple[Array, Array]:
+        """Return the clients [N] that ever took part, and their similarities [n, N] to `ids` [n].
+
+        Each client has its own `degree` most similar ones, whether they have it or not; itself, all others and whoever
+        never took part have 0. Among equals the earlier client comes first.
+        """
+        seen = torch.nonzero(tables["seen"]).flatten()
+        profiles = tables["sketch"][seen].double().numpy()
+        if self.shuffled:
+            profiles = profiles[np.random.default_rng([self.seed, 0]).permutation(len(profiles))]
+        others, places = seen.numpy(), np.searchsorted(seen.numpy(), ids.numpy())
+        weights = np.zeros((len(ids), len(others)))
+        had = np.flatnonzero(np.isin(ids.numpy(), others))
+        if not len(had):
+            return others, weights
+        places = places[had]
+        similar = self._compare(profiles[places], profiles, profiles)
+        similar[np.arange(len(had)), places] = 0.0
+        order = np.argsort(-similar, axis=1, kind="stable")[:, : self.degree]
+        weights[had[:, None], order] = np.take_along_axis(similar, order, axis=1)
+        return others, weights
+
+    def directed(self, tables: Mapping[str, Tensor]) -> Graph:
+        """The graph of `nearest` over all clients, in which a client's row holds those that it takes from."""
+        clients = len(tables["seen"])
+        blocks = []
+        for first in range(0, clients, _BLOCK):
+            ids = torch.arange(first, min(first + _BLOCK, clients))
+            others, weights = self.nearest(tables, ids)
+            rows, columns = np.nonzero(weights)
+            entries = (weights[rows, columns], (rows, others[columns]))
+            blocks.append(sparse.coo_array(entries, shape=(len(ids), clients)))
+        matrix = sparse.csr_array(sparse.vstack(blocks, format="csr"))
+        return Graph(matrix, "learned", f"{self.note}, each for itself")
+
+    def _compare(self, x: Array, y: Array, everyone: Array) -> Array:
+        """Similarities [n, N] of sketches, of which `everyone` gives the mean that is subtracted."""
+        if self.centred:
+            mean = everyone.mean(axis=0)
+            x, y = x - mean, y - mean
+        return compare(x, y, self.measure)
+
+    def _take_down(
+        self,
+        adapters: Stored,
+        shared: Mapping[str, Tensor],
+        tables: Mapping[str, Tensor],
+        ids: Tensor,
+        rows: Tensor,
+        number: int,
+    ) -> tuple[Tensor, Adapters | None, Tensor]:
+        """Return the sketches [n, L, m] of `ids`, what was subtracted from the rows, and whose sketch is new [n]."""
         before = adapters.take(ids)
         learned = before.with_rows(rows)
         seen = tables["seen"][ids]
@@ -311,24 +399,7 @@ class LearnedGraph:
             origin = before.with_rows(shared["start"].expand(len(ids), -1).clone()).mask_()
         if bool(fresh.any()):
             sketch[fresh] = self._sketch(learned, origin)[fresh].to(sketch.dtype)
-        sampled = sketch.double().numpy()
-        others = torch.nonzero(tables["seen"]).flatten().numpy() if self.stored else np.empty(0, dtype=np.int64)
-        others = np.setdiff1d(others, ids.numpy())
-        known = np.concatenate([sampled, tables["sketch"][torch.from_numpy(others)].double().numpy()])
-        columns = np.concatenate([ids.numpy(), others])
-        if self.shuffled:
-            known = known[np.random.default_rng([self.seed, number]).permutation(len(known))]
-            sampled = known[: len(ids)]
-        similar = compare(sampled, known, self.measure)
-        pairs = nearest_pairs(similar, ids.numpy(), columns, degree=self.degree)
-        joined = join(pairs, clients=len(tables["seen"]), degree=self.degree)
-        notes = {"learned_pairs": joined.nnz / 2}
-        if not self.products and bool(fresh.all()) and len(ids) > 2:
-            stretches = stretches_of(adapters.layout, by_module=self.by_module)
-            exact = exact_similarities(rows if origin is None else rows - origin.rows, stretches, self.measure)
-            agreed = agreement(compare(sketch.double().numpy(), sketch.double().numpy(), self.measure), exact)
-            notes |= {} if agreed is None else {"sketch_agreement": agreed}
-        return Graph(joined, "learned", self.note), {"sketch": sketch, "seen": torch.ones_like(seen)}, notes
+        return sketch, origin, fresh
 
     def whole(self, tables: Mapping[str, Tensor]) -> Graph:
         """The graph of all clients that ever took part, from their newest sketches."""
@@ -336,6 +407,8 @@ class LearnedGraph:
         profiles = tables["sketch"][ids].double().numpy()
         if self.shuffled:
             profiles = profiles[np.random.default_rng([self.seed, 0]).permutation(len(profiles))]
+        if self.centred and len(ids):
+            profiles = profiles - profiles.mean(axis=0)
         clients = len(tables["seen"])
         if not len(ids):
             return Graph(sparse.csr_array((clients, clients), dtype=np.float64), "learned", self.note)
@@ -343,7 +416,8 @@ class LearnedGraph:
 
     @property
     def note(self) -> str:
-        words = [f"{self.measure} of {self.of}", "by layer" if self.by_module else ""]
+        of = f"{'centred ' if self.centred else ''}{self.of}"
+        words = [f"{self.measure} of {of}", "by layer" if self.by_module else ""]
         words += ["of products" if self.products else "", f"at most {self.degree} neighbours"]
         return ", ".join(word for word in [*words, "shuffled" if self.shuffled else ""] if word)
 

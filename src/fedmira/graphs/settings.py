@@ -19,7 +19,7 @@ KEYS = {
     "groups": {"column", "shuffled"},
     "file": {"path", "shuffled"},
     "knn": {"features", "column", "measure", "degree", "shuffled"},
-    "learned": {"of", "measure", "scope", "every", "degree", "sketch", "shuffled"},
+    "learned": {"of", "measure", "scope", "centred", "every", "degree", "sketch", "shuffled"},
 }
 
 
@@ -36,6 +36,7 @@ class GraphConfig(Strict):
     scope: Literal["whole", "layer"] = (
         "whole"  # learned: one similarity for all layers together, or the mean of each layer's
     )
+    centred: bool = False  # learned: compare what is left of adapters when their mean over clients is subtracted
     every: int = Field(default=1, ge=1)  # learned: rounds between two sketches of the same client
     degree: int = Field(default=10, ge=1)  # knn, learned: most neighbours of a client
     sketch: int = Field(default=LEAST_SKETCH, ge=LEAST_SKETCH)  # learned: numbers stored for each client
@@ -98,6 +99,7 @@ def learn_graph(config: GraphConfig, *, products: bool, stored: bool, seed: int)
         of=config.of,
         measure=config.measure,
         by_module=config.scope == "layer",
+        centred=config.centred,
         every=config.every,
         degree=config.degree,
         size=config.sketch,

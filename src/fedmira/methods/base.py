@@ -162,6 +162,15 @@ class Loss(Protocol):
     def __call__(self, adapters: Adapters, *, on: Literal["validation", "batch"] = "validation") -> Tensor: ...
 
 
+class ExampleLoss(Protocol):
+    """Of every validation example: sum of nats [S, N] and labelled tokens [S, N], float64; 0 where a client has fewer.
+
+    The loss of a client is the sum of its nats over the sum of its tokens.
+    """
+
+    def __call__(self, adapters: Adapters) -> tuple[Tensor, Tensor]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Tools:
     """Functions and facts that a client half may use, so that a new method needs no new signature.
@@ -169,7 +178,8 @@ class Tools:
     rng(name): a generator per client, from run seed, round and client key, never from a position in the batch.
     curvature: like grad, but labelled tokens [S] and gradient rows [S, P] of the mean cross-entropy with labels
     y ~ softmax(f(x)) at every position that has a label, in a separate buffer. `begin`, `finish` and `use` have no
-    batch: there grad, curvature and loss on a batch cannot be called.
+    batch: there grad, curvature and loss on a batch cannot be called. each: like loss on validation, by example.
+    reports: may losses, and what follows from them, leave the client?
     """
 
     clock: Clock
@@ -178,6 +188,8 @@ class Tools:
     rng: Callable[[str], Sequence[np.random.Generator]]
     curvature: Gradient
     loss: Loss
+    each: ExampleLoss
+    reports: bool = True
 
 
 class Phase(Protocol):
@@ -251,7 +263,8 @@ class Regime:
     the pool in a round; None = as many, and examples, as its clients would take. learning_rate: of its clients; None =
     the config's. tolerance: a client keeps a reply only if its validation loss is not worse by more, in nats; None =
     always. first_rows: of clients that join later, where each has one; None = the common start. tune: what every client
-    trains alone after the last round.
+    trains alone after the last round: its half with so many steps, which may be none, or epochs. scorings: of its
+    validation split before its local steps, at most.
     """
 
     trainees: Literal["sampled", "pool", "nobody"] = "sampled"
@@ -260,6 +273,7 @@ class Regime:
     tolerance: float | None = None
     first_rows: FirstRows | None = None
     tune: tuple[Literal["steps", "epochs"], int] | None = None
+    scorings: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +282,8 @@ class Facts:
 
     needs: must the server see each upload, or would their sum do. weighs: do example counts enter the merge. compare:
     what "equal" means for this method's adapters. graph: who is pulled to whom; learned: that graph of a State, where
-    it is learned in the rounds. pull: ids [S] -> fraction by which a merge moves each.
+    it is learned in the rounds. pull: ids [S] -> fraction by which a merge moves each. figures: scalars of an upload
+    that go into the record of its round, and of what clients do after the last; -1 = not told.
     """
 
     needs: Literal["each", "sum"] = "sum"
@@ -277,6 +292,7 @@ class Facts:
     graph: Graph | None = None
     learned: Callable[[State], Graph] | None = None
     pull: Callable[[Tensor], Tensor] | None = None
+    figures: tuple[str, ...] = ()
 
 
 class Init(Protocol):
@@ -347,8 +363,6 @@ class Method:
             "a client can refuse a reply (tolerance) only where the server has a row of each client": (
                 regime.tolerance is not None and not each
             ),
-            "clients fine-tune at the end (tune) what they share; here each has a row": regime.tune is not None
-            and each,
             "a pool, or nobody, trains one row for all": regime.trainees != "sampled" and not one,
             "where a pool or nobody trains, no client fine-tunes at the end": (
                 regime.trainees != "sampled" and regime.tune is not None

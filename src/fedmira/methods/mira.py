@@ -22,6 +22,14 @@ difference w_k - w_l to the length tau at most. Graphs can be learned from the a
 lets a client refuse a reply that worsens its validation loss. `reply: lost` reproduces a defect of the public code, in
 which the server's result never reached its client, to estimate how published figures may have been obtained.
 
+`lambda: auto` moves the pull from the reply to the next fetch, and leaves its strength, and the graph, to the client:
+
+    w_k <- (1 - alpha) w_k + alpha sum_l a~_kl w_l      (alpha, graph) by k's own validation loss, in every round
+
+which is (8) with eta lambda sum_l a_kl = alpha. It is sent its own row and one mean of others for each graph, of which
+it needs to know nothing; its upload is stored as it is. After the last round everybody, the never sampled included,
+chooses once more (methods/choosing.py). Losses leave a client only where it agrees.
+
 Source: MIRA (arXiv:2410.15524; IEEE Networking Letters 7(3), 2025), equations 3, 6, 8, 9 and Algorithm 1.
 
 Checked against the public code (Ahmed-Khaled-Saleh/mira, servers/server_mira.py): the random graph, differences of
@@ -33,7 +41,7 @@ of eta lambda; FedU's printed step was not checked.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -45,8 +53,11 @@ from fedmira.graphs.graph import Graph
 from fedmira.graphs.learned import LearnedGraph
 from fedmira.graphs.settings import GraphConfig, given_graph, learn_graph
 from fedmira.graphs.step import Coupling, check_stable, couple, extend, shorten, stable_coupling, transfer
-from fedmira.methods.base import Change, Clock, Cohort, Facts, Message, Method, Regime, Settings, State
+from fedmira.methods.base import Change, Client, Clock, Cohort, Facts, Message, Method, Regime, Settings, State
+from fedmira.methods.choosing import Choice, ChoiceConfig, Offer
 from fedmira.methods.wrappers import accepting, lost_reply
+
+LEARNED = GraphConfig(kind="learned", degree=5, centred=True)  # where clients choose
 
 
 class AcceptConfig(Settings):
@@ -59,7 +70,9 @@ class Config(Settings):
     """Settings of MIRA; the paper prints neither eta nor lambda."""
 
     eta: float = Field(default=1.0, ge=0)  # the server's learning rate, not the client's
-    lam: float = Field(default=0.1, ge=0, alias="lambda")  # strength of the regulariser; 0 = local training
+    # strength of the regulariser; 0 = local training; auto = each client chooses its own pull, in each round
+    lam: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(default=0.1, alias="lambda")
+    choice: ChoiceConfig | None = None  # with lambda: auto
     neighbours: Literal["sampled", "stored"] = "sampled"  # sampled: the authors' code
     normalise: Literal["none", "row", "symmetric"] = "row"  # none: the paper's form
     space: Literal["factors", "product"] = "factors"  # factors: the paper's form
@@ -75,7 +88,29 @@ class Config(Settings):
             raise ValueError("clip bounds a neighbour's influence in one explicit step; it needs solver: explicit")
         if self.accept is not None and self.reply == "lost":
             raise ValueError("accept asks a client about a reply that 'reply: lost' never lets it see")
+        if self.lam != "auto" and self.choice is not None:
+            raise ValueError("choice is for lambda: auto, where clients choose; a fixed lambda leaves them none")
+        if self.lam == "auto" and (set_too := [key for key in FIXED if getattr(self, key) != _default(key)]):
+            raise ValueError(
+                f"{', '.join(set_too)}: not with lambda: auto, where the server sends means of stored neighbours, row "
+                "by row, and clients choose how much of them they take; use graph and choice"
+            )
         return self
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Those that clients choose from, with lambda: auto."""
+        chosen = None if self.choice is None else self.choice.graphs
+        if chosen is not None:
+            return chosen
+        return (*(() if self.graph.kind in ("random", "learned") else ("given",)), "learned", "global")
+
+
+FIXED = ("eta", "neighbours", "normalise", "space", "solver", "clip", "accept", "reply")  # of a fixed lambda
+
+
+def _default(key: str) -> object:
+    return Config.model_fields[key].default
 
 
 def build(config: Config, cohort: Cohort) -> Method:
@@ -84,6 +119,8 @@ def build(config: Config, cohort: Cohort) -> Method:
     Raises MethodError if eta x lambda is unstable on a round of the schedule (with the largest allowed value), or if
     the graph cannot be made from this cohort.
     """
+    if config.lam == "auto":
+        return _build_auto(config, cohort)
     coupling, explicit = config.eta * config.lam, config.solver == "explicit"
     products, stored = config.space == "product", config.neighbours == "stored"
     learned: LearnedGraph | None = None
@@ -91,14 +128,7 @@ def build(config: Config, cohort: Cohort) -> Method:
     if config.graph.kind == "learned":
         learned = learn_graph(config.graph, products=products, stored=stored, seed=cohort.seed)
     else:
-        graph = given_graph(
-            config.graph,
-            ids=cohort.ids,
-            names=cohort.names,
-            columns=cohort.columns,
-            seed=cohort.seed,
-            profile=cohort.profile,
-        )
+        graph = _given(config, cohort)
 
     def restrict(whole: Graph, ids: Tensor) -> Coupling:
         return couple(whole, ids.numpy(), kind=config.normalise, stored=stored)
@@ -156,3 +186,46 @@ def build(config: Config, cohort: Cohort) -> Method:
     if config.reply == "lost":
         return lost_reply(method)
     return method if config.accept is None else accepting(method, tolerance=config.accept.tolerance)
+
+
+def _build_auto(config: Config, cohort: Cohort) -> Method:
+    """Each client chooses its own pull when it fetches, and once more after the last round."""
+    choice = Choice(config.choice or ChoiceConfig(), config.graphs)
+    graph = _given(config, cohort) if "given" in choice.graphs else None
+    learned: LearnedGraph | None = None
+    if "learned" in choice.graphs:
+        settings = config.graph if config.graph.kind == "learned" else LEARNED
+        learned = learn_graph(settings, products=False, stored=True, seed=cohort.seed)
+    offer = Offer(choice, graph, learned)
+
+    def first_rows(state: State, ids: Tensor, known: Tensor) -> Tensor:
+        assert graph is not None
+        return extend(graph, state.adapters, ids.numpy(), known.numpy(), products=False)
+
+    return Method(
+        "mira",
+        offer.merge,
+        rows_of="each",
+        init=offer.init,
+        send=offer.send,
+        client=Client(begin=choice.begin, finish=choice.finish),
+        regime=Regime(first_rows=None if graph is None else first_rows, tune=("steps", 0), scorings=choice.scorings),
+        facts=Facts(
+            needs="each",
+            weighs="global" in choice.graphs,
+            graph=graph,
+            learned=None if learned is None or graph is not None else lambda state: learned.directed(state.tables),
+            figures=choice.figures,
+        ),
+    )
+
+
+def _given(config: Config, cohort: Cohort) -> Graph:
+    return given_graph(
+        config.graph,
+        ids=cohort.ids,
+        names=cohort.names,
+        columns=cohort.columns,
+        seed=cohort.seed,
+        profile=cohort.profile,
+    )

@@ -61,6 +61,17 @@ def losses(base: Base, adapters: Adapters, batch: Batch) -> tuple[Tensor, Tensor
     return _sum_by_client(nats, plan), plan.counts
 
 
+def example_losses(base: Base, adapters: Adapters, batch: Batch) -> tuple[Tensor, Tensor]:
+    """As `losses`, by example: sums of nats [S, B] in float64 and labelled tokens [S, B]; 0 where there is none."""
+    plan = plan_pass(base, prepend_virtual(batch, adapters.layout.virtual_tokens))
+    with running(base, plan, adapters) as states:
+        nats = token_losses(states, plan.targets, base.head)
+    clients, size = batch.lengths.shape
+    where = plan.owner * size + plan.example
+    sums = torch.zeros(clients * size, dtype=torch.float64, device=nats.device).index_add_(0, where, nats.double())
+    return sums.view(clients, size), torch.bincount(where, minlength=clients * size).view(clients, size)
+
+
 def count_labelled(batch: Batch, virtual_tokens: int = 0) -> Tensor:
     """Return how many tokens of each client [S] a pass takes its loss on: with a label, and a token before them."""
     labels = prepend_virtual(batch, virtual_tokens).labels

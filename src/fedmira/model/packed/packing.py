@@ -55,7 +55,8 @@ class Pass:
     """One pass through the base. order [S']: the batch's clients that have tokens, in the order of the sequence.
 
     ids and positions are [1, N] when packed; padded: ids [S*B, T], positions None. labelled [n]: the tokens, counted
-    along the flattened hidden states, that predict targets [n]; owner [n]: their client in the batch; counts [S].
+    along the flattened hidden states, that predict targets [n]; owner [n]: their client in the batch, example [n]:
+    their example of that client; counts [S].
     labelled_segments: the clients' segments of those n tokens alone (packed). virtual: where virtual tokens are.
     """
 
@@ -67,6 +68,7 @@ class Pass:
     labelled: Tensor
     targets: Tensor
     owner: Tensor
+    example: Tensor
     counts: Tensor
     labelled_segments: tuple[Segment, ...] = ()
     virtual: VirtualIndex | None = None
@@ -83,6 +85,7 @@ class Pass:
             labelled=self.labelled.to(device),
             targets=self.targets.to(device),
             owner=self.owner.to(device),
+            example=self.example.to(device),
             counts=self.counts.to(device),
         )
 
@@ -112,6 +115,7 @@ def pack(batch: Batch, *, pad_id: int, fused: bool = False, share: bool = False)
     ids: list[Tensor] = []
     predicted: list[Tensor] = []  # per token of the sequence, the label of the next one
     owners: list[Tensor] = []
+    members: list[Tensor] = []  # per token of the sequence, its example; 0 where there is no label
     group_lengths: list[tuple[int, ...]] = []  # tokens of the prefix, of each suffix; fillers included
     for segment in segments:
         for client in order[segment.first : segment.stop].tolist():
@@ -120,18 +124,21 @@ def pack(batch: Batch, *, pad_id: int, fused: bool = False, share: bool = False)
                 if prefix:
                     ids.append(batch.ids[client, group.examples[0], :prefix])
                     predicted.append(torch.full((prefix,), NO_LOSS))
+                    members.append(torch.zeros(prefix, dtype=torch.int64))
                 suffix_lengths = []
                 for example in group.examples:
                     length = int(lengths[client, example])
                     ids.append(batch.ids[client, example, prefix:length])
                     predicted.append(batch.labels[client, example, prefix + 1 : length])
                     predicted.append(torch.full((1,), NO_LOSS))
+                    members.append(torch.full((length - prefix,), example))
                     suffix_lengths.append(length - prefix)
                 group_lengths.append((prefix, *suffix_lengths))
             filler = segment.tokens - int(totals[client])
             if filler:
                 ids.append(torch.full((filler,), pad_id))
                 predicted.append(torch.full((filler,), NO_LOSS))
+                members.append(torch.zeros(filler, dtype=torch.int64))
                 # In pieces no longer than a real example: for these the base has positions.
                 group_lengths += [(0, longest)] * (filler // longest) + [(0, filler % longest)] * (filler % longest > 0)
             owners.append(torch.full((segment.tokens,), client))
@@ -149,6 +156,7 @@ def pack(batch: Batch, *, pad_id: int, fused: bool = False, share: bool = False)
         labelled=labelled,
         targets=labels[labelled],
         owner=owner,
+        example=torch.cat(members)[labelled],
         counts=counts,
         labelled_segments=_labelled_segments(counts[order].tolist()),
         virtual=find_virtual(flat),
@@ -230,6 +238,7 @@ def pad(batch: Batch) -> Pass:
         labelled=labelled,
         targets=labels[labelled],
         owner=owner,
+        example=labelled // length % size,
         counts=torch.bincount(owner, minlength=clients),
         virtual=find_virtual(batch.ids),
     )
