@@ -27,7 +27,7 @@ from fedmira.graphs.step import normalise
 from fedmira.methods.base import Change, Clock, Memory, Message, Settings, State, Tools
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Candidates = Literal["given", "learned", "global"]
+Graphs = Annotated[tuple[Literal["given", "learned", "global"], ...], Field(min_length=1)]
 DIVERGED = 100.0  # nats: a larger change of a loss counts as this one
 KEPT = 0.5  # of the running mean of reported changes, when a round is added
 GROUPS = {"attention": ("attn", "attention")}  # a group of its own -> what names of its modules contain
@@ -36,8 +36,7 @@ GROUPS = {"attention": ("attn", "attention")}  # a group of its own -> what name
 class ChoiceConfig(Settings):
     """What clients choose from, and how."""
 
-    # null: given, where `graph` describes one, learned and global
-    graphs: Annotated[tuple[Candidates, ...], Field(min_length=1)] | None = None
+    graphs: Graphs | None = None  # null: given (if `graph` describes one), learned, global
     alphas: Annotated[tuple[Share, ...], Field(min_length=1)] = (0, 0.25, 0.5, 0.75, 1)  # shares of the others' mean
     prior: float = Field(default=6, ge=0)  # validation examples that the mean over clients is worth; 0 = own alone
     margin: float = Field(default=0, ge=0)  # standard errors by which a candidate has to be better than alpha 0

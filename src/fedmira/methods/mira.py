@@ -57,6 +57,7 @@ from fedmira.methods.base import Change, Client, Clock, Cohort, Facts, Message, 
 from fedmira.methods.choosing import Choice, ChoiceConfig, Offer
 from fedmira.methods.wrappers import accepting, lost_reply
 
+Strength = Annotated[float, Field(ge=0)] | Literal["auto"]
 LEARNED = GraphConfig(kind="learned", degree=5, centred=True)  # where clients choose
 
 
@@ -70,9 +71,8 @@ class Config(Settings):
     """Settings of MIRA; the paper prints neither eta nor lambda."""
 
     eta: float = Field(default=1.0, ge=0)  # the server's learning rate, not the client's
-    # strength of the regulariser; 0 = local training; auto = each client chooses its own pull, in each round
-    lam: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(default=0.1, alias="lambda")
-    choice: ChoiceConfig | None = None  # with lambda: auto
+    lam: Strength = Field(default=0.1, alias="lambda")  # of the regulariser; 0 = local training; auto: clients choose
+    choice: ChoiceConfig | None = None  # lambda auto: from what, and how
     neighbours: Literal["sampled", "stored"] = "sampled"  # sampled: the authors' code
     normalise: Literal["none", "row", "symmetric"] = "row"  # none: the paper's form
     space: Literal["factors", "product"] = "factors"  # factors: the paper's form
