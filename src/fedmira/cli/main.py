@@ -21,6 +21,7 @@ import typer
 
 from fedmira import bundled
 from fedmira.cli.arguments import PlainGroup
+from fedmira.cli.comparing import compare
 from fedmira.cli.ending import (
     INTERRUPTED,
     Terminated,
@@ -45,6 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(federation, name="federation")
+app.command()(compare)
 
 # Newer typer contains its own click: its errors are not those of the package `click`, which may not be installed.
 USAGE_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")

@@ -355,6 +355,18 @@ class MethodEntry(BaseModel):
     def settings(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 
+    @property
+    def as_written(self) -> dict[str, Any]:
+        """The entry as a config has it, without what is left at its default."""
+        parts = {
+            "name": self.name,
+            "label": self.label,
+            **self.settings,
+            "with": self.wrappers or None,
+            "training": (self.training.given or None) if self.training is not None else None,
+        }
+        return {key: value for key, value in parts.items() if value is not None}
+
 
 class Config(Strict):
     """A study: data, base model, federation, and the methods to compare on them."""

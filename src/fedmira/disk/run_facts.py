@@ -50,6 +50,7 @@ class RunFacts:
     started: str  # ISO 8601, as is `finished`
     seconds_tuning: float | None = None  # fine-tuning after the last round; None: there was none
     tokens_tuning: int | None = None
+    validation_loss: float | None = None  # mean over clients of the adapters that are kept; None: unknown
     figures: Mapping[str, Sequence[float | None]] | None = None  # of what each client did after the last round, by name
     keep: Literal["last", "best"] = "last"  # whose adapters are tested and exported: of which round
     kept_rounds: Sequence[int] | None = None  # first, median and last of the clients' best rounds; None: keep is last

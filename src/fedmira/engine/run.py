@@ -213,9 +213,24 @@ def _end(run: Run, start: Scores, *, everyone_is_tested: bool) -> Ended:
         seconds, tokens = sum(one for one, _ in tunings), sum(tuned.tokens for _, tuned in tunings)
         figures = _figures(run, tunings[-1][1])
         run.folder.update(replace(run.folder.facts, seconds_tuning=seconds, tokens_tuning=tokens, figures=figures))
+    run.folder.update(replace(run.folder.facts, validation_loss=_validation_at_end(run, send)))
     learned = method.facts.learned
     graph = None if learned is None else learned(ledger.state)
     return Ended(send, graph, final, chosen.tolist(), run.stopped_early)
+
+
+def _validation_at_end(run: Run, send: Sender) -> float | None:
+    """Mean validation loss over clients, with the adapters that are kept; None where no client has that split."""
+    ledger, everyone = run.ledger, torch.arange(len(run.federation))
+    losses = ledger.validation
+    if run.method.regime.tune is not None:
+        values = run.clients.losses(everyone, send)
+        losses = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+    elif ledger.best is not None and bool((ledger.best.round > 0).any()):
+        best = ledger.best.loss.expand(len(everyone)) if len(ledger.best.loss) == 1 else ledger.best.loss
+        losses = torch.where(ledger.best.round.expand(len(everyone)) > 0, best, losses)
+    measured = losses[~losses.isnan()]
+    return float(measured.mean()) if len(measured) else None
 
 
 def _laid_over(scores: Scores, others: Scores, changed: Tensor) -> Scores:

@@ -57,6 +57,7 @@ from fedmira.methods.base import Change, Client, Clock, Cohort, Facts, Message, 
 from fedmira.methods.choosing import Choice, ChoiceConfig, Offer
 from fedmira.methods.wrappers import accepting, lost_reply
 
+TUNED = {"lambda": (0.1, 0.3, 0.6)}  # what `fedmira compare` tries
 Strength = Annotated[float, Field(ge=0)] | Literal["auto"]
 LEARNED = GraphConfig(kind="learned", degree=5, centred=True)  # where clients choose
 

@@ -4,8 +4,8 @@ import importlib.metadata
 import importlib.util
 import logging
 import platform
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from fedmira.errors import StoreError
 from fedmira.methods.base import Cohort
 from fedmira.names import ClientNames
 from fedmira.reports.render import write_report
-from fedmira.study.assemble import Built, Prepared, client_table, prepare, using_threads
+from fedmira.study.assemble import Built, Materials, Prepared, client_table, prepare, using_threads
 from fedmira.study.carry_out import Job, carry_out, describe_run, is_complete
 from fedmira.study.events import ReportBegun, StepBegun, StudyBegun
 from fedmira.study.handover import write_adapters
@@ -46,17 +46,62 @@ def in_this_process(prepared: Prepared, built: Built, seed: int, federation: Fed
     return make_clients(prepared.workplace, federation, built.methods[seed], training, scratch=folder)
 
 
+@dataclass(eq=False)
+class Common:
+    """What studies of the same data, base and evaluation share, so that it is loaded and scored once.
+
+    start: scores of the untouched base; wanted: metrics that a later study needs of it, beside its own.
+    """
+
+    materials: Materials | None = None
+    start: Scores | None = None
+    wanted: Sequence[str] = ()
+
+    def prepare(self, config: Config, observer: Observer, saved: RunFacts | None = None) -> Prepared:
+        """Check a study, with the data and the base of an earlier one."""
+        prepared = prepare(config, observer, saved, materials=self.materials)
+        self.materials = prepared.materials
+        return prepared
+
+    def score_start(self, prepared: Prepared, observer: Observer) -> Scores:
+        """Return the scores of the untouched base, in the metrics that this study evaluates."""
+
+        def written(done: int) -> None:
+            observer(AnswersWritten(done, len(prepared.federation)))
+
+        metrics = ("loss", *prepared.workplace.evaluation.metrics)
+        if self.start is None or not set(metrics) <= set(self.start.test):
+            observer(StepBegun("scoring the untouched base"))
+            evaluation = prepared.workplace.evaluation
+            more = tuple(metric for metric in self.wanted if metric not in metrics)
+            workplace = replace(
+                prepared.workplace, evaluation=replace(evaluation, metrics=(*evaluation.metrics, *more))
+            )
+            self.start = score_start(workplace, prepared.federation, written)
+        return replace(self.start, test={metric: self.start.test[metric] for metric in metrics})
+
+
 def start(
-    folder: StudyFolder, config: Config, observer: Observer, *, overwrite: bool, where: Where = in_this_process
+    folder: StudyFolder,
+    config: Config,
+    observer: Observer,
+    *,
+    overwrite: bool,
+    where: Where = in_this_process,
+    common: Common | None = None,
 ) -> None:
-    """Run a new study. overwrite: what is in the folder is removed once all that can be wrong has been checked."""
-    prepared = prepare(config, observer)
+    """Run a new study. overwrite: what is in the folder is removed once all that can be wrong has been checked.
+
+    common: what earlier studies have loaded and scored.
+    """
+    common = Common() if common is None else common
+    prepared = common.prepare(config, observer)
     if overwrite and folder.path.is_dir():
         with folder.held():
             folder.clear()
     folder.create(config)
     with folder.held(), tracking(config.report_to, folder.path, observer) as watched:
-        _run_all(folder, prepared, watched, where)
+        _run_all(folder, prepared, watched, where, common)
 
 
 def go_on(
@@ -67,15 +112,20 @@ def go_on(
     only: RunFolder | None,
     rewrite: bool,
     where: Where = in_this_process,
+    common: Common | None = None,
 ) -> None:
-    """Carry a stored study, or `only` one of its runs, to its end. rewrite: `config` has changed and is stored."""
+    """Carry a stored study, or `only` one of its runs, to its end. rewrite: `config` has changed and is stored.
+
+    common: what earlier studies have loaded and scored.
+    """
+    common = Common() if common is None else common
     with folder.held(), tracking(config.report_to, folder.path, observer) as watched:
         _check_schema(folder, config)
-        prepared = prepare(config, observer, saved=_saved_facts(folder))
+        prepared = common.prepare(config, observer, _saved_facts(folder))
         _check_clients(folder, prepared)
         if rewrite:
             folder.rewrite(config)
-        _run_all(folder, prepared, watched, where, only=only)
+        _run_all(folder, prepared, watched, where, common, only=only)
 
 
 def _check_schema(folder: StudyFolder, config: Config) -> None:
@@ -114,15 +164,16 @@ def _check_clients(folder: StudyFolder, prepared: Prepared) -> None:
 
 
 def _run_all(
-    folder: StudyFolder, prepared: Prepared, observer: Observer, where: Where, *, only: RunFolder | None = None
+    folder: StudyFolder,
+    prepared: Prepared,
+    observer: Observer,
+    where: Where,
+    common: Common,
+    *,
+    only: RunFolder | None = None,
 ) -> None:
     """Run what is not complete yet (of one run, if `only` is given), seed by seed, then write the report."""
     config = prepared.config
-    start: Scores | None = None
-
-    def written(done: int) -> None:
-        observer(AnswersWritten(done, len(prepared.federation)))
-
     due = [
         (run, prepared.built[label], seed)
         for seed in config.seeds
@@ -133,10 +184,7 @@ def _run_all(
     observer(StudyBegun(folder.path, len(due)))
     with using_threads(prepared.threads):
         for run, built, seed in due:
-            if start is None:
-                observer(StepBegun("scoring the untouched base"))
-                start = score_start(prepared.workplace, prepared.federation, written)
-            _run_one(run, prepared, built, seed, start, observer, where)
+            _run_one(run, prepared, built, seed, common.score_start(prepared, observer), observer, where)
     observer(ReportBegun())
     write_report(folder.path)
 
