@@ -60,7 +60,8 @@ def rates_of(entry: MethodEntry, config: Config, budget: int) -> list[float]:
     given = {} if entry.training is None else entry.training.given
     if "learning_rate" in {**entry.settings, **given}:
         return []
-    middle = config.training_of(entry).learning_rate if own is None else own.default
+    usual = None if own is None else own.default  # None: the config's
+    middle = config.training_of(entry).learning_rate if usual is None else usual
     knob = knob_of(entry)
     count = budget if knob is None else max(1, budget - len(knob[1]) + 1)
     return [middle * factor for factor in FACTORS[:count]]
