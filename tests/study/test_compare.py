@@ -1,4 +1,4 @@
-"""`fedmira compare`: equal budgets, equal terms, one start; what is complete is used again and what was stopped goes on."""
+"""`fedmira compare`: equal budgets, equal terms, one start; what is complete is used again, what was stopped goes on."""
 
 import json
 import math
