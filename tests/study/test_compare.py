@@ -1,4 +1,4 @@
-"""`fedmira compare`: equal budgets, equal terms, one start; what is complete is used again, what was stopped goes on."""
+"""`fedmira compare`: equal budgets, equal terms, one start; what is complete is not done again."""
 
 import json
 import math

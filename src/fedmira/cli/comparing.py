@@ -1,6 +1,8 @@
-"""`fedmira compare`: methods on equal terms, each tuned by the same number of runs."""
+"""`fedmira compare`: methods on equal terms; `fedmira sweep`: a study at every point of a grid of settings."""
 
-from typing import Annotated
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -47,3 +49,66 @@ def compare(
         course.again = words
         done = comparing.compare(checked, budget=budget, observer=watch, overwrite=overwrite)
     show_study(done, as_json)
+
+
+def sweep(
+    config: Annotated[str, typer.Argument(help=f"YAML file, or one of: {', '.join(bundled.presets())}")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=v1,v2: a setting and its values; a.b=c: applied to the config", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the studies in output_dir")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run a study at every point of a grid of settings, each in a folder of its own, and print one table of all.
+
+    A setting is named whole (training.learning_rate) or by its last word (learning_rate), or is one of the methods' own
+    (lambda). Called again it uses what is complete and goes on with what was stopped.
+    """
+    from fedmira.study import sweep as sweeping
+
+    grid, overrides = sweeping.split_words(settings or [])
+    points = sweeping.plan_sweep(config, grid, overrides)
+    from fedmira.cli.ending import course
+    from fedmira.cli.progress import Watch
+
+    with Watch(quiet or as_json) as watch:
+        course.again = ["fedmira", "sweep", config, *(settings or [])]
+        lines = sweeping.sweep(points, watch, overwrite=overwrite)
+    if as_json:
+        print(json.dumps(lines))
+    else:
+        _show_sweep(lines, list(grid))
+
+
+def _show_sweep(lines: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    """Print a table for each metric: a line for each point and method."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedmira.cli.main import PLAIN_WIDTH
+    from fedmira.cli.show import visible
+    from fedmira.reports.wording import number, signed, title
+
+    console = Console(markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    for metric in dict.fromkeys(line["metric"] for line in lines):
+        table = Table(title=visible(title(metric)), title_justify="left")
+        for head in (*keys, "method"):
+            table.add_column(visible(head))
+        for head in ("mean", "± 95 %", "worst", "minus local", "p"):
+            table.add_column(head, justify="right")
+        for line in (line for line in lines if line["metric"] == metric):
+            p = "" if line["p"] is None else f"{line['p']:.2g}"
+            cells = [
+                number(line["mean"]),
+                number(line["half_width"]),
+                number(line["worst"]),
+                signed(line["difference"]),
+            ]
+            table.add_row(*(visible(str(line[key])) for key in keys), visible(line["method"]), *cells, p)
+        console.print(table)

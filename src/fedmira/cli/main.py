@@ -21,7 +21,7 @@ import typer
 
 from fedmira import bundled
 from fedmira.cli.arguments import PlainGroup
-from fedmira.cli.comparing import compare
+from fedmira.cli.comparing import compare, sweep
 from fedmira.cli.ending import (
     INTERRUPTED,
     Terminated,
@@ -47,6 +47,7 @@ app = typer.Typer(
 )
 app.add_typer(federation, name="federation")
 app.command()(compare)
+app.command()(sweep)
 
 # Newer typer contains its own click: its errors are not those of the package `click`, which may not be installed.
 USAGE_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")

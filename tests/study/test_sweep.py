@@ -1,0 +1,115 @@
+"""`fedmira sweep`: every point of a grid is the study that `run` makes of it, beside the others in one table."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests import small_study
+from tests.study.test_compare import METHODS, Seen
+
+from fedmira.errors import ConfigError
+from fedmira.study.face import run
+from fedmira.study.loading import load_config
+from fedmira.study.sweep import plan_sweep, split_words, sweep
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config of one round, and what it needs."""
+    folder = tmp_path_factory.mktemp("sweep")
+    base, data = small_study.save_base(folder / "base"), small_study.save_data(folder / "data.jsonl")
+    raw = small_study.settings(base, data, folder / "out", methods=METHODS, federation={"rounds": 2})
+    return small_study.save_config(folder / "study.yaml", raw)
+
+
+def test_every_point_is_the_study_that_run_makes_of_it(written: Path, tmp_path: Path) -> None:
+    points = plan_sweep(written, {"lambda": [0.1, 0.6], "r": [1, 2]}, [f"output_dir={tmp_path / 'out'}"])
+    assert [point.name for point in points] == [
+        "lambda-0.1_r-1",
+        "lambda-0.1_r-2",
+        "lambda-0.6_r-1",
+        "lambda-0.6_r-2",
+    ]
+    seen = Seen()
+    lines = sweep(points, seen)
+    assert seen.starts == 1, "all points have the same untouched base"
+    labels = [run.split("/")[1] for run in seen.runs]
+    assert labels == ["local", "mira", "local", "mira", "mira", "mira"], "local has no lambda"
+    for point, words in zip(points[1::2], (["methods.1.lambda=0.1"], ["methods.1.lambda=0.6"]), strict=True):
+        alone = tmp_path / point.name
+        run(load_config(written, [*words, "lora.r=2", f"output_dir={alone}"]))
+        expected, found = small_study.outcome(alone), small_study.outcome(Path(point.config.output_dir))
+        assert {name: expected[name] for name in found} == found
+    with (tmp_path / "out" / "sweep.csv").open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(lines) == 2 * (2 + 2 + 1 + 1)
+    (one,) = [
+        line for line in table if (line["folder"], line["method"], line["metric"]) == (points[1].name, "mira", "loss")
+    ]
+    summary = json.loads((Path(points[1].config.output_dir) / "summary.json").read_text(encoding="utf-8"))
+    assert repr(float(one["mean"])) in json.dumps(summary)
+    stored = json.loads((tmp_path / "out" / "sweep.json").read_text(encoding="utf-8"))
+    assert stored["points"][2] == {"folder": "lambda-0.6_r-1", "lambda": 0.6, "r": 1}
+
+
+def test_called_again_only_what_is_new_is_run(written: Path, tmp_path: Path) -> None:
+    words = [f"output_dir={tmp_path / 'out'}"]
+    sweep(plan_sweep(written, {"lambda": [0.1, 0.6]}, words), lambda event: None)
+    seen = Seen()
+    sweep(plan_sweep(written, {"lambda": [0.1, 0.3, 0.6]}, words), seen)
+    assert seen.runs == ["lambda-0.3/mira/3"]
+
+
+@pytest.mark.parametrize(
+    ("words", "grid", "overrides"),
+    [
+        (["lambda=0,0.01,1e-2"], {"lambda": [0, 0.01, 0.01]}, []),
+        (["lora.r=4,8", "seeds=[0,1]"], {"lora.r": [4, 8]}, ["seeds=[0,1]"]),
+        (["learning_rate=1e-3"], {}, ["learning_rate=1e-3"]),
+        (["optimizer=adamw,sgd", "choice.by=whole,module_group"],
+         {"optimizer": ["adamw", "sgd"], "choice.by": ["whole", "module_group"]}, []),
+    ],
+)  # fmt: skip
+def test_values_with_commas_between_them_are_swept(
+    words: Sequence[str], grid: dict[str, list[Any]], overrides: list[str]
+) -> None:
+    assert split_words(words) == (grid, overrides)
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ({}, "nothing is swept"),
+        ({"lamda": [0.1, 0.2]}, "lamda: no section and no method of this config has it (did you mean 'lambda'?)"),
+        ({"seed": [0, 1]}, "seed"),
+        ({"r": [4, -1]}, "r--1: lora.r: found -1"),
+        ({"lambda": [0.1, 0.1]}, "lambda: a value is given twice"),
+        ({"template": ["a b.jinja", "a-b.jinja"]}, "in a folder called template-a-b.jinja"),
+        ({"training.learning_rat": [0.1, 0.2]}, "unknown key"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_before_anything_is_run(
+    written: Path, grid: dict[str, list[Any]], words: str
+) -> None:
+    if words == "seed":
+        assert plan_sweep(written, grid)[0].config.data.seed == 0
+        return
+    with pytest.raises(ConfigError) as caught:
+        plan_sweep(written, grid)
+    assert words in str(caught.value)
+
+
+def test_the_command_prints_one_table_for_each_metric(written: Path, tmp_path: Path) -> None:
+    words = ("sweep", written, "lambda=0.1,0.6", f"output_dir={tmp_path / 'out'}", "-q")
+    ended = small_study.command(*words)
+    assert ended.code == 0, ended.err
+    assert ended.out.count("mira") == 2 * 2
+    assert "lambda" in ended.out
+    again = small_study.command(*words, "--json")
+    assert [line["lambda"] for line in json.loads(again.out)] == [0.1] * 4 + [0.6] * 2
+    refused = small_study.command("sweep", written, "lambda=0.1,zwei", f"output_dir={tmp_path / 'other'}")
+    assert refused.code == 2
+    assert not (tmp_path / "other").exists()
