@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Counted:
     def apply(self) -> None:
         self.remote.counted = self.after
         self.remote.clear_inbox()
+        mixing.forget()  # sites are waited for until the next merge
 
 
 @dataclass(eq=False)
@@ -88,22 +90,16 @@ class Remote:
 
     # ---------------------------------------------------------------- a round
 
-    def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
+    def train(self, ids: Tensor, send: Send) -> Reply:
         """Ask until the deadline; with fewer answers than the quorum, ask those that are missing again."""
+        clock, every = send.clock, ids.tolist()
         self.round = clock.round
-        mixing.forget()
-        messages = {k: given.take(slice(n, n + 1)) for n, k in enumerate(ids.tolist())}
-        like = None
-        if len(ids):
-            like = _form_of(Idle(self.federation, self.method).train(ids[:1], given.take(slice(0, 1)), clock).message)
-        found: dict[int, Frame] = {}
+        like = _form_of(Idle(self.federation, self.method).train(ids[:1], send).message) if every else None
         silent: dict[int, str] = {}
-        for k, message in messages.items():
-            if (stored := self._stored(k, message)) is not None:
-                found[k] = stored
+        found = {k: stored for k in every if (stored := self._stored(k, send)) is not None}
         for attempt in range(self.closing.repeats):
             silent = {}
-            for k, answer in self._order("train", [k for k in messages if k not in found], messages.__getitem__, clock):
+            for k, answer in self._order("train", [k for k in every if k not in found], partial(_one, send), clock):
                 if isinstance(answer, Failure):
                     silent[k] = answer.kind
                 elif answer.header.get("client") != self.federation.names[k]:
@@ -111,7 +107,7 @@ class Remote:
                 elif (reason := _unlike(answer, like)) is not None:
                     silent[k] = reason
                 else:
-                    found[k] = self._store(k, messages[k], answer)
+                    found[k] = self._store(k, answer)
                 del answer
             if len(found) >= self.closing.quorum * len(ids):
                 break
@@ -125,7 +121,7 @@ class Remote:
                 f"round {clock.round}: fewer than {self.closing.quorum:.0%} of the sites answered "
                 f"{self.closing.repeats} times in a row; finished rounds are saved"
             )
-        return self._reply([k for k in ids.tolist() if k in found], found, silent, like)
+        return self._reply([k for k in every if k in found], found, silent, like)
 
     def _reply(
         self, answered: Sequence[int], found: Mapping[int, Frame], silent: Mapping[int, str], like: Message | None
@@ -202,7 +198,7 @@ class Remote:
     ) -> dict[int, Frame]:
         """Send each site what it would be sent now, with an order; return the answers of those that gave one."""
         found: dict[int, Frame] = {}
-        for k, answer in self._order(what, ids, lambda k: send(torch.tensor([k])), send.clock):
+        for k, answer in self._order(what, ids, partial(_one, send), send.clock):
             if isinstance(answer, Frame):
                 found[k] = answer
             progress(len(found))
@@ -263,18 +259,18 @@ class Remote:
     def _file(self, k: int) -> Path:
         return self.inbox / f"{self.federation.names[k]}.frame"
 
-    def _store(self, k: int, message: Message, answer: Frame) -> Frame:
+    def _store(self, k: int, answer: Frame) -> Frame:
         """Make an answer durable, with what it answers: after a crash it is not asked for again. Return it from there.
 
         Its numbers are then pages of a file, which the system can take back.
         """
         make_folder(self.inbox)
-        asked = digest_of(*pack_message(message))
-        kept = replace(answer, header={**answer.header, "asked": [self.federation.run, self.round, asked]}).pieces()
+        asked = [self.federation.run, self.round, self.has[k]]
+        kept = replace(answer, header={**answer.header, "asked": asked}).pieces()
         write_pieces(self._file(k), kept, sum(map(len, kept)))
         return _mapped(self._file(k))
 
-    def _stored(self, k: int, message: Message) -> Frame | None:
+    def _stored(self, k: int, send: Send) -> Frame | None:
         path = self._file(k)
         if not path.is_file():
             return None
@@ -282,7 +278,7 @@ class Remote:
             frame = _mapped(path)
         except WireError:
             return None
-        asked = [self.federation.run, self.round, digest_of(*pack_message(message))]
+        asked = [self.federation.run, self.round, digest_of(*pack_message(_one(send, k)))]
         return frame if frame.header.get("asked") == asked else None
 
     def clear_inbox(self) -> None:
@@ -324,6 +320,11 @@ class _Orders(Mapping[str, bytes]):
 
     def __len__(self) -> int:
         return len(self.places)
+
+
+def _one(send: Send, k: int) -> Message:
+    """Return what one site is sent."""
+    return send(torch.tensor([k]))
 
 
 def _no_message(k: int) -> None:
