@@ -22,10 +22,12 @@ from torch import Tensor
 
 from fedmira.adapters import mixing
 from fedmira.deploy.audit import Audit
+from fedmira.deploy.channel import Data
 from fedmira.deploy.link import Failure, Link
 from fedmira.deploy.wire import Frame, decode, pack_message, unpack_message
 from fedmira.disk.checkpoints import Tensors
 from fedmira.disk.files import make_folder, write_pieces
+from fedmira.disk.table import in_file, stacked
 from fedmira.engine.clients import Asked, Reply, Scores, Send, Tuned, everybody, nobody
 from fedmira.engine.federation import Federation
 from fedmira.engine.gate import SCHEMA, Header
@@ -36,6 +38,7 @@ from fedmira.methods.base import Clock, Message, Method
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 30.0  # seconds before a round is repeated; doubled each time
+IN_FILE_BYTES = 1 << 20  # of a frame, from which on it is in a file while it is sent
 COUNTED = "sites"  # the file of a checkpoint that holds which round of each site was counted last
 
 
@@ -69,7 +72,7 @@ class Counted:
 
 @dataclass(eq=False)
 class Remote:
-    """The clients of one run, each at a site of the same name. inbox: a folder for answers of the round under way."""
+    """The clients of one run, each at a site of the same name. inbox: a folder for frames of the round under way."""
 
     link: Link
     federation: Federation
@@ -84,6 +87,7 @@ class Remote:
 
     def __post_init__(self) -> None:
         self.counted = torch.zeros(len(self.federation), dtype=torch.int64)
+        make_folder(self.inbox)
 
     def ask(self, sampled: Tensor) -> Asked:
         return nobody(sampled) if self.method.regime.trainees == "nobody" else everybody(sampled)
@@ -132,9 +136,9 @@ class Remote:
         assert some is not None or not answered
         empty = Message(torch.empty(0, 0)) if some is None else some.take(slice(0, 0))
         message = empty if not messages else Message(
-            torch.cat([one.rows for one in messages]),
+            stacked([one.rows for one in messages], self.inbox),
             {name: torch.cat([one.scalars[name] for one in messages]) for name in messages[0].scalars},
-            {name: torch.cat([one.more[name] for one in messages]) for name in messages[0].more},
+            {name: stacked([one.more[name] for one in messages], self.inbox) for name in messages[0].more},
         )  # fmt: skip
         said = [frame.header["metrics"] for frame in frames]
         return Reply(
@@ -264,7 +268,6 @@ class Remote:
 
         Its numbers are then pages of a file, which the system can take back.
         """
-        make_folder(self.inbox)
         asked = [self.federation.run, self.round, self.has[k]]
         kept = replace(answer, header={**answer.header, "asked": asked}).pieces()
         write_pieces(self._file(k), kept, sum(map(len, kept)))
@@ -288,7 +291,7 @@ class Remote:
 
 
 @dataclass(eq=False)
-class _Orders(Mapping[str, bytes]):
+class _Orders(Mapping[str, Data]):
     """The frames of an order by site, each made when it is looked up, and noted in the audit the first time.
 
     So that one of them is in memory at a time, beside what they are made of. places: site -> position; digests: of the
@@ -306,10 +309,12 @@ class _Orders(Mapping[str, bytes]):
     def __post_init__(self) -> None:
         self.nonces = {name: secrets.token_hex(8) for name in self.places}
 
-    def __getitem__(self, name: str) -> bytes:
+    def __getitem__(self, name: str) -> Data:
         k, remote = self.places[name], self.remote
         frame, digest = remote.frame(self.what, k, self.message_of(k), self.clock, self.nonces[name])
-        data = frame.encode()
+        pieces = frame.pieces()
+        large = sum(map(len, pieces)) >= IN_FILE_BYTES
+        data = in_file(pieces, remote.inbox) if large else b"".join(pieces)
         if name not in self.digests:
             remote.audit.note(to=name, what=self.what, run=remote.federation.run, number=self.clock.round, data=data)
             self.digests[name] = digest
@@ -351,7 +356,7 @@ def digest_of(parts: Mapping[str, Any], rows: Tensor) -> str:
     return found.hexdigest()
 
 
-def _checked(data: bytes | bytearray, nonce: str) -> Frame | Failure:
+def _checked(data: Data, nonce: str) -> Frame | Failure:
     """Return an answer to the order with this nonce, or what is wrong with it."""
     try:
         frame = decode(data)
