@@ -4,6 +4,7 @@ A job names these classes and carries no code. At the server the supervisor is b
 resident worker; both outlive the engine's processes.
 """
 
+import gc
 import os
 import queue
 import socket
@@ -111,6 +112,7 @@ class Turns:
         """Give the room back that `take` gave."""
         if size_bytes < LARGE_BYTES:
             return
+        gc.collect()  # the engine's calls are cycles, and hold their frames until somebody looks
         with self._given:
             self.taken_bytes -= size_bytes
             self._given.notify_all()
