@@ -272,10 +272,10 @@ moments, so the most of their sum is less than that of their peaks. A payload is
 
 {verdict}
 
-Of the server's own process three adapters are the rows that it keeps, and three each are what it sends, what came, and
-what the merge makes of it; not all of them at one moment. NVFlare copies each frame some times, and would hold those of
-all sites at once: {in_flight:.0f} MB of large frames, or one frame, are under way at one time; each is made when its
-turn comes, and answers stay in their files.
+The server's own process has most while a merge's result is written, which is one adapter of each site. The rows that it
+keeps, what came, and the frame that it sends are in files, whose pages the system can take back. NVFlare copies each
+frame some times, and would hold those of all sites at once: {in_flight:.0f} MB of large frames, or one frame, are under
+way at one time, and each is made when its turn comes.
 """
 
 

@@ -1,5 +1,7 @@
 """What carries frames inside the engine's jobs: large ones in turn, and nothing is answered with what was given up."""
 
+import mmap
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ import pytest
 pytest.importorskip("nvflare", reason="NVFlare is not installed: pip install 'fedmira[deploy]'")
 
 from fedmira.deploy import channel
+from fedmira.deploy.channel import SPILLED_BYTES
 from fedmira.deploy.nvflare import relay
 from fedmira.deploy.nvflare.relay import LARGE_BYTES, SiteRelay, Turns
 
@@ -63,6 +66,23 @@ def test_a_site_without_its_worker_says_so_and_no_more(monkeypatch: pytest.Monke
     monkeypatch.setenv(channel.SOCKET, str(tmp_path / "none"))
     with pytest.raises(ConnectionError, match=r"the worker of this site is not there \(FileNotFoundError\)"):
         SiteRelay().deliver("1", b"order")
+
+
+def test_a_large_frame_may_be_received_into_a_file_and_a_small_one_never_is(tmp_path: Path) -> None:
+    one, other = socket.socketpair()
+    large = bytes(range(256)) * (2 * SPILLED_BYTES // 256) + b"end"
+    for frame, kind in ((large, mmap.mmap), (b"small", bytearray), (b"", bytearray)):
+        sender = threading.Thread(target=channel.send, args=(one, {"id": 1}, frame))
+        sender.start()
+        note, found = channel.receive(other, spill=tmp_path)
+        sender.join()
+        assert (note, bytes(found)) == ({"id": 1}, frame)
+        assert isinstance(found, kind)
+    assert list(tmp_path.iterdir()) == []
+    one.sendall(bytes(7) + b"\x02" + bytes(4) + b"\x00\x40\x00\x00{}half a frame")
+    one.close()
+    with pytest.raises(EOFError):
+        channel.receive(other, spill=tmp_path)
 
 
 def waits(turns: Turns, size: int) -> threading.Thread:

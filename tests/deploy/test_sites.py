@@ -22,9 +22,12 @@ from fedmira.deploy.settings import read_agreement
 from fedmira.deploy.site import Site, open_site
 from fedmira.deploy.wire import Frame, decode
 from fedmira.deploy.worker import Worker
+from fedmira.disk import table
 from fedmira.disk.folders import StudyFolder
 from fedmira.engine.events import silent
+from fedmira.engine.round import Sender
 from fedmira.errors import ModelError, WireError
+from fedmira.methods.base import Message
 
 ROUNDS = 3
 SECRET = "w9-patient-4711"
@@ -220,6 +223,43 @@ def test_a_frame_has_the_bytes_of_its_numbers_and_a_small_header(
         numbers = ROW if line["what"] == "train" else 0
         assert numbers < line["bytes"] < numbers + HEADER
     assert [(record["bytes_up"], record["bytes_down"]) for record in records] == [(3 * ROW, 3 * ROW)] * ROUNDS
+
+
+def test_rows_and_frames_that_are_in_files_have_the_same_bits(
+    make: Callable[..., ServerFolder], opened: Mapping[str, Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outcome(name: str) -> tuple[list[bytes], list[str]]:
+        folder = make(name)
+        carry_out(folder, opened=opened)
+        run = StudyFolder(folder.study).run("mira", 3)
+        assert list(folder.inbox.iterdir()) == []
+        orders = [line["sha256"] for line in read_audit(folder.audit) if line["what"] == "losses"]
+        return [path.read_bytes() for path in sorted(run.checkpoints.glob("*/state.safetensors"))], orders
+
+    monkeypatch.setattr("secrets.token_hex", lambda count: "0" * 2 * count)  # the nonces of orders
+    small = outcome("small")
+    for place in ("remote.IN_FILE_BYTES", "server.RAM_BYTES"):
+        monkeypatch.setattr(f"fedmira.deploy.{place}", 0)
+    monkeypatch.setattr(table, "BLOCK_BYTES", 0)
+    assert outcome("large") == small
+
+
+def test_the_server_makes_the_message_of_one_site_at_a_time_and_once_for_each_order(
+    make: Callable[..., ServerFolder], opened: Mapping[str, Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, list[int]]] = []
+    send = Sender.__call__
+
+    def noted(sender: Sender, ids: torch.Tensor) -> Message:
+        asked.append((sender.clock.round, ids.tolist()))
+        return send(sender, ids)
+
+    monkeypatch.setattr(Sender, "__call__", noted)
+    carry_out(make(), opened=opened)
+    each = [[0], [1], [2]]
+    training = [[0], *each]  # the first is played with, to know the form of what comes back
+    assert [ids for number, ids in asked if number == 2] == [*each, *training]  # losses after round 1, round 2
+    assert all(len(ids) == 1 for _, ids in asked)
 
 
 def test_a_site_that_was_restarted_answers_with_what_is_on_its_disk(make: Callable[..., ServerFolder]) -> None:

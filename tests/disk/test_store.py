@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from fedmira.disk import checkpoints, table
 from fedmira.disk.checkpoints import checkpoint_rounds, load_chain, prune, save_checkpoint
 from fedmira.disk.files import append_lines, read_json, write_atomic, write_json
-from fedmira.disk.table import Overlay, Picked, Table
+from fedmira.disk.table import Overlay, Picked, Table, stacked
 from fedmira.errors import ShapeError, StoreError
 
 FULL, DELTA = True, False
@@ -319,6 +319,25 @@ def test_a_file_of_rows_has_no_name_and_no_room_for_what_was_not_written(
     assert list(tmp_path.iterdir()) == []
     assert found._file is not None
     assert os.fstat(found._file.fileno()).st_blocks * 512 < 3 << 20
+
+
+def test_tensors_are_joined_in_a_file_without_a_name_where_they_are_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = [torch.arange(6.0).view(1, 6), torch.arange(12.0).view(2, 6).T.contiguous().T, torch.ones(1, 6)]
+    for limit in (1 << 20, 0):
+        monkeypatch.setattr(table, "BLOCK_BYTES", limit)
+        assert torch.equal(stacked(values, tmp_path), torch.cat(values))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="No such file"):
+        stacked(values, tmp_path / "absent")
+
+
+def test_who_needs_the_memory_has_fewer_rows_in_it(tmp_path: Path) -> None:
+    found = Table(START, KINDS, tmp_path, ram_bytes=4 * 12 - 1)
+    assert found.mapped
+    assert torch.equal(found[ALL], START[KINDS])
+    assert not Table(START, KINDS, tmp_path, ram_bytes=4 * 12).mapped
 
 
 def test_few_rows_stay_in_memory(tmp_path: Path) -> None:

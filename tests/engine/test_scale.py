@@ -56,8 +56,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Table]:
     tables: list[Table] = []
     begin = Table.__init__
 
-    def noted(self: Table, *arguments: Any) -> None:
-        begin(self, *arguments)
+    def noted(self: Table, *arguments: Any, **named: Any) -> None:
+        begin(self, *arguments, **named)
         tables.append(self)
 
     monkeypatch.setattr(Table, "__init__", noted)

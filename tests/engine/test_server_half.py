@@ -32,8 +32,8 @@ class Sites:
     def ask(self, sampled):
         return everybody(sampled)
 
-    def train(self, ids, given, clock):
-        message = given.map(lambda rows: rows + ids[:, None])
+    def train(self, ids, send):
+        message, clock = send(ids).map(lambda rows: rows + ids[:, None]), send.clock
         headers = [
             Header("", clock.round, names[k], f"{clock.round}-{k}", "", federation.layout_hash, "mira", 1.0)
             for k in ids.tolist()

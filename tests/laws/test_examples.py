@@ -1,14 +1,17 @@
 """Example methods: columns, further rows, a second trained row and the client's own loss, under all laws."""
 
 import functools
+from dataclasses import dataclass
 
 import pytest
 import torch
 from tests.laws import laws
 from tests.laws.examples import EXAMPLES, ditto, fed_sa, ffa, rolora, scaffold
 from tests.laws.worlds import ALL, BEFORE, WORLDS, World
+from torch import Tensor
 
 from fedmira.adapters.columns import factor_columns
+from fedmira.engine.clients import Reply, Send, Trainers
 from fedmira.engine.round import play
 from fedmira.methods import build
 from fedmira.methods.base import Method
@@ -79,6 +82,31 @@ def test_a_further_row_costs_as_much_as_the_first_both_ways(kind: str) -> None:
     plain, variate = (world.start(method) for method in (build("fedavg", {}, world.cohort), scaffold()))
     one, two = (play(scene.method, scene.ledger, scene.clients, ids, scene.clock) for scene in (plain, variate))
     assert (two.bytes_up, two.bytes_down) == (2 * one.bytes_up, 2 * one.bytes_down)
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """Clients whose messages are made one at a time, in the other order, before they train."""
+
+    clients: Trainers
+
+    def train(self, ids: Tensor, send: Send) -> Reply:
+        for k in reversed(ids.tolist()):
+            send(torch.tensor([k]))
+        return self.clients.train(ids, send)
+
+
+@pytest.mark.parametrize("kind", WORLDS)
+def test_a_message_counts_once_however_often_it_is_made(kind: str) -> None:
+    world, ids = WORLDS[kind](), torch.tensor(BEFORE[0])
+    for method in (rolora(), scaffold()):
+        scene = world.reach(method)
+        one, two = (
+            play(method, scene.ledger, clients, ids, scene.clock)
+            for clients in (scene.clients, OneByOne(scene.clients))
+        )
+        assert (one.bytes_up, one.bytes_down) == (two.bytes_up, two.bytes_down)
+        assert torch.equal(one.change.rows, two.change.rows)
 
 
 @pytest.mark.parametrize("kind", WORLDS)

@@ -44,7 +44,7 @@ def site(pipe: Connection, config: Config, base: Base, client: ClientData, feder
     while True:
         order, *sent = pipe.recv()
         if order == "train":
-            pipe.send(clients.train(ME, *sent))
+            pipe.send(clients.train(ME, Fixed(*sent)))
         elif order == "keep":
             clients.keep(ME).apply()
         elif order == "set aside":
@@ -104,10 +104,8 @@ class Elsewhere:
     def ask(self, sampled: Tensor) -> Asked:
         return everybody(sampled)
 
-    def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
-        for n, k in enumerate(ids.tolist()):
-            self.pipes[k].send(("train", given.take(slice(n, n + 1)).map(torch.clone), clock))
-        replies: list[Reply] = [self.pipes[k].recv() for k in ids.tolist()]
+    def train(self, ids: Tensor, send: Send) -> Reply:
+        replies: list[Reply] = self.order("train", ids.tolist(), send)
         first = replies[0].message
         return Reply(
             ids=ids,

@@ -44,9 +44,9 @@ class BaseVersions:
         return (*had[: self.first], *self.pairs)
 
     @property
-    def bytes_missing(self) -> int:
-        """Bytes of what these clients do not have, all together."""
-        return sum(count_bytes(self.pairs[count - self.first :]) for count in self.known.tolist())
+    def bytes_missing(self) -> list[int]:
+        """Bytes of what each of these clients does not have."""
+        return [count_bytes(self.pairs[count - self.first :]) for count in self.known.tolist()]
 
 
 def count_bytes(versions: Sequence[Pairs]) -> int:

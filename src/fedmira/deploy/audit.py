@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedmira.deploy.channel import Data
 from fedmira.disk.files import append_lines
 
 
@@ -18,7 +19,7 @@ class Audit:
         self.path = path
         self._lock = threading.Lock()
 
-    def note(self, *, to: str, what: str, run: str, number: int, data: bytes) -> None:
+    def note(self, *, to: str, what: str, run: str, number: int, data: Data) -> None:
         """Note a message before it leaves. number: of the round."""
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),

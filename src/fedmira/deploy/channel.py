@@ -4,6 +4,7 @@ The engine's processes import this and nothing else of FedMira, so that none of 
 """
 
 import json
+import mmap
 import os
 import socket
 import struct
@@ -14,6 +15,9 @@ from typing import Any
 
 SOCKET = "FEDMIRA_SOCKET"  # environment variable: the socket of whoever started the engine's process
 MAX_FRAME = 4 << 30  # bytes
+SPILLED_BYTES = 1 << 20  # of a frame, from which on it may be received into a file
+PIECE_BYTES = 1 << 20
+Data = bytes | bytearray | mmap.mmap  # of a frame
 _LENGTH = struct.Struct(">Q")
 
 
@@ -56,7 +60,7 @@ def connect(path: str) -> socket.socket:
     return connection
 
 
-def send(connection: socket.socket, note: dict[str, Any], frame: bytes | bytearray = b"") -> None:
+def send(connection: socket.socket, note: dict[str, Any], frame: Data = b"") -> None:
     """Send a note (JSON) and a frame, which may be empty."""
     text = json.dumps(note).encode()
     connection.sendall(_LENGTH.pack(len(text)) + _LENGTH.pack(len(frame)) + text)
@@ -64,11 +68,12 @@ def send(connection: socket.socket, note: dict[str, Any], frame: bytes | bytearr
 
 
 def receive(
-    connection: socket.socket, admit: Callable[[int], None] = lambda size: None
-) -> tuple[dict[str, Any], bytearray]:
+    connection: socket.socket, admit: Callable[[int], None] = lambda size: None, spill: Path | None = None
+) -> tuple[dict[str, Any], bytearray | mmap.mmap]:
     """Return the next note and frame. Raises EOFError at the end, ValueError if what comes is not a frame of ours.
 
-    admit: called with the frame's size before it is read; it may wait.
+    admit: called with the frame's size before it is read; it may wait. spill: a folder; a large frame is in a file of
+    it that has no name, and not in memory. Raises OSError if that cannot be written.
     """
     head = _exactly(connection, 2 * _LENGTH.size)
     text_length, length = (number for (number,) in _LENGTH.iter_unpack(head))
@@ -78,7 +83,23 @@ def receive(
     if not isinstance(note, dict):
         raise ValueError("a note is a JSON object")
     admit(length)
-    return note, _exactly(connection, length)
+    if spill is None or length < SPILLED_BYTES:
+        return note, _exactly(connection, length)
+    return note, _spilled(connection, length, spill)
+
+
+def _spilled(connection: socket.socket, length: int, folder: Path) -> mmap.mmap:
+    piece = memoryview(bytearray(PIECE_BYTES))
+    with tempfile.TemporaryFile(dir=folder) as file:
+        left = length
+        while left:  # not through a map: there a full disk kills the process
+            count = connection.recv_into(piece, min(left, PIECE_BYTES))
+            if not count:
+                raise EOFError("the connection was closed")
+            file.write(piece[:count])
+            left -= count
+        file.flush()
+        return mmap.mmap(file.fileno(), length)
 
 
 def _exactly(connection: socket.socket, length: int) -> bytearray:

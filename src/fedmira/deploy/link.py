@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedmira.deploy.channel import Data
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -20,7 +22,7 @@ class Link(Protocol):
         """Which sites are there now."""
         ...
 
-    def call(self, frames: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | bytearray | Failure]]:
+    def call(self, frames: Mapping[str, Data], seconds: float) -> Iterator[tuple[str, Data | Failure]]:
         """Send each site its frame and yield answers as they arrive; `late` for those that did not in time.
 
         A site that is away may come back until then. A frame may reach a site more than once; it is looked up each

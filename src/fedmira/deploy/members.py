@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fedmira.deploy.channel import Data
 from fedmira.deploy.folders import ServerFolder
 from fedmira.deploy.joining import SiteCard, read_card, why_not
 from fedmira.deploy.link import Failure, Link
@@ -127,7 +128,7 @@ class Members:
             write_json(self.folder.cards / f"{name}.json", asdict(found))
             self.tell(f"site {name} has joined: {found.examples['train']} training examples")
 
-    def _card_in(self, answer: bytes | bytearray | Failure, name: str) -> SiteCard | str:
+    def _card_in(self, answer: Data | Failure, name: str) -> SiteCard | str:
         """Return the card in an answer, or why the site cannot take part."""
         if isinstance(answer, Failure):
             return f"no answer ({answer.kind})"
@@ -163,7 +164,7 @@ class ListedLink:
     def sites(self) -> frozenset[str]:
         return self.link.sites & self.listed()
 
-    def call(self, frames: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | bytearray | Failure]]:
+    def call(self, frames: Mapping[str, Data], seconds: float) -> Iterator[tuple[str, Data | Failure]]:
         listed = self.listed()
         for name in frames:
             if name not in listed:
@@ -172,13 +173,13 @@ class ListedLink:
 
 
 @dataclass(frozen=True)
-class _Some(Mapping[str, bytes]):
+class _Some(Mapping[str, Data]):
     """Some of a mapping's frames, which are made when they are looked up."""
 
-    frames: Mapping[str, bytes]
+    frames: Mapping[str, Data]
     names: Sequence[str]
 
-    def __getitem__(self, name: str) -> bytes:
+    def __getitem__(self, name: str) -> Data:
         return self.frames[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from fedmira.adapters import mixing
 from fedmira.deploy.audit import Audit
+from fedmira.deploy.channel import Data
 from fedmira.deploy.link import Failure, Link
 from fedmira.deploy.wire import Frame, decode, pack_message, unpack_message
 from fedmira.disk.checkpoints import Tensors
 from fedmira.disk.files import make_folder, write_pieces
+from fedmira.disk.table import in_file, stacked
 from fedmira.engine.clients import Asked, Reply, Scores, Send, Tuned, everybody, nobody
 from fedmira.engine.federation import Federation
 from fedmira.engine.gate import SCHEMA, Header
@@ -35,6 +38,7 @@ from fedmira.methods.base import Clock, Message, Method
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 30.0  # seconds before a round is repeated; doubled each time
+IN_FILE_BYTES = 1 << 20  # of a frame, from which on it is in a file while it is sent
 COUNTED = "sites"  # the file of a checkpoint that holds which round of each site was counted last
 
 
@@ -63,11 +67,12 @@ class Counted:
     def apply(self) -> None:
         self.remote.counted = self.after
         self.remote.clear_inbox()
+        mixing.forget()  # sites are waited for until the next merge
 
 
 @dataclass(eq=False)
 class Remote:
-    """The clients of one run, each at a site of the same name. inbox: a folder for answers of the round under way."""
+    """The clients of one run, each at a site of the same name. inbox: a folder for frames of the round under way."""
 
     link: Link
     federation: Federation
@@ -82,28 +87,23 @@ class Remote:
 
     def __post_init__(self) -> None:
         self.counted = torch.zeros(len(self.federation), dtype=torch.int64)
+        make_folder(self.inbox)
 
     def ask(self, sampled: Tensor) -> Asked:
         return nobody(sampled) if self.method.regime.trainees == "nobody" else everybody(sampled)
 
     # ---------------------------------------------------------------- a round
 
-    def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
+    def train(self, ids: Tensor, send: Send) -> Reply:
         """Ask until the deadline; with fewer answers than the quorum, ask those that are missing again."""
+        clock, every = send.clock, ids.tolist()
         self.round = clock.round
-        mixing.forget()
-        messages = {k: given.take(slice(n, n + 1)) for n, k in enumerate(ids.tolist())}
-        like = None
-        if len(ids):
-            like = _form_of(Idle(self.federation, self.method).train(ids[:1], given.take(slice(0, 1)), clock).message)
-        found: dict[int, Frame] = {}
+        like = _form_of(Idle(self.federation, self.method).train(ids[:1], send).message) if every else None
         silent: dict[int, str] = {}
-        for k, message in messages.items():
-            if (stored := self._stored(k, message)) is not None:
-                found[k] = stored
+        found = {k: stored for k in every if (stored := self._stored(k, send)) is not None}
         for attempt in range(self.closing.repeats):
             silent = {}
-            for k, answer in self._order("train", [k for k in messages if k not in found], messages.__getitem__, clock):
+            for k, answer in self._order("train", [k for k in every if k not in found], partial(_one, send), clock):
                 if isinstance(answer, Failure):
                     silent[k] = answer.kind
                 elif answer.header.get("client") != self.federation.names[k]:
@@ -111,7 +111,7 @@ class Remote:
                 elif (reason := _unlike(answer, like)) is not None:
                     silent[k] = reason
                 else:
-                    found[k] = self._store(k, messages[k], answer)
+                    found[k] = self._store(k, answer)
                 del answer
             if len(found) >= self.closing.quorum * len(ids):
                 break
@@ -125,7 +125,7 @@ class Remote:
                 f"round {clock.round}: fewer than {self.closing.quorum:.0%} of the sites answered "
                 f"{self.closing.repeats} times in a row; finished rounds are saved"
             )
-        return self._reply([k for k in ids.tolist() if k in found], found, silent, like)
+        return self._reply([k for k in every if k in found], found, silent, like)
 
     def _reply(
         self, answered: Sequence[int], found: Mapping[int, Frame], silent: Mapping[int, str], like: Message | None
@@ -136,9 +136,9 @@ class Remote:
         assert some is not None or not answered
         empty = Message(torch.empty(0, 0)) if some is None else some.take(slice(0, 0))
         message = empty if not messages else Message(
-            torch.cat([one.rows for one in messages]),
+            stacked([one.rows for one in messages], self.inbox),
             {name: torch.cat([one.scalars[name] for one in messages]) for name in messages[0].scalars},
-            {name: torch.cat([one.more[name] for one in messages]) for name in messages[0].more},
+            {name: stacked([one.more[name] for one in messages], self.inbox) for name in messages[0].more},
         )  # fmt: skip
         said = [frame.header["metrics"] for frame in frames]
         return Reply(
@@ -202,7 +202,7 @@ class Remote:
     ) -> dict[int, Frame]:
         """Send each site what it would be sent now, with an order; return the answers of those that gave one."""
         found: dict[int, Frame] = {}
-        for k, answer in self._order(what, ids, lambda k: send(torch.tensor([k])), send.clock):
+        for k, answer in self._order(what, ids, partial(_one, send), send.clock):
             if isinstance(answer, Frame):
                 found[k] = answer
             progress(len(found))
@@ -263,18 +263,17 @@ class Remote:
     def _file(self, k: int) -> Path:
         return self.inbox / f"{self.federation.names[k]}.frame"
 
-    def _store(self, k: int, message: Message, answer: Frame) -> Frame:
+    def _store(self, k: int, answer: Frame) -> Frame:
         """Make an answer durable, with what it answers: after a crash it is not asked for again. Return it from there.
 
         Its numbers are then pages of a file, which the system can take back.
         """
-        make_folder(self.inbox)
-        asked = digest_of(*pack_message(message))
-        kept = replace(answer, header={**answer.header, "asked": [self.federation.run, self.round, asked]}).pieces()
+        asked = [self.federation.run, self.round, self.has[k]]
+        kept = replace(answer, header={**answer.header, "asked": asked}).pieces()
         write_pieces(self._file(k), kept, sum(map(len, kept)))
         return _mapped(self._file(k))
 
-    def _stored(self, k: int, message: Message) -> Frame | None:
+    def _stored(self, k: int, send: Send) -> Frame | None:
         path = self._file(k)
         if not path.is_file():
             return None
@@ -282,7 +281,7 @@ class Remote:
             frame = _mapped(path)
         except WireError:
             return None
-        asked = [self.federation.run, self.round, digest_of(*pack_message(message))]
+        asked = [self.federation.run, self.round, digest_of(*pack_message(_one(send, k)))]
         return frame if frame.header.get("asked") == asked else None
 
     def clear_inbox(self) -> None:
@@ -292,7 +291,7 @@ class Remote:
 
 
 @dataclass(eq=False)
-class _Orders(Mapping[str, bytes]):
+class _Orders(Mapping[str, Data]):
     """The frames of an order by site, each made when it is looked up, and noted in the audit the first time.
 
     So that one of them is in memory at a time, beside what they are made of. places: site -> position; digests: of the
@@ -310,10 +309,12 @@ class _Orders(Mapping[str, bytes]):
     def __post_init__(self) -> None:
         self.nonces = {name: secrets.token_hex(8) for name in self.places}
 
-    def __getitem__(self, name: str) -> bytes:
+    def __getitem__(self, name: str) -> Data:
         k, remote = self.places[name], self.remote
         frame, digest = remote.frame(self.what, k, self.message_of(k), self.clock, self.nonces[name])
-        data = frame.encode()
+        pieces = frame.pieces()
+        large = sum(map(len, pieces)) >= IN_FILE_BYTES
+        data = in_file(pieces, remote.inbox) if large else b"".join(pieces)
         if name not in self.digests:
             remote.audit.note(to=name, what=self.what, run=remote.federation.run, number=self.clock.round, data=data)
             self.digests[name] = digest
@@ -324,6 +325,11 @@ class _Orders(Mapping[str, bytes]):
 
     def __len__(self) -> int:
         return len(self.places)
+
+
+def _one(send: Send, k: int) -> Message:
+    """Return what one site is sent."""
+    return send(torch.tensor([k]))
 
 
 def _no_message(k: int) -> None:
@@ -350,7 +356,7 @@ def digest_of(parts: Mapping[str, Any], rows: Tensor) -> str:
     return found.hexdigest()
 
 
-def _checked(data: bytes | bytearray, nonce: str) -> Frame | Failure:
+def _checked(data: Data, nonce: str) -> Frame | Failure:
     """Return an answer to the order with this nonce, or what is wrong with it."""
     try:
         frame = decode(data)

@@ -40,6 +40,7 @@ from fedmira.study.carry_out import Job, carry_out, describe_run, is_complete
 from fedmira.study.events import ReportBegun, StepBegun, StudyBegun
 from fedmira.study.loading import load_config
 
+RAM_BYTES = 1 << 26  # of a run's rows; larger ones are in a file: frames under way, and NVFlare's, need the memory
 Tell = Callable[[str], None]
 
 
@@ -158,6 +159,7 @@ class Server:
             facts=self._facts(built, cohort, federation),
             clients=partial(client_table, names, self.members.cards, federation),
             start=start,
+            ram_bytes=RAM_BYTES,
         )
         carry_out(job, lambda: remote, lambda clients, ended: None, self._observe)
 

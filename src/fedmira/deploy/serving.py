@@ -37,7 +37,8 @@ def run_server(folder: ServerFolder, *, tell: Tell, observer: Observer) -> Path:
     _check_kit(folder.kit, f"make it again: fedmira federation init {folder.path} --renew")
     name = read_federation(folder.settings).name
     with held(folder.path), _logging(folder.log):
-        with Supervisor(folder.kit, folder.admin, folder.job, name, folder.log.with_name("engine.txt")) as link:
+        log_file = folder.log.with_name("engine.txt")
+        with Supervisor(folder.kit, folder.admin, folder.job, name, log_file, inbox=folder.inbox) as link:
             server = Server(folder, link, tell, observer)
             server.members.gather()
             study = server.carry_out()

@@ -126,7 +126,7 @@ class SiteRun:
 
     def train(self, message: Message, clock: Clock, digest: str) -> Frame:
         """Carry out a round, make it durable, and return its answer."""
-        reply = self.clients.train(ME, message, clock)
+        reply = self.clients.train(ME, Fixed(message, clock))
         metrics = {"train_loss": float(reply.losses[0]) if len(reply.ids) else None}
         if len(reply.ids) and reply.validation[0] is not None:
             metrics["validation_loss"] = reply.validation[0]

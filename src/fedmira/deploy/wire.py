@@ -13,7 +13,6 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from mmap import mmap
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from fedmira.adapters import Pairs
 from fedmira.adapters.added import BaseVersions
+from fedmira.deploy.channel import Data
 from fedmira.errors import WireError
 from fedmira.methods.base import Message
 
@@ -64,7 +64,7 @@ def _padded(text: bytes) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def decode(data: bytes | bytearray | mmap) -> Frame:
+def decode(data: Data) -> Frame:
     """Read a frame. Raises WireError: `schema` for what is not one, `size` for a tensor of another shape.
 
     The numbers stay where they are in `data` if that can be written to, else they are copied.
@@ -89,7 +89,7 @@ def _read_object(text: bytes | bytearray, what: str) -> dict[str, Any]:
     return found
 
 
-def _read_rows(data: bytes | bytearray | mmap, start: int) -> Tensor:
+def _read_rows(data: Data, start: int) -> Tensor:
     """Return the one tensor of the safetensors file that begins at `start`."""
     what = "the header of the safetensors file"
     if len(data) - start < _FILE_LENGTH.size:

@@ -18,6 +18,7 @@ import torch
 
 from fedmira.deploy import channel
 from fedmira.deploy.audit import Audit
+from fedmira.deploy.channel import Data
 from fedmira.deploy.folders import SiteFolder
 from fedmira.deploy.joining import card_of
 from fedmira.deploy.remote import digest_of
@@ -63,7 +64,7 @@ class Worker:
             except (OSError, EOFError, ValueError):
                 log.warning("the engine went away in the middle of an order")
 
-    def handle(self, data: bytes | bytearray) -> bytes:
+    def handle(self, data: Data) -> bytes:
         """Carry out an order; return the answer, which is noted in the audit before it leaves."""
         header: Mapping[str, Any] = {}
         try:

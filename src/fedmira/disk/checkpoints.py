@@ -74,13 +74,13 @@ def _write_tensors(path: Path, tensors: Tensors) -> dict[str, Any]:
         yield len(header).to_bytes(8, "little") + header
         for name in names:
             value = tensors[name]
-            for block in value.blocks() if isinstance(value, Picked) else [value]:
-                yield bytes_of(block)
+            yield from map(bytes_of, value.blocks() if isinstance(value, Picked) else [value])
 
     def hashed() -> Iterator[bytes | memoryview]:
         for piece in pieces():
             digest.update(piece)
             yield piece
+            del piece  # else it would be in memory beside the next one
 
     write_pieces(path, hashed(), size)
     return {"sha256": digest.hexdigest(), "bytes": size}

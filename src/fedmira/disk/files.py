@@ -43,6 +43,7 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], size_bytes: i
         with os.fdopen(handle, "wb") as file:
             for piece in pieces:
                 file.write(piece)
+                del piece  # else it would be in memory while the next one is made
             if shared:
                 temporary.chmod(0o666 & ~_umask())
             file.flush()

@@ -7,7 +7,7 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -29,11 +29,14 @@ class Table:
     written reads as its start. Nothing reads all rows at once: every other operation of a tensor is refused.
     """
 
-    def __init__(self, start: Tensor, kinds: Tensor, folder: Path | None = None) -> None:
+    def __init__(
+        self, start: Tensor, kinds: Tensor, folder: Path | None = None, *, ram_bytes: int | None = None
+    ) -> None:
         """Start with row k = start[kinds[k]]. start [R, ...]; kinds [K] int64.
 
-        folder: where a file for the rows is created if all rows exceed RAM_BYTES; None = always in RAM. The file has no
-        name: it disappears with the process, even after a crash. Raises OSError if it cannot be created.
+        folder: where files for the rows are created if all rows exceed ram_bytes (None: RAM_BYTES); None = always in
+        RAM. The files have no names: they disappear with the process, even after a crash. Raises OSError if they cannot
+        be created.
         """
         self.start, self.kinds = start, kinds
         self.shape = torch.Size((len(kinds), *start.shape[1:]))
@@ -42,9 +45,10 @@ class Table:
         self.written = torch.zeros(len(kinds), dtype=torch.bool)
         size = len(kinds) * self.row_bytes
         self._file = None
-        if folder is None or size <= RAM_BYTES:
+        if folder is None or size <= (RAM_BYTES if ram_bytes is None else ram_bytes):
             self._table = torch.empty(self.shape, dtype=self.dtype)  # unwritten pages take no memory
         else:
+            self.start = stacked([start], folder)
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as the rows exist
             self._file.truncate(size)  # sparse: unwritten rows take no disk space
             mapping = mmap.mmap(self._file.fileno(), size)
@@ -130,6 +134,26 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+def in_file(pieces: Iterable[bytes | memoryview], folder: Path) -> mmap.mmap:
+    """Return bytes, at least one, in a file of `folder` without a name: pages that the system can take back.
+
+    Raises OSError if the file cannot be written.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        return mmap.mmap(file.fileno(), 0)
+
+
+def stacked(values: Sequence[Tensor], folder: Path) -> Tensor:
+    """Return torch.cat(values), each [n, ...] of one dtype, in a file of `folder` where it is larger than a block."""
+    if sum(value.nbytes for value in values) <= BLOCK_BYTES:
+        return torch.cat(list(values))
+    data = in_file(map(bytes_of, values), folder)
+    return torch.frombuffer(data, dtype=values[0].dtype).view(-1, *values[0].shape[1:])
+
+
 class RowSource(Protocol):
     """Rows [K, ...] that are read by client."""
 
@@ -169,9 +193,11 @@ class Overlay:
         return self.shape[0]
 
     def __getitem__(self, ids: Tensor) -> Tensor:
-        rows = self.source[ids]
         place = {int(k): n for n, k in enumerate(self.ids)}
         changed = [(n, place[int(k)]) for n, k in enumerate(ids) if int(k) in place]
+        if len(changed) == len(ids):  # a copy of each row less
+            return self.values[torch.tensor([source for _, source in changed], dtype=torch.int64)].to(self.dtype)
+        rows = self.source[ids]
         if changed:
             targets, sources = torch.tensor(changed).T
             rows = rows.clone() if isinstance(self.source, Tensor) else rows

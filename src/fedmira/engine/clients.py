@@ -97,8 +97,12 @@ class Kept(Protocol):
 class Trainers(Protocol):
     """All that a round needs of the clients."""
 
-    def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
-        """Let the clients `ids` [n] carry out their half of a round from what they are sent, as it travels."""
+    def train(self, ids: Tensor, send: Send) -> Reply:
+        """Let the clients `ids` [n] carry out their half of a round from what `send` says they are sent.
+
+        It may be asked for some of them at a time, and again: the server's state is that before the round until the
+        reply is there.
+        """
         ...
 
 

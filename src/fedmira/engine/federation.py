@@ -78,22 +78,24 @@ class Federation:
         drawn = start_adapters(self.layout, distinct, self.alpha, torch.Generator().manual_seed(seed))
         return drawn.rows.to(self.dtype), kinds
 
-    def start(self, seed: int, method: Method, scratch: Path | None = None) -> Stored:
+    def start(self, seed: int, method: Method, scratch: Path | None = None, *, ram_bytes: int | None = None) -> Stored:
         """Return the common start as the rows that the server has: of each client, of each group, or one.
 
-        scratch: a folder for the rows of all clients if they are too many for RAM.
+        scratch: a folder for these rows if they are too many for RAM: more than ram_bytes, as of a Table.
         """
         if method.has_row_of_each:
             rows, kinds = self.start_rows(seed)
-            table, ranks = Table(rows, kinds, scratch), self.ranks
+            table, ranks = Table(rows, kinds, scratch, ram_bytes=ram_bytes), self.ranks
         else:
             largest = replace(self, ranks=self.largest_ranks)
             count = method.count_rows(len(self))
             rows, _ = largest.start_rows(seed)
-            table = Table(rows, torch.zeros(count, dtype=torch.int64))
+            table = Table(rows, torch.zeros(count, dtype=torch.int64), scratch, ram_bytes=ram_bytes)
             ranks = largest.ranks.expand(count, *largest.ranks.shape[1:]).clone()
         return Stored(self.layout, table, ranks, scales(ranks, self.alpha).to(self.dtype))
 
-    def first_state(self, seed: int, method: Method, scratch: Path | None = None) -> State:
-        """Return what the server has before round 1. scratch: as in start."""
-        return method.init(self.start(seed, method, scratch), Clock(0))
+    def first_state(
+        self, seed: int, method: Method, scratch: Path | None = None, *, ram_bytes: int | None = None
+    ) -> State:
+        """Return what the server has before round 1. scratch, ram_bytes: as in start."""
+        return method.init(self.start(seed, method, scratch, ram_bytes=ram_bytes), Clock(0))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters.columns import lay_over, pack
-from fedmira.engine.clients import Reply
+from fedmira.engine.clients import Reply, Send
 from fedmira.engine.federation import Federation
 from fedmira.engine.gate import Header
 from fedmira.methods.base import Clock, Message, Method, Tools
@@ -19,10 +19,11 @@ class Idle:
         self.given: Message | None = None
         self.returned: Message | None = None
 
-    def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
+    def train(self, ids: Tensor, send: Send) -> Reply:
+        given, clock = send(ids), send.clock
         layout, half = self.federation.layout, self.method.client
         travels = self.method.travels(layout, clock)
-        nothing = torch.zeros(len(ids), layout.size)
+        nothing = torch.zeros(()).expand(len(ids), layout.size)  # takes no memory
         whole = given.map(lambda rows: lay_over(nothing, travels, rows))
         adapters = self.federation.adapters(ids, whole.rows.clone())
         tools = Tools(

@@ -5,7 +5,7 @@ Nothing is applied here. This is the server's half: it knows rows, names and num
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -43,27 +43,20 @@ def play(method: Method, ledger: Ledger, clients: Trainers, ids: Tensor, clock: 
     began = time.monotonic()
     federation = ledger.federation
     layout = federation.layout
-    down = method.travels(layout, clock)
-    up = down & method.trained(layout, clock)
-    given = message_of(method, ledger, ledger.state, ids, clock)
-    sent = given.map(lambda rows: pack(rows, down))
-    bytes_down = _payload(sent, count_columns(layout, down, federation.ranks[ids]))
-    asked = time.monotonic()
-    reply = clients.train(ids, sent, clock)
+    up = method.travels(layout, clock) & method.trained(layout, clock)
+    send = _Counted(Sender(method, ledger, clock))
+    reply = clients.train(ids, send)
     trained = time.monotonic()
-    laid_over = None if bool(up.all()) else given.rows
-    del given, sent  # as much memory as the uploads
     names = {federation.names[k]: k for k in ids.tolist()}
     expected = Expected(federation, method.name, clock.round, names, int(up.sum()))
     uploads = [Upload(header, reply.message.take(slice(n, n + 1))) for n, header in enumerate(reply.headers)]
     places, refused = admit(uploads, expected)
     answered = reply.ids[places]
     returned = reply.message if len(places) == len(reply.ids) else reply.message.take(places)
-    where = {k: n for n, k in enumerate(ids.tolist())}
     whole = returned
-    if laid_over is not None:
-        base = laid_over[[where[k] for k in answered.tolist()]]
-        whole = returned.map(lambda rows: lay_over(base, up, rows))
+    if not bool(up.all()):
+        sent = message_of(method, ledger, ledger.state, answered, clock).rows
+        whole = returned.map(lambda rows: lay_over(sent, up, rows))
     weights = torch.tensor([uploads[n].header.weight for n in places.tolist()], dtype=torch.float64)
     change = merge_admitted(method, ledger, answered, whole, weights, clock)
     return Round(
@@ -73,10 +66,10 @@ def play(method: Method, ledger: Ledger, clients: Trainers, ids: Tensor, clock: 
         uploads=whole,
         change=change,
         reply=reply,
-        bytes_up=_payload(reply.message, count_columns(layout, up, federation.ranks[reply.ids])),
-        bytes_down=bytes_down,
-        seconds_training=trained - asked,
-        seconds_merge=time.monotonic() - trained + asked - began,
+        bytes_up=sum(_payloads(reply.message, count_columns(layout, up, federation.ranks[reply.ids]))),
+        bytes_down=sum(send.bytes_of.values()),
+        seconds_training=trained - began,
+        seconds_merge=time.monotonic() - trained,
     )
 
 
@@ -117,17 +110,36 @@ class Sender:
         return message_of(self.method, self.ledger, state, ids, self.clock).map(lambda rows: pack(rows, travels))
 
 
+@dataclass(frozen=True, eq=False)
+class _Counted:
+    """What the server sends in a round. bytes_of: client -> bytes of its message, however often that was made."""
+
+    send: Sender
+    bytes_of: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def clock(self) -> Clock:
+        return self.send.clock
+
+    def __call__(self, ids: Tensor) -> Message:
+        message, federation = self.send(ids), self.send.ledger.federation
+        travels = self.send.method.travels(federation.layout, self.clock)
+        counts = count_columns(federation.layout, travels, federation.ranks[ids])
+        self.bytes_of.update(zip(ids.tolist(), _payloads(message, counts), strict=True))
+        return message
+
+
 def message_of(method: Method, ledger: Ledger, state: State, ids: Tensor, clock: Clock) -> Message:
     """Return what a method sends the clients `ids`, whole rows, with the changes of the base up to a state."""
     message = method.message(state, ids, clock)
     return message if not state.base else replace(message, base=BaseVersions(state.base, ledger.known[ids]))
 
 
-def _payload(message: Message, counts: Tensor) -> int:
-    """Bytes of messages: each client's numbers of the columns that travel, for every row, and 8 for each scalar.
+def _payloads(message: Message, counts: Tensor) -> list[int]:
+    """Bytes of each client's message: its numbers of the columns that travel, for every row, and 8 for each scalar.
 
-    Beside them the changes of the base that a client does not have yet.
+    Beside them the changes of the base that it does not have yet. counts [S]: as count_columns gives them.
     """
-    rows = (1 + len(message.more)) * int(counts.sum()) * message.rows.element_size()
-    base = 0 if message.base is None else message.base.bytes_missing
-    return rows + 8 * len(message.scalars) * len(counts) + base
+    each = (1 + len(message.more)) * message.rows.element_size()
+    missing = [0] * len(counts) if message.base is None else message.base.bytes_missing
+    return [each * n + 8 * len(message.scalars) + more for n, more in zip(counts.tolist(), missing, strict=True)]

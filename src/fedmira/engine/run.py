@@ -139,19 +139,22 @@ def run_rounds(
     course: Course,
     start: Scores,
     observer: Observer,
+    ram_bytes: int | None = None,
 ) -> Ended:
     """Carry one method with one seed from the newest checkpoint to the last round.
 
     A round counts once its checkpoint is written; then it is applied and measured, and its line goes to metrics.jsonl.
-    A crash loses at most the round under way. The newest durable round is measured again after a resume. Raises
-    MethodError if the best adapters are to be kept of a method with which that cannot be done.
+    A crash loses at most the round under way. The newest durable round is measured again after a resume. ram_bytes: of
+    the server's rows, from which on they are in a file of the folder, as of a Table. Raises MethodError if the best
+    adapters are to be kept of a method with which that cannot be done.
     """
     validation = torch.tensor([math.nan if value is None else value for value in start.validation], dtype=torch.float64)
     best = None
     if course.keep == "best" and method.regime.trainees != "nobody":
         best = Best(len(federation) if view_of(method) == "personal" else 1)
     patience = None if course.patience is None else Patience(course.patience, course.threshold)
-    ledger = Ledger(federation, federation.first_state(course.seed, method, folder.path), validation, best, patience)
+    state = federation.first_state(course.seed, method, folder.path, ram_bytes=ram_bytes)
+    ledger = Ledger(federation, state, validation, best, patience)
     last_sampled = torch.zeros(len(federation), dtype=torch.int64)
     run = Run(federation, method, clients, course, folder, ledger, last_sampled, observer)
     facts = restore(folder.checkpoints, ledger, clients, after=partial(take_in, ledger, method))

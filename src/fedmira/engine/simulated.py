@@ -58,15 +58,13 @@ class Simulated:
     def ask(self, sampled: Tensor) -> Asked:
         return everybody(sampled)
 
-    def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
-        return self.carry_out(ids, given, clock)
+    def train(self, ids: Tensor, send: Send) -> Reply:
+        return self.carry_out(ids, send)
 
-    def carry_out(
-        self, ids: Tensor, given: Message, clock: Clock, *, plans: Sequence[Sequence[np.ndarray]] | None = None
-    ) -> Reply:
+    def carry_out(self, ids: Tensor, send: Send, *, plans: Sequence[Sequence[np.ndarray]] | None = None) -> Reply:
         """Train, as in `train`. plans: the training examples of each step of each client; None: as they are drawn."""
-        method, layout = self.method, self.federation.layout
-        whole, phase = self.local_phase(ids, given, clock, plans=plans)
+        method, layout, clock = self.method, self.federation.layout, send.clock
+        whole, phase = self.local_phase(ids, send(ids), clock, plans=plans)
         travels = method.travels(layout, clock)
         sent = travels & method.trained(layout, clock)
         values: dict[str, Tensor] = {f"method/{name}": value for name, value in phase.memory.items()}
@@ -352,10 +350,10 @@ class Pool:
         self.sampled = sampled
         return Asked(HOLDER, torch.zeros_like(sampled), pooled=True)
 
-    def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
-        steps = self.trainer.method.regime.pool_steps
-        plan = plan_pool(self.workplace, self.sampled, self.trainer.training, round_number=clock.round, steps=steps)
-        reply = self.trainer.carry_out(ids, given, clock, plans=[plan])
+    def train(self, ids: Tensor, send: Send) -> Reply:
+        number, steps = send.clock.round, self.trainer.method.regime.pool_steps
+        plan = plan_pool(self.workplace, self.sampled, self.trainer.training, round_number=number, steps=steps)
+        reply = self.trainer.carry_out(ids, send, plans=[plan])
         name = self.federation.names[int(HOLDER)]
         return replace(reply, headers=tuple(replace(header, client=name) for header in reply.headers))
 
@@ -393,9 +391,9 @@ class Nobody(Simulated):
     def ask(self, sampled: Tensor) -> Asked:
         return nobody(sampled)
 
-    def train(self, ids: Tensor, given: Message, clock: Clock) -> Reply:
+    def train(self, ids: Tensor, send: Send) -> Reply:
         none = torch.empty(0)
-        return Reply(ids, given, (), none, none.long(), [])
+        return Reply(ids, send(ids), (), none, none.long(), [])
 
 
 HOLDER = torch.zeros(1, dtype=torch.int64)  # client 0, in whose name the pool answers

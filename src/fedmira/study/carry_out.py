@@ -36,7 +36,10 @@ Someone = TypeVar("Someone", bound=Clients)
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One run, and what it needs beside its clients. config: of the study; clients: gives clients.json."""
+    """One run, and what it needs beside its clients. config: of the study; clients: gives clients.json.
+
+    ram_bytes: of the rows of all clients, as of a Table.
+    """
 
     folder: RunFolder
     config: Config
@@ -46,6 +49,7 @@ class Job:
     facts: RunFacts
     clients: Callable[[], Mapping[str, Any]]
     start: Scores
+    ram_bytes: int | None = None
 
 
 def is_complete(folder: RunFolder, config: Config) -> bool:
@@ -150,6 +154,7 @@ def carry_out(
                 course=course,
                 start=job.start,
                 observer=observer,
+                ram_bytes=job.ram_bytes,
             )
             _write_graph(folder, ended.graph, cohort)
             if method.facts.learned is not None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedmira.deploy import channel
+from fedmira.deploy.channel import Data
 from fedmira.deploy.link import Failure
 from fedmira.deploy.nvflare.kits import ORGANISATION, harden
 from fedmira.disk.files import FILE_MODE, make_folder, write_json
@@ -198,18 +199,18 @@ class _Call:
     """One site's frame, one of `frames`, until it is answered. sent: to which connection of the relay."""
 
     site: str
-    frames: Mapping[str, bytes]
+    frames: Mapping[str, Data]
     until: float
-    answers: "queue.Queue[tuple[str, bytearray | Failure]]"
+    answers: "queue.Queue[tuple[str, Data | Failure]]"
     sent: int = -1
     retry_at: float = 0.0
 
 
 class Supervisor:
-    """The server's side of the link: the engine's server, its job, and the calls under way."""
+    """The server's side of the link: the engine's server, its job, the calls under way. inbox: for large answers."""
 
-    def __init__(self, kit: Path, admin: Path, job: Path, name: str, log_file: Path) -> None:
-        self._admin, self._job, self._name = admin, job, name
+    def __init__(self, kit: Path, admin: Path, job: Path, name: str, log_file: Path, *, inbox: Path) -> None:
+        self._admin, self._job, self._name, self._inbox = admin, job, name, inbox
         self._folder = channel.private_folder()
         self._listener = channel.listen(self._folder / "s")
         self._process = server_process(kit, self._folder / "s", log_file)
@@ -227,6 +228,7 @@ class Supervisor:
 
     def __enter__(self) -> "Supervisor":
         write_job(self._job, self._name)
+        make_folder(self._inbox)
         self._process.start()
         for work in (self._accept, self._supervise):
             threading.Thread(target=work, daemon=True).start()
@@ -246,8 +248,8 @@ class Supervisor:
         with self._lock:
             return frozenset(name for name in self._members if name not in self._lost)
 
-    def call(self, frames: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytearray | Failure]]:
-        answers: queue.Queue[tuple[str, bytearray | Failure]] = queue.Queue()
+    def call(self, frames: Mapping[str, Data], seconds: float) -> Iterator[tuple[str, Data | Failure]]:
+        answers: queue.Queue[tuple[str, Data | Failure]] = queue.Queue()
         until = time.monotonic() + seconds
         with self._lock:
             numbers = {next(self._ids): _Call(site, frames, until, answers) for site in frames}
@@ -282,8 +284,9 @@ class Supervisor:
         with self._sending:
             while (due := self._next_due()) is not None:
                 relay, note, call = due
+                frame = call.frames[call.site]  # made now, which fails where the disk is full
                 try:
-                    channel.send(relay, note, call.frames[call.site])
+                    channel.send(relay, note, frame)
                 except OSError:
                     return  # the relay is gone; the next one gets the call
 
@@ -319,8 +322,12 @@ class Supervisor:
                 self._silent, self._lost = {}, {}
             log.info("the engine's job runs with %s", ", ".join(sorted(self._members)) or "no site")
             while True:
-                self._heard(*channel.receive(connection))  # no name here holds a frame until the next one is there
-        except (OSError, EOFError, ValueError, KeyError):
+                # no name here holds a frame until the next one is there
+                self._heard(*channel.receive(connection, spill=self._inbox))
+        except OSError as error:  # of the relay, or the disk is full
+            if not self._ended.is_set():
+                log.warning("the link to the engine's job has ended: %s", error.strerror)
+        except (EOFError, ValueError, KeyError):
             pass
         finally:
             with self._lock:
@@ -328,7 +335,7 @@ class Supervisor:
                     self._relay, self._members = None, frozenset()
             connection.close()
 
-    def _heard(self, note: dict[str, Any], frame: bytearray) -> None:
+    def _heard(self, note: dict[str, Any], frame: Data) -> None:
         with self._lock:
             if "ping" in note:
                 self._pinged(note["ping"], alive=note["alive"])

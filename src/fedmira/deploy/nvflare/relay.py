@@ -4,6 +4,7 @@ A job names these classes and carries no code. At the server the supervisor is b
 resident worker; both outlive the engine's processes.
 """
 
+import gc
 import os
 import queue
 import socket
@@ -16,7 +17,7 @@ from typing import Any
 from nvflare.collab import collab
 from nvflare.collab.api.context import get_call_context, set_call_context
 
-from fedmira.deploy.channel import SOCKET, connect, receive, send
+from fedmira.deploy.channel import SOCKET, Data, connect, receive, send
 
 PING_SECONDS = 3.0
 PING_TIMEOUT = 10.0
@@ -111,6 +112,7 @@ class Turns:
         """Give the room back that `take` gave."""
         if size_bytes < LARGE_BYTES:
             return
+        gc.collect()  # the engine's calls are cycles, and hold their frames until somebody looks
         with self._given:
             self.taken_bytes -= size_bytes
             self._given.notify_all()
@@ -158,7 +160,7 @@ class SupervisorSide:
         self._connection, self._context = connection, context
         self._saying = threading.Lock()
         self._turns = Turns(IN_FLIGHT_BYTES)
-        self.requests: queue.Queue[tuple[dict[str, Any], list[bytearray]] | None] = queue.Queue()
+        self.requests: queue.Queue[tuple[dict[str, Any], list[Data]] | None] = queue.Queue()
 
     def read(self) -> None:
         """Take requests as long as there are any, large ones in their turn; None at the end."""
@@ -185,7 +187,7 @@ class SupervisorSide:
             alive = False
         self.say({"ping": site, "alive": alive})
 
-    def carry(self, note: dict[str, Any], frames: list[bytearray]) -> None:
+    def carry(self, note: dict[str, Any], frames: list[Data]) -> None:
         """Pass one frame to its site and the answer, or the kind of failure, to the supervisor.
 
         frames: a list of one, which is emptied, so that the frame is not held while the site computes.
@@ -193,7 +195,7 @@ class SupervisorSide:
         site, call, until = note["site"], str(note["id"]), time.monotonic() + note["seconds"]
         answered = {"id": note["id"], "site": site, "failure": ""}
         try:
-            frame: bytes | bytearray = frames.pop()
+            frame: Data = frames.pop()
             size = len(frame)
             try:
                 if size >= LARGE_BYTES:
