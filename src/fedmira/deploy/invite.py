@@ -150,6 +150,10 @@ def add_site(folder: Path, name: str, *, own_keys: bool) -> Invitation:
     write_json(server.agreement, grown.as_json())
     text = set_value(server.settings.read_text(encoding="utf-8"), ["sites"], list(settings.sites))
     write_atomic(server.settings, text.encode())
+    guide = target / "README.md"
+    if guide.is_file():
+        new = guides.list_sites(guide.read_text(encoding="utf-8"), settings, own_keys=own_keys)
+        write_atomic(guide, new.encode())
     return _invitation(target, settings, [name], kits.fingerprint_of(server.authority), None, own_keys)
 
 
@@ -230,6 +234,10 @@ def accept(folder: Path, signed: Path, fingerprint: str) -> Path:
         raise StoreError(f"'{site.request}' has no key: make one with fedmira federation site {folder} --request")
     if not signed.is_file():
         raise StoreError(f"no such file: '{signed}'")
+    if (other := kits.name_in_signed(signed)) != name:
+        raise StoreError(
+            f"'{signed}' is signed for '{other}', and this is the site '{name}': ask for {name}.signed.zip"
+        )
     kits.pack_kit(signed, request=site.request, kit=site.kit, fingerprint=fingerprint)
     return site.kit
 
