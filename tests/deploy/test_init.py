@@ -274,6 +274,12 @@ def test_a_site_can_be_added(founded: Founded, tmp_path: Path) -> None:
     assert private(server.site("west").path) == ["kit/startup/client.key"]
     root = (server.authority / "rootCA.pem").read_bytes()
     assert (server.site("west").kit / "startup" / "rootCA.pem").read_bytes() == root
+    (server.site("west").path / "state").mkdir()
+    server.settings.write_text(server.settings.read_text(encoding="utf-8").replace(", west]", "]"), encoding="utf-8")
+    back = command("federation", "init", server.path, "--add-site", "west")
+    assert back.code == 2
+    assert "has taken part in this federation: write it into" in back.err
+    server.settings.write_text(server.settings.read_text(encoding="utf-8").replace("south]", "south, west]"), "utf-8")
     again = command("federation", "init", server.path, "--add-site", "West")
     assert again.code == 2
     assert "differ by case" in again.err

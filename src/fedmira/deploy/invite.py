@@ -140,6 +140,11 @@ def add_site(folder: Path, name: str, *, own_keys: bool) -> Invitation:
     rank = _rank_of_new(config, agreement, name)
     grown = Agreement(**{**agreement.as_json(), "ranks": {**agreement.ranks, name: rank}})
     site = server.site(name)
+    if (server.cards / f"{name}.json").is_file() or site.state.exists():
+        raise ConfigError(
+            [f"'{name}' has taken part in this federation: write it into `sites` of {server.settings} again"],
+            "--add-site",
+        )
     shutil.rmtree(site.path, ignore_errors=True)  # of a command that was interrupted: the name was not in the list
     with _new_folder(site.path) as built:
         if not own_keys:
