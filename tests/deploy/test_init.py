@@ -8,6 +8,7 @@ import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,16 @@ def test_what_graphs_need_is_agreed_and_said(study: Study, tmp_path: Path) -> No
     assert "value of the column `topic`" in page
 
 
+def test_a_config_need_not_say_what_a_federation_does_not_use(study: Study, tmp_path: Path) -> None:
+    raw = settings(study.folder / "base", tmp_path, tmp_path / "of the organiser")
+    del raw["output_dir"], raw["data"]["path"]
+    where = ("--config", save_config(tmp_path / "study.yaml", raw), "--server", "localhost", "--sites", "a,b")
+    done = command("federation", "init", tmp_path / "fed", *where)
+    assert done.code == 0, done.err
+    sent = load_config(ServerFolder(tmp_path / "fed").site("a").study_config)
+    assert (sent.data.path, sent.output_dir) == ("AT-EACH-SITE", "server/study")
+
+
 def test_a_folder_with_something_in_it_is_not_touched(founded: Founded, study: Study, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     assert "not an empty folder" in study.init(tmp_path).err
@@ -263,9 +274,36 @@ def test_a_site_can_be_added(founded: Founded, tmp_path: Path) -> None:
     assert private(server.site("west").path) == ["kit/startup/client.key"]
     root = (server.authority / "rootCA.pem").read_bytes()
     assert (server.site("west").kit / "startup" / "rootCA.pem").read_bytes() == root
+    (server.site("west").path / "state").mkdir()
+    server.settings.write_text(server.settings.read_text(encoding="utf-8").replace(", west]", "]"), encoding="utf-8")
+    back = command("federation", "init", server.path, "--add-site", "west")
+    assert back.code == 2
+    assert "has taken part in this federation: write it into" in back.err
+    server.settings.write_text(server.settings.read_text(encoding="utf-8").replace("south]", "south, west]"), "utf-8")
     again = command("federation", "init", server.path, "--add-site", "West")
     assert again.code == 2
     assert "differ by case" in again.err
+
+
+def test_the_servers_page_has_a_site_that_was_added_and_keeps_what_its_owner_wrote(
+    founded: Founded, tmp_path: Path
+) -> None:
+    server = ServerFolder(tmp_path / "moved")
+    shutil.copytree(founded.server.path, server.path)
+    page = server.path / "README.md"
+    page.write_text(page.read_text(encoding="utf-8") + "\nMy own note.\n", encoding="utf-8")
+    for name in ("west", "east"):
+        done = command("federation", "init", server.path, "--add-site", name, "--own-keys")
+        assert done.code == 0, done.err
+    text = page.read_text(encoding="utf-8")
+    assert "Sites: north, south, west, east. Nobody gets" in text
+    assert (
+        text.count("Sites that were added with `--own-keys`:") == text.count("--sign NAME.request.zip\n\nSites:") == 1
+    )
+    assert text.endswith("\nMy own note.\n")
+    with_key = command("federation", "init", server.path, "--add-site", "up")
+    assert "next: nothing here" in with_key.out
+    assert page.read_text(encoding="utf-8") == text.replace("west, east.", "west, east, up.")
 
 
 def test_the_servers_certificates_are_renewed_by_the_same_authority(founded: Founded, tmp_path: Path) -> None:
@@ -295,7 +333,9 @@ def test_a_site_makes_its_own_key_and_the_server_never_has_it(own_keys: ServerFo
     assert private(own_keys.path) == server_keys
     site = SiteFolder(tmp_path / "at the site")
     shutil.copytree(own_keys.site("north").path, site.path)
+    asked = command("federation", "site", site.path, "--request").out
     request = invite.make_request(site.path)
+    assert sha256(request.read_bytes()).hexdigest() in asked
     assert request == site.request / "north.request.zip"
     assert invite.make_request(site.path) == request  # it waits for its answer
     done = command("federation", "init", own_keys.path, "--sign", request, "--json")
@@ -307,7 +347,14 @@ def test_a_site_makes_its_own_key_and_the_server_never_has_it(own_keys: ServerFo
         assert all(b"PRIVATE KEY" not in archive.read(name) for name in archive.namelist())
     with pytest.raises(StoreError, match=r"(?i)fingerprint"):
         invite.accept(site.path, signed, "SHA256:" + ":".join(["00"] * 32))
+    for other, told in (
+        (request, "is not a signed request"),
+        (_signed_for(own_keys, "south"), "is signed for 'south'"),
+    ):
+        with pytest.raises(StoreError, match=told):
+            invite.accept(site.path, other, said["fingerprint"])
     assert not site.kit.exists()
+    assert "--request" in command("federation", "site", site.path).err
     assert invite.accept(site.path, signed, said["fingerprint"]) == site.kit
     (site.kit / "old").touch()
     assert invite.accept(site.path, signed, said["fingerprint"]) == site.kit  # again: it replaces the kit
@@ -315,6 +362,12 @@ def test_a_site_makes_its_own_key_and_the_server_never_has_it(own_keys: ServerFo
     assert private(site.path) == ["kit/startup/client.key", "request/north.key"]
     assert private(own_keys.path) == server_keys
     assert json.loads((site.kit / "local" / "resources.json").read_bytes())["allow_log_streaming"] is False
+
+
+def _signed_for(server: ServerFolder, name: str) -> Path:
+    """Let a site of this name make a request, and sign it."""
+    request = kits.make_request(server.path.with_name(name) / "request", federation="own", site=name)
+    return invite.sign(server.path, request).path
 
 
 def test_a_request_for_another_role_name_or_federation_is_not_signed(

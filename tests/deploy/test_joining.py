@@ -226,7 +226,9 @@ def test_a_site_that_is_taken_off_the_list_is_asked_for_nothing(
             link.orders.clear()
 
     carry_out(folder, link, remove)
-    assert not [frame for name, frame in link.orders if name == NEW and frame.header["order"] != "losses"]
+    orders = [frame.header["order"] for name, frame in link.orders if name == NEW]
+    assert [what for what in orders if what != "losses"] == ["refused"]  # once
+    assert "taken it out" in link.workers[NEW].refused
     records = run_of(folder).records()
     assert [record["answered"] for record in records] == [list(SITES)] * 2 + [list(SITES[:2])] * 2
     assert records[-1]["refused"] == {NEW: "unlisted"}

@@ -2,22 +2,30 @@
 
 import importlib.util
 import json
-import os
 import re
-import shlex
-import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 from tests import small_study
+from tests.deploy.processes import (
+    AUDIT,
+    CHECK,
+    INIT,
+    SERVER,
+    SHOW,
+    SITE,
+    STATUS,
+    ended_afterwards,
+    fill_in,
+    free_port,
+    start,
+    typed,
+)
 
 from fedmira.config.faults import check_config
 from fedmira.deploy.audit import read_audit
@@ -35,28 +43,6 @@ ROUNDS = 6
 SECONDS = 400.0  # far more than it takes; a busy machine is slow
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "federation.md"
-INIT, CHECK, SHOW, SERVER, SITE, STATUS, AUDIT = (
-    line.strip() for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("    fedmira federation")
-)
-
-
-def typed(line: str, folder: Path, *more: str, **changes: str) -> list[str]:
-    """Return a command of the page as its reader would type it here, with other names and places."""
-    names = {"bank-a,bank-b": ",".join(SITES), "bank-a": SITES[0], **changes}
-    for old, new in names.items():
-        line = line.replace(old, new)
-    _, *words = shlex.split(line)
-    place = [f"{folder}{word.removeprefix('fed')}" if word.split("/")[0] == "fed" else word for word in words]
-    return [sys.executable, "-m", "fedmira", *place, *more]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def settings(base: Path, data: Path, output: Path) -> dict[str, Any]:
     raw = small_study.settings(
         base,
@@ -71,17 +57,8 @@ def settings(base: Path, data: Path, output: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[list[subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-    yield started
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(30)
-
-
-def start(words: list[str], log: Path) -> subprocess.Popen[str]:
-    with log.open("a") as output:
-        return subprocess.Popen(words, stdout=output, stderr=output, text=True, start_new_session=True)
+    with ended_afterwards() as started:
+        yield started
 
 
 def wait_for(records: RunFolder, rounds: int) -> None:
@@ -106,18 +83,19 @@ def ended(
     run.start(StudyFolder(here / "simulation"), check_config(raw), silent, overwrite=False)
     config = small_study.save_config(here / "study.yaml", raw)
     folder = ServerFolder(here / "federation")
-    address = {"hub.example.org:8002": f"localhost:{free_port()}", "study.yaml": str(config)}
+    changes = {
+        "bank-a,bank-b": ",".join(SITES),
+        "hub.example.org:8002": f"localhost:{free_port()}",
+        "study.yaml": str(config),
+    }
     terms = ("--deadline", "100", "--quorum", "1")
-    subprocess.run(typed(INIT, folder.path, *terms, **address), check=True, capture_output=True)
+    subprocess.run(typed(INIT, folder.path, *terms, **changes), check=True, capture_output=True)
     for name in SITES:
         own = here / f"{name}.jsonl"
         own.write_text("".join(json.dumps(row) + "\n" for row in rows if row["client"] == name))
-        place = folder.site(name).settings
-        changed = yaml.safe_load(place.read_text())
-        changed["data"]["path"] = str(own)
-        place.write_text(yaml.safe_dump({**changed, "base_model": str(base), "threads": 1}))
+        fill_in(folder.site(name), data=own, base=base)
         log = here / f"{name}.txt"
-        processes.append(start(typed(SITE, folder.path, **{SITES[0]: name}), log))
+        processes.append(start(typed(SITE, folder.path, **{"bank-a": name}), log))
     log = here / "server.txt"
     server = start(typed(SERVER, folder.path), log)
     processes.append(server)
@@ -190,5 +168,5 @@ def test_the_other_commands_of_the_page_say_what_they_should(
     line: str, shown: str, ended: tuple[ServerFolder, Path, list[str]]
 ) -> None:
     folder, _, _ = ended
-    done = subprocess.run(typed(line, folder.path), check=True, capture_output=True, text=True)
+    done = subprocess.run(typed(line, folder.path, **{"bank-a": SITES[0]}), check=True, capture_output=True, text=True)
     assert shown in done.stdout

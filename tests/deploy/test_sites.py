@@ -333,10 +333,35 @@ def test_a_site_that_does_not_fit_is_refused_when_it_joins_in_one_sentence(
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"examples": {"train": "many"}},
+        {"examples": {}},
+        {"examples": {"train": -1}},
+        {"trained_tokens": True},
+        {"columns": {"group": ["even"]}},
+        {"columns": {"group": "x" * 1001}},
+        {"counts": {"group": [1]}},
+        {"versions": {"fedmira": 1}},
+    ],
+)
+def test_a_card_with_values_of_other_types_is_none(change: Mapping[str, Any], opened: Mapping[str, Site]) -> None:
+    """A site cannot stop the server of all by what it says of itself."""
+    with pytest.raises(WireError):
+        read_card({**card_of(opened["ada"]), **change})
+
+
+def test_what_left_after_a_crash_in_the_middle_of_a_line_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "audit.jsonl").write_text('{"what": "hello"}\n{"what": "tr\n{"what": "end"}\n', encoding="utf-8")
+    assert [line["what"] for line in read_audit(tmp_path / "audit.jsonl")] == ["hello", "end"]
+
+
+@pytest.mark.parametrize(
     ("profile", "card", "expected"),
     [
         (None, {}, "set share_profile: true"),
-        (None, {"embedding": [0.5, float("nan")]}, "mean embedding"),
+        (None, {"embedding": [0.5] * 15 + [float("nan")]}, "mean embedding"),
+        (None, {"embedding": [0.5]}, "mean embedding"),  # of another width
         ("group", {"counts": {"other": {"a": 1}}}, "column 'group', and this site sends none"),
         ("group", {"counts": {"group": {"even": "many"}}}, "are not numbers"),
     ],

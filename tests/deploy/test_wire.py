@@ -90,6 +90,7 @@ def test_a_frame_with_changed_bytes_is_refused_or_read(data: st.DataObject) -> N
     ("header", "body", "reason"),
     [
         ([1], b"", "schema"),
+        ({"weight": 10**400}, b"", "schema"),  # no float is as large
         ({}, save({"rows": torch.ones(1, 2), "other": torch.ones(1)}), "schema"),
         ({}, save({"row": torch.ones(1, 2)}), "schema"),
         ({}, save({"rows": torch.ones(2, 2)}), "size"),
@@ -114,6 +115,8 @@ def test_one_tensor_of_numbers_and_nothing_else_is_read(header: object, body: by
         {"rows": 4, "more": {"x": -2}, "scalars": {}},
         {"rows": 2, "more": {}, "scalars": {"steps": ["object", 1]}},
         {"rows": 2, "more": {}, "scalars": {"steps": ["int64", 2**70]}},
+        {"rows": 2, "more": {}, "scalars": {"steps": ["int64", [1, 2]]}},
+        {"rows": 0, "more": {}, "scalars": {}, "base": {"first": 0, "pairs": [[["m", -1, -1, -1]]]}},
         {"rows": 2, "more": {}, "scalars": {}, "base": {"first": 0, "pairs": [[["m", 10**9, 10**9, 10**9]]]}},
     ],
 )

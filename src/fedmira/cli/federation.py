@@ -65,7 +65,7 @@ def init(
         elif sign is not None:
             _show_signed(invite.sign(folder, sign), as_json)
         elif add is not None:
-            _show(invite.add_site(folder, add, own_keys=own_keys), as_json)
+            _show(invite.add_site(folder, add, own_keys=own_keys), as_json, added=True)
         return
     if config is None or server is None or sites is None:
         missing = ", ".join(option for option, value in founding.items() if value is None)
@@ -78,7 +78,8 @@ def init(
     settings = invite.describe_federation(
         folder, server=server, sites=names, name=name, deadline=deadline, quorum=quorum, tls=tls
     )
-    checked = load_config(config, overrides or [])
+    unused = ["output_dir=server/study", "data.path=AT-EACH-SITE"]  # the organiser need not give them
+    checked = load_config(config, [*(overrides or []), *unused])
     if settings.tls != "mutual":
         print("warning: without TLS whoever is between a site and the server reads and changes all", file=sys.stderr)
     print(visible(f"loading {checked.model.base_model} to describe it to the sites"), file=sys.stderr)
@@ -134,14 +135,20 @@ def site(
 
     opened = open_site_folder(folder)
     if request:
+        from hashlib import sha256
+
         from fedmira.deploy.invite import make_request
 
-        print(visible(f"send to the server's organiser: {make_request(opened.path)}"))
+        made = make_request(opened.path)
+        print(visible(f"send to the server's organiser: {made}"))
+        print(f"tell by another channel: sha256 of that file {sha256(made.read_bytes()).hexdigest()}")
         return
     if signed is not None and fingerprint is not None:
         from fedmira.deploy.invite import accept
 
         print(visible(f"this site's certificate is in {accept(opened.path, signed, fingerprint)}"))
+        check_command = f"fedmira federation site {shlex.quote(str(folder))} --check"
+        print(visible(f"next: fill in {opened.settings}, then: {check_command}"))
         return
     if check:
         from fedmira.deploy.checking import check_site
@@ -195,7 +202,7 @@ def _tell(line: str) -> None:
     print(visible(line), file=sys.stderr, flush=True)
 
 
-def _show(made: "Invitation", as_json: bool) -> None:
+def _show(made: "Invitation", as_json: bool, *, added: bool = False) -> None:
     """Print what was made, and what to send to whom."""
     address = f"{made.settings.server.host}:{made.settings.server.port}"
     if as_json:
@@ -221,6 +228,8 @@ def _show(made: "Invitation", as_json: bool) -> None:
     print(visible(f"what to do, in order: {made.folder / 'README.md'}"))
     if made.own_keys:
         print(visible(f"next: fedmira federation init {shlex.quote(str(made.folder))} --sign NAME.request.zip"))
+    elif added:
+        print("next: nothing here; a server that runs takes it in after the round in which it connects")
     else:
         print(visible(f"next: fedmira federation server {shlex.quote(str(made.folder))}"))
 

@@ -268,8 +268,8 @@ class Watch:
 
     def _show_round(self, record: RoundRecord, rounds: int) -> None:
         loss = "" if record.validation_loss is None else f", validation loss {record.validation_loss:.4f}"
-        trained = sum(record.train_loss) / len(record.train_loss)
-        learned = "nobody trains" if math.isnan(trained) else f"train loss {trained:.4f}"
+        trained = [loss for loss in record.train_loss if not math.isnan(loss)]  # of those whose upload counts
+        learned = f"train loss {sum(trained) / len(trained):.4f}" if trained else "nobody trains"
         left = self.remaining.end_round(record.round, rounds, time.monotonic())
         further = f", about {time_of(left)} left" if left else ""
         line = f"{learned}{loss}, {record.seconds:.1f} s{further}"

@@ -35,11 +35,11 @@ class Audit:
 
 
 def read_audit(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of audit.jsonl; a half-written last one (a crash) is left out."""
+    """Yield the lines of audit.jsonl; what a crash has left half-written is left out, and nothing after it."""
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             yield json.loads(line)
         except ValueError:
-            return
+            continue

@@ -3,6 +3,7 @@
 The engine's processes import this and nothing else of FedMira, so that none of them holds a base model, or torch.
 """
 
+import contextlib
 import json
 import mmap
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 SOCKET = "FEDMIRA_SOCKET"  # environment variable: the socket of whoever started the engine's process
+_PREFIX = "fedmira-"
 MAX_FRAME = 4 << 30  # bytes
 SPILLED_BYTES = 1 << 20  # of a frame, from which on it may be received into a file
 PIECE_BYTES = 1 << 20
@@ -21,9 +23,21 @@ Data = bytes | bytearray | mmap.mmap  # of a frame
 _LENGTH = struct.Struct(">Q")
 
 
-def private_folder() -> Path:
-    """Make a folder for a socket that nobody else can enter; its path is short, as paths of sockets must be."""
-    return Path(tempfile.mkdtemp(prefix="fedmira-"))
+def private_folder(note: Path | None = None) -> Path:
+    """Make a folder for a socket that nobody else can enter; its path is short, as paths of sockets must be.
+
+    note: a file that names it, so that the next process removes what one that was killed has left.
+    """
+    if note is not None and note.is_file():
+        left = Path(note.read_text(encoding="utf-8"))
+        if left.parent == Path(tempfile.gettempdir()) and left.name.startswith(_PREFIX) and not left.is_symlink():
+            (left / "s").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                left.rmdir()
+    made = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    if note is not None:
+        note.write_text(str(made), encoding="utf-8")
+    return made
 
 
 def listen(path: Path) -> socket.socket:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fedmira.deploy.folders import SiteFolder
+from fedmira.deploy.settings import installed_versions
 from fedmira.deploy.site import settings_of
 from fedmira.engine.events import silent
 from fedmira.errors import DataError
@@ -29,6 +30,7 @@ def check_site(folder: SiteFolder) -> dict[str, Any]:
         "format": intake.format,
         "template": intake.template.name,
         "examples": f"{len(client.train)} training, {len(client.validation)} validation, {len(client.test)} test",
+        "fedmira": f"{installed_versions()['fedmira']}; when the federation was made {agreement.fedmira}",
         "trained tokens": client.trained_tokens,
         "prompts cut": client.truncation.prompts_cut,
         "answers cut": client.truncation.answers_cut,

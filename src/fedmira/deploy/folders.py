@@ -2,9 +2,9 @@
 
 DIR/              federation.yaml study.yaml agreement.json README.md
 DIR/ca/           the authority that signs certificates; stays here, and is backed up
-DIR/server/       kit/ admin/ study/ cards/ inbox/ job/ audit.jsonl log.txt
+DIR/server/       kit/ admin/ study/ cards/ told.json inbox/ job/ audit.jsonl log.txt
 DIR/sites/NAME/   what is sent to a site, and all that a site writes:
-                  site.yaml study.yaml agreement.json README.md kit/ state/ adapters/ audit.jsonl log.txt
+                  site.yaml study.yaml agreement.json README.md kit/ state/ adapters/ ended.json audit.jsonl log.txt
 """
 
 from dataclasses import dataclass
@@ -63,6 +63,11 @@ class ServerFolder:
         return self.cards / "members.json"
 
     @property
+    def told(self) -> Path:
+        """Names of the sites that know that the study is complete."""
+        return self.path / "server" / "told.json"
+
+    @property
     def inbox(self) -> Path:
         """Answers of the round under way, durable before they count."""
         return self.path / "server" / "inbox"
@@ -119,6 +124,11 @@ class SiteFolder:
     @property
     def adapters(self) -> Path:
         return self.path / "adapters"
+
+    @property
+    def ended(self) -> Path:
+        """Of which study the server has said that it is complete."""
+        return self.path / "ended.json"
 
     @property
     def audit(self) -> Path:

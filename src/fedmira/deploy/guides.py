@@ -12,6 +12,7 @@ from fedmira.config.sections import Config
 from fedmira.config.yaml_text import Dumper
 from fedmira.deploy.settings import Agreement, FederationSettings
 
+_SITES = "Sites: "  # begins the paragraph of the server's page that names them
 _TEXTS = Path(__file__).parent / "texts"
 
 
@@ -34,6 +35,22 @@ def write_site_guide(name: str, settings: FederationSettings, agreement: Agreeme
 def write_server_guide(settings: FederationSettings, fingerprint: str, *, own_keys: bool) -> str:
     """Return README.md of the server's folder: what is sent to whom by which channel, and what comes next."""
     return _fill("server.md", settings=settings, fingerprint=fingerprint, own_keys=own_keys)
+
+
+def list_sites(page: str, settings: FederationSettings, *, own_keys: bool) -> str:
+    """Return the server's page with the sites of now, and with what a new one gets; other lines stay as they are."""
+    fresh = write_server_guide(settings, "", own_keys=own_keys).split("\n\n")
+    sites = next(part for part in fresh if part.startswith(_SITES))
+    sent = fresh[fresh.index("## Send") + 1 : fresh.index(sites)]
+    parts = page.split("\n\n")
+    place = next((number for number, part in enumerate(parts) if part.startswith(_SITES)), None)
+    if place is None:  # its owner has written it anew
+        return page
+    if sent[0] not in parts:
+        sent.insert(0, f"Sites that were added with{'' if own_keys else 'out'} `--own-keys`:")
+        parts[place:place] = sent
+        place += len(sent)
+    return "\n\n".join([*parts[:place], sites, *parts[place + 1 :]])
 
 
 def _fill(template: str, **values: Any) -> str:

@@ -140,6 +140,11 @@ def add_site(folder: Path, name: str, *, own_keys: bool) -> Invitation:
     rank = _rank_of_new(config, agreement, name)
     grown = Agreement(**{**agreement.as_json(), "ranks": {**agreement.ranks, name: rank}})
     site = server.site(name)
+    if (server.cards / f"{name}.json").is_file() or site.state.exists():
+        raise ConfigError(
+            [f"'{name}' has taken part in this federation: write it into `sites` of {server.settings} again"],
+            "--add-site",
+        )
     shutil.rmtree(site.path, ignore_errors=True)  # of a command that was interrupted: the name was not in the list
     with _new_folder(site.path) as built:
         if not own_keys:
@@ -150,6 +155,10 @@ def add_site(folder: Path, name: str, *, own_keys: bool) -> Invitation:
     write_json(server.agreement, grown.as_json())
     text = set_value(server.settings.read_text(encoding="utf-8"), ["sites"], list(settings.sites))
     write_atomic(server.settings, text.encode())
+    guide = target / "README.md"
+    if guide.is_file():
+        new = guides.list_sites(guide.read_text(encoding="utf-8"), settings, own_keys=own_keys)
+        write_atomic(guide, new.encode())
     return _invitation(target, settings, [name], kits.fingerprint_of(server.authority), None, own_keys)
 
 
@@ -230,6 +239,10 @@ def accept(folder: Path, signed: Path, fingerprint: str) -> Path:
         raise StoreError(f"'{site.request}' has no key: make one with fedmira federation site {folder} --request")
     if not signed.is_file():
         raise StoreError(f"no such file: '{signed}'")
+    if (other := kits.name_in_signed(signed)) != name:
+        raise StoreError(
+            f"'{signed}' is signed for '{other}', and this is the site '{name}': ask for {name}.signed.zip"
+        )
     kits.pack_kit(signed, request=site.request, kit=site.kit, fingerprint=fingerprint)
     return site.kit
 

@@ -12,6 +12,7 @@ from fedmira.errors import WireError
 if TYPE_CHECKING:
     from fedmira.deploy.site import Site
 
+MAX_TEXT = 1000  # characters of a column's value
 SAME_VERSIONS = ("fedmira",)  # must be equal; those of other libraries are only told
 
 
@@ -75,9 +76,22 @@ def read_card(stored: Any) -> SiteCard:
         "dtype": str, "examples": dict, "trained_tokens": int, "columns": dict, "counts": dict,
         "embedding": (list, tuple), "metrics": bool,
     }  # fmt: skip
-    if not isinstance(stored, dict) or any(not isinstance(stored.get(name), kind) for name, kind in kinds.items()):
+    whole = isinstance(stored, dict) and all(isinstance(stored.get(name), kind) for name, kind in kinds.items())
+    if not whole or not _are_of_their_types(stored):
         raise WireError("schema", "a site's card lacks a key, or one is of another type")
     return SiteCard(**{name: stored[name] for name in kinds})
+
+
+def _are_of_their_types(card: Mapping[str, Any]) -> bool:
+    """Say whether what a card holds is what the server computes with; JSON has text as every key."""
+    texts = [*card["versions"].values(), *card["columns"].values()]
+    counts = [*card["examples"].values(), card["trained_tokens"]]
+    return (
+        all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts)
+        and all(type(count) is int and count >= 0 for count in counts)
+        and all(isinstance(one, dict) for one in card["counts"].values())
+        and "train" in card["examples"]
+    )
 
 
 def why_not(card: SiteCard, name: str, agreement: Agreement) -> str | None:
@@ -115,7 +129,7 @@ def _lacking_profile(card: SiteCard, agreement: Agreement) -> str | None:
     for column in agreement.profiles:
         if column is None:
             numbers = all(isinstance(value, float) and math.isfinite(value) for value in card.embedding)
-            if not card.embedding or not numbers:
+            if len(card.embedding) != agreement.width or not numbers:
                 return (
                     "a graph of the study is made of the mean embedding of each site's prompts, and this site does not "
                     "send it: set share_profile: true in site.yaml, or let the organiser take another graph"

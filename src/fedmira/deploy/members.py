@@ -42,6 +42,7 @@ class Members:
     _listed: FederationSettings | None = None
     _read_at: int = 0  # st_mtime_ns of federation.yaml when it was read
     _asked: dict[str, float] = field(default_factory=dict)
+    _dismissed: set[str] = field(default_factory=set)  # members that are told that they are on the list no more
 
     @property
     def settings(self) -> FederationSettings:
@@ -70,6 +71,7 @@ class Members:
     def gather(self) -> None:
         """Wait until every site has joined once, now or in an earlier run of the server, and one is connected."""
         make_folder(self.folder.cards)
+        self.folder.told.unlink(missing_ok=True)
         self.names = self._stored_names()
         known = self.names or self.settings.sites
         self.cards = {name: card for name in known if (card := self._stored_card(name)) is not None}
@@ -90,6 +92,7 @@ class Members:
 
     def arrivals(self) -> list[str]:
         """Greet sites that were added to federation.yaml since; return those that are connected and fit."""
+        self._dismiss()
         new = [name for name in self.settings.sites if name not in self.names]
         if not new:
             return []
@@ -105,14 +108,45 @@ class Members:
         self.cards.pop(name, None)
         self.tell(f"site {name} cannot take part: {reason}")
         log.warning("site '%s' cannot take part: %s", name, reason)
-        for _ in self.link.call({name: order("refused", reason=reason)}, HELLO_SECONDS):
-            pass
+        self._call({name: order("refused", reason=reason)})
+
+    def _dismiss(self) -> None:
+        """Tell members that were taken out of federation.yaml, once."""
+        listed = set(self.settings.sites)
+        self._dismissed -= listed
+        for name in sorted((self.link.sites & set(self.names)) - listed - self._dismissed):
+            self._dismissed.add(name)
+            self.tell(f"site {name} is not in federation.yaml any more: it is asked for nothing")
+            self._call({name: order("refused", reason="its organiser has taken it out of the federation")})
 
     def goodbye(self) -> None:
-        """Tell the sites that the study is complete."""
-        frames = {name: order("end") for name in self.link.sites & set(self.settings.sites)}
-        for _ in self.link.call(frames, HELLO_SECONDS):
-            pass
+        """Tell the sites that are there that the study is complete; say who does not know it."""
+        away = self._tell_end(untold(self.folder, self.settings.sites))
+        if away:
+            self.tell(
+                f"{', '.join(away)} could not be told that the study is complete; start the server again to tell it"
+            )
+
+    def part(self) -> None:
+        """Wait until every site knows that the study is complete."""
+        shown: list[str] = []
+        while away := self._tell_end(untold(self.folder, self.settings.sites)):
+            if away != shown:
+                self.tell(f"the study is complete; waiting for {', '.join(away)} to say so (Ctrl-C: do not wait)")
+                shown = away
+            time.sleep(POLL_SECONDS)
+
+    def _tell_end(self, names: Sequence[str]) -> list[str]:
+        """Tell those of the sites that are there that the study is complete; return the others."""
+        heard = self._call({name: order("end") for name in names if name in self.link.sites})
+        if heard:
+            known = read_json(self.folder.told) if self.folder.told.is_file() else []
+            write_json(self.folder.told, sorted({*known, *heard}))
+        return [name for name in names if name not in heard]
+
+    def _call(self, frames: Mapping[str, bytes]) -> set[str]:
+        """Send orders whose answers say nothing; return the sites that answered."""
+        return {name for name, answer in self.link.call(frames, HELLO_SECONDS) if not isinstance(answer, Failure)}
 
     def _greet_due(self, names: Sequence[str]) -> None:
         """Ask sites for their cards, each at most once in a while."""
@@ -187,6 +221,12 @@ class _Some(Mapping[str, Data]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def untold(folder: ServerFolder, names: Sequence[str]) -> list[str]:
+    """Return those of the sites that do not know yet that the study is complete."""
+    known = read_json(folder.told) if folder.told.is_file() else []
+    return [name for name in names if name not in known]
 
 
 def order(what: str, **more: Any) -> bytes:

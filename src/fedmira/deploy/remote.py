@@ -149,6 +149,7 @@ class Remote:
             steps=torch.tensor([_count(frame.header, "steps") for frame in frames], dtype=torch.int64),
             validation=[_optional(one, "validation_loss") for one in said],
             tokens=sum(_count(frame.header, "tokens") for frame in frames),
+            scored=sum(_count(frame.header, "scored") for frame in frames),
             silent=dict(silent),
         )
 
@@ -188,7 +189,9 @@ class Remote:
     def tune(self, send: Send, progress: Callable[[int], None]) -> Tuned:
         answers = self._ask_each("tune", range(len(self.federation)), send, progress)
         refused = {k: str(frame.header["refused"]) for k, frame in answers.items() if frame.header.get("refused")}
-        return Tuned(sum(_count(frame.header, "tokens") for frame in answers.values()), refused)
+        names = self.method.facts.figures
+        figures = {k: {name: _figure(frame.header, name) for name in names} for k, frame in answers.items()}
+        return Tuned(sum(_count(frame.header, "tokens") for frame in answers.values()), refused, figures)
 
     def set_aside(self, ids: Tensor, send: Send) -> None:
         self._ask_each("set_aside", ids.tolist(), send)
@@ -411,6 +414,13 @@ def _header(header: Mapping[str, Any]) -> Header:
 def _number(values: Mapping[str, Any], name: str, default: float) -> float:
     value = values.get(name)
     return default if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+
+
+def _figure(header: Mapping[str, Any], name: str) -> float:
+    """Return one of the figures that a site tells of itself; -1 where it does not."""
+    told = header.get("figures")
+    value = _number(told, name, -1.0) if isinstance(told, Mapping) else -1.0
+    return value if math.isfinite(value) else -1.0
 
 
 def _optional(values: Mapping[str, Any], name: str) -> float | None:

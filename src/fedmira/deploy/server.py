@@ -231,6 +231,15 @@ class Server:
         )
 
 
+def is_over(folder: ServerFolder) -> bool:
+    """Is the federation's study complete, with its report? Then sites are only to be told."""
+    study = StudyFolder(folder.study)
+    if not (study.path / "report.html").is_file():
+        return False
+    config = load_config(folder.study_config)
+    return all(is_complete(study.run(entry.folder, seed), config) for entry in config.methods for seed in config.seeds)
+
+
 def profile_of(cards: Sequence[SiteCard], column: str | None) -> np.ndarray:
     """Return what a kNN graph is made of, as sites said it: embeddings [K, d], or shares of a column's values."""
     if column is None:

@@ -22,7 +22,7 @@ from fedmira.errors import ConfigError, StoreError
 PROTOCOL = 1  # of orders and answers between server and sites
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"  # of a site: it names folders and certificates
 HOST = r"^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*$"
-RESERVED = ("server",)  # names that the engine has for itself
+RESERVED = ("server", "members", "start")  # names of the engine, and of files beside the cards of sites
 
 
 class ServerAddress(Strict):
@@ -54,7 +54,7 @@ class FederationSettings(Strict):
     def _apart_from_the_server(self) -> FederationSettings:
         reserved = {*RESERVED, self.server.host.lower()}
         if taken := [site for site in self.sites if site.lower() in reserved]:
-            raise ValueError(f"sites: '{taken[0]}' is the name of the server; a site needs another")
+            raise ValueError(f"sites: '{taken[0]}' is the name of the server or of a file of it; a site needs another")
         return self
 
 
@@ -120,6 +120,8 @@ class Agreement:
 
 def read_agreement(path: Path) -> Agreement:
     """Read agreement.json. Raises StoreError if it is missing, damaged or of another version of the protocol."""
+    if not path.is_file():
+        raise StoreError(f"'{path}' is missing; copy it again from the server's folder")
     stored = read_json(path)
     try:
         agreement = Agreement(**{**stored, "shapes": [(name, int(a), int(b)) for name, a, b in stored["shapes"]]})

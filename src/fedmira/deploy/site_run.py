@@ -81,7 +81,7 @@ class SiteRun:
     def _begin(self) -> None:
         """Start from nothing."""
         config, site = self.site.config, self.site
-        workplace = Workplace(site.base, (site.client,), 1, evaluation_of(config))
+        workplace = Workplace(site.base, (site.client,), 1, evaluation_of(config), site.settings.share_metrics)
         entry = next(entry for entry in config.methods if entry.folder == self.label)
         training = training_of(config, self.seed, config.training_of(entry))
         clients = make_clients(workplace, self.federation, self.method, training)
@@ -144,6 +144,7 @@ class SiteRun:
                 "schema": own.schema,
                 "steps": int(reply.steps[0]),
                 "tokens": reply.tokens,
+                "scored": reply.scored,
                 "metrics": metrics,
                 "parts": parts,
                 "answer": "done",

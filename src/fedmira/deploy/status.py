@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from fedmira.deploy.attendance import has_ended
 from fedmira.deploy.audit import read_audit
 from fedmira.deploy.folders import ServerFolder, SiteFolder, open_folder
 from fedmira.deploy.settings import read_federation, read_site
+from fedmira.disk.files import read_json
 from fedmira.disk.folders import StudyFolder
 
 
@@ -28,6 +30,9 @@ def _server(folder: ServerFolder) -> dict[str, Any]:
         "federation": f"{settings.name}, at {settings.server.host}:{settings.server.port}",
         "joined": ", ".join(joined) or "no site yet",
     }
+    members = read_json(folder.members) if folder.members.is_file() else []
+    if gone := [name for name in members if name not in settings.sites]:
+        facts["taken out"] = ", ".join(gone)
     if waiting := [name for name in settings.sites if name not in joined]:
         facts["never joined"] = ", ".join(waiting)
     if folder.study.is_dir():
@@ -45,6 +50,8 @@ def _site(folder: SiteFolder) -> dict[str, Any]:
         "site": settings.name,
         "metrics leave the site": "yes" if settings.share_metrics else "no",
     }
+    if has_ended(folder):
+        facts["study"] = "complete"
     for place in sorted(folder.state.glob("*/seed-*")):
         rounds = sorted(int(path.name.removeprefix("round-")) for path in place.glob("round-*"))
         facts[f"{place.parent.name} {place.name.replace('-', ' ')}"] = (

@@ -81,12 +81,20 @@ def decode(data: Data) -> Frame:
 
 def _read_object(text: bytes | bytearray, what: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_int=_read_integer)
     except (ValueError, RecursionError):
         raise WireError("schema", f"{what} is not JSON") from None
     if not isinstance(found, dict):
         raise WireError("schema", f"{what} is not a JSON object")
     return found
+
+
+def _read_integer(text: str) -> int:
+    """Return a number of 64 bits. Raises ValueError for a larger one, of which no float can be made."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("more than 64 bits")
+    return value
 
 
 def _read_rows(data: Data, start: int) -> Tensor:
@@ -154,13 +162,15 @@ def unpack_message(parts: Any, rows: Tensor | None) -> Message:
             for pairs in parts.get("base", {}).get("pairs", [])
         ]
         scalars = {
-            str(name): torch.tensor([value], dtype=_SCALARS[kind]) for name, (kind, value) in parts["scalars"].items()
+            str(name): torch.tensor([value], dtype=_SCALARS[kind]).reshape(1)
+            for name, (kind, value) in parts["scalars"].items()
         }
         first = int(parts.get("base", {}).get("first", 0))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
         raise WireError("schema", "the header's `parts` do not describe a message") from None
     counts = [*wanted, *(q * size for pairs in shapes for _, q, i, o in pairs for size in (i, o))]
-    if min(counts) < 0 or sum(counts) != len(numbers):
+    sizes = [size for pairs in shapes for _, *of_pair in pairs for size in of_pair]
+    if min([*counts, *sizes]) < 0 or sum(counts) != len(numbers):
         raise WireError("size", f"the header tells of {sum(counts)} numbers, and the message has {len(numbers)}")
     pieces = list(torch.split(numbers, counts))
     own, *others = pieces[: len(wanted)]

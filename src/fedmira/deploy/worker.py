@@ -7,6 +7,7 @@ only its type is answered.
 
 import json
 import logging
+import queue
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from fedmira.deploy import channel
+from fedmira.deploy.attendance import mark_end
 from fedmira.deploy.audit import Audit
 from fedmira.deploy.channel import Data
 from fedmira.deploy.folders import SiteFolder
@@ -34,35 +36,50 @@ from fedmira.methods.base import Clock, Cohort, Message
 
 log = logging.getLogger(__name__)
 
+Tell = Callable[[str], None]
+
 
 class Worker:
-    """Answers orders that come through a Unix socket, one after another."""
+    """Answers orders that come through a Unix socket, one after another. tell: shows a line to who started the site.
 
-    def __init__(self, folder: SiteFolder, site: Site) -> None:
-        self.folder, self.site = folder, site
+    Threads only pass orders on. Whoever calls `work` computes: a thread in the middle of torch's code would abort a
+    process that ends.
+    """
+
+    def __init__(self, folder: SiteFolder, site: Site, tell: Tell = lambda line: None) -> None:
+        self.folder, self.site, self.tell = folder, site, tell
         self.audit = Audit(folder.audit)
         self.runs: dict[str, SiteRun] = {}
         self.refused = ""  # why the server does not take this site
-        self.ended = threading.Event()  # the study is complete
-        self._turn = threading.Lock()  # one order at a time: one may come again while the first is carried out
+        self.ended = False  # the study is complete
+        self._orders: queue.Queue[tuple[list[Data], queue.Queue[bytes]]] = queue.Queue()
 
-    def serve(self, listener: socket.socket) -> None:
-        """Serve until the socket is closed."""
-        torch.set_num_threads(self.site.threads)
+    def listen(self, listener: socket.socket) -> None:
+        """Take orders until the socket is closed."""
         while True:
             try:
                 connection = channel.accept(listener)
             except OSError:
                 return
-            threading.Thread(target=self._serve_one, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._pass_on, args=(connection,), daemon=True).start()
 
-    def _serve_one(self, connection: socket.socket) -> None:
+    def _pass_on(self, connection: socket.socket) -> None:
+        answer: queue.Queue[bytes] = queue.Queue()
         with connection:
             try:
-                _, data = channel.receive(connection)
-                channel.send(connection, {}, self.handle(data))
+                self._orders.put(([channel.receive(connection)[1]], answer))
+                channel.send(connection, {}, answer.get())
             except (OSError, EOFError, ValueError):
                 log.warning("the engine went away in the middle of an order")
+
+    def work(self, seconds: float) -> bool:
+        """Carry out the next order; False if there is none in so many seconds."""
+        try:
+            frames, answer = self._orders.get(timeout=seconds)
+        except queue.Empty:
+            return False
+        answer.put(self.handle(frames.pop()))
+        return True
 
     def handle(self, data: Data) -> bytes:
         """Carry out an order; return the answer, which is noted in the audit before it leaves."""
@@ -70,9 +87,8 @@ class Worker:
         try:
             order = decode(data)
             header = order.header
-            with self._turn:
-                torch.set_num_threads(self.site.threads)
-                answer = self._carry_out(order)
+            torch.set_num_threads(self.site.threads)
+            answer = self._carry_out(order)
         except WireError as error:
             log.error("an order of the server is refused: %s", error)
             answer = Frame({"answer": "failed", "kind": error.reason})
@@ -105,8 +121,10 @@ class Worker:
             log.error("the server does not take this site: %s", self.refused)
             return Frame({"answer": "done"})
         if what == "end":
-            self.ended.set()
+            mark_end(self.folder)
+            self.ended = True
             return Frame({"answer": "done"})
+        self.refused = ""
         run = self._run(run_id)
         self._check(header, run)
         run.settle(counted)
@@ -202,7 +220,8 @@ class Worker:
 
     def _tune(self, run: SiteRun, message: Message, clock: Clock) -> Frame:
         tuned = run.clients.tune(Fixed(message, clock), lambda done: None)
-        return Frame({"answer": "done", "tokens": tuned.tokens, "refused": tuned.refused.get(0, "")})
+        facts = {"tokens": tuned.tokens, "refused": tuned.refused.get(0, ""), "figures": dict(tuned.figures.get(0, {}))}
+        return Frame({"answer": "done", **facts})
 
     def _set_aside(self, run: SiteRun, message: Message, clock: Clock) -> Frame:
         run.set_aside(message, clock)
@@ -213,6 +232,9 @@ class Worker:
         make_folder(run.adapters)
         line = {"round": number, "what": what, **metrics}
         append_lines(run.adapters / "metrics.jsonl", [json.dumps(line)])
+        if what == "train":
+            figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items() if value)
+            self.tell(f"{run.label}, seed {run.seed}: round {number}: {figures or 'nothing to train on'}")
 
 
 def _metrics(scores: Scores, validation: float | None) -> dict[str, float]:

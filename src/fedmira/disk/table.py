@@ -7,6 +7,7 @@ import math
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ class Table:
         else:
             self.start = stacked([start], folder)
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as the rows exist
+            weakref.finalize(self, self._file.close)
             self._file.truncate(size)  # sparse: unwritten rows take no disk space
             mapping = mmap.mmap(self._file.fileno(), size)
             self._table = torch.frombuffer(mapping, dtype=self.dtype).view(self.shape)

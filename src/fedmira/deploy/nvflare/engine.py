@@ -6,12 +6,14 @@ under way are sent again; sites answer the same call twice with the same bytes.
 """
 
 import contextlib
+import errno
 import io
 import itertools
 import json
 import logging
 import os
 import queue
+import re
 import shutil
 import signal
 import socket
@@ -27,8 +29,9 @@ from typing import IO, Any
 from fedmira.deploy import channel
 from fedmira.deploy.channel import Data
 from fedmira.deploy.link import Failure
-from fedmira.deploy.nvflare.kits import ORGANISATION, harden
-from fedmira.disk.files import FILE_MODE, make_folder, write_json
+from fedmira.deploy.nvflare.kits import ORGANISATION, address_of, harden
+from fedmira.disk.files import FILE_MODE, NO_LINK, make_folder, write_json
+from fedmira.errors import StoreError
 from fedmira.model.base.memory import RETURNED_BYTES
 
 log = logging.getLogger(__name__)
@@ -39,7 +42,10 @@ POLL_SECONDS = 1.0
 JOB_SECONDS = 60.0  # from submission until the job's server part has to be there
 RETRY_SECONDS = 1.0  # between tries to reach a site
 HEARD_SECONDS = 60.0  # since the last heartbeat of a site that is there
+LOG_BYTES = 20_000_000  # of the engine's output, above which a start begins a new file
+ALONE_SECONDS = 30.0  # until the server's own port must answer
 ABSENT_PINGS = 2  # in a row without an answer: the site's part of the job is gone
+_JOB = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # the name of a job's folder
 
 
 @dataclass(eq=False)
@@ -54,10 +60,17 @@ class Process:
     process: subprocess.Popen[bytes] | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
 
-    def start(self) -> None:
-        """Start the process and the thread that keeps it alive."""
+    def clear(self) -> None:
+        """Make ready for a start: end what an earlier process has left running, and remove its jobs."""
         harden(self.kit)  # its settings name its own folder, which may have been moved
-        end_stale(self._pid_file)
+        end_stale(self._pid_file, self.kit)
+        forget_jobs(self.kit)
+        if self.log.is_file() and self.log.stat().st_size > LOG_BYTES:
+            self.log.replace(self.log.with_name(f"old-{self.log.name}"))
+
+    def start(self) -> None:
+        """Start the process, and the thread that keeps it alive."""
+        self.clear()
         threading.Thread(target=self._keep, daemon=True).start()
 
     @property
@@ -100,7 +113,7 @@ class Process:
 
 
 def _append(path: Path) -> IO[bytes]:
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, FILE_MODE), "ab")
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, FILE_MODE), "ab")
 
 
 def _environment(path: Path) -> dict[str, str]:
@@ -123,12 +136,37 @@ def end_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def end_stale(pid_file: Path) -> None:
-    """End a process that an earlier one, killed itself, has left behind."""
+def end_stale(pid_file: Path, kit: Path) -> None:
+    """End a process that an earlier one, killed itself, has left behind. A kit that was copied has another's number."""
     with contextlib.suppress(OSError, ValueError):
         pid = int(pid_file.read_text())
-        if b"nvflare" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if any(word.startswith(b"nvflare.") for word in words) and os.fsencode(kit) in words:
             end_group(pid)
+
+
+def forget_jobs(kit: Path) -> None:
+    """Remove what the engine keeps of earlier jobs; every start submits its own."""
+    for path in [*kit.iterdir(), *(kit / "state").glob("*-storage")]:
+        if path.is_dir() and not path.is_symlink() and (_JOB.fullmatch(path.name) or path.parent != kit):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def check_port(port: int) -> None:
+    """Raise StoreError if the server cannot listen on its port."""
+    for last in (False,) * 20 + (True,):
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind(("", port))
+                return
+            except OSError as error:
+                if last or error.errno != errno.EADDRINUSE:  # one that was just ended may still have it
+                    raise StoreError(
+                        f"the server cannot listen on port {port} ({error.strerror}): end the program that does, or "
+                        "found the federation with another port"
+                    ) from None
+        time.sleep(0.1)
 
 
 def server_process(kit: Path, path: Path, log_file: Path) -> Process:
@@ -211,7 +249,7 @@ class Supervisor:
 
     def __init__(self, kit: Path, admin: Path, job: Path, name: str, log_file: Path, *, inbox: Path) -> None:
         self._admin, self._job, self._name, self._inbox = admin, job, name, inbox
-        self._folder = channel.private_folder()
+        self._folder = channel.private_folder(kit / "socket")
         self._listener = channel.listen(self._folder / "s")
         self._process = server_process(kit, self._folder / "s", log_file)
         self._lock = threading.RLock()
@@ -227,9 +265,15 @@ class Supervisor:
         self._lost: dict[str, float] = {}  # member whose part of the job is gone -> when that was noticed
 
     def __enter__(self) -> "Supervisor":
-        write_job(self._job, self._name)
-        make_folder(self._inbox)
-        self._process.start()
+        try:
+            write_job(self._job, self._name)
+            make_folder(self._inbox)
+            self._process.clear()
+            check_port(address_of(self._process.kit)[1])
+            self._process.start()
+        except BaseException:
+            self.__exit__()
+            raise
         for work in (self._accept, self._supervise):
             threading.Thread(target=work, daemon=True).start()
         return self
@@ -361,11 +405,14 @@ class Supervisor:
         """Keep a job running that has every site in it which is there."""
         session: Any = None
         job, submitted = "", 0.0
+        alone_since: float | None = time.monotonic()
         while not self._ended.wait(POLL_SECONDS):
             try:
                 if session is None:
                     if not _is_listening(self._admin):
+                        alone_since = self._warn_alone(alone_since)
                         continue
+                    alone_since = None
                     session = _open_session(self._admin)
                 info = session.get_system_info()
                 with self._lock:
@@ -393,6 +440,18 @@ class Supervisor:
                 session, job = None, ""
         with contextlib.suppress(Exception):
             session.close()
+
+    def _warn_alone(self, since: float | None) -> float | None:
+        """Warn, once, if this machine does not reach its own port by the name that the sites use."""
+        if since is None or time.monotonic() - since < ALONE_SECONDS:
+            return since
+        host, port = (_admin_facts(self._admin)[name] for name in ("host", "port"))
+        log.warning(
+            "this machine does not reach its own server at %s:%s: if the name leads to a router, write '127.0.0.1 %s' "
+            "into /etc/hosts here; what the engine says is in '%s'",
+            host, port, host, self._process.log,
+        )  # fmt: skip
+        return None
 
     def _drop_relay(self) -> None:
         with self._lock:

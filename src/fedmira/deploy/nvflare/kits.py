@@ -100,6 +100,16 @@ def fingerprint_of(authority: Path) -> str:
         raise StoreError(f"'{authority / 'ca.json'}' is damaged: restore the folder from its backup") from None
 
 
+def address_of(kit: Path) -> tuple[str, int]:
+    """Return where the kit of a server listens, or that of a site connects to. Raises StoreError if it is damaged."""
+    path = next((kit / "startup").glob("fed_[cs]*.json"), kit / "startup" / "fed_client.json")
+    try:
+        host, _, port = read_json(path)["servers"][0]["service"]["target"].rpartition(":")
+        return host, int(port)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        raise StoreError(f"'{path}' is damaged: restore the folder, or ask for a new one") from None
+
+
 def make_kits(authority: Path, kits: Mapping[Path, Party], *, federation: str) -> None:
     """Make the kit of each party in a new folder, private keys included; `harden` is still to be called.
 
@@ -155,6 +165,20 @@ def read_request(path: Path) -> Request:
         raise StoreError(
             f"'{path}' is not a request for a certificate ({type(error).__name__}): a site makes one, "
             "NAME.request.zip; copy it again as a binary file"
+        ) from None
+
+
+def name_in_signed(path: Path) -> str:
+    """Return for whom a request was signed. Raises StoreError if the file is not a signed request."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.getinfo("signed.json").file_size > REQUEST_BYTES:
+                raise ValueError("too large")
+            return str(json.loads(archive.read("signed.json"))["name"])
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise StoreError(
+            f"'{path}' is not a signed request ({type(error).__name__}): the organiser makes one, NAME.signed.zip; "
+            "copy it again as a binary file"
         ) from None
 
 
