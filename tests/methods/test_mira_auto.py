@@ -179,6 +179,27 @@ def test_groups_of_modules_are_chosen_for_one_after_the_other() -> None:
     assert (message.scalars["alpha_attention"].item(), message.scalars["alpha_rest"].item()) == (1, 0)
 
 
+def test_alphas_that_are_not_scored_lie_on_the_parabola_through_three() -> None:
+    """The losses of these tests are parabolas themselves: the same choice, with 3 passes instead of 5."""
+    plain, thrifty = (auto(FAMILY, graphs=["given"], prior=0, scored=scored) for scored in ("all", "parabola"))
+    state = state_of(plain, W, (1, 3, 2, 0))
+    targets = torch.tensor([[1.6, 0, 0, 0], [1, 6, 0, 0]], dtype=torch.float64)
+    counted = []
+
+    def counting(using: Tools) -> Tools:
+        each = using.each
+        return replace(using, each=lambda found: (counted.append(1), each(found))[1])
+
+    ids = torch.tensor([0, 3])
+    (expected, all_said), first = choose(plain, state, ids, counting(tools(targets))), len(counted)
+    found, said = choose(thrifty, state, ids, counting(tools(targets)))
+    assert (first, len(counted) - first) == (5, 3) == (plain.regime.scorings, thrifty.regime.scorings)
+    assert torch.equal(found, expected)
+    assert said.scalars["alpha"].tolist() == [0.25, 0.25]
+    for name, value in said.scalars.items():
+        torch.testing.assert_close(value, all_said.scalars[name])
+
+
 def test_uploads_are_stored_as_they_are_and_what_is_reported_becomes_a_running_mean() -> None:
     method = auto(FAMILY, graphs=["given", "global"], alphas=[0, 1])
     state = state_of(method, W, (1, 3, 2, 0))

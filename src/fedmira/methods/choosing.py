@@ -12,7 +12,8 @@ change is not below -margin standard errors are left out; alpha = 0 is always on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -43,6 +44,7 @@ class ChoiceConfig(Settings):
     fewest: int = Field(default=1, ge=1)  # with fewer validation examples a client goes by the others' mean alone
     otherwise: Share = 0  # alpha, with the first graph, where nothing is known
     by: Literal["whole", "module_group"] = "whole"  # one choice, or others for attention and for the rest
+    scored: Literal["all", "parabola"] = "all"  # parabola: three alphas of each graph; the others from these
 
     @model_validator(mode="after")
     def _fits(self) -> ChoiceConfig:
@@ -82,8 +84,18 @@ class Choice:
     @property
     def scorings(self) -> int:
         """How often a client scores its validation split for a choice, at most."""
-        others = len(self.candidates) - 1
-        return 0 if not others else 1 + others * (1 if self.config.by == "whole" else 1 + len(self.groups))
+        if len(self.candidates) == 1:
+            return 0
+        refined = 0 if self.config.by == "whole" else 1 + len(self.groups) * len(self.candidates)
+        return 1 + len(self.scored_alphas) * len(self.graphs) + refined
+
+    @property
+    def scored_alphas(self) -> list[float]:
+        """The alphas above the first candidate's that are scored, ascending; the others follow from these."""
+        alphas = sorted(alpha for alpha in self.config.alphas if alpha > 0)
+        if self.config.scored == "all" or len(alphas) <= 2 or 0 not in self.config.alphas:
+            return alphas
+        return [min(alphas, key=lambda alpha: abs(alpha - alphas[-1] / 2)), alphas[-1]]
 
     def begin(self, adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
         """Start from the candidate that is best by the client's own validation loss."""
@@ -169,14 +181,18 @@ class _Fetched:
         """
         count, candidates = len(self.adapters), self.choice.candidates
         changes, errors = np.zeros((2, count, len(candidates)))
-        apart = self.apart
-        scored = [j for j, (_, graph) in enumerate(candidates) if j and apart[graph].any()]
-        if not scored:
+        apart, alphas = self.apart, self.choice.scored_alphas
+        compared = [j for j, (_, graph) in enumerate(candidates) if j and apart[graph].any()]
+        if not compared:
             return changes, errors, np.zeros(count)
         first, tokens = self._score(self.candidate(np.zeros(count, dtype=np.int64)))
-        for j in scored:
-            nats, _ = self._score(self.candidate(np.full(count, j)))
-            changes[:, j], errors[:, j] = _change(first, nats, tokens)
+        nats = {j: self._score(self.candidate(np.full(count, j)))[0] for j in compared if candidates[j][0] in alphas}
+        for j in compared:
+            alpha, graph = candidates[j]
+            if j not in nats:
+                middle, last = (nats[candidates.index((known, graph))] for known in alphas)
+                nats[j] = _parabola(alpha, (0.0, *alphas), (first, middle, last))
+            changes[:, j], errors[:, j] = _change(first, nats[j], tokens)
         return changes, errors, (tokens > 0).sum(axis=1)
 
     def refine(self, rows: Tensor, taken: np.ndarray) -> tuple[Tensor, np.ndarray]:
@@ -215,6 +231,15 @@ class _Fetched:
     def _score(self, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
         nats, tokens = self.tools.each(self.adapters.with_rows(rows))
         return nats.cpu().numpy(), tokens.cpu().numpy()
+
+
+def _parabola(at: float, alphas: Sequence[float], nats: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the nats [S, N] at an alpha on the parabola through those at three; nan where one has diverged."""
+    with np.errstate(invalid="ignore"):
+        return sum(
+            values * math.prod((at - other) / (here - other) for other in alphas if other != here)
+            for here, values in zip(alphas, nats, strict=True)
+        ) + np.zeros_like(nats[0])
 
 
 def _change(first: np.ndarray, other: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
