@@ -1,0 +1,241 @@
+"""Does a client that chooses its own pull do better than any fixed rule? Three settings, many controls, one page.
+
+    python benchmarks/choosing/write.py [--settings ni-8x4 ni-28 dolly-8x4] [--seeds 5] [--only-page]
+                                        [--folder FOLDER] [--page FILE] [--json FOLDER]
+
+Each setting is a config beside this file, and a comparison without tuning (`fedmira compare CONFIG --budget 1`): all
+methods have the same learning rate and steps, fedavg_ft one more epoch at the end. An existing comparison is resumed,
+or only read. Writes benchmarks/results/choosing-SETTING.json and docs/results/choosing.md.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedmira.disk.folders import StudyFolder
+from fedmira.engine.events import silent
+from fedmira.reports.results import Results, read_results
+from fedmira.reports.stats import client_values, summarise
+from fedmira.study.compare import compare
+from fedmira.study.loading import load_compared
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from machine import describe
+from stored import table
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+SETTINGS = ("ni-8x4", "ni-28", "dolly-8x4")
+ABOUT = {
+    "ni-8x4": "Relatives exist: 8 tasks of Natural Instructions, each dealt at random to 4 clients, 18 examples each",
+    "ni-28": "No relatives: 28 tasks of Natural Instructions, one client each, 36 examples each",
+    "dolly-8x4": "Alike tasks: 8 categories of Dolly, each dealt at random to 4 clients, 5 to 28 examples each",
+}
+WORDS = {
+    "local": "training alone",
+    "fedavg": "one adapter for all",
+    "fedavg_ft": "FedAvg, then everybody trains one epoch alone",
+    "known-groups": "MIRA as printed, pull 1/2 at upload, along the true groups, stored neighbours",
+    "learned-half": "half of the learned neighbours' mean at every fetch, no choice",
+    "auto": "`lambda: auto`: learned and global",
+    "auto-known": "auto, true groups and global",
+    "auto-global": "auto, global only",
+    "auto-shuffled": "auto, the learned graph of permuted clients, and global",
+    "auto-parabola": "auto, three alphas of each graph are scored",
+    "auto-alone": "auto, by own validation alone (prior 0)",
+}
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    """Return everything that the page says of a setting, as it is stored."""
+    study = StudyFolder(folder)
+    results = read_results(folder)
+    runs = [run for run in study.runs() if run.facts.state == "complete"]
+    labels = list(dict.fromkeys(run.facts.label for run in runs))
+    metrics = [metric for metric in ("loss", *study.config().evaluation.metrics) if metric != "loss"]
+    methods: dict[str, Any] = {}
+    for label in labels:
+        own = [run for run in runs if run.facts.label == label]
+        records = [record for run in own for record in run.records()]
+        methods[label] = {
+            "seeds": len(own),
+            "seconds_training": sum(record["seconds_training"] for record in records) / len(own),
+            "tokens": sum(record["tokens"] for record in records) / len(own),
+            "scored": sum(record.get("scored", 0) for record in records) / len(own),
+            "bytes": sum(record["bytes_up"] + record["bytes_down"] for record in records) / len(own),
+        }
+    for metric in ("loss", *dict.fromkeys(metrics)):
+        for baseline in ("local", "auto"):
+            for item in summarise(results, metric=metric, baseline=baseline):
+                entry = methods[item.method].setdefault(metric, {"mean": item.mean, "half_width": item.half_width})
+                if (against := item.against) is not None:
+                    entry[f"against_{baseline}"] = {
+                        "difference": against.difference,
+                        "wins": against.wins,
+                        "losses": against.losses,
+                        "p": against.p_holm,
+                    }
+    for label in labels:
+        methods[label]["worst"] = worst(results, label)
+        methods[label]["always_worse"] = always_worse(results, label)
+    return {
+        "name": name,
+        "clients": runs[0].facts.clients,
+        "rounds": runs[0].facts.rounds,
+        "methods": methods,
+        "choices": choices([run for run in runs if run.facts.label == "auto"]),
+    }
+
+
+def worst(results: Results, label: str) -> float:
+    """The largest mean increase of a client's test loss over training alone, in nats."""
+    values = client_values(results, metric="loss")
+    return max(values[label][client] - values["local"][client] for client in values["local"])
+
+
+def always_worse(results: Results, label: str) -> int:
+    """How many clients have a higher test loss than training alone with every seed."""
+    found: dict[str, dict[tuple[str, int], float]] = {"local": {}, label: {}}
+    for row in results.rows:
+        if row.method in found and row.split == "test" and row.metric == "loss" and row.round > 0:
+            found[row.method][row.client, row.seed] = row.value
+    clients = {client for client, _ in found["local"]}
+    seeds = {seed for _, seed in found["local"]}
+    return sum(all(found[label][client, seed] > found["local"][client, seed] for seed in seeds) for client in clients)
+
+
+def choices(runs: Sequence[Any]) -> list[dict[str, float]]:
+    """Return by round, the last choice last, the mean alpha, and the share of it from the first graph."""
+    lines: list[dict[str, float]] = []
+    rounds = [[run.records()[place]["figures"] for run in runs] for place in range(runs[0].facts.rounds)]
+    for figures in [*rounds, [run.facts.figures for run in runs]]:
+        pairs = [
+            (alpha, graph)
+            for one in figures
+            for alpha, graph in zip(one["alpha"], one["graph"], strict=True)
+            if alpha is not None
+        ]
+        total = sum(alpha for alpha, _ in pairs)
+        learned = sum(alpha for alpha, graph in pairs if graph == 0)
+        lines.append({"alpha": total / len(pairs), "learned": learned / total if total else 0.0})
+    return lines
+
+
+# ---------------------------------------------------------------- the page
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}".replace("-", "\u2212")
+
+
+def chance(value: float | None) -> str:
+    return "" if value is None else f"{value:.1g}"
+
+
+def section(found: Mapping[str, Any]) -> str:
+    """Write what came out of one setting."""
+    methods = found["methods"]
+    extra = next(metric for metric in ("exact_match", "rouge_l") if metric in methods["local"])
+    rows = []
+    for label in [one for one in WORDS if one in methods]:
+        one = methods[label]
+        alone, auto = one["loss"].get("against_local", {}), one["loss"].get("against_auto", {})
+        rows.append(
+            [
+                WORDS[label],
+                f"{number(one['loss']['mean'])} ± {number(one['loss']['half_width'])}",
+                "" if not alone else f"{alone['wins']} / {alone['losses']}",
+                "" if not alone else number(one["worst"]),
+                "" if not alone else str(one["always_worse"]),
+                chance(alone.get("p")),
+                number(auto.get("difference")),
+                chance(auto.get("p")),
+                number(one[extra]["mean"]),
+            ]
+        )
+    head = ["", "test loss, nats", "better / worse than alone", "worst client", "worse with every seed", "p",
+            "minus auto", "p", "exact match" if extra == "exact_match" else "ROUGE-L"]  # fmt: skip
+    pulls = [f"{line['alpha']:.2f} ({100 * line['learned']:.0f} %)" for line in found["choices"]]
+    seeds = methods["auto"]["seeds"]
+    return "\n".join(
+        [
+            f"## {ABOUT[found['name']]}",
+            "",
+            f"{found['clients']} clients, {found['rounds']} rounds, {seeds} seeds.",
+            "",
+            table(head, rows),
+            "",
+            "Mean alpha of `auto` by round, and how much of it went to the learned graph; the last after the last round:",
+            "",
+            ", ".join(pulls) + ".",
+            "",
+            cost(methods),
+        ]
+    )
+
+
+def cost(methods: Mapping[str, Any]) -> str:
+    """Say what a choice costs."""
+    lines = []
+    for label in ("auto", "auto-parabola"):
+        if label not in methods:
+            continue
+        one, alone = methods[label], methods["local"]
+        share = one["scored"] / one["tokens"]
+        more = 100 * (one["seconds_training"] / alone["seconds_training"] - 1)
+        sent = one["bytes"] / methods["fedavg"]["bytes"]
+        lines.append(
+            f"{WORDS[label]}: {share:.2f} tokens scored for each one trained on, {more:+.0f} % seconds of training, "
+            f"{sent:.2f} times the bytes of FedAvg."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+HEAD = """\
+# A pull that each client chooses
+
+Made by `python benchmarks/choosing/write.py`; {machines}.
+
+The base is `nano` (6.9 M parameters) in float32, rank 8 on all linear layers; a third of the clients in a round, one
+local epoch. Nothing was tuned: all methods have the same learning rate, FedAvg-FT one more epoch than the others. Means
+over clients, each client's own mean over seeds first; intervals are over clients. p: Wilcoxon's signed-rank test over
+clients, against training alone, and of each method against `auto`, with Holm's correction over the methods. Worst
+client: the largest increase of a client's loss over training alone, in nats.
+"""
+
+
+def page(found: Sequence[Mapping[str, Any]]) -> str:
+    """Write the page from what is stored."""
+    machines = "; ".join(
+        dict.fromkeys(
+            f"{one['machine']['cpu']}, {one['machine']['cores']} cores, commit {one['machine']['commit']}"
+            for one in found
+        )
+    )
+    return "\n".join([HEAD.format(machines=machines), "\n\n".join(map(section, found)), ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only-page", action="store_true", help="from stored results")
+    parser.add_argument("--folder", type=Path, default=Path("runs/choosing"))
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "choosing.md")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args()
+    for name in [] if options.only_page else options.settings:
+        words = [f"output_dir={options.folder / name}"]
+        config = load_compared(HERE / f"{name}.yaml", words, methods=None, seeds=options.seeds, budget=1)
+        study = compare(config, budget=1, observer=silent)
+        stored = {"machine": describe(), **read(study, name)}
+        (options.json / f"choosing-{name}.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    paths = [path for name in SETTINGS if (path := options.json / f"choosing-{name}.json").is_file()]
+    options.page.write_text(page([json.loads(path.read_text(encoding="utf-8")) for path in paths]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
