@@ -10,7 +10,8 @@ import fedmira
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import group_graph
 from fedmira.methods import names
-from fedmira.methods.base import Client, Facts, Method, Regime, change_nothing
+from fedmira.methods.base import Client, Facts, Method, Regime
+from fedmira.methods.means import change_nothing
 
 ROOT = Path(fedmira.__file__).parent
 LINES = 450
@@ -46,7 +47,6 @@ def test_a_method_has_eleven_fields_and_two_that_must_be_given() -> None:
     ("method", "wrong", "why"),
     [
         (PLAIN, {"regime": Regime(tolerance=0.0)}, "a client can refuse a reply"),
-        (EACH, {"regime": Regime(tune=("steps", 1))}, "clients fine-tune at the end"),
         (EACH, {"regime": Regime(trainees="pool")}, "trains one row for all"),
         (PLAIN, {"rows_of": torch.tensor([0, 1]), "regime": Regime(trainees="nobody")}, "trains one row for all"),
         (PLAIN, {"regime": Regime(trainees="pool", tune=("steps", 1))}, "no client fine-tunes"),

@@ -168,7 +168,7 @@ def section(found: Mapping[str, Any]) -> str:
             "",
             table(head, rows),
             "",
-            "Mean alpha of `auto` by round, and how much of it went to the learned graph; the last after the last round:",
+            "Mean alpha of `auto` by round, and what went to the learned graph; the last after the last round:",
             "",
             ", ".join(pulls) + ".",
             "",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedmira.deploy import channel
-from fedmira.deploy.nvflare import engine
+from fedmira.deploy.nvflare import processes
 from fedmira.errors import StoreError
 
 
@@ -28,9 +28,9 @@ def test_only_a_process_of_this_very_kit_is_ended(tmp_path: Path) -> None:
     process = idle("nvflare.private", "-m", str(kit))
     try:
         (tmp_path / "pid").write_text(str(process.pid))
-        engine.end_stale(tmp_path / "pid", copy)
+        processes.end_stale(tmp_path / "pid", copy)
         assert process.poll() is None
-        engine.end_stale(tmp_path / "pid", kit)
+        processes.end_stale(tmp_path / "pid", kit)
         assert process.wait(60) != 0
     finally:
         process.kill()
@@ -51,19 +51,19 @@ def test_the_folder_of_a_process_that_was_killed_is_removed_by_the_next_one(tmp_
 
 
 def test_a_port_that_another_program_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: None)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(StoreError, match=rf"cannot listen on port {port} \(Address already in use\)"):
-            engine.check_port(port)
-    engine.check_port(port)
+            processes.check_port(port)
+    processes.check_port(port)
 
 
 def test_what_the_engine_kept_of_earlier_jobs_is_removed_and_nothing_else(tmp_path: Path) -> None:
     job = "e50774cb-6925-4bdc-b900-bfd5e066eb19"
     for name in (job, "state/jobs-storage/x", "state/snapshot-storage", "startup", "local", "transfer"):
         (tmp_path / name).mkdir(parents=True)
-    engine.forget_jobs(tmp_path)
+    processes.forget_jobs(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["local", "startup", "state", "transfer"]

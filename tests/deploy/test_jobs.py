@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedmira.deploy import channel
-from fedmira.deploy.nvflare import engine, kits
+from fedmira.deploy.nvflare import engine, kits, processes
 from fedmira.deploy.nvflare.kits import Party
 from fedmira.deploy.settings import ServerAddress
 
@@ -68,11 +68,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     kits.harden(admin)
     private = channel.private_folder()
     relays = channel.listen(private / "s")
-    processes = (
-        engine.server_process(server, private / "s", folder / "server.txt"),
-        engine.site_process(site, SITE, private / "s", folder / "site.txt"),
+    engines = (
+        processes.server_process(server, private / "s", folder / "server.txt"),
+        processes.site_process(site, SITE, private / "s", folder / "site.txt"),
     )
-    for process in processes:
+    for process in engines:
         process.start()
     try:
         wait_for(lambda: engine._is_listening(admin))
@@ -81,7 +81,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield Running(session, relays)
         session.close()
     finally:
-        for process in processes:
+        for process in engines:
             process.stop()
         relays.close()
         (private / "s").unlink()

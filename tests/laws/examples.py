@@ -5,20 +5,8 @@ from tests.laws.fedex import fedex
 from torch import Tensor
 
 from fedmira.adapters import Adapters
-from fedmira.methods.base import (
-    Change,
-    Client,
-    Clock,
-    Facts,
-    Memory,
-    Message,
-    Method,
-    State,
-    Tools,
-    mean_row,
-    merge_mean,
-    shares_of,
-)
+from fedmira.methods.base import Change, Client, Clock, Facts, Memory, Message, Method, State, Tools
+from fedmira.methods.means import mean_row, merge_mean, shares_of
 from fedmira.methods.wrappers import only
 
 

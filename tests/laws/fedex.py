@@ -11,19 +11,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from fedmira.adapters import Adapters
-from fedmira.methods.base import (
-    Change,
-    Clock,
-    Cohort,
-    Facts,
-    Message,
-    Method,
-    Settings,
-    State,
-    mean_row,
-    replace_shared,
-    shares_of,
-)
+from fedmira.methods.base import Change, Clock, Cohort, Facts, Message, Method, Settings, State
+from fedmira.methods.means import mean_row, replace_shared, shares_of
 
 
 class Config(Settings):

@@ -15,17 +15,8 @@ from torch import Tensor
 from fedmira.adapters import Adapters
 from fedmira.disk.table import Table
 from fedmira.methods import build
-from fedmira.methods.base import (
-    Change,
-    Clock,
-    Memory,
-    Message,
-    Method,
-    State,
-    Tools,
-    mean_row,
-    shares_of,
-)
+from fedmira.methods.base import Change, Clock, Memory, Message, Method, State, Tools
+from fedmira.methods.means import mean_row, shares_of
 
 COUPLING = 0.1
 MIRA = {"lambda": COUPLING, "normalise": "none", "graph": {"kind": "uniform"}}

@@ -13,8 +13,9 @@ from fedmira.deploy import channel
 from fedmira.deploy.attendance import Attendance, has_ended
 from fedmira.deploy.folders import ServerFolder, SiteFolder
 from fedmira.deploy.members import untold
-from fedmira.deploy.nvflare.engine import Supervisor, site_process
+from fedmira.deploy.nvflare.engine import Supervisor
 from fedmira.deploy.nvflare.kits import address_of, check_installed
+from fedmira.deploy.nvflare.processes import site_process
 from fedmira.deploy.server import Server, is_over
 from fedmira.deploy.settings import FederationSettings, read_federation
 from fedmira.deploy.site import open_site

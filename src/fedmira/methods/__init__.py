@@ -21,7 +21,7 @@ from fedmira.methods.wrappers import ALIASES as WRAPPER_ALIASES
 from fedmira.methods.wrappers import WRAPPERS, wrap
 
 ALIASES = {"fedit": "fedavg"}
-NOT_METHODS = ("base", "choosing", "wrappers")
+NOT_METHODS = ("base", "choosing", "means", "wrappers")
 
 
 class MethodModule(Protocol):

@@ -425,39 +425,3 @@ class Method:
         if isinstance(self.rows_of, str) and self.rows_of == "one":
             return Message(state.adapters.rows[torch.zeros(1, dtype=torch.int64)].expand(len(ids), -1))
         return Message(state.adapters.rows[self.row_of(ids)])
-
-
-def shares_of(weights: Tensor, by: Literal["examples", "uniform"]) -> Tensor:
-    """Shares p_k [S] of a mean over clients: w_k / sum_j w_j, or 1 / S where `by` is uniform.
-
-    weights [S]: examples per client, any positive scale. Raises MethodError if they sum to zero.
-    """
-    counts = weights if by == "examples" else torch.ones_like(weights)
-    total = counts.sum()
-    if not bool(total > 0):
-        raise MethodError(f"weights of {len(counts)} clients sum to {float(total):g}: need a positive sum")
-    return counts / total
-
-
-def mean_row(rows: Tensor, shares: Tensor) -> Tensor:
-    """Average rows [S, P] into one [1, P]: sum_k p_k x_k; shares [S], of sum 1."""
-    return shares.to(rows.dtype)[None, :] @ rows
-
-
-def merge_mean(by: Literal["examples", "uniform"]) -> Merge:
-    """Return a merge that replaces the one shared row by the mean of the uploads, number by number."""
-
-    def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-        return replace_shared(mean_row(returned.rows, shares_of(weights, by)))
-
-    return merge
-
-
-def replace_shared(row: Tensor) -> Change:
-    """Replace the one row that all share by `row` [1, P]."""
-    return Change(torch.zeros(1, dtype=torch.int64), row)
-
-
-def change_nothing(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-    """Replace no row, whatever came back."""
-    return Change(torch.empty(0, dtype=torch.int64), returned.rows[:0])

@@ -15,20 +15,36 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fedmira.adapters import Adapters, Stored
 from fedmira.adapters.lazy import Tensor, np, torch
 from fedmira.adapters.mixing import mix_rows
 from fedmira.graphs.graph import Graph
 from fedmira.graphs.learned import LearnedGraph
-from fedmira.graphs.step import normalise
-from fedmira.methods.base import Change, Clock, Memory, Message, Settings, State, Tools
+from fedmira.graphs.settings import GraphConfig, given_graph, learn_graph
+from fedmira.graphs.step import extend, normalise
+from fedmira.methods.base import (
+    Change,
+    Client,
+    Clock,
+    Cohort,
+    Facts,
+    Memory,
+    Message,
+    Method,
+    Regime,
+    Settings,
+    State,
+    Tools,
+)
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Graphs = Annotated[tuple[Literal["given", "learned", "global"], ...], Field(min_length=1)]
+LEARNED = GraphConfig(kind="learned", degree=5, centred=True)
+FIXED = ("eta", "neighbours", "normalise", "space", "solver", "clip", "accept", "reply")  # of a fixed lambda
 DIVERGED = 100.0  # nats: a larger change of a loss counts as this one
 KEPT = 0.5  # of the running mean of reported changes, when a round is added
 GROUPS = {"attention": ("attn", "attention")}  # a group of its own -> what names of its modules contain
@@ -54,6 +70,33 @@ class ChoiceConfig(Settings):
         if self.otherwise not in self.alphas and self.otherwise != type(self).model_fields["otherwise"].default:
             raise ValueError(f"otherwise: {self.otherwise} is not one of alphas: {', '.join(map(str, self.alphas))}")
         return self
+
+
+def _checked(value: float | str) -> float | str:
+    if not isinstance(value, str) and value < 0:
+        raise ValueError("input should be greater than or equal to 0")
+    return value
+
+
+Strength = Annotated[float | Literal["auto"], AfterValidator(_checked)]
+
+
+def check_auto(config: Any) -> None:
+    """Raise ValueError where settings of MIRA are of a fixed lambda and of `auto` at the same time."""
+    if config.lam != "auto" and config.choice is not None:
+        raise ValueError("choice is for lambda: auto, where clients choose; a fixed lambda leaves them none")
+    defaults = {key: type(config).model_fields[key].default for key in FIXED}
+    if config.lam == "auto" and (changed := [key for key in FIXED if getattr(config, key) != defaults[key]]):
+        raise ValueError(
+            f"{', '.join(changed)}: not with lambda: auto, where the server sends means of stored neighbours, row by "
+            "row, and clients choose how much of them they take; use graph and choice"
+        )
+
+
+def graph_of(config: GraphConfig, cohort: Cohort) -> Graph:
+    """Return a graph that is known before training. Raises MethodError if it cannot be made from this cohort."""
+    parts = {"ids": cohort.ids, "names": cohort.names, "columns": cohort.columns, "profile": cohort.profile}
+    return given_graph(config, seed=cohort.seed, **parts)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -331,3 +374,40 @@ class Offer:
         alphas = returned.scalars[self.choice.figures[0]]
         known = alphas[alphas >= 0]
         return {"pull_percent": 100 * float(known.mean())} if len(known) else {}
+
+
+def build_auto(config: GraphConfig, choice: ChoiceConfig, cohort: Cohort) -> Method:
+    """Return MIRA in which each client chooses its own pull when it fetches, and once more after the last round.
+
+    config: of the graph that is given, or learned otherwise than by default. Raises MethodError if the graph cannot be
+    made from this cohort.
+    """
+    given = () if config.kind in ("random", "learned") else ("given",)
+    half = Choice(choice, choice.graphs or (*given, "learned", "global"))
+    graph = graph_of(config, cohort) if "given" in half.graphs else None
+    learned: LearnedGraph | None = None
+    if "learned" in half.graphs:
+        own = config if config.kind == "learned" else LEARNED
+        learned = learn_graph(own, products=False, stored=True, seed=cohort.seed)
+    offer = Offer(half, graph, learned)
+
+    def first_rows(state: State, ids: Tensor, known: Tensor) -> Tensor:
+        assert graph is not None
+        return extend(graph, state.adapters, ids.numpy(), known.numpy(), products=False)
+
+    return Method(
+        "mira",
+        offer.merge,
+        rows_of="each",
+        init=offer.init,
+        send=offer.send,
+        client=Client(begin=half.begin, finish=half.finish),
+        regime=Regime(first_rows=None if graph is None else first_rows, tune=("steps", 0), scorings=half.scorings),
+        facts=Facts(
+            needs="each",
+            weighs="global" in half.graphs,
+            graph=graph,
+            learned=None if learned is None or graph is not None else lambda state: learned.directed(state.tables),
+            figures=half.figures,
+        ),
+    )

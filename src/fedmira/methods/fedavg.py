@@ -11,7 +11,8 @@ is averaged separately, weighted by the client's share of the selected clients' 
 
 from typing import Literal
 
-from fedmira.methods.base import Cohort, Facts, Method, Settings, merge_mean
+from fedmira.methods.base import Cohort, Facts, Method, Settings
+from fedmira.methods.means import merge_mean
 
 
 class Config(Settings):

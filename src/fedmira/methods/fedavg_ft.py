@@ -18,7 +18,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fedmira.methods.base import Cohort, Facts, Method, Settings, merge_mean
+from fedmira.methods.base import Cohort, Facts, Method, Settings
+from fedmira.methods.means import merge_mean
 from fedmira.methods.wrappers import tuned_after
 
 

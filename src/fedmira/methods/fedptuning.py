@@ -19,7 +19,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedmira.adapters import Layout, prompt_layout
-from fedmira.methods.base import Cohort, Facts, Method, Regime, Settings, merge_mean
+from fedmira.methods.base import Cohort, Facts, Method, Regime, Settings
+from fedmira.methods.means import merge_mean
 
 
 class Config(Settings):

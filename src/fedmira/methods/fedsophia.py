@@ -43,7 +43,8 @@ from pydantic import Field
 from fedmira.adapters import Adapters
 from fedmira.adapters.lazy import torch
 from fedmira.adapters.optim import decay_, descend_
-from fedmira.methods.base import Client, Cohort, Facts, Memory, Message, Method, Settings, Tools, merge_mean
+from fedmira.methods.base import Client, Cohort, Facts, Memory, Message, Method, Settings, Tools
+from fedmira.methods.means import merge_mean
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

@@ -26,18 +26,8 @@ from typing import Literal
 from fedmira.adapters import Adapters, Leaf, Part
 from fedmira.adapters.lazy import Tensor, torch
 from fedmira.adapters.lowrank import decompose_sum, factors
-from fedmira.methods.base import (
-    Change,
-    Clock,
-    Cohort,
-    Facts,
-    Message,
-    Method,
-    Settings,
-    State,
-    replace_shared,
-    shares_of,
-)
+from fedmira.methods.base import Change, Clock, Cohort, Facts, Message, Method, Settings, State
+from fedmira.methods.means import replace_shared, shares_of
 
 BATCH = 2**24  # numbers in the stacked factors of one decomposition
 

@@ -6,7 +6,8 @@ Nothing travels: each client keeps its adapter, and the server sees none. It is 
 has to beat, and MIRA with lambda = 0 (arXiv:2410.15524, after equation 3).
 """
 
-from fedmira.methods.base import Cohort, Facts, Method, Settings, change_nothing, no_columns
+from fedmira.methods.base import Cohort, Facts, Method, Settings, no_columns
+from fedmira.methods.means import change_nothing
 
 
 class Config(Settings):

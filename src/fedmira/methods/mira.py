@@ -22,13 +22,9 @@ difference w_k - w_l to the length tau at most. Graphs can be learned from the a
 lets a client refuse a reply that worsens its validation loss. `reply: lost` reproduces a defect of the public code, in
 which the server's result never reached its client, to estimate how published figures may have been obtained.
 
-`lambda: auto` moves the pull from the reply to the next fetch, and leaves its strength, and the graph, to the client:
-
-    w_k <- (1 - alpha) w_k + alpha sum_l a~_kl w_l      (alpha, graph) by k's own validation loss, in every round
-
-which is (8) with eta lambda sum_l a_kl = alpha. It is sent its own row and one mean of others for each graph, of which
-it needs to know nothing; its upload is stored as it is. After the last round everybody, the never sampled included,
-chooses once more (methods/choosing.py). Losses leave a client only where it agrees.
+With `lambda: auto` each client chooses pull and graph itself when it fetches its adapter, by its own validation loss:
+w_k <- (1 - alpha) w_k + alpha sum_l a~_kl w_l, which is (8) with eta lambda sum_l a_kl = alpha. Uploads are stored as
+they are, (1 + graphs) P numbers travel down, and after the last round everybody chooses once more (choosing.py).
 
 Source: MIRA (arXiv:2410.15524; IEEE Networking Letters 7(3), 2025), equations 3, 6, 8, 9 and Algorithm 1.
 
@@ -41,7 +37,7 @@ of eta lambda; FedU's printed step was not checked.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -50,16 +46,13 @@ from fedmira.adapters.lazy import Tensor, np, torch
 from fedmira.adapters.lowrank import mix_products
 from fedmira.adapters.mixing import mix_rows
 from fedmira.graphs.graph import Graph
-from fedmira.graphs.learned import LearnedGraph
-from fedmira.graphs.settings import GraphConfig, given_graph, learn_graph
+from fedmira.graphs.settings import GraphConfig, learn_graph
 from fedmira.graphs.step import Coupling, check_stable, couple, extend, shorten, stable_coupling, transfer
-from fedmira.methods.base import Change, Client, Clock, Cohort, Facts, Message, Method, Regime, Settings, State
-from fedmira.methods.choosing import Choice, ChoiceConfig, Offer
+from fedmira.methods.base import Change, Clock, Cohort, Facts, Message, Method, Regime, Settings, State
+from fedmira.methods.choosing import ChoiceConfig, Strength, build_auto, check_auto, graph_of
 from fedmira.methods.wrappers import accepting, lost_reply
 
 TUNED = {"lambda": (0.1, 0.3, 0.6)}  # what `fedmira compare` tries
-Strength = Annotated[float, Field(ge=0)] | Literal["auto"]
-LEARNED = GraphConfig(kind="learned", degree=5, centred=True)  # where clients choose
 
 
 class AcceptConfig(Settings):
@@ -89,29 +82,8 @@ class Config(Settings):
             raise ValueError("clip bounds a neighbour's influence in one explicit step; it needs solver: explicit")
         if self.accept is not None and self.reply == "lost":
             raise ValueError("accept asks a client about a reply that 'reply: lost' never lets it see")
-        if self.lam != "auto" and self.choice is not None:
-            raise ValueError("choice is for lambda: auto, where clients choose; a fixed lambda leaves them none")
-        if self.lam == "auto" and (set_too := [key for key in FIXED if getattr(self, key) != _default(key)]):
-            raise ValueError(
-                f"{', '.join(set_too)}: not with lambda: auto, where the server sends means of stored neighbours, row "
-                "by row, and clients choose how much of them they take; use graph and choice"
-            )
+        check_auto(self)
         return self
-
-    @property
-    def graphs(self) -> tuple[str, ...]:
-        """Those that clients choose from, with lambda: auto."""
-        chosen = None if self.choice is None else self.choice.graphs
-        if chosen is not None:
-            return chosen
-        return (*(() if self.graph.kind in ("random", "learned") else ("given",)), "learned", "global")
-
-
-FIXED = ("eta", "neighbours", "normalise", "space", "solver", "clip", "accept", "reply")  # of a fixed lambda
-
-
-def _default(key: str) -> object:
-    return Config.model_fields[key].default
 
 
 def build(config: Config, cohort: Cohort) -> Method:
@@ -121,15 +93,12 @@ def build(config: Config, cohort: Cohort) -> Method:
     the graph cannot be made from this cohort.
     """
     if config.lam == "auto":
-        return _build_auto(config, cohort)
+        return build_auto(config.graph, config.choice or ChoiceConfig(), cohort)
     coupling, explicit = config.eta * config.lam, config.solver == "explicit"
     products, stored = config.space == "product", config.neighbours == "stored"
-    learned: LearnedGraph | None = None
-    graph: Graph | None = None
-    if config.graph.kind == "learned":
-        learned = learn_graph(config.graph, products=products, stored=stored, seed=cohort.seed)
-    else:
-        graph = _given(config, cohort)
+    is_learned, seed = config.graph.kind == "learned", cohort.seed
+    learned = learn_graph(config.graph, products=products, stored=stored, seed=seed) if is_learned else None
+    graph = None if is_learned else graph_of(config.graph, cohort)
 
     def restrict(whole: Graph, ids: Tensor) -> Coupling:
         return couple(whole, ids.numpy(), kind=config.normalise, stored=stored)
@@ -187,46 +156,3 @@ def build(config: Config, cohort: Cohort) -> Method:
     if config.reply == "lost":
         return lost_reply(method)
     return method if config.accept is None else accepting(method, tolerance=config.accept.tolerance)
-
-
-def _build_auto(config: Config, cohort: Cohort) -> Method:
-    """Each client chooses its own pull when it fetches, and once more after the last round."""
-    choice = Choice(config.choice or ChoiceConfig(), config.graphs)
-    graph = _given(config, cohort) if "given" in choice.graphs else None
-    learned: LearnedGraph | None = None
-    if "learned" in choice.graphs:
-        settings = config.graph if config.graph.kind == "learned" else LEARNED
-        learned = learn_graph(settings, products=False, stored=True, seed=cohort.seed)
-    offer = Offer(choice, graph, learned)
-
-    def first_rows(state: State, ids: Tensor, known: Tensor) -> Tensor:
-        assert graph is not None
-        return extend(graph, state.adapters, ids.numpy(), known.numpy(), products=False)
-
-    return Method(
-        "mira",
-        offer.merge,
-        rows_of="each",
-        init=offer.init,
-        send=offer.send,
-        client=Client(begin=choice.begin, finish=choice.finish),
-        regime=Regime(first_rows=None if graph is None else first_rows, tune=("steps", 0), scorings=choice.scorings),
-        facts=Facts(
-            needs="each",
-            weighs="global" in choice.graphs,
-            graph=graph,
-            learned=None if learned is None or graph is not None else lambda state: learned.directed(state.tables),
-            figures=choice.figures,
-        ),
-    )
-
-
-def _given(config: Config, cohort: Cohort) -> Graph:
-    return given_graph(
-        config.graph,
-        ids=cohort.ids,
-        names=cohort.names,
-        columns=cohort.columns,
-        seed=cohort.seed,
-        profile=cohort.profile,
-    )

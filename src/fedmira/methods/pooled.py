@@ -15,7 +15,8 @@ Not from a paper.
 
 from pydantic import Field
 
-from fedmira.methods.base import Cohort, Method, Regime, Settings, change_nothing, no_columns
+from fedmira.methods.base import Cohort, Method, Regime, Settings, no_columns
+from fedmira.methods.means import change_nothing
 
 
 class Config(Settings):

@@ -6,7 +6,8 @@ It is the control that shows what training achieves at all. A round costs a line
 there is no pass through the base, the scores are those of the start. Not from a paper.
 """
 
-from fedmira.methods.base import Cohort, Method, Regime, Settings, change_nothing, no_columns
+from fedmira.methods.base import Cohort, Method, Regime, Settings, no_columns
+from fedmira.methods.means import change_nothing
 
 
 class Config(Settings):
