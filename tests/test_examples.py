@@ -28,6 +28,7 @@ def load_example(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_the_bare_loop_gives_the_engines_adapters_to_1e_5(tmp_path: Path) -> None:
     bare = load_example("bare_loop")
     config = fedmira.load_config(

@@ -150,6 +150,7 @@ def test_a_signal_saves_says_how_to_go_on_and_leaves_the_same_bits(
     assert states(study) == {"complete"}
 
 
+@pytest.mark.slow
 def test_the_module_run_as_a_program_and_killed_can_be_resumed(
     make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:

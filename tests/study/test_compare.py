@@ -133,6 +133,7 @@ def test_other_settings_in_the_same_folder_are_refused_and_nothing_is_lost(
     assert small_study.outcome(tmp_path / "out" / "comparison") != before
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_goes_on_to_the_same_bits(made: tuple[Path, Path], tmp_path: Path) -> None:
     raw = small_study.settings(*made, tmp_path / "whole", methods=METHODS, federation={"rounds": 2})
     path = small_study.save_config(tmp_path / "study.yaml", raw)

@@ -54,6 +54,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, run.Where]
     return carried_out
 
 
+@pytest.mark.slow
 def test_a_study_through_clients_in_other_processes_has_the_bits_of_the_simulation(
     study: Callable[[str, run.Where], Study],
 ) -> None:
