@@ -31,6 +31,7 @@ from fedmira.methods.base import Message
 
 ROUNDS = 3
 SECRET = "w9-patient-4711"
+RATE = {"batch_size": 2, "learning_rate": 0.3}
 ROW = 4 * 2 * 2 * ((16 + 16) + (16 + 8))  # bytes of an adapter: rank 2, 2 layers; q 16 -> 16, v 16 -> 8
 HEADER = 2048  # bytes of a frame beside its numbers, at most
 
@@ -205,6 +206,37 @@ def test_a_site_that_shares_no_metrics_sends_no_loss_and_the_report_copes(make: 
     assert (folder.study / "report.html").is_file()
     own = (folder.site("ada").adapters / "mira" / "seed-3" / "metrics.jsonl").read_text().splitlines()
     assert any("train_loss" in json.loads(line) for line in own)  # the site itself has them
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_site_chooses_its_own_pull_and_tells_of_it_only_where_it_shares_figures(
+    make: Callable[..., ServerFolder], shares: bool
+) -> None:
+    method = {"name": "mira", "lambda": "auto", "choice": {"alphas": [0, 1], "graphs": ["global"], "prior": 0}}
+    folder = make(sites={"share_metrics": shares}, methods=[method], training={**RATE, "local_steps": 2})
+    told: dict[str, set[float]] = {"alpha": set(), "graph": set(), "told": set(), "change_1": set()}
+
+    def watch(name: str, data: bytes) -> bytes:
+        header = decode(data).header
+        for scalar, (_, value) in header.get("parts", {}).get("scalars", {}).items():
+            told[scalar].add(value)
+        for figure, value in header.get("figures", {}).items():
+            told[figure].add(value)
+        return data
+
+    records, _ = carry_out(folder, watch)
+    facts = StudyFolder(folder.study).run("mira", 3).facts
+    assert facts.figures is not None
+    if shares:
+        assert told["alpha"] == {0.0, 1.0}
+        assert len(told["change_1"]) > 2
+        assert records[-1]["figures"]["alpha"] != [None] * len(SITES)
+        assert None not in facts.figures["alpha"]
+    else:
+        assert told == {"alpha": {-1.0}, "graph": {-1.0}, "told": {0.0}, "change_1": {0.0}}
+        assert records[-1]["figures"] == {"alpha": [None] * len(SITES), "graph": [None] * len(SITES)}
+        assert facts.figures["alpha"] == [None] * len(SITES)
+    assert (folder.study / "report.html").is_file()
 
 
 def test_a_frame_has_the_bytes_of_its_numbers_and_a_small_header(
