@@ -164,7 +164,7 @@ def section(found: Mapping[str, Any]) -> str:
         [
             f"## {ABOUT[found['name']]}",
             "",
-            f"{found['clients']} clients, {found['rounds']} rounds, {seeds} seeds.",
+            f"{found['clients']} clients, {found['rounds']} rounds, {seeds} {'seed' if seeds == 1 else 'seeds'}.",
             "",
             table(head, rows),
             "",
@@ -172,26 +172,52 @@ def section(found: Mapping[str, Any]) -> str:
             "",
             ", ".join(pulls) + ".",
             "",
-            cost(methods),
+            traffic(methods),
         ]
     )
 
 
-def cost(methods: Mapping[str, Any]) -> str:
-    """Say what a choice costs."""
+def traffic(methods: Mapping[str, Any]) -> str:
+    """Say what is scored and sent for a choice."""
     lines = []
-    for label in ("auto", "auto-parabola"):
-        if label not in methods:
-            continue
-        one, alone = methods[label], methods["local"]
-        share = one["scored"] / one["tokens"]
-        more = 100 * (one["seconds_training"] / alone["seconds_training"] - 1)
-        sent = one["bytes"] / methods["fedavg"]["bytes"]
+    for label in (one for one in ("auto", "auto-parabola") if one in methods):
+        one = methods[label]
+        share, sent = one["scored"] / one["tokens"], one["bytes"] / methods["fedavg"]["bytes"]
         lines.append(
-            f"{WORDS[label]}: {share:.2f} tokens scored for each one trained on, {more:+.0f} % seconds of training, "
-            f"{sent:.2f} times the bytes of FedAvg."
+            f"- {label}: {share:.2f} tokens scored for each one trained on, {sent:.2f} times the bytes of fedavg."
         )
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(lines)
+
+
+def costs(found: Mapping[str, Any]) -> str:
+    """Write what a choice takes of a round, as cost.py has measured it."""
+    head = [
+        "local epochs",
+        "candidates scored",
+        "tokens scored for each one trained on",
+        "of the local phase",
+        "of the round",
+    ]
+    rows = [
+        [
+            str(row["epochs"]),
+            "all nine" if row["scored"] == "all" else "five, and a parabola",
+            f"{row['tokens']:.2f}",
+            f"{100 * row['share_of_training']:.0f} %",
+            f"{100 * row['share_of_round']:.0f} %",
+        ]
+        for row in found["rows"]
+    ]
+    return "\n".join(
+        [
+            "## What a choice takes of a round",
+            "",
+            "Seconds inside the same rounds, of the first setting with a tenth of the examples for validation, by",
+            "`python benchmarks/choosing/cost.py`. Wanted: under 10 %.",
+            "",
+            table(head, rows),
+        ]
+    )
 
 
 HEAD = """\
@@ -207,15 +233,16 @@ client: the largest increase of a client's loss over training alone, in nats.
 """
 
 
-def page(found: Sequence[Mapping[str, Any]]) -> str:
-    """Write the page from what is stored."""
+def page(found: Sequence[Mapping[str, Any]], spent: Mapping[str, Any] | None) -> str:
+    """Write the page from what is stored. spent: of cost.py."""
     machines = "; ".join(
         dict.fromkeys(
             f"{one['machine']['cpu']}, {one['machine']['cores']} cores, commit {one['machine']['commit']}"
             for one in found
         )
     )
-    return "\n".join([HEAD.format(machines=machines), "\n\n".join(map(section, found)), ""])
+    parts = [*map(section, found), *([] if spent is None else [costs(spent)])]
+    return "\n".join([HEAD.format(machines=machines), "\n\n".join(parts), ""])
 
 
 def main() -> None:
@@ -234,7 +261,10 @@ def main() -> None:
         stored = {"machine": describe(), **read(study, name)}
         (options.json / f"choosing-{name}.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     paths = [path for name in SETTINGS if (path := options.json / f"choosing-{name}.json").is_file()]
-    options.page.write_text(page([json.loads(path.read_text(encoding="utf-8")) for path in paths]), encoding="utf-8")
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    spent = options.json / "choosing-cost.json"
+    text = page(found, json.loads(spent.read_text(encoding="utf-8")) if spent.is_file() else None)
+    options.page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
