@@ -38,7 +38,7 @@ WORDS = {
     "local": "training alone",
     "fedavg": "one adapter for all",
     "fedavg_ft": "FedAvg, then everybody trains one epoch alone",
-    "known-groups": "MIRA as printed, pull 1/2 at upload, along the true groups, stored neighbours",
+    "known-groups": "MIRA's step (8), pull 1/2 at upload, true groups, stored neighbours",
     "learned-half": "half of the learned neighbours' mean at every fetch, no choice",
     "auto": "`lambda: auto`: learned and global",
     "auto-known": "auto, true groups and global",
