@@ -95,6 +95,7 @@ def _summary_json(record: StudyRecord) -> str:
             }
             for metric in record.metrics
         },
+        "costs": {label: costs._asdict() for label, costs in record.costs.items()},
         "validation_loss": curve(record.results),
         "runs": [
             {"folder": run.folder, "label": run.label, "seed": run.seed, "state": run.state}

@@ -8,7 +8,7 @@ from rich.text import Text
 from fedmira.names import writable
 from fedmira.reports.record import StudyRecord
 from fedmira.reports.stats import MethodSummary, client_values
-from fedmira.reports.wording import counts, interval, number, short
+from fedmira.reports.wording import counts, interval, number, seconds, short, signed, size
 
 CLIENTS_SHOWN = 32  # more are shown in the report only
 NAME_SHOWN = 60  # letters of a client's name
@@ -77,9 +77,12 @@ def _method_table(record: StudyRecord) -> Table:
     judged = record.judged
     if judged:
         table.add_column(Text(f"W/T/L against {record.baseline} ({judged.title})"), justify="right")
+    more = _has_room(record)
+    for head in ("r", "bytes", "time") if more else ():
+        table.add_column(head, justify="right")
     for label in _labels(record):
         cells = [Text(label)]
-        compared = ""
+        compared, effect = "", ""
         for metric in record.metrics:
             summary = next((item for item in metric.lines if item.method == label), None)
             cells.append(Text(interval(summary)))
@@ -88,8 +91,16 @@ def _method_table(record: StudyRecord) -> Table:
             cells.append(Text(number(summary.worst) if summary else "n/a"))
             if metric is judged and summary:
                 compared = counts(summary)
-        table.add_row(*cells, Text(compared))
+                effect = signed(summary.against.effect, 2) if summary.against else ""
+        costs = record.costs.get(label)
+        paid = ("", "") if costs is None else (size(costs.bytes), seconds(costs.seconds))
+        table.add_row(*cells, Text(compared), *(map(Text, (effect, *paid)) if more else ()))
     return table
+
+
+def _has_room(record: StudyRecord) -> bool:
+    """Do effect size, bytes and time fit into 120 letters beside the rest?"""
+    return record.judged is not None and len(record.metrics) * (3 if record.repeated else 2) <= 4
 
 
 def _labels(record: StudyRecord) -> list[str]:
