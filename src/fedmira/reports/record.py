@@ -51,6 +51,7 @@ class ShownFacts(NamedTuple):
     keep: Any = None
     stopped_early: Any = None
     joined: Any = None
+    figures: Any = None
 
 
 @dataclass(frozen=True)
