@@ -171,7 +171,7 @@ def test_figures_are_files_that_stand_alone(study: Path, tmp_path: Path) -> None
     assert ended.out == table_text(read_study(study), "csv")
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert {"loss.svg", "gain-loss-mira.svg", "gain-word_accuracy-mira.svg", "graph-mira.svg"} <= names
-    for path in (tmp_path / "figures").iterdir():
+    for path in (tmp_path / "figures" / name for name in names if name.startswith(("loss.", "gain-", "graph-"))):
         root = ElementTree.parse(path).getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         assert "var(" not in path.read_text()
@@ -183,4 +183,5 @@ def test_figures_are_files_that_stand_alone(study: Path, tmp_path: Path) -> None
 def test_a_figure_shows_a_hostile_name_as_text(tmp_path: Path) -> None:
     record = read_study(make_study(tmp_path / "study", ["<b>&", "b", "c", "d"]))
     for path in write_figures(record, tmp_path / "figures"):
-        ElementTree.parse(path)
+        if path.suffix == ".svg":
+            ElementTree.parse(path)

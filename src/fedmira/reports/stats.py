@@ -161,15 +161,24 @@ def gains(
 
 def curve(results: Results, metric: str = "loss", split: str = "validation") -> dict[str, list[tuple[int, float]]]:
     """Return for each method (round, mean over clients of their mean over seeds), rounds ascending, n/a left out."""
+    return {
+        method: [(turn, mean(values.values())) for turn, values in rounds.items()]
+        for method, rounds in client_curves(results, metric, split).items()
+    }
+
+
+def client_curves(
+    results: Results, metric: str = "loss", split: str = "validation"
+) -> dict[str, dict[int, dict[str, float]]]:
+    """Return for each method, round by round, each client's mean over seeds; n/a, and methods without any, left out."""
     rounds: dict[tuple[str, int], dict[str, list[float]]] = {}
     for row in _served(results, metric=metric, split=split):
         if not math.isnan(row.value):
             rounds.setdefault((row.method, row.round), {}).setdefault(row.client, []).append(row.value)
-    points = {key: mean(map(mean, clients.values())) for key, clients in sorted(rounds.items())}
-    curves: dict[str, list[tuple[int, float]]] = {method: [] for method in results.methods}
-    for (method, turn), value in points.items():
-        curves[method].append((turn, value))
-    return {method: curve_points for method, curve_points in curves.items() if curve_points}
+    curves: dict[str, dict[int, dict[str, float]]] = {method: {} for method in results.methods}
+    for (method, turn), clients in sorted(rounds.items()):
+        curves[method][turn] = {client: mean(values) for client, values in clients.items()}
+    return {method: by_round for method, by_round in curves.items() if by_round}
 
 
 def _gain(value: float, reference: float, metric: str) -> float:
