@@ -109,13 +109,15 @@ def read_choices(record: StudyRecord, label: str) -> list[Choices]:
 
 def graph_names(settings: object) -> list[str]:
     """Return the graphs that clients choose from, in the method's order: as `Config.graphs` of MIRA."""
-    given = settings if isinstance(settings, dict) else {}
-    choice, graph = (given.get(key) if isinstance(given.get(key), dict) else {} for key in ("choice", "graph"))
-    assert isinstance(choice, dict)
-    assert isinstance(graph, dict)
+    choice, graph = _section(settings, "choice"), _section(settings, "graph")
     if isinstance(listed := choice.get("graphs"), list | tuple):
         return [str(name) for name in listed]
     return [*([] if graph.get("kind", "random") in ("random", "learned") else ["given"]), "learned", "global"]
+
+
+def _section(settings: object, key: str) -> Mapping[str, Any]:
+    section = settings.get(key) if isinstance(settings, dict) else None
+    return section if isinstance(section, dict) else {}
 
 
 def _chosen(clients: Sequence[object], figures: Mapping[str, Any], end: str) -> dict[str, Chosen]:

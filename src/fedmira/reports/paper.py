@@ -42,7 +42,7 @@ SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fedmira",
     "pdf.fonttype": 42,
-    "text.parse_math": False,  # names of clients are no formulas
+    "text.parse_math": False,  # names of clients are no formulas; labels of a logarithmic axis would be
 }
 METADATA: Mapping[str, Mapping[str, None]] = {
     "svg": {"Date": None},

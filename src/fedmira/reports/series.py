@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from fedmira.reports.averages import half_width, mean
 from fedmira.reports.record import RunRecord, StudyRecord
+from fedmira.reports.results import Results, Row
 from fedmira.reports.stats import client_curves
 
 
@@ -32,14 +33,17 @@ class Curve(NamedTuple):
 
 def loss_curves(record: StudyRecord) -> list[Curve]:
     """Return the curve of each method that was validated, and, where it has several seeds, one of each."""
-    curves = []
+    results, curves = record.results, []
+    rows: dict[int, list[Row]] = {}
+    for row in results.of(metric="loss", split="validation"):
+        rows.setdefault(row.seed, []).append(row)
+    whole = client_curves(results)
+    by_seed = {run.seed: client_curves(Results(rows.get(run.seed, []))) for run in record.runs}
     for label in record.labels:
         runs = [run for run in record.runs if run.label == label]
-        results = record.results.where(lambda row, label=label: row.method == label)
-        curves.append(Curve(label, None, _points(client_curves(results).get(label, {}), runs)))
+        curves.append(Curve(label, None, _points(whole.get(label, {}), runs)))
         for run in runs if len(runs) > 1 else ():
-            of_seed = results.where(lambda row, seed=run.seed: row.seed == seed)
-            curves.append(Curve(label, run.seed, _points(client_curves(of_seed).get(label, {}), [run])))
+            curves.append(Curve(label, run.seed, _points(by_seed[run.seed].get(label, {}), [run])))
     return [curve for curve in curves if curve.points]
 
 
