@@ -316,7 +316,7 @@ def _show(record: "StudyRecord", as_json: bool) -> None:
     console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
-    for table in summary_tables(record, encoding=console.encoding):
+    for table in summary_tables(record, encoding=console.encoding, width=console.width):
         console.print(table)
     for run in record.runs:
         adapters = record.path / run.folder / "adapters"

@@ -11,19 +11,20 @@ from fedmira.reports.stats import MethodSummary, client_values
 from fedmira.reports.wording import counts, interval, number, seconds, short, signed, size
 
 CLIENTS_SHOWN = 32  # more are shown in the report only
+ROOM = 120  # letters in a line, from which on effect size, bytes and time are shown
 NAME_SHOWN = 60  # letters of a client's name
 
 
-def summary_tables(record: StudyRecord, *, encoding: str | None = None) -> list[Table]:
+def summary_tables(record: StudyRecord, *, encoding: str | None = None, width: int = ROOM) -> list[Table]:
     """Return the tables: one line per client if there are at most CLIENTS_SHOWN, then one line per method.
 
-    encoding: of the stream that they are printed to, None = it has every letter.
+    encoding: of the stream that they are printed to, None = it has every letter; width: its letters in a line.
 
     Methods: mean with 95 % interval over clients and the worst client, metric by metric, the untouched base first;
     wins/ties/losses against the baseline on the first metric that is not the loss, else on the loss.
     """
     clients = _client_table(record) if len(record.results.clients) <= CLIENTS_SHOWN else None
-    tables = [table for table in (clients, _method_table(record)) if table is not None]
+    tables = [table for table in (clients, _method_table(record, width)) if table is not None]
     for table in tables:
         cells = [cell for column in table.columns for cell in (column.header, *column.cells)]
         for text in (table.title, table.caption, *cells):
@@ -66,7 +67,7 @@ def _mark(value: float, baseline: float, lower_is_better: bool) -> str:
     return "=" if value == baseline else "+" if (value < baseline) == lower_is_better else "-"
 
 
-def _method_table(record: StudyRecord) -> Table:
+def _method_table(record: StudyRecord, width: int) -> Table:
     table = Table(title=Text(f"{record.name}: test split, over clients"), caption=_caption(record))
     table.add_column("method")
     for metric in record.metrics:
@@ -77,7 +78,7 @@ def _method_table(record: StudyRecord) -> Table:
     judged = record.judged
     if judged:
         table.add_column(Text(f"W/T/L against {record.baseline} ({judged.title})"), justify="right")
-    more = _has_room(record)
+    more = width >= ROOM and _has_room(record)
     for head in ("r", "bytes", "time") if more else ():
         table.add_column(head, justify="right")
     for label in _labels(record):
@@ -99,7 +100,7 @@ def _method_table(record: StudyRecord) -> Table:
 
 
 def _has_room(record: StudyRecord) -> bool:
-    """Do effect size, bytes and time fit into 120 letters beside the rest?"""
+    """Do effect size, bytes and time fit into ROOM letters beside the rest?"""
     return record.judged is not None and len(record.metrics) * (3 if record.repeated else 2) <= 4
 
 
