@@ -75,7 +75,7 @@ import sys
 from pathlib import Path
 from fedmira.reports.render import write_report
 write_report(Path(sys.argv[1]))
-print([name for name in ("numpy", "scipy", "yaml", "pydantic") if name in sys.modules])
+print([name for name in ("numpy", "scipy", "yaml", "pydantic", "matplotlib") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", program, str(study)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

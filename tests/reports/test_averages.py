@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedmira.reports.averages import T_975, half_width, holm, mean, signed_rank_p, t_quantile
+from fedmira.reports.averages import (
+    T_975,
+    half_width,
+    holm,
+    mean,
+    rank_biserial,
+    signed_rank_p,
+    t_quantile,
+    weighted_mean,
+)
 
 
 def draw(seed: int, count: int) -> list[float]:
@@ -58,6 +67,33 @@ def test_the_signed_rank_test_is_scipys(count: int) -> None:
     diverged = [math.inf, *plain[1:]]
     for differences in (plain, [abs(value) for value in plain], tied, diverged, [0.0, *plain[1:]]):
         assert signed_rank_p(differences) == pytest.approx(scipys_p(differences), rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 6, 13, 31, 300])
+def test_the_effect_size_is_of_scipys_ranks(count: int) -> None:
+    plain = draw(count, count)
+    for differences in (plain, [float(round(2 * value)) for value in plain], [math.inf, *plain[1:]], [0.0, *plain]):
+        nonzero = np.array([value for value in differences if value != 0])
+        ranks = stats.rankdata(np.abs(nonzero))
+        above, below = ranks[nonzero > 0].sum(), ranks[nonzero < 0].sum()
+        assert rank_biserial(differences) == pytest.approx(float((above - below) / (above + below)), rel=1e-12)
+    assert rank_biserial([abs(value) for value in plain]) == 1
+    assert rank_biserial([0.0, 0.0]) is None
+
+
+def test_the_rank_sums_of_the_effect_size_are_those_of_the_test() -> None:
+    # scipy's two-sided statistic is the smaller rank sum, and both sums add up to n (n + 1) / 2
+    values = draw(3, 20)
+    smaller = stats.wilcoxon(np.array(values)).statistic
+    assert abs(rank_biserial(values) or 0) == pytest.approx(1 - 2 * smaller / (20 * 21 / 2))
+
+
+def test_a_weighted_mean_is_numpys() -> None:
+    values, weights = draw(5, 40), [float(place % 7) for place in range(40)]
+    assert weighted_mean(values, weights) == pytest.approx(np.average(values, weights=weights), rel=1e-12)
+    assert weighted_mean([1.0, 2.0], [0, 0]) is None
+    assert weighted_mean([math.inf, 2.0], [0, 1]) == 2
+    assert weighted_mean([math.inf, 2.0], [1, 1]) == math.inf
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,24 @@ def test_equal_methods_have_no_p():
     assert (against.p, against.reason) == (None, "all differences are zero")
 
 
+def test_the_effect_size_is_positive_where_a_lower_loss_or_a_higher_score_wins():
+    # gains 1 2 3 -4 0: ranks of the first three 1 + 2 + 3 against 4, (6 - 4) / 10; the zero is dropped
+    own, local = [1.0, 1.0, 1.0, 5.0, 1.0], [2.0, 3.0, 4.0, 1.0, 1.0]
+    assert compared(own, local).effect == pytest.approx(0.2)
+    assert compared(own, local, metric="rouge_l").effect == pytest.approx(-0.2)
+    assert compared(local, local).effect is None
+
+
+def test_a_weighted_mean_counts_each_test_example_once():
+    # 1 example of loss 1 and 3 of loss 5: (1 + 15) / 4; c2 has no value
+    frame = table(*losses("mira", [1, 5, None]))
+    (found,) = summarise(frame, metric="loss", examples={"c0": 1, "c1": 3})
+    assert (found.weighted_mean, found.mean) == (4, 3)
+    assert summarise(frame, metric="loss", examples={"c0": 1})[0].weighted_mean is None
+    diverged = table(*losses("mira", [1, math.inf]))
+    assert summarise(diverged, metric="loss", examples={"c0": 1, "c1": 3})[0].weighted_mean == math.inf
+
+
 def test_local_is_not_compared_with_itself():
     assert one(table(*losses("local", [1, 2])), "local").against is None
 

@@ -11,6 +11,7 @@ from tests import small_study
 from tests.study.test_compare import METHODS, Seen
 
 from fedmira.errors import ConfigError
+from fedmira.reports.paper import available
 from fedmira.study.face import run
 from fedmira.study.loading import load_config
 from fedmira.study.sweep import plan_sweep, split_words, sweep
@@ -110,6 +111,9 @@ def test_the_command_prints_one_table_for_each_metric(written: Path, tmp_path: P
     assert "lambda" in ended.out
     again = small_study.command(*words, "--json")
     assert [line["lambda"] for line in json.loads(again.out)] == [0.1] * 4 + [0.6] * 2
+    there = (tmp_path / "out" / "figures" / "sensitivity-loss.svg").is_file()
+    assert (there, f"figures: {tmp_path / 'out' / 'figures'}" in ended.err) == (available(), available())
+    assert ("fedmira[figures]" in ended.err) is not available()
     refused = small_study.command("sweep", written, "lambda=0.1,zwei", f"output_dir={tmp_path / 'other'}")
     assert refused.code == 2
     assert not (tmp_path / "other").exists()

@@ -1,7 +1,9 @@
 """`fedmira compare`: methods on equal terms; `fedmira sweep`: a study at every point of a grid of settings."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -82,6 +84,18 @@ def sweep(
         print(json.dumps(lines))
     else:
         _show_sweep(lines, list(grid))
+    _tell_of_figures(Path(points[0].config.output_dir).parent, len(grid))
+
+
+def _tell_of_figures(output: Path, swept: int) -> None:
+    """Say where the figures of a sweep are, or what they need."""
+    from fedmira.cli.show import visible
+    from fedmira.reports.paper import HINT, available
+    from fedmira.reports.sweeps import FIGURES
+
+    if swept > 2:
+        return
+    print(visible(f"figures: {output / FIGURES}" if available() else f"note: {HINT}"), file=sys.stderr)
 
 
 def _show_sweep(lines: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:

@@ -162,7 +162,9 @@ def resume(
 def report(
     path: Annotated[Path, typer.Argument(help="a study, or one of its runs")],
     table: Annotated[str | None, typer.Option(help="print the main table as csv, md or latex")] = None,
-    figures: Annotated[Path | None, typer.Option(help="folder into which the charts are written as SVG")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="folder for the charts as SVG and, with matplotlib, for papers")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -180,10 +182,13 @@ def report(
         text = table_text(record, table)
     write_pages(record)
     if figures is not None:
+        from fedmira.reports import paper
         from fedmira.reports.figures import write_figures
 
         for written in write_figures(record, figures):
             print(visible(f"figure: {written}"), file=sys.stderr)
+        if not paper.available():
+            print(f"note: {paper.HINT}", file=sys.stderr)
     if text is not None:
         print(text, end="")
     else:
@@ -311,7 +316,7 @@ def _show(record: "StudyRecord", as_json: bool) -> None:
     console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
-    for table in summary_tables(record, encoding=console.encoding):
+    for table in summary_tables(record, encoding=console.encoding, width=console.width):
         console.print(table)
     for run in record.runs:
         adapters = record.path / run.folder / "adapters"

@@ -376,14 +376,19 @@ class Offer:
         return {"pull_percent": 100 * float(known.mean())} if len(known) else {}
 
 
+def graphs_of(config: GraphConfig, choice: ChoiceConfig) -> tuple[str, ...]:
+    """Return the names of the graphs that clients choose from, in order."""
+    given = () if config.kind in ("random", "learned") else ("given",)
+    return choice.graphs or (*given, "learned", "global")
+
+
 def build_auto(config: GraphConfig, choice: ChoiceConfig, cohort: Cohort) -> Method:
     """Return MIRA in which each client chooses its own pull when it fetches, and once more after the last round.
 
     config: of the graph that is given, or learned otherwise than by default. Raises MethodError if the graph cannot be
     made from this cohort.
     """
-    given = () if config.kind in ("random", "learned") else ("given",)
-    half = Choice(choice, choice.graphs or (*given, "learned", "global"))
+    half = Choice(choice, graphs_of(config, choice))
     graph = graph_of(config, cohort) if "given" in half.graphs else None
     learned: LearnedGraph | None = None
     if "learned" in half.graphs:

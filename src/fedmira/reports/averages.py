@@ -51,6 +51,15 @@ def mean(values: Iterable[float]) -> float:
     return total / len(known)
 
 
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float | None:
+    """sum_k n_k x_k / sum_k n_k; None if the weights add up to nothing. An infinite value with a weight counts."""
+    total = math.fsum(weights)
+    if not total > 0:
+        return None
+    parts = [weight * value for value, weight in zip(values, weights, strict=True) if weight]
+    return (math.fsum(parts) if all(map(math.isfinite, parts)) else sum(parts)) / total
+
+
 def half_width(values: Sequence[float]) -> float | None:
     """Half of the 95 % t-interval of a mean over clients; None below two, or if one is infinite."""
     count = len(values)
@@ -95,6 +104,19 @@ def signed_rank_p(differences: Sequence[float]) -> float:
     deviation = math.sqrt((count * (count + 1.0) * (2.0 * count + 1.0) - ties / 2) / 24)
     z = (positive / 2 - count * (count + 1.0) * 0.25) / deviation
     return math.erfc(abs(z) / math.sqrt(2))
+
+
+def rank_biserial(differences: Sequence[float]) -> float | None:
+    """The effect size of the signed-rank test, (R+ - R-) / (R+ + R-); zero differences dropped, None if all are.
+
+    1: every difference is positive; 0: both sides weigh the same. Source: Kerby 2014.
+    """
+    nonzero = [value for value in differences if value != 0]
+    if not nonzero:
+        return None
+    ranks = _doubled_ranks([abs(value) for value in nonzero])
+    signed = sum(rank if value > 0 else -rank for rank, value in zip(ranks, nonzero, strict=True))
+    return signed / sum(ranks)
 
 
 def _doubled_ranks(sizes: Sequence[float]) -> list[int]:

@@ -122,9 +122,10 @@ def spread_out(count: int, most: int) -> list[int]:
 def gain_colour(gain: float, limit: float) -> str:
     """Mix the colour of a gain: blue at +limit, near white at 0, vermilion at -limit."""
     share = 1.0 if math.isinf(gain) else min(abs(gain) / limit, 1.0) if limit > 0 else 0.0
-    end = BETTER if gain > 0 else WORSE
-    parts = [
-        round(int(LEVEL[i : i + 2], 16) + share * (int(end[i : i + 2], 16) - int(LEVEL[i : i + 2], 16)))
-        for i in (1, 3, 5)
-    ]
-    return "#" + "".join(f"{part:02X}" for part in parts)
+    return mixed(LEVEL, BETTER if gain > 0 else WORSE, share)
+
+
+def mixed(start: str, end: str, share: float) -> str:
+    """Mix two colours #RRGGBB: the first at share 0, the second at 1."""
+    pairs = [(int(start[i : i + 2], 16), int(end[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(low + share * (high - low)):02X}" for low, high in pairs)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedmira.disk.files import make_folder, write_atomic
 from fedmira.errors import StoreError
-from fedmira.reports import axes, curves, gain, network
+from fedmira.reports import axes, curves, gain, network, paper
 from fedmira.reports.record import StudyRecord
 from fedmira.reports.templates import page_template
 from fedmira.reports.wording import clean, number, title
@@ -26,6 +26,7 @@ HEAD, LINE = 26, 18  # pixels of the title and of one line of the legend
 def write_figures(record: StudyRecord, folder: Path) -> list[Path]:
     """Write loss.svg, gain-<metric>-<method>.svg and graph-<method>.svg into a folder; return the files.
 
+    Where matplotlib is installed, the figures for papers too (reports/paper.py).
     Raises StoreError if they cannot be written.
     """
     try:
@@ -37,7 +38,7 @@ def write_figures(record: StudyRecord, folder: Path) -> list[Path]:
         path = folder / f"{re.sub(r'[^A-Za-z0-9_-]', '-', name)}.svg"
         write_atomic(path, svg.encode("utf-8", "backslashreplace"), shared=True)
         written.append(path)
-    return written
+    return [*written, *(paper.write_plots(paper.study_plots(record), folder) if paper.available() else ())]
 
 
 def _figures(record: StudyRecord) -> Iterator[tuple[str, str]]:

@@ -44,18 +44,24 @@ class Node(NamedTuple):
     label_y: float
     tooltip: str
     known: bool
+    name: str
+    gain: float  # NaN = n/a
 
 
 class Drawing(NamedTuple):
-    """The graph in one size. edges: (x1, y1, x2, y2, opacity)."""
+    """The graph in one size. edges: (x1, y1, x2, y2, opacity); ends: (node, node, weight) of the same."""
 
     box: Box
     nodes: list[Node]
     edges: list[tuple[float, float, float, float, float]]
+    ends: list[tuple[int, int, float]]
 
 
 class Network(NamedTuple):
-    """A method's graph. refused: the reason if it is not drawn; scale: (colour, gain) from worst to best."""
+    """A method's graph. refused: the reason if it is not drawn; scale: (colour, gain) from worst to best.
+
+    measure: what the colour is.
+    """
 
     label: str
     about: str
@@ -65,6 +71,7 @@ class Network(NamedTuple):
     notes: Sequence[str] = ()
     scale: Sequence[tuple[str, str]] = ()
     title: str = ""
+    measure: str = ""
 
 
 class _Nodes(NamedTuple):
@@ -186,6 +193,7 @@ def _network(record: StudyRecord, label: str, graph: TaskGraph) -> Network:
         scale=[(gain_colour(step, limit), signed(step)) for step in steps] if limit else [],
         title=f"Task graph of {clean(label)}, {what} coloured by {gain_name}: {len(nodes.names)} {what}, {better} "
         f"better, {len(known) - better - worse} equal, {worse} worse, {len(nodes.gains) - len(known)} without a value",
+        measure=gain_name,
     )
 
 
@@ -296,10 +304,13 @@ def _drawing(nodes: _Nodes, discs: Sequence[Disc], box: Box, limit: float) -> Dr
                 label_y=round(-6 * scales[index] - 3 if above[index] else 6 * scales[index] + 11, 1),
                 tooltip=_tooltip(nodes, index),
                 known=not math.isnan(gain),
+                name=name,
+                gain=gain,
             )
             for index, (name, gain) in enumerate(zip(nodes.names, nodes.gains, strict=True))
         ],
         edges=edges,
+        ends=[(row, column, weight) for weight, row, column in strongest],
     )
 
 

@@ -12,6 +12,7 @@ from fedmira.disk.folders import RunFolder
 from fedmira.errors import StoreError
 from fedmira.names import ClientNames
 from fedmira.reports import wording
+from fedmira.reports.averages import mean
 from fedmira.reports.examples import Example, read_examples
 from fedmira.reports.paths import without_folders
 from fedmira.reports.results import LOWER_IS_BETTER, Results, find_runs, read_results
@@ -50,6 +51,7 @@ class ShownFacts(NamedTuple):
     keep: Any = None
     stopped_early: Any = None
     joined: Any = None
+    figures: Any = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,13 @@ class RunRecord:
         return value if isinstance(value, int | float) else None
 
 
+class Costs(NamedTuple):
+    """What a run of a method costs, mean over its runs. bytes: up and down, of all rounds; None = unknown."""
+
+    bytes: float | None
+    seconds: float | None
+
+
 class Metric(NamedTuple):
     """The results on one metric."""
 
@@ -152,7 +161,16 @@ class StudyRecord:
         if not self.results.kept:
             return {}
         last = replace(self.results, kept=frozenset())
-        return {metric.name: summarise(last, metric=metric.name, baseline=self.baseline) for metric in self.metrics}
+        tested = examples_of(self.clients, "test")
+        return {
+            metric.name: summarise(last, metric=metric.name, baseline=self.baseline, examples=tested)
+            for metric in self.metrics
+        }
+
+    @cached_property
+    def costs(self) -> dict[str, Costs]:
+        """What a run of each method costs; of unfinished runs what they have cost so far."""
+        return {label: _costs([run for run in self.runs if run.label == label]) for label in self.labels}
 
     def first_run(self, label: str) -> RunRecord | None:
         """The run of a method with the lowest seed."""
@@ -189,6 +207,8 @@ def read_study(study: Path) -> StudyRecord:
     baseline = next((run.label for run in runs if run.facts.method == "local"), "local")
     measured = dict.fromkeys(row.metric for row in results.rows if row.split == "test" and row.round > 0)
     names = sorted(measured, key=lambda name: name != "loss")
+    clients = _read_clients(study / runs[0].folder)
+    tested = examples_of(clients, "test")
     return StudyRecord(
         path=study,
         name=study.resolve().name,
@@ -200,13 +220,27 @@ def read_study(study: Path) -> StudyRecord:
                 name=name,
                 title=wording.title(name),
                 lower_is_better=name in LOWER_IS_BETTER,
-                base=summarise_base(results, metric=name, baseline=baseline),
-                methods=summarise(results, metric=name, baseline=baseline),
+                base=summarise_base(results, metric=name, baseline=baseline, examples=tested),
+                methods=summarise(results, metric=name, baseline=baseline, examples=tested),
             )
             for name in names
         ],
-        clients=_read_clients(study / runs[0].folder),
+        clients=clients,
     )
+
+
+def examples_of(clients: Mapping[str, Mapping[str, Any]], split: str) -> dict[str, int]:
+    """Return each client's number of examples in a split, as clients.json has it; clients without one are absent."""
+    counts = {client: facts.get("examples") for client, facts in clients.items()}
+    found = {client: splits.get(split) for client, splits in counts.items() if isinstance(splits, dict)}
+    return {client: number for client, number in found.items() if isinstance(number, int)}
+
+
+def _costs(runs: Sequence[RunRecord]) -> Costs:
+    both = [(run.total("bytes_up"), run.total("bytes_down")) for run in runs]
+    sent = [up + down for up, down in both if up is not None and down is not None]
+    times = [seconds for run in runs if (seconds := run.total("seconds")) is not None]
+    return Costs(mean(sent) if sent else None, mean(times) if times else None)
 
 
 def read_object(path: Path) -> dict[str, Any]:

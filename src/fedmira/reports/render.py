@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmira.disk.files import write_atomic
-from fedmira.reports import axes, curves, facts, gain, network
+from fedmira.reports import axes, choices, curves, facts, gain, network
 from fedmira.reports.headline import headline
 from fedmira.reports.paths import config_without_folders
 from fedmira.reports.record import StudyRecord, read_study
@@ -63,6 +63,7 @@ def render_page(record: StudyRecord) -> str:
         mergings=[merging for label in record.labels if (merging := curves.merging(record, label))],
         gains=[gain.gain_panels(record, metric) for metric in ordered],
         networks=network.networks(record),
+        choices=choices.shown_choices(record),
         clients=facts.client_tables(record),
         examples=examples,
         examples_left_out=examples_left_out,
@@ -95,6 +96,7 @@ def _summary_json(record: StudyRecord) -> str:
             }
             for metric in record.metrics
         },
+        "costs": {label: costs._asdict() for label, costs in record.costs.items()},
         "validation_loss": curve(record.results),
         "runs": [
             {"folder": run.folder, "label": run.label, "seed": run.seed, "state": run.state}

@@ -7,12 +7,15 @@ never narrows an interval.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
-from fedmira.reports.averages import deviation, half_width, holm, mean, signed_rank_p
+from fedmira.reports.averages import deviation, half_width, holm, mean, rank_biserial, signed_rank_p, weighted_mean
 from fedmira.reports.results import LOWER_IS_BETTER, Results, Row
 
 UNTOUCHED_BASE = "untouched base"
 FEWEST_PAIRS = 6  # with 5 pairs the smallest two-sided p is 2 / 2^5 = 0.06: no outcome could be significant
+
+NO_COUNTS: Mapping[str, int] = MappingProxyType({})
 
 Values = dict[str, float]  # of every client of the study, NaN = n/a
 
@@ -25,7 +28,8 @@ class Comparison:
     MethodSummary. wins, ties, losses: pairs where the method is better, exactly equal, worse, in the metric's own
     direction. p: two-sided Wilcoxon signed-rank (zero differences dropped), None with a reason. p_holm: adjusted over
     the m methods of this metric that have a p; in ascending order p_(i) -> max_{j <= i} min(1, (m - j + 1) p_(j)).
-    Source: Wilcoxon 1945; Holm 1979.
+    effect: matched-pairs rank-biserial correlation r = (R+ - R-) / (R+ + R-) of the same ranks, positive where the
+    method is better; None if all differences are zero. Source: Wilcoxon 1945; Holm 1979; Kerby 2014.
     """
 
     baseline: str
@@ -38,6 +42,7 @@ class Comparison:
     p: float | None
     p_holm: float | None
     reason: str
+    effect: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class MethodSummary:
 
     by_seed: for each seed the mean over its clients; seed_deviation: their sample standard deviation, None below two
     seeds. It says how much a repetition changes the mean, the interval how much another choice of clients would.
+    weighted_mean: sum_k n_k x_k / sum_k n_k over the same clients, n_k test examples; None where they are unknown.
     """
 
     method: str
@@ -70,6 +76,7 @@ class MethodSummary:
     by_seed: Mapping[int, float] = field(default_factory=dict)
     seed_deviation: float | None = None
     against: Comparison | None = None
+    weighted_mean: float | None = None
 
 
 def client_values(results: Results, *, metric: str, split: str = "test") -> dict[str, Values]:
@@ -91,18 +98,25 @@ def base_values(results: Results, *, metric: str, split: str = "test", baseline:
     return _of_all(results, starts.get(source, {}))
 
 
-def summarise(results: Results, *, metric: str, split: str = "test", baseline: str = "local") -> list[MethodSummary]:
+def summarise(
+    results: Results,
+    *,
+    metric: str,
+    split: str = "test",
+    baseline: str = "local",
+    examples: Mapping[str, int] = NO_COUNTS,
+) -> list[MethodSummary]:
     """Summarise every method on one metric, in the table's order; MethodSummary and Comparison state the formulas.
 
     The personal view is used if a client has one, else the global view. Holm's adjustment is over the methods that are
-    compared on this metric. Empty if nothing was measured after round 0.
+    compared on this metric. Empty if nothing was measured after round 0. examples: of the split, by client.
     """
     values = client_values(results, metric=metric, split=split)
     rows = _last_rounds(results, metric=metric, split=split)
     summaries = []
     for method, method_values in values.items():
         runs = [row for row in rows if row.method == method]
-        summary = _summary(method_values, method=method, metric=metric, split=split, runs=runs)
+        summary = _summary(method_values, method=method, metric=metric, split=split, runs=runs, examples=examples)
         if baseline in values and method != baseline:
             against = _compare(method_values, values[baseline], metric=metric, baseline=baseline)
             summary = replace(summary, against=against)
@@ -111,13 +125,18 @@ def summarise(results: Results, *, metric: str, split: str = "test", baseline: s
 
 
 def summarise_base(
-    results: Results, *, metric: str, split: str = "test", baseline: str = "local"
+    results: Results,
+    *,
+    metric: str,
+    split: str = "test",
+    baseline: str = "local",
+    examples: Mapping[str, int] = NO_COUNTS,
 ) -> MethodSummary | None:
     """Summarise the untouched base (round 0) on one metric; None if it was not measured."""
     values = base_values(results, metric=metric, split=split, baseline=baseline)
     if all(map(math.isnan, values.values())):
         return None
-    return _summary(values, method=UNTOUCHED_BASE, metric=metric, split=split, runs=[])
+    return _summary(values, method=UNTOUCHED_BASE, metric=metric, split=split, runs=[], examples=examples)
 
 
 def gains(
@@ -142,15 +161,24 @@ def gains(
 
 def curve(results: Results, metric: str = "loss", split: str = "validation") -> dict[str, list[tuple[int, float]]]:
     """Return for each method (round, mean over clients of their mean over seeds), rounds ascending, n/a left out."""
+    return {
+        method: [(turn, mean(values.values())) for turn, values in rounds.items()]
+        for method, rounds in client_curves(results, metric, split).items()
+    }
+
+
+def client_curves(
+    results: Results, metric: str = "loss", split: str = "validation"
+) -> dict[str, dict[int, dict[str, float]]]:
+    """Return for each method, round by round, each client's mean over seeds; n/a, and methods without any, left out."""
     rounds: dict[tuple[str, int], dict[str, list[float]]] = {}
     for row in _served(results, metric=metric, split=split):
         if not math.isnan(row.value):
             rounds.setdefault((row.method, row.round), {}).setdefault(row.client, []).append(row.value)
-    points = {key: mean(map(mean, clients.values())) for key, clients in sorted(rounds.items())}
-    curves: dict[str, list[tuple[int, float]]] = {method: [] for method in results.methods}
-    for (method, turn), value in points.items():
-        curves[method].append((turn, value))
-    return {method: curve_points for method, curve_points in curves.items() if curve_points}
+    curves: dict[str, dict[int, dict[str, float]]] = {method: {} for method in results.methods}
+    for (method, turn), clients in sorted(rounds.items()):
+        curves[method][turn] = {client: mean(values) for client, values in clients.items()}
+    return {method: by_round for method, by_round in curves.items() if by_round}
 
 
 def _gain(value: float, reference: float, metric: str) -> float:
@@ -201,11 +229,14 @@ def _of_all(results: Results, values: Values) -> Values:
     return {client: values.get(client, math.nan) for client in results.clients}
 
 
-def _summary(values: Values, *, method: str, metric: str, split: str, runs: Sequence[Row]) -> MethodSummary:
+def _summary(
+    values: Values, *, method: str, metric: str, split: str, runs: Sequence[Row], examples: Mapping[str, int]
+) -> MethodSummary:
     """Summarise the values of one method; `runs` are the rows that name its seeds and rounds."""
     known = [(client, value) for client, value in values.items() if not math.isnan(value)]
     worst_first = sorted(known, key=lambda item: item[1], reverse=metric in LOWER_IS_BETTER)
     ordered = [value for _, value in worst_first]
+    counts = [examples.get(client, 0) for client, _ in known]
     count = len(ordered)
     of_seeds = {seed: [row.value for row in runs if row.seed == seed] for seed in sorted({row.seed for row in runs})}
     by_seed = {seed: mean(seed_values) for seed, seed_values in of_seeds.items()}
@@ -225,6 +256,7 @@ def _summary(values: Values, *, method: str, metric: str, split: str, runs: Sequ
         views=tuple(sorted({row.view for row in runs})),
         by_seed=by_seed,
         seed_deviation=deviation(list(by_seed.values())),
+        weighted_mean=weighted_mean([value for _, value in known], counts) if all(counts) else None,
     )
 
 
@@ -252,6 +284,7 @@ def _compare(values: Values, baseline_values: Values, *, metric: str, baseline: 
         p=p,
         p_holm=None,
         reason=reason,
+        effect=rank_biserial(gained),
     )
 
 

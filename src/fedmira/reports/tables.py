@@ -11,13 +11,14 @@ from fedmira.disk.folders import NAME_COLUMN, RESULT_COLUMNS
 from fedmira.errors import ConfigError, nearest
 from fedmira.reports.record import Metric, StudyRecord
 from fedmira.reports.stats import MethodSummary
-from fedmira.reports.wording import clean, interval, number, signed
+from fedmira.reports.wording import clean, interval, number, seconds, signed, size
 
 TableFormat = Literal["csv", "md", "latex"]
 COLUMNS = (
     *("metric", "method", "seeds", "clients", "missing"),
     *("mean", "half_width", "seed_deviation", "worst", "lowest_tenth"),
     *("difference", "difference_half_width", "wins", "ties", "losses", "p_holm"),
+    *("p", "effect", "weighted_mean", "bytes", "seconds"),
 )
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -39,7 +40,7 @@ def table_text(record: StudyRecord, kind: str) -> str:
     if kind not in allowed:
         raise ConfigError([f"--table: found '{kind}'{nearest(kind, allowed)}; allowed: {', '.join(allowed)}"], "report")
     if kind == "csv":
-        return _csv(COLUMNS, (_numbers(metric, item) for metric in record.metrics for item in metric.lines))
+        return _csv(COLUMNS, (_numbers(record, metric, item) for metric in record.metrics for item in metric.lines))
     head, *lines = _rounded(record)
     if kind == "md":
         rows = [head, ["---", "---", *["---:"] * (len(head) - 2)], *lines]
@@ -66,30 +67,35 @@ def _csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return buffer.getvalue()
 
 
-def _numbers(metric: Metric, item: MethodSummary) -> list[object]:
+def _numbers(record: StudyRecord, metric: Metric, item: MethodSummary) -> list[object]:
     """Return one line of COLUMNS; None is an empty cell."""
-    compared: list[object] = [None] * 6
-    if (against := item.against) is not None:
-        compared = [against.difference, against.half_width, against.wins, against.ties, against.losses, against.p_holm]
+    compared: list[object] = [None] * 8
+    if (one := item.against) is not None:
+        compared = [one.difference, one.half_width, one.wins, one.ties, one.losses, one.p_holm, one.p, one.effect]
     numbers = [item.mean, item.half_width, item.seed_deviation, item.worst, item.lowest_tenth]
-    return [metric.name, item.method, len(item.seeds), item.clients, item.missing, *numbers, *compared]
+    costs = record.costs.get(item.method, (None, None))
+    counts = [len(item.seeds), item.clients, item.missing]
+    return [metric.name, item.method, *counts, *numbers, *compared, item.weighted_mean, *costs]
 
 
 def _rounded(record: StudyRecord) -> Iterator[list[str]]:
     """Yield the head and the lines, as text."""
     spread = ["SD over seeds"] if record.repeated else []
-    compared = [f"Minus {record.baseline}", "Better / equal / worse", "p (Holm)"]
-    yield ["Metric", "Method", "Mean ± 95 %", *spread, "Worst client", *compared]
+    compared = [f"Minus {record.baseline}", "Better / equal / worse", "p (Holm)", "Effect r"]
+    yield ["Metric", "Method", "Mean ± 95 %", *spread, "Weighted mean", "Worst client", *compared, "Bytes", "Time"]
     for metric in record.metrics:
         for item in metric.lines:
-            compared = ["", "", ""]
+            compared = ["", "", "", ""]
             if (against := item.against) is not None:
                 half = f" ± {number(against.half_width)}" if against.half_width is not None else ""
                 shares = f"{against.wins} / {against.ties} / {against.losses}"
                 p = "n/a" if against.p_holm is None else f"{against.p_holm:.2g}"
-                compared = [f"{signed(against.difference)}{half}", shares, p]
+                compared = [f"{signed(against.difference)}{half}", shares, p, signed(against.effect, 2)]
             deviation = [number(item.seed_deviation)] if record.repeated else []
-            yield [metric.title, item.method, interval(item), *deviation, number(item.worst), *compared]
+            means = [interval(item), *deviation, number(item.weighted_mean), number(item.worst)]
+            costs = record.costs.get(item.method)
+            paid = ["", ""] if costs is None else [size(costs.bytes), seconds(costs.seconds)]
+            yield [metric.title, item.method, *means, *compared, *paid]
 
 
 def _markdown(text: str) -> str:

@@ -33,6 +33,8 @@ def page_template() -> Template:
         "signed": wording.signed,
         "interval": wording.interval,
         "seeds": wording.seeds,
+        "seconds": wording.seconds,
+        "size": wording.size,
         "chance": wording.chance,
         "clean": wording.clean,
         "short": wording.short,

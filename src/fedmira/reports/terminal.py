@@ -8,22 +8,23 @@ from rich.text import Text
 from fedmira.names import writable
 from fedmira.reports.record import StudyRecord
 from fedmira.reports.stats import MethodSummary, client_values
-from fedmira.reports.wording import counts, interval, number, short
+from fedmira.reports.wording import counts, interval, number, seconds, short, signed, size
 
 CLIENTS_SHOWN = 32  # more are shown in the report only
+ROOM = 120  # letters in a line, from which on effect size, bytes and time are shown
 NAME_SHOWN = 60  # letters of a client's name
 
 
-def summary_tables(record: StudyRecord, *, encoding: str | None = None) -> list[Table]:
+def summary_tables(record: StudyRecord, *, encoding: str | None = None, width: int = ROOM) -> list[Table]:
     """Return the tables: one line per client if there are at most CLIENTS_SHOWN, then one line per method.
 
-    encoding: of the stream that they are printed to, None = it has every letter.
+    encoding: of the stream that they are printed to, None = it has every letter; width: its letters in a line.
 
     Methods: mean with 95 % interval over clients and the worst client, metric by metric, the untouched base first;
     wins/ties/losses against the baseline on the first metric that is not the loss, else on the loss.
     """
     clients = _client_table(record) if len(record.results.clients) <= CLIENTS_SHOWN else None
-    tables = [table for table in (clients, _method_table(record)) if table is not None]
+    tables = [table for table in (clients, _method_table(record, width)) if table is not None]
     for table in tables:
         cells = [cell for column in table.columns for cell in (column.header, *column.cells)]
         for text in (table.title, table.caption, *cells):
@@ -66,7 +67,7 @@ def _mark(value: float, baseline: float, lower_is_better: bool) -> str:
     return "=" if value == baseline else "+" if (value < baseline) == lower_is_better else "-"
 
 
-def _method_table(record: StudyRecord) -> Table:
+def _method_table(record: StudyRecord, width: int) -> Table:
     table = Table(title=Text(f"{record.name}: test split, over clients"), caption=_caption(record))
     table.add_column("method")
     for metric in record.metrics:
@@ -77,9 +78,12 @@ def _method_table(record: StudyRecord) -> Table:
     judged = record.judged
     if judged:
         table.add_column(Text(f"W/T/L against {record.baseline} ({judged.title})"), justify="right")
+    more = width >= ROOM and _has_room(record)
+    for head in ("r", "bytes", "time") if more else ():
+        table.add_column(head, justify="right")
     for label in _labels(record):
         cells = [Text(label)]
-        compared = ""
+        compared, effect = "", ""
         for metric in record.metrics:
             summary = next((item for item in metric.lines if item.method == label), None)
             cells.append(Text(interval(summary)))
@@ -88,8 +92,16 @@ def _method_table(record: StudyRecord) -> Table:
             cells.append(Text(number(summary.worst) if summary else "n/a"))
             if metric is judged and summary:
                 compared = counts(summary)
-        table.add_row(*cells, Text(compared))
+                effect = signed(summary.against.effect, 2) if summary.against else ""
+        costs = record.costs.get(label)
+        paid = ("", "") if costs is None else (size(costs.bytes), seconds(costs.seconds))
+        table.add_row(*cells, Text(compared), *(map(Text, (effect, *paid)) if more else ()))
     return table
+
+
+def _has_room(record: StudyRecord) -> bool:
+    """Do effect size, bytes and time fit into ROOM letters beside the rest?"""
+    return record.judged is not None and len(record.metrics) * (3 if record.repeated else 2) <= 4
 
 
 def _labels(record: StudyRecord) -> list[str]:

@@ -21,13 +21,14 @@ from fedmira.disk.files import write_atomic, write_json
 from fedmira.engine.events import Observer
 from fedmira.errors import ConfigError, nearest
 from fedmira.methods import load
+from fedmira.reports.paper import available
 from fedmira.reports.record import read_study
+from fedmira.reports.sweeps import POINTS, TABLE, write_sweep_figures
 from fedmira.study.compare import carry_on
 from fedmira.study.loading import check, load_config
 from fedmira.study.run import Common
 from fedmira.study.trackers import check_trackers
 
-TABLE, POINTS = "sweep.csv", "sweep.json"
 SECTIONS = ("model", "lora", "data", "federation", "training", "evaluation")
 Grid = Mapping[str, Sequence[Any]]  # what a user calls a setting -> its values
 
@@ -156,7 +157,10 @@ def _plain(value: Any) -> str:
 
 
 def sweep(points: Sequence[Point], observer: Observer, *, overwrite: bool = False) -> list[dict[str, Any]]:
-    """Carry out every point; return the lines of the table, which are written beside the studies."""
+    """Carry out every point; return the lines of the table, which are written beside the studies.
+
+    Where matplotlib is installed, figures of one or two swept settings are written too.
+    """
     check_trackers(points[0].config.report_to)
     commons: dict[str, Common] = {}
     for point in points:
@@ -170,6 +174,8 @@ def sweep(points: Sequence[Point], observer: Observer, *, overwrite: bool = Fals
     writer.writeheader()
     writer.writerows(lines)
     write_atomic(output / TABLE, buffer.getvalue().encode())
+    if available():
+        write_sweep_figures(output)
     return lines
 
 
