@@ -81,7 +81,7 @@ def measure(epochs: int, scored: str, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "choosing-cost.json")
     options = parser.parse_args()
