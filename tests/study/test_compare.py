@@ -148,6 +148,13 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(made: tuple[Path, Path], tm
         assert not small_study.differences(whole, small_study.outcome(tmp_path / f"parts{place}" / "comparison"))
 
 
+def test_the_folder_of_a_study_is_not_that_of_several(made: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text("seeds: [0]\n")
+    with pytest.raises(StoreError, match="holds a study of its own"):
+        compare(config(made, tmp_path / "out"), budget=1, observer=print)
+
+
 # ---------------------------------------------------------------- what is tried
 
 

@@ -38,11 +38,12 @@ def compare(config: Config, *, budget: int, observer: Observer, overwrite: bool 
     """Tune and compare the methods of a checked config; return the folder of the comparison.
 
     budget: runs of tuning that each method gets; 1 = none is tuned. overwrite: replace what is in the folder. Raises
-    StoreError if the folder holds a comparison of other settings.
+    StoreError if the folder is a study, or holds a comparison of other settings.
     """
     check_trackers(config.report_to)
     config = keep_positions(config, [recipe_of(entry) for entry in config.methods])
     output = Path(config.output_dir)
+    check_container(output)
     common = Common()
     tried = _tune(config, output, budget, common, observer, overwrite=overwrite)
     tuned = choose(config, tried)
@@ -78,6 +79,12 @@ def _tune(
             known = [replace(one, loss=losses[one.entry.folder]) for one in some]
             tried[label] = [*tried[label], *known]
     return tried
+
+
+def check_container(output: Path) -> None:
+    """Raise StoreError if a folder for several studies is a study itself."""
+    if (output / "config.yaml").is_file():
+        raise StoreError(f"output_dir '{output}' holds a study of its own; choose another output_dir=...")
 
 
 def carry_on(config: Config, common: Common, observer: Observer, *, overwrite: bool) -> None:

@@ -24,7 +24,7 @@ from fedmira.methods import load
 from fedmira.reports.paper import available
 from fedmira.reports.record import read_study
 from fedmira.reports.sweeps import POINTS, TABLE, write_sweep_figures
-from fedmira.study.compare import carry_on
+from fedmira.study.compare import carry_on, check_container
 from fedmira.study.loading import check, load_config
 from fedmira.study.run import Common
 from fedmira.study.trackers import check_trackers
@@ -162,6 +162,7 @@ def sweep(points: Sequence[Point], observer: Observer, *, overwrite: bool = Fals
     Where matplotlib is installed, figures of one or two swept settings are written too.
     """
     check_trackers(points[0].config.report_to)
+    check_container(Path(points[0].config.output_dir).parent)
     commons: dict[str, Common] = {}
     for point in points:
         carry_on(point.config, commons.setdefault(_shared(point.config), Common()), observer, overwrite=overwrite)
