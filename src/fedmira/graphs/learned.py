@@ -301,8 +301,8 @@ class LearnedGraph:
 
         adapters, shared and tables are the server's, before the round; rows [n, P] what the clients uploaded.
         """
-        sketch, origin, fresh = self._take_down(adapters, shared, tables, ids, rows, number)
-        sampled = sketch.double().numpy()
+        now = self.note_down(adapters, shared, tables, ids, rows, number)
+        sampled = own = now["sketch"].double().numpy()
         others = torch.nonzero(tables["seen"]).flatten().numpy() if self.stored else np.empty(0, dtype=np.int64)
         others = np.setdiff1d(others, ids.numpy())
         known = np.concatenate([sampled, tables["sketch"][torch.from_numpy(others)].double().numpy()])
@@ -314,12 +314,12 @@ class LearnedGraph:
         pairs = nearest_pairs(similar, ids.numpy(), columns, degree=self.degree)
         joined = join(pairs, clients=len(tables["seen"]), degree=self.degree)
         notes = {"learned_pairs": joined.nnz / 2}
-        if not self.products and bool(fresh.all()) and len(ids) > 2:
+        origin = self._origin(adapters.take(ids), shared)
+        if origin is not None and not self.products and bool(self._is_due(tables, ids, number).all()) and len(ids) > 2:
             stretches = stretches_of(adapters.layout, by_module=self.by_module)
-            exact = exact_similarities(rows if origin is None else rows - origin.rows, stretches, self.measure)
-            agreed = agreement(compare(sketch.double().numpy(), sketch.double().numpy(), self.measure), exact)
+            exact = exact_similarities(rows - origin.rows, stretches, self.measure)
+            agreed = agreement(compare(own, own, self.measure), exact)
             notes |= {} if agreed is None else {"sketch_agreement": agreed}
-        now = {"sketch": sketch, "seen": torch.ones(len(ids), dtype=torch.int64)}
         return Graph(joined, "learned", self.note), now, notes
 
     def note_down(
@@ -331,9 +331,25 @@ class LearnedGraph:
         rows: Tensor,
         number: int,
     ) -> dict[str, Tensor]:
-        """Return the tables' new rows of `ids` [n], as `look` does, where no graph of the round is wanted."""
-        sketch, _, _ = self._take_down(adapters, shared, tables, ids, rows, number)
+        """Return the tables' new rows of `ids` [n]; arguments as of `look`."""
+        before, due = adapters.take(ids), self._is_due(tables, ids, number)
+        sketch = tables["sketch"][ids]
+        if bool(due.any()):
+            new = self._sketch(before.with_rows(rows), self._origin(before, shared))
+            sketch[due] = new[due].to(sketch.dtype)
         return {"sketch": sketch, "seen": torch.ones(len(ids), dtype=torch.int64)}
+
+    def _is_due(self, tables: Mapping[str, Tensor], ids: Tensor, number: int) -> Tensor:
+        """Whose sketch is made anew in a round [n]."""
+        return (tables["seen"][ids] == 0) | ((number - 1) % self.every == 0)
+
+    def _origin(self, before: Adapters, shared: Mapping[str, Tensor]) -> Adapters | None:
+        """What is subtracted from uploads; None where that is nothing, as products of the common start are zero."""
+        if self.of == "updates":
+            return before
+        if self.products:
+            return None
+        return before.with_rows(shared["start"].expand(len(before), -1).clone()).mask_()
 
     def nearest(self, tables: Mapping[str, Tensor], ids: Tensor) -> tuple[Array, Array]:
         """Return the clients [N] that ever took part, and their similarities [n, N] to `ids` [n].
@@ -376,30 +392,6 @@ class LearnedGraph:
             mean = everyone.mean(axis=0)
             x, y = x - mean, y - mean
         return compare(x, y, self.measure)
-
-    def _take_down(
-        self,
-        adapters: Stored,
-        shared: Mapping[str, Tensor],
-        tables: Mapping[str, Tensor],
-        ids: Tensor,
-        rows: Tensor,
-        number: int,
-    ) -> tuple[Tensor, Adapters | None, Tensor]:
-        """Return the sketches [n, L, m] of `ids`, what was subtracted from the rows, and whose sketch is new [n]."""
-        before = adapters.take(ids)
-        learned = before.with_rows(rows)
-        seen = tables["seen"][ids]
-        fresh = (seen == 0) | ((number - 1) % self.every == 0)
-        sketch = tables["sketch"][ids]
-        origin = None  # products of the common start are zero
-        if self.of == "updates":
-            origin = before
-        elif not self.products:
-            origin = before.with_rows(shared["start"].expand(len(ids), -1).clone()).mask_()
-        if bool(fresh.any()):
-            sketch[fresh] = self._sketch(learned, origin)[fresh].to(sketch.dtype)
-        return sketch, origin, fresh
 
     def whole(self, tables: Mapping[str, Tensor]) -> Graph:
         """The graph of all clients that ever took part, from their newest sketches."""

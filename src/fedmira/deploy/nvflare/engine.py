@@ -1,4 +1,4 @@
-"""NVFlare's processes, started and kept alive: the server's with its job, and a site's.
+"""The server's side of NVFlare: its process, its job, and calls to the sites that are in it.
 
 The engine freezes who takes part when a job starts, and a job dies with any of its processes. So jobs are short-lived
 here: the supervisor submits a new one whenever the job has ended, or a site has come back that is not in it. Calls
