@@ -8,10 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedmira import bundled
-from fedmira.adapters import Adapters, lora_layout, soft_layout
 from fedmira.data.encode import encode_questions
 from fedmira.data.formats import Record, Turn
 from fedmira.data.special import as_text
@@ -19,12 +16,11 @@ from fedmira.data.templates import Template, make_template
 from fedmira.disk.client_names import read_client_names
 from fedmira.disk.folders import RunFolder
 from fedmira.errors import ConfigError, ModelError
-from fedmira.export.adapter_config import AdapterConfig, check_adapter
+from fedmira.export.adapter_config import check_adapter
 from fedmira.export.asking import CHAT_TEMPLATE, takes_single_requests
-from fedmira.export.peft_folder import read_adapter
+from fedmira.export.panels import Panel, read_panels
 from fedmira.model.answers.generate import answers
 from fedmira.model.base.load import Base, load_base, load_tokenizer
-from fedmira.model.base.trial import check_embeddings
 from fedmira.model.base.vocabulary import check_ids
 from fedmira.study.face import Run
 
@@ -32,19 +28,11 @@ BASE = "base"
 DEFAULT_NEW_TOKENS = 128
 
 
-@dataclass(frozen=True, eq=False)
-class Panel:
-    """Speakers that answer in one pass: row i of `adapters` is that of speaker speakers[i] of the chat."""
-
-    speakers: tuple[int, ...]
-    adapters: Adapters
-
-
 @dataclass(eq=False)
 class Chat:
     """Several speakers on one base, each with the history of its own conversation.
 
-    names: "base" first, then one per adapter; each speaker is in one panel.
+    names: "base" first, then one per adapter; each speaker has a place in one panel.
     """
 
     names: tuple[str, ...]
@@ -69,8 +57,8 @@ class Chat:
         ]
         replies = [""] * len(self.names)
         for panel in self.panels:
-            panel_replies = self._answers(panel, [questions[speaker] for speaker in panel.speakers])
-            for speaker, reply in zip(panel.speakers, panel_replies, strict=True):
+            panel_replies = self._answers(panel, [questions[speaker] for speaker in panel.places])
+            for speaker, reply in zip(panel.places, panel_replies, strict=True):
                 replies[speaker] = reply
         if self.template.complete and self.remembers:
             for history, reply in zip(self.turns, replies, strict=True):
@@ -165,7 +153,7 @@ def open_chat(
     names = [BASE, *(name for name, _ in chosen)]
     distinct = tuple(name if names.count(name) == 1 else f"{name} ({index})" for index, name in enumerate(names))
     new_tokens = _new_tokens(max_new_tokens, base.max_positions, ahead=max(config.virtual_tokens for config in configs))
-    return Chat(distinct, base, _panels(base, configs), rendered_by, new_tokens, not single, reader=reader)
+    return Chat(distinct, base, read_panels(base, [None, *configs]), rendered_by, new_tokens, not single, reader=reader)
 
 
 def _new_tokens(requested: int | None, positions: int | None, *, ahead: int) -> int:
@@ -180,30 +168,6 @@ def _new_tokens(requested: int | None, positions: int | None, *, ahead: int) -> 
         virtual = f", of which virtual tokens take {ahead}" if ahead else ""
         raise ConfigError([f"--max-new-tokens {new}: the base has {positions} positions in all{virtual}"], "chat")
     return new
-
-
-def _panels(base: Base, configs: Sequence[AdapterConfig]) -> tuple[Panel, ...]:
-    """Put the base (speaker 0) and all LoRA adapters in one panel, prompts in one for each number of virtual tokens."""
-    lora = [index for index, config in enumerate(configs) if not config.is_prompt]
-    modules = [name for name, _, _ in base.shapes]
-    ranks = torch.tensor([[configs[index].rank_of(name) for name in modules] for index in lora], dtype=torch.int64)
-    scales = torch.tensor([[0.0] * len(modules), *([configs[i].scale_of(name) for name in modules] for i in lora)])
-    largest = ranks.amax(dim=0) if lora else torch.ones(len(modules), dtype=torch.int64)
-    layout = lora_layout(base.shapes, largest.tolist())
-    rows = [torch.zeros(1, layout.size), *(read_adapter(configs[index].folder, layout) for index in lora)]
-    adapters = Adapters(layout, torch.cat(rows), torch.cat([largest[None], ranks.view(-1, len(modules))]), scales)
-    panels = [Panel((0, *(index + 1 for index in lora)), adapters)]
-    counts = {config.virtual_tokens for config in configs} - {0}
-    if counts:
-        check_embeddings(base.decoder, base.model.get_input_embeddings(), vocabulary=base.vocabulary, name=base.name)
-    for count in sorted(counts):
-        layout = soft_layout(base.width, count)
-        prompts = [index for index, config in enumerate(configs) if config.virtual_tokens == count]
-        rows = [read_adapter(configs[index].folder, layout) for index in prompts]
-        unranked = torch.zeros(len(prompts), dtype=torch.int64)
-        adapters = Adapters(layout, torch.cat(rows), unranked, torch.ones(len(prompts)))
-        panels.append(Panel(tuple(index + 1 for index in prompts), adapters))
-    return tuple(panels)
 
 
 def _name(folder: Path) -> str:

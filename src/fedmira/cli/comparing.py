@@ -24,6 +24,9 @@ def compare(
     budget: Annotated[
         int, typer.Option(help="runs of tuning for each method: learning rate, then its own setting; 1: none is tuned")
     ] = DEFAULT_BUDGET,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="test every client's adapter on every client, of at most 100")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a comparison in output_dir")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -48,9 +51,24 @@ def compare(
         words = ["fedmira", "compare", config, *(overrides or [])]
         for name, value in (("methods", methods), ("seeds", seeds), ("budget", budget)):
             words += [] if value is None else [f"--{name}", str(value)]
-        course.again = words
-        done = comparing.compare(checked, budget=budget, observer=watch, overwrite=overwrite)
+        course.again = [*words, *(["--matrix"] if matrix else [])]
+        done = comparing.compare(checked, budget=budget, observer=watch, overwrite=overwrite, matrix=matrix)
     show_study(done, as_json)
+    if matrix:
+        _tell_of_matrices(done)
+
+
+def _tell_of_matrices(study: Path) -> None:
+    """Say how many clients would do better with the adapter of another, and where the matrices are."""
+    from fedmira.cli.show import visible
+    from fedmira.reports.crossing import crossings
+    from fedmira.reports.record import read_study
+    from fedmira.study.compare import MATRICES
+
+    for one in crossings(read_study(study)):
+        said = f"{one.label}: {one.better_elsewhere} of {len(one.clients)} clients would have a lower test loss with"
+        print(visible(f"{said} some other client's adapter"), file=sys.stderr)
+    print(visible(f"matrices: {study.parent / MATRICES}"), file=sys.stderr)
 
 
 def sweep(

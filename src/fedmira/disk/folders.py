@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 View = Literal["personal", "global"]  # each client's own adapter, or the shared one
 TRACKIO_FOLDER, MLFLOW_FOLDER = ".trackio", ".mlflow"  # of a study; a method's label never starts with a dot
+MATRIX = "matrix.csv"  # of a run: every adapter on every client's test split
 LOCK = ".lock"  # of a study; an empty file
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
 TOKENIZER_FILES = ("tokenizer*", "*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja")  # beside them
@@ -55,6 +56,7 @@ _WRITTEN = re.compile(
     rf"config\.yaml|summary\.json|report\.html|results\.csv|{re.escape(LOCK)}"
     rf"|(?:{re.escape(TRACKIO_FOLDER)}|{re.escape(MLFLOW_FOLDER)})/.*"
     r"|[^/]+/seed-\d+/(?:config\.yaml|run\.json|clients\.json|graph\.json|metrics\.jsonl|results\.csv|examples\.jsonl"
+    rf"|{re.escape(MATRIX)}"
     r"|log\.txt|checkpoints/round-\d+/(?:[^/]+\.safetensors|manifest\.json)"
     r"|tensorboard/events\.out\.tfevents\.[^/]*|wandb/.*"
     rf"|adapters/[^/]+/(?:{'|'.join(map(fnmatch.translate, (*ADAPTER_FILES, *TOKENIZER_FILES)))}))"
@@ -201,6 +203,7 @@ class RunFolder:
 
         Round 0 is the start.
         """
+        (self.path / MATRIX).unlink(missing_ok=True)
         records = [record for record in self.records() if record["round"] <= last_round]
         write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
         lines = (self.path / "results.csv").read_text(encoding="utf-8").splitlines()

@@ -4,6 +4,7 @@
     OUTPUT/tuning/settings        a study: other values of a method's own setting, at its best learning rate
     OUTPUT/tuning.json            what was tried, its validation losses, and what was chosen
     OUTPUT/comparison             the comparison, with every seed: report.html, summary.json, adapters
+    OUTPUT/matrix                 every adapter on every client's test split, where that was asked for
 
 Each is a study as `fedmira run` makes it. What is complete is used again, what was stopped goes on, and methods and
 seeds may be added. Data and base are loaded, and the untouched base is scored, once for all three.
@@ -20,13 +21,16 @@ from fedmira.disk.folders import StudyFolder
 from fedmira.engine.events import Observer
 from fedmira.errors import StoreError
 from fedmira.methods import recipe_of
+from fedmira.reports.crossing import write_crossings
+from fedmira.reports.record import read_study
 from fedmira.study.assemble import keep_positions
-from fedmira.study.run import Common, go_on, start
+from fedmira.study.matrix import check_matrix, write_matrices
+from fedmira.study.run import Common, go_on, saved_facts, start
 from fedmira.study.trackers import check_trackers
 from fedmira.study.tuning import Candidate, Tuned, best_of, choose, first_candidates, second_candidates
 
 LEARNING_RATE, SETTINGS = "tuning/learning-rate", "tuning/settings"
-COMPARISON, TUNING_FILE = "comparison", "tuning.json"
+COMPARISON, TUNING_FILE, MATRICES = "comparison", "tuning.json", "matrix"
 
 
 def with_methods(config: Config, entries: Sequence[MethodEntry], folder: Path, **changes: Any) -> Config:
@@ -34,23 +38,30 @@ def with_methods(config: Config, entries: Sequence[MethodEntry], folder: Path, *
     return config.model_copy(update={"methods": list(entries), "output_dir": str(folder), **changes})
 
 
-def compare(config: Config, *, budget: int, observer: Observer, overwrite: bool = False) -> Path:
+def compare(config: Config, *, budget: int, observer: Observer, overwrite: bool = False, matrix: bool = False) -> Path:
     """Tune and compare the methods of a checked config; return the folder of the comparison.
 
-    budget: runs of tuning that each method gets; 1 = none is tuned. overwrite: replace what is in the folder. Raises
-    StoreError if the folder is a study, or holds a comparison of other settings.
+    budget: runs of tuning that each method gets; 1 = none is tuned. overwrite: replace what is in the folder. matrix:
+    test every adapter on every client. Raises StoreError if the folder is a study, or holds a comparison of other
+    settings; ConfigError if there are too many clients for a matrix.
     """
     check_trackers(config.report_to)
     config = keep_positions(config, [recipe_of(entry) for entry in config.methods])
     output = Path(config.output_dir)
     check_container(output)
     common = Common()
+    if matrix:  # said before anything is trained
+        check_matrix(len(common.prepare(config, observer).federation))
     tried = _tune(config, output, budget, common, observer, overwrite=overwrite)
     tuned = choose(config, tried)
     if budget > 1:
         _write_tuning(output, config, budget, tuned)
     final = with_methods(config, [one.entry for one in tuned], output / COMPARISON)
     carry_on(final, common, observer, overwrite=overwrite)
+    if matrix:
+        folder = StudyFolder(output / COMPARISON)
+        write_matrices(folder, common.prepare(folder.config(), observer, saved_facts(folder)), observer)
+        write_crossings(read_study(folder.path), output / MATRICES)
     return output / COMPARISON
 
 

@@ -121,7 +121,7 @@ def go_on(
     common = Common() if common is None else common
     with folder.held(), tracking(config.report_to, folder.path, observer) as watched:
         _check_schema(folder, config)
-        prepared = common.prepare(config, observer, _saved_facts(folder))
+        prepared = common.prepare(config, observer, saved_facts(folder))
         _check_clients(folder, prepared)
         if rewrite:
             folder.rewrite(config)
@@ -140,7 +140,7 @@ def _check_schema(folder: StudyFolder, config: Config) -> None:
             )
 
 
-def _saved_facts(folder: StudyFolder) -> RunFacts | None:
+def saved_facts(folder: StudyFolder) -> RunFacts | None:
     """Facts of any run of the study: all share dtype, threads, cohort and base. None if no run has begun."""
     return next((run.facts for run in folder.runs()), None)
 
