@@ -1,7 +1,10 @@
 """`fedmira sweep`: every point of a grid is the study that `run` makes of it, beside the others in one table."""
 
 import csv
+import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,13 @@ import pytest
 from tests import small_study
 from tests.study.test_compare import METHODS, Seen
 
+from fedmira.disk.folders import RunFolder
 from fedmira.errors import ConfigError
 from fedmira.reports.paper import available
 from fedmira.study.face import run
 from fedmira.study.loading import load_config
-from fedmira.study.sweep import plan_sweep, split_words, sweep
+from fedmira.study.search import search
+from fedmira.study.sweep import Grid, Range, plan_sweep, split_words, sweep
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +122,81 @@ def test_the_command_prints_one_table_for_each_metric(written: Path, tmp_path: P
     refused = small_study.command("sweep", written, "lambda=0.1,zwei", f"output_dir={tmp_path / 'other'}")
     assert refused.code == 2
     assert not (tmp_path / "other").exists()
+
+
+# ---------------------------------------------------------------- a search
+
+needs_optuna = pytest.mark.skipif(
+    importlib.util.find_spec("optuna") is None, reason="optuna is not installed: pip install 'fedmira[optuna]'"
+)
+RANGES: Grid = {"lambda": Range(0.01, 0.9), "r": Range(1, 2), "optimizer": ["adamw", "sgd"]}
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        ("lambda=0..1", {"lambda": Range(0, 1)}),
+        ("learning_rate=1e-4..1e-2", {"learning_rate": Range(1e-4, 1e-2)}),
+        ("learning_rate=0.5...75", {"learning_rate": Range(0.5, 0.75)}),
+        ("data.path=../there", {}),
+        ("output_dir=1.2.3", {}),
+    ],
+)
+def test_two_numbers_with_dots_between_them_are_a_range(word: str, found: dict[str, Range]) -> None:
+    assert split_words([word])[0] == found
+
+
+def test_a_range_that_does_not_go_up_or_is_swept_is_refused(written: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lambda=1\.\.0: a range is two numbers, the lower first"):
+        split_words(["lambda=1..0"])
+    with pytest.raises(ConfigError, match="lambda: a range is searched, with --trials N, and not swept"):
+        plan_sweep(written, {"lambda": Range(0, 1)})
+    assert (Range(1, 9).whole, Range(1, 9.0).whole, Range(1, 9).wide, Range(0, 9).wide) == (True, False, True, False)
+
+
+@needs_optuna
+def test_a_search_finds_its_studies_again_and_goes_on(written: Path, tmp_path: Path) -> None:
+    words = [f"output_dir={tmp_path / 'out'}"]
+    lines, best = search(written, RANGES, words, trials=4, observer=lambda event: None)
+    seen = Seen()
+    again, same = search(written, RANGES, words, trials=7, observer=seen)
+    assert again[: len(lines)] == lines, "the same losses, the same proposals"
+    assert not {run.split("/")[0] for run in seen.runs} & {line["folder"] for line in lines}
+    folders = {path.parent.name for path in (tmp_path / "out").glob("*/config.yaml")}
+    assert folders == {line["folder"] for line in again}
+    losses = {
+        folder: RunFolder(tmp_path / "out" / folder / "mira" / "seed-3").facts.validation_loss for folder in folders
+    }
+    assert losses[same.name] == min(losses.values())  # type: ignore[type-var]
+    assert losses[best.name] == min(losses[line["folder"]] for line in lines)  # type: ignore[type-var]
+    assert all(0.01 <= line["lambda"] <= 0.9 and line["r"] in (1, 2) for line in again)
+
+
+@needs_optuna
+def test_a_bound_that_is_not_allowed_is_refused_before_anything_is_run(written: Path, tmp_path: Path) -> None:
+    words = [f"output_dir={tmp_path / 'out'}"]
+    with pytest.raises(ConfigError, match=r"r-0: lora\.r: found 0"):
+        search(written, {"r": Range(0, 2)}, words, trials=2, observer=print)
+    more = [*words, "methods=[{name: mira, graph: {kind: uniform}}, {name: fedavg}]"]
+    with pytest.raises(ConfigError, match="one method beside 'local', and this config has: mira, fedavg"):
+        search(written, {"r": Range(1, 2)}, more, trials=2, observer=print)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_optuna_trials_say_what_to_install(written: Path) -> None:
+    code = (
+        "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'optuna' else f(n, *a)"
+    )
+    code += "; from fedmira.study.search import search; search('x', {}, [], trials=1, observer=print)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "pip install 'fedmira[optuna]'" in done.stderr
+
+
+@needs_optuna
+def test_the_command_says_where_the_best_is(written: Path, tmp_path: Path) -> None:
+    done = small_study.command(
+        "sweep", written, "lambda=0.1..0.9", f"output_dir={tmp_path / 'out'}", "--trials", 2, "-q", "--json"
+    )
+    assert done.code == 0, done.err
+    assert len({line["folder"] for line in json.loads(done.out)}) == 2
+    assert f"lowest validation loss: {tmp_path / 'out'}" in done.err

@@ -75,7 +75,14 @@ def sweep(
     config: Annotated[str, typer.Argument(help=f"YAML file, or one of: {', '.join(bundled.presets())}")],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(help="key=v1,v2: a setting and its values; a.b=c: applied to the config", show_default=False),
+        typer.Argument(
+            help="key=v1,v2: a setting and its values; key=low..high, with --trials: a range; a.b=c: applied to the "
+            "config",
+            show_default=False,
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="points, proposed by optuna from the validation losses so far, not a grid")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the studies in output_dir")] = False,
     quiet: Quiet = False,
@@ -85,24 +92,35 @@ def sweep(
 ) -> None:
     """Run a study at every point of a grid of settings, each in a folder of its own, and print one table of all.
 
+    With --trials the points are searched instead: each is proposed from the validation losses of those before it.
     A setting is named whole (training.learning_rate) or by its last word (learning_rate), or is one of the methods' own
     (lambda). Called again it uses what is complete and goes on with what was stopped.
     """
+    from fedmira.cli.show import visible
     from fedmira.study import sweep as sweeping
 
     grid, overrides = sweeping.split_words(settings or [])
-    points = sweeping.plan_sweep(config, grid, overrides)
+    points = [] if trials is not None else sweeping.plan_sweep(config, grid, overrides)
     from fedmira.cli.ending import course
     from fedmira.cli.progress import Watch
+    from fedmira.study import search as searching
 
+    best = None
     with Watch(quiet or as_json) as watch:
         course.again = ["fedmira", "sweep", config, *(settings or [])]
-        lines = sweeping.sweep(points, watch, overwrite=overwrite)
+        if trials is None:
+            lines = sweeping.sweep(points, watch, overwrite=overwrite)
+        else:
+            course.again += ["--trials", str(trials)]
+            lines, best = searching.search(config, grid, overrides, trials=trials, observer=watch, overwrite=overwrite)
     if as_json:
         print(json.dumps(lines))
     else:
         _show_sweep(lines, list(grid))
-    _tell_of_figures(Path(points[0].config.output_dir).parent, len(grid))
+    if best is not None:
+        print(f"lowest validation loss: {visible(best.config.output_dir)}", file=sys.stderr)
+    output = Path((best or points[0]).config.output_dir).parent
+    _tell_of_figures(output, len(grid))
 
 
 def _tell_of_figures(output: Path, swept: int) -> None:

@@ -30,7 +30,27 @@ from fedmira.study.run import Common
 from fedmira.study.trackers import check_trackers
 
 SECTIONS = ("model", "lora", "data", "federation", "training", "evaluation")
-Grid = Mapping[str, Sequence[Any]]  # what a user calls a setting -> its values
+WIDE = 8  # high over low from which on a range is searched by its logarithm
+_RANGE = re.compile(r"(-?\d[^,\[{]*?)\.\.(-?[.\d][^,\[{]*)")
+
+
+@dataclass(frozen=True)
+class Range:
+    """All numbers from low to high, for `--trials`; whole: integers alone."""
+
+    low: float
+    high: float
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    @property
+    def wide(self) -> bool:
+        return self.low > 0 and self.high / self.low >= WIDE
+
+
+Grid = Mapping[str, Sequence[Any] | Range]  # what a user calls a setting -> its values
 
 
 @dataclass(frozen=True)
@@ -38,7 +58,7 @@ class Axis:
     """A setting and its values. words: where it is in the config; of_methods: the entries that have it, by place."""
 
     key: str
-    values: Sequence[Any]
+    values: Sequence[Any] | Range
     words: tuple[str, ...] = ()
     of_methods: tuple[int, ...] = ()
 
@@ -52,12 +72,21 @@ class Point:
     config: Config
 
 
-def split_words(words: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
-    """Return what is swept, `key=v1,v2`, and the overrides among words of a command line: those with one value."""
-    grid: dict[str, list[Any]] = {}
+def split_words(words: Sequence[str]) -> tuple[dict[str, list[Any] | Range], list[str]]:
+    """Return what is swept, `key=v1,v2` or `key=low..high`, and the overrides among words of a command line.
+
+    Raises ConfigError if a range does not go up.
+    """
+    grid: dict[str, list[Any] | Range] = {}
     overrides = []
     for word in words:
         key, equals, text = word.partition("=")
+        if ends := _RANGE.fullmatch(text):
+            low, high = (parse_yaml(part, word) for part in ends.groups())
+            if not all(type(one) in (int, float) for one in (low, high)) or low >= high:
+                raise ConfigError([f"{word}: a range is two numbers, the lower first, such as 1e-4..1e-2"], "sweep")
+            grid[key] = Range(low, high)
+            continue
         values = [parse_yaml(part, word) for part in text.split(",")] if "," in text and text[:1] not in "[{" else []
         if equals and len(values) > 1:
             grid[key] = values
@@ -69,12 +98,19 @@ def split_words(words: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
 def plan_sweep(path: str | Path, grid: Grid, overrides: Sequence[str] = ()) -> list[Point]:
     """Return the points of a sweep, each checked as a config. Raises ConfigError that lists every fault."""
     config = load_config(path, overrides)
+    if ranges := [key for key, values in grid.items() if isinstance(values, Range)]:
+        raise ConfigError([f"{key}: a range is searched, with --trials N, and not swept" for key in ranges], "sweep")
+    return points_of(config, axes_of(grid, config), str(path))
+
+
+def axes_of(grid: Grid, config: Config) -> list[Axis]:
+    """Find every setting that is swept. Raises ConfigError that lists every fault."""
     if not grid:
         raise ConfigError(["nothing is swept; give a setting several values, such as lora.r=4,8,16"], "sweep")
     faults: list[str] = []
     axes = []
     for key, values in grid.items():
-        if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
+        if not isinstance(values, Range) and len({json.dumps(one, sort_keys=True) for one in values}) < len(values):
             faults.append(f"{key}: a value is given twice")
         found = _axis(key, values, config)
         if isinstance(found, str):
@@ -83,10 +119,10 @@ def plan_sweep(path: str | Path, grid: Grid, overrides: Sequence[str] = ()) -> l
             axes.append(found)
     if faults:
         raise ConfigError(faults, "sweep")
-    return _points(config, axes, str(path))
+    return axes
 
 
-def _axis(key: str, values: Sequence[Any], config: Config) -> Axis | str:
+def _axis(key: str, values: Sequence[Any] | Range, config: Config) -> Axis | str:
     """Find a setting in the config, or in the methods, by its whole path or its name; a fault if it is not one."""
     words = tuple(key.split("."))
     if words[0] in SECTIONS and len(words) > 1:
@@ -110,22 +146,27 @@ def _settings_of(name: str) -> list[str]:
     return [field.alias or key for key, field in load(name).Config.model_fields.items()]
 
 
-def _points(config: Config, axes: Sequence[Axis], source: str) -> list[Point]:
-    """Make the config of every point; a method stands where no setting that it does not have has another value."""
+def points_of(config: Config, axes: Sequence[Axis], source: str) -> list[Point]:
+    """Make the config of every point; a method stands where no setting that it does not have has another value.
+
+    Raises ConfigError that lists the faults of every point.
+    """
     points, faults = [], []
-    for chosen in itertools.product(*(range(len(axis.values)) for axis in axes)):
-        values = {axis.key: axis.values[place] for axis, place in zip(axes, chosen, strict=True)}
+    lists = [[] if isinstance(axis.values, Range) else list(axis.values) for axis in axes]
+    for chosen in itertools.product(*(range(len(some)) for some in lists)):
+        values = {axis.key: some[place] for axis, some, place in zip(axes, lists, chosen, strict=True)}
         name = "_".join(f"{_plain(key)}-{_plain(value)}" for key, value in values.items())
         raw: dict[str, Any] = {**config.model_dump(by_alias=True), "output_dir": str(Path(config.output_dir) / name)}
         entries = [entry.as_written for entry in config.methods]
         stays = [True] * len(entries)
         for axis, place in zip(axes, chosen, strict=True):
+            value = values[axis.key]
             if not axis.of_methods:
-                _set(raw, axis.words, axis.values[place])
+                _set(raw, axis.words, value)
                 continue
             for index, entry in enumerate(entries):
                 if index in axis.of_methods:
-                    _set(entry, axis.words, axis.values[place])
+                    _set(entry, axis.words, value)
                 elif place:
                     stays[index] = False
         raw["methods"] = [entry for entry, stays_here in zip(entries, stays, strict=True) if stays_here]
@@ -156,16 +197,32 @@ def _plain(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", text)
 
 
+class Commons:
+    """What studies of a sweep share, by their data, base and evaluation."""
+
+    def __init__(self) -> None:
+        self._by: dict[str, Common] = {}
+
+    def carry_on(self, point: Point, observer: Observer, *, overwrite: bool) -> None:
+        """Begin the study of a point, or go on with it."""
+        carry_on(point.config, self._by.setdefault(_shared(point.config), Common()), observer, overwrite=overwrite)
+
+
 def sweep(points: Sequence[Point], observer: Observer, *, overwrite: bool = False) -> list[dict[str, Any]]:
-    """Carry out every point; return the lines of the table, which are written beside the studies.
+    """Carry out every point; return the lines of the table, which are written beside the studies."""
+    check_trackers(points[0].config.report_to)
+    check_container(Path(points[0].config.output_dir).parent)
+    commons = Commons()
+    for point in points:
+        commons.carry_on(point, observer, overwrite=overwrite)
+    return write_table(points)
+
+
+def write_table(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Write sweep.csv and sweep.json beside the studies; return the lines.
 
     Where matplotlib is installed, figures of one or two swept settings are written too.
     """
-    check_trackers(points[0].config.report_to)
-    check_container(Path(points[0].config.output_dir).parent)
-    commons: dict[str, Common] = {}
-    for point in points:
-        carry_on(point.config, commons.setdefault(_shared(point.config), Common()), observer, overwrite=overwrite)
     output = Path(points[0].config.output_dir).parent
     lines = table(points)
     keys = list(points[0].values)
