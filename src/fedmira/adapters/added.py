@@ -96,26 +96,28 @@ def check_pairs(pairs: Pairs, layout: Layout) -> None:
 def fold(adapters: Adapters) -> Adapters:
     """Return one client's adapter [1, P] and what was added to its base as a single adapter of the untouched base.
 
-    A' = [A_k; A], B' = [s_k B_k, B] of rank r_k + q and scale 1. Without added pairs: the adapter itself.
+    A' = [A_k; A], B' = [s_k B_k, B] of rank r_k + q and scale 1, all parts of a row one after another. One part without
+    added pairs: the adapter itself.
     """
-    if not adapters.added:
+    if not adapters.added and len(adapters.layout.parts) == 1:
         return adapters
-    factors: list[tuple[Tensor, Tensor]] = []
-    shapes: list[tuple[str, int, int]] = []
-    (part,) = adapters.layout.parts
-    for index, (first, second) in enumerate(part.pairs()):
-        rank = int(adapters.ranks_of(index)[0])
-        a = adapters.leaf(first)[0, :rank]
-        b = adapters.leaf(second)[0, :, :rank] * adapters.scale_of(index)[0].to(adapters.rows.dtype)
-        if first.module in adapters.added:
-            more_a, more_b = adapters.added[first.module]
-            a, b = torch.cat([a, more_a.to(a)]), torch.cat([b, more_b.to(b)], dim=1)
-        factors.append((a, b))
-        shapes.append((first.module, a.shape[1], len(b)))
-    ranks = [len(a) for a, _ in factors]
-    layout = lora_layout(shapes, ranks, name=part.name)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for part in adapters.layout.parts:
+        for index, (first, second) in enumerate(part.pairs()):
+            rank = int(adapters.ranks_of(index)[0])
+            scale = adapters.scale_of(index)[0].to(adapters.rows.dtype)
+            pair = adapters.leaf(first)[0, :rank], adapters.leaf(second)[0, :, :rank] * scale
+            found.setdefault(first.module, []).append(pair)
+    for module, (more_a, more_b) in adapters.added.items():
+        found[module].append((more_a.to(adapters.rows), more_b.to(adapters.rows)))
+    factors = {
+        module: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1))
+        for module, pairs in found.items()
+    }
+    ranks = [len(a) for a, _ in factors.values()]
+    layout = lora_layout([(module, a.shape[1], len(b)) for module, (a, b) in factors.items()], ranks)
     row = adapters.rows.new_zeros(1, layout.size)
-    for (first, second), (a, b) in zip(layout.parts[0].pairs(), factors, strict=True):
+    for (first, second), (a, b) in zip(layout.parts[0].pairs(), factors.values(), strict=True):
         row[0, first.start : first.stop] = a.flatten()
         row[0, second.start : second.stop] = b.flatten()
     ones = torch.ones(1, len(ranks), dtype=adapters.scale.dtype)

@@ -57,7 +57,7 @@ def exchange(method: Method) -> tuple[str, str, str]:
     size = int(federation.layout.sizes(federation.ranks[:1])[0])
     down = _formula(clients.given, played.bytes_down, size)
     up = _formula(clients.returned, played.bytes_up, size)
-    return down, up, " and ".join(PARTS[part.kind] for part in federation.layout.parts)
+    return down, up, " and ".join(dict.fromkeys(PARTS[part.kind] for part in federation.layout.parts))
 
 
 def _formula(message: Message, total: int, size: int) -> str:
