@@ -40,7 +40,7 @@ def test_no_method_is_longer_than_a_page_or_three() -> None:
 def test_a_method_has_eleven_fields_and_two_that_must_be_given() -> None:
     assert len(fields(Method)) <= 11
     assert [PLAIN.name, PLAIN.merge] == ["plain", change_nothing]
-    assert {field.name for field in fields(Client)} == {"start", "begin", "step", "finish", "use"}
+    assert {field.name for field in fields(Client)} == {"start", "begin", "step", "finish", "use", "gate"}
 
 
 @pytest.mark.parametrize(

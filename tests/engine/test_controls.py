@@ -103,7 +103,7 @@ def test_the_untouched_base_makes_no_pass_and_has_its_scores_of_the_start(
 
     for module, names in (
         (scoring, ("measure_loss", "measure_answers")),
-        (simulated, ("measure_loss", "local_phase")),
+        (simulated, ("score_loss", "local_phase")),
         (tools, ("measure_loss", "gradients", "losses")),
     ):
         for name in names:

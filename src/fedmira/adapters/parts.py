@@ -1,4 +1,4 @@
-"""Rows of two low-rank parts: two adapters of the same shapes beside each other on one base.
+"""Rows of two low-rank parts: two adapters of the same shapes beside each other on one base, and a gate between them.
 
     y = W x + s B_own A_own x + s B_shared A_shared x          `own` is first in the row
 
@@ -7,9 +7,10 @@ Every pass adds the parts up (model/packed/lora.py); an exported folder has one 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from fedmira.adapters import ALIGN, Layout, Part
+from fedmira.adapters import ALIGN, Adapters, Layout, Part
 from fedmira.adapters.lazy import Tensor, torch
 
 OWN, SHARED = "own", "shared"
@@ -45,3 +46,18 @@ def scaled_parts(layout: Layout, rows: Tensor, own: Tensor | float, shared: Tens
         for _, second in layout.part(name).pairs():
             scaled[:, second.start : second.stop] *= share
     return scaled
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A mix of a row's parts that depends on what the client is asked.
+
+    prompts: with how many of the client's training prompts a question is compared: the similarity of a question is the
+    mean cosine between its state and theirs, the last hidden state at the last token of a prompt. look: the adapters
+    that prompts are read with. mix: adapters [n] and similarities [n], one for each question, -> the adapters that
+    answer it.
+    """
+
+    prompts: int
+    look: Callable[[Adapters], Adapters]
+    mix: Callable[[Adapters, Tensor], Adapters]

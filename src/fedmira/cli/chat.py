@@ -3,22 +3,32 @@
 The base and all LoRA adapters answer in one pass, prompts in another pass for each number of virtual tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fedmira import bundled
+from fedmira.adapters import Adapters
+from fedmira.adapters.parts import Gate
 from fedmira.data.encode import encode_questions
 from fedmira.data.formats import Record, Turn
 from fedmira.data.special import as_text
 from fedmira.data.templates import Template, make_template
 from fedmira.disk.client_names import read_client_names
-from fedmira.disk.folders import RunFolder
+from fedmira.disk.folders import GATE, RunFolder
 from fedmira.errors import ConfigError, ModelError
+from fedmira.evaluation.embed import last_states
+from fedmira.evaluation.gated import cosines
 from fedmira.export.adapter_config import check_adapter
 from fedmira.export.asking import CHAT_TEMPLATE, takes_single_requests
+from fedmira.export.gate_file import read_gate
 from fedmira.export.panels import Panel, read_panels
+from fedmira.methods import recipe_of
+from fedmira.methods.base import Cohort
 from fedmira.model.answers.generate import answers
 from fedmira.model.base.load import Base, load_base, load_tokenizer
 from fedmira.model.base.vocabulary import check_ids
@@ -26,6 +36,21 @@ from fedmira.study.face import Run
 
 BASE = "base"
 DEFAULT_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """A client under a gate. place: the speaker; adapters [1, P]: both parts; references [m, d]: states of prompts."""
+
+    place: int
+    gate: Gate
+    adapters: Adapters
+    references: Tensor
+
+    def mixed(self, base: Base, question: Sequence[int]) -> Adapters:
+        """Return the adapter that answers a question, by its similarity to the client's prompts."""
+        state = last_states(base, [question], self.gate.look(self.adapters), [0])
+        return self.gate.mix(self.adapters, cosines(state, self.references.numpy()))
 
 
 @dataclass(eq=False)
@@ -42,6 +67,7 @@ class Chat:
     max_new_tokens: int
     remembers: bool = True  # the template shows conversations
     turns: list[list[Turn]] = field(default_factory=list)  # of each speaker; stays empty for single requests
+    gated: Gated | None = None  # the speaker whose adapters a gate mixes for every question
     reader: Any = None  # the tokenizer of questions, where it is not the base's: special tokens in them are text
 
     def ask(self, text: str) -> dict[str, str]:
@@ -82,7 +108,10 @@ class Chat:
             name=self.base.name,
             where=f"questions (template {self.template.name})",
         )
-        texts = answers(self.base, panel.adapters, [[ids] for ids in encoded], max_new_tokens=self.max_new_tokens)
+        adapters = panel.adapters
+        if self.gated is not None and panel.places == (self.gated.place,):
+            adapters = self.gated.mixed(self.base, encoded[0])
+        texts = answers(self.base, adapters, [[ids] for ids in encoded], max_new_tokens=self.max_new_tokens)
         return [speaker_texts[0].strip() for speaker_texts in texts]
 
 
@@ -153,7 +182,28 @@ def open_chat(
     names = [BASE, *(name for name, _ in chosen)]
     distinct = tuple(name if names.count(name) == 1 else f"{name} ({index})" for index, name in enumerate(names))
     new_tokens = _new_tokens(max_new_tokens, base.max_positions, ahead=max(config.virtual_tokens for config in configs))
-    return Chat(distinct, base, read_panels(base, [None, *configs]), rendered_by, new_tokens, not single, reader=reader)
+    gated = None if opened is None or client is None else _gated(opened, own[0], base)
+    panels = read_panels(base, [None, *configs])
+    if gated is not None:  # alone in a panel, because its adapter is another one for every question
+        panels = (*_without(panels, gated.place), Panel((gated.place,), gated.adapters))
+    return Chat(distinct, base, panels, rendered_by, new_tokens, not single, gated=gated, reader=reader)
+
+
+def _gated(run: Run, folder: Path, base: Base) -> Gated | None:
+    """Return the client of a run, the first speaker after the base, if its method has a gate."""
+    if not (folder / GATE).exists():
+        return None
+    nobody = Cohort(("client",), (1,), ({},), (), run.facts.seed)
+    gate = recipe_of(run.config.methods[0]).build(nobody).client.gate
+    return None if gate is None else Gated(1, gate, *read_gate(folder, base))
+
+
+def _without(panels: Sequence[Panel], place: int) -> Iterator[Panel]:
+    """Yield the panels without one of their places."""
+    for panel in panels:
+        kept = [index for index, one in enumerate(panel.places) if one != place]
+        if kept:
+            yield Panel(tuple(panel.places[index] for index in kept), panel.adapters.take(torch.tensor(kept)))
 
 
 def _new_tokens(requested: int | None, positions: int | None, *, ahead: int) -> int:

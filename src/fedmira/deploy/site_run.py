@@ -19,6 +19,7 @@ from fedmira.engine.federation import Federation
 from fedmira.engine.simulated import Simulated, make_clients
 from fedmira.engine.workplace import Workplace
 from fedmira.errors import WireError
+from fedmira.evaluation.gated import at_mean
 from fedmira.export.peft_folder import depth_of, export_adapter
 from fedmira.methods.base import Clock, Message, Method, remember_nothing
 from fedmira.study.assemble import evaluation_of, targets_of
@@ -172,8 +173,10 @@ class SiteRun:
 
     def write_adapter(self, message: Message, clock: Clock) -> None:
         """Write the adapter that the site uses now as a PEFT folder."""
-        adapters = self.clients.adapters(ME, Fixed(message, clock))
+        adapters, gate = self.clients.adapters(ME, Fixed(message, clock)), self.method.client.gate
         site = self.site
+        if gate is not None:
+            adapters = at_mean(site.base, gate, adapters, [site.client])
         prompts = self.federation.layout.virtual_tokens > 0
         export_adapter(
             self.adapters,

@@ -49,6 +49,7 @@ TRACKIO_FOLDER, MLFLOW_FOLDER = ".trackio", ".mlflow"  # of a study; a method's 
 MATRIX = "matrix.csv"  # of a run: every adapter on every client's test split
 LOCK = ".lock"  # of a study; an empty file
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+GATE = "gate.safetensors"  # beside an adapter that a gate mixes for every question
 TOKENIZER_FILES = ("tokenizer*", "*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja")  # beside them
 # What runs and reports write, by paths below a study.
 _RUN = re.compile(r"seed-\d+")
@@ -59,7 +60,7 @@ _WRITTEN = re.compile(
     rf"|{re.escape(MATRIX)}"
     r"|log\.txt|checkpoints/round-\d+/(?:[^/]+\.safetensors|manifest\.json)"
     r"|tensorboard/events\.out\.tfevents\.[^/]*|wandb/.*"
-    rf"|adapters/[^/]+/(?:{'|'.join(map(fnmatch.translate, (*ADAPTER_FILES, *TOKENIZER_FILES)))}))"
+    rf"|adapters/[^/]+/(?:{'|'.join(map(fnmatch.translate, (*ADAPTER_FILES, GATE, *TOKENIZER_FILES)))}))"
 )
 RESULT_COLUMNS = ("client", "method", "seed", "round", "view", "split", "metric", "value")
 NAME_COLUMN = "name"  # the last of results.csv: the client's name in the data; absent in runs of earlier versions

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fedmira.adapters import Adapters
+from fedmira.adapters.parts import Gate
 from fedmira.disk.folders import Result, View
 from fedmira.engine.clients import Clients, Scores, Send
 from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger
 from fedmira.engine.workplace import Workplace
+from fedmira.evaluation.gated import gated_answers, gated_loss
 from fedmira.evaluation.measure import PASS_TOKENS, measure_answers, measure_loss
 from fedmira.methods.base import Method
 
@@ -94,10 +97,30 @@ def final_scores(
     return Scores([None] * len(federation), whole, {**start.texts, **scores.texts})
 
 
-def score_test_split(workplace: Workplace, serve: Serve, ids: Sequence[int], progress: Callable[[int], None]) -> Scores:
-    """Return every metric of the evaluation on the test split, in the order of `ids`; no validation."""
+def score_loss(
+    workplace: Workplace, serve: Serve, ids: Sequence[int], gate: Gate | None, *, split: str
+) -> list[float | None]:
+    """Return the loss of the clients `ids` on one of their splits. gate: of the adapters in use, if there is one."""
+    base, clients, cohort = workplace.base, workplace.clients, workplace.cohort
+    if gate is not None:
+        return gated_loss(gate, base, serve, clients, ids, split=split, cohort=cohort)
+    return measure_loss(base, serve, clients, ids, split=split, cohort=cohort)
+
+
+def score_test_split(
+    workplace: Workplace,
+    serve: Serve,
+    ids: Sequence[int],
+    progress: Callable[[int], None],
+    *,
+    gate: Gate | None = None,
+) -> Scores:
+    """Return every metric of the evaluation on the test split, in the order of `ids`; no validation.
+
+    gate: of the adapters in use, if there is one.
+    """
     evaluation = workplace.evaluation
-    loss = measure_loss(workplace.base, serve, workplace.clients, ids, split="test", cohort=workplace.cohort)
+    loss = score_loss(workplace, serve, ids, gate, split="test")
     scores = {"loss": loss}
     texts: dict[tuple[int, int], str] = {}
 
@@ -106,7 +129,8 @@ def score_test_split(workplace: Workplace, serve: Serve, ids: Sequence[int], pro
             texts[k, place] = text
 
     if evaluation.metrics or evaluation.examples:
-        answers = measure_answers(
+        measured = measure_answers if gate is None else partial(gated_answers, gate)
+        answers = measured(
             workplace.base,
             serve,
             workplace.clients,

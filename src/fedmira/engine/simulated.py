@@ -24,10 +24,9 @@ from fedmira.engine.federation import Federation
 from fedmira.engine.gate import MAX_NORM, Header
 from fedmira.engine.memory import ASIDE_FILE, Aside, ClientMemory, Staged
 from fedmira.engine.phase import PhaseResult, local_phase, plan_steps
-from fedmira.engine.scoring import score_test_split
+from fedmira.engine.scoring import score_loss, score_test_split
 from fedmira.engine.tools import Moments, Toolbox, Training
 from fedmira.engine.workplace import POOL, Workplace
-from fedmira.evaluation.measure import measure_loss
 from fedmira.methods.base import Clock, Memory, Message, Method, use_what_was_sent
 
 Serve = Callable[[Tensor], Adapters]  # client positions [n] -> their adapters, in that order
@@ -159,9 +158,7 @@ class Simulated:
 
     def measure(self, ids: Tensor, serve: Serve) -> list[float | None]:
         """Return validation losses of the clients `ids` with adapters that `serve` gives by position."""
-        workplace = self.workplace
-        base, clients, cohort = workplace.base, workplace.clients, workplace.cohort
-        return measure_loss(base, serve, clients, ids.tolist(), split="validation", cohort=cohort)
+        return score_loss(self.workplace, serve, ids.tolist(), self.method.client.gate, split="validation")
 
     def adapters(self, ids: Tensor, send: Send) -> Adapters:
         """Return the adapters that the clients `ids` would use now, at their ranks."""
@@ -188,7 +185,10 @@ class Simulated:
         return self._used(ids, start, memory, given, send.clock)
 
     def test(self, ids: Sequence[int], send: Send, progress: Callable[[int], None]) -> Scores:
-        return score_test_split(self.workplace, lambda some_ids: self.adapters(some_ids, send), ids, progress)
+        gate = self.method.client.gate
+        return score_test_split(
+            self.workplace, lambda some_ids: self.adapters(some_ids, send), ids, progress, gate=gate
+        )
 
     def tune(self, send: Send, progress: Callable[[int], None]) -> Tuned:
         """Fine-tune in passes of clients with about as many examples."""

@@ -31,7 +31,7 @@ def measure_loss(
     scores: dict[int, float | None] = dict.fromkeys(ids)
     for chunk in _chunks(clients, ids, split=split, cohort=cohort):
         adapters = serve(torch.tensor(chunk))
-        queues = [sorted(_examples(clients[k], split), key=lambda example: -len(example.ids)) for k in chunk]
+        queues = [sorted(examples_in(clients[k], split), key=lambda example: -len(example.ids)) for k in chunk]
         nats = torch.zeros(len(chunk), dtype=torch.float64)
         tokens = torch.zeros(len(chunk), dtype=torch.int64)
         for parts in _deal(queues, padded=not base.packs, ahead=adapters.layout.virtual_tokens):
@@ -51,7 +51,7 @@ def measure_examples(
 
     N: of the client with the most; 0 beyond those of another. adapters [S]: of each client. Infinite nats: diverged.
     """
-    examples = [_examples(client, split) for client in clients]
+    examples = [examples_in(client, split) for client in clients]
     order = [sorted(range(len(some)), key=lambda place: -len(some[place].ids)) for some in examples]
     queues = [[some[place] for place in places] for some, places in zip(examples, order, strict=True)]
     nats, tokens = torch.zeros(2, len(clients), max(map(len, examples), default=0), dtype=torch.float64)
@@ -85,9 +85,9 @@ def measure_answers(
     clients done. written: called with each answer, its client and the example's place in the split.
     """
     means: dict[int, dict[str, float | None]] = {k: dict.fromkeys(metrics) for k in ids}
-    finished = len([k for k in ids if not _examples(clients[k], split)])
+    finished = len([k for k in ids if not examples_in(clients[k], split)])
     for chunk in _chunks(clients, ids, split=split, cohort=min(cohort, ANSWER_ROWS)):
-        queries = [_examples(clients[k], split)[:max_examples] for k in chunk]
+        queries = [examples_in(clients[k], split)[:max_examples] for k in chunk]
         texts = answers(
             base,
             serve(torch.tensor(chunk)),
@@ -121,7 +121,7 @@ def plain_answer(text: str, example: Encoded) -> str:
     return text.removeprefix(before).removesuffix(after)
 
 
-def _examples(client: ClientData, split: str) -> Sequence[Encoded]:
+def examples_in(client: ClientData, split: str) -> Sequence[Encoded]:
     return {"train": client.train, "validation": client.validation, "test": client.test}[split]
 
 
@@ -148,6 +148,6 @@ def _deal(queues: Sequence[Sequence[Encoded]], *, padded: bool, ahead: int) -> I
 
 def _chunks(clients: Sequence[ClientData], ids: Sequence[int], *, split: str, cohort: int) -> list[list[int]]:
     """Deal clients that have examples into chunks of similar length, so that padding is small."""
-    having = [k for k in ids if _examples(clients[k], split)]
-    having.sort(key=lambda k: sum(len(example.ids) for example in _examples(clients[k], split)))
+    having = [k for k in ids if examples_in(clients[k], split)]
+    having.sort(key=lambda k: sum(len(example.ids) for example in examples_in(clients[k], split)))
     return [having[start : start + cohort] for start in range(0, len(having), cohort)]

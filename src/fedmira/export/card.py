@@ -42,6 +42,7 @@ class Card(TypedDict, total=False):
     group: str | None
     personal: bool  # False: every client of the run, or of the group, has this adapter
     grouped: bool  # one adapter for each group
+    gated: bool  # the run mixes two adapters anew for every question; the folder has one mix
     cut: bool  # a shared adapter is cut to this client's rank
     method: str
     settings: Mapping[str, Any]
@@ -206,6 +207,13 @@ def _made(card: Card) -> list[str]:
 
 
 def _inside(card: Card) -> list[str]:
+    if card.get("gated"):
+        mix = (
+            "The method mixes a shared adapter and one of this client's own anew for every question, by how near the "
+            "question is to the client's data. PEFT has no such gate: this folder has the mix at the mean of the client's "
+            "validation questions. The scores above are with the gate, and so are answers of `fedmira chat` in the run."
+        )
+        return ["## What is in this folder", "", mix, ""]
     if "hidden" not in card:
         return []
     where = (

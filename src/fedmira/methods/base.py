@@ -16,6 +16,7 @@ from fedmira.adapters import Adapters, Layout, Pairs, Stored, lora_layout
 from fedmira.adapters.added import BaseVersions
 from fedmira.adapters.columns import every_column
 from fedmira.adapters.lazy import Tensor, np, torch
+from fedmira.adapters.parts import Gate
 from fedmira.config.strict import Strict
 from fedmira.errors import MethodError
 from fedmira.graphs.graph import Graph
@@ -239,7 +240,7 @@ class Client:
     """The client's half. Functions see [S, ...] and return new values or their own arguments.
 
     start: the memory of a client that never trained, from the adapters it is sent. step may change rows and memory in
-    place, and sees only the clients that have steps left.
+    place, and sees only the clients that have steps left. gate: mixes the parts of what is used for every question.
     """
 
     start: Callable[[Adapters], Memory] = remember_nothing
@@ -247,6 +248,7 @@ class Client:
     step: Phase = descend
     finish: Finish = return_the_row
     use: Use = use_what_was_sent
+    gate: Gate | None = None
 
 
 class FirstRows(Protocol):

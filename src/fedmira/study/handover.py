@@ -19,8 +19,10 @@ from fedmira.engine.clients import Scores
 from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
 from fedmira.engine.run import Ended
+from fedmira.evaluation.gated import at_mean, references
 from fedmira.export.asking import share_files, tokenizer_files
 from fedmira.export.card import Card, licence_of, model_card
+from fedmira.export.gate_file import write_gate
 from fedmira.export.peft_folder import count_exported, depth_of, describe, export_adapter
 from fedmira.methods.base import Method
 from fedmira.study.assemble import Prepared
@@ -46,7 +48,8 @@ def write_adapters(
 
     start: scores of the untouched base; ended: scores of these adapters, and the round of each. Clients with the same
     adapter, as all of a shared method and those never drawn of a personal one, get hard links to one read-only file
-    where there are so many that copies would fill the disk. All folders have the tokenizer and the
+    where there are so many that copies would fill the disk. A method with a gate exports each client's mean mix, and
+    writes what `chat` needs for the gate beside it. All folders have the tokenizer and the
     chat template, as hard links to one copy.
     """
     facts = folder.facts
@@ -63,7 +66,8 @@ def write_adapters(
     tokenizer: list[Path] = []  # the files of the first client's folder, which the others share
     common: dict[tuple[tuple[int, ...], str], Path] = {}  # ranks and sha256 of a row that others may have -> its folder
     for position, client in enumerate(clients):
-        used = serve(torch.tensor([position]))
+        parts = serve(torch.tensor([position]))
+        used = parts if method.client.gate is None else at_mean(base, method.client.gate, parts, [client])
         served = fold(used)
         target = folder.adapters / client.id
         card: Card = {
@@ -96,6 +100,8 @@ def write_adapters(
             trained = pool if trainees == "pool" else (len(client.train), client.trained_tokens)
             card["examples"], card["trained_tokens"] = trained
         card["personal"] = own
+        if method.client.gate is not None:
+            card["gated"] = True
         card["grouped"] = not own and not shared_by_all
         card["cut"] = not own and trainees == "sampled" and is_mixed(federation.ranks)
         if drawn[client.id] or not tuned:  # a card takes a personal adapter never drawn for the common start
@@ -119,6 +125,8 @@ def write_adapters(
         else:
             linked: Card = {**card, **describe(served)}
             write_atomic(target / "README.md", model_card(model.base_model, linked, revision=model.revision).encode())
+        if method.client.gate is not None:
+            write_gate(target, parts, references(base, method.client.gate, parts, client))
         if tokenizer:
             share_files(tokenizer, target)
         else:
