@@ -211,7 +211,7 @@ def _inside(card: Card) -> list[str]:
         mix = (
             "The method mixes a shared adapter and one of this client's own anew for every question, by how near the "
             "question is to the client's data. PEFT has no such gate: this folder has the mix at the mean of the "
-            "client's validation questions. The scores above are with the gate, and so are answers of `fedmira chat` in the run."
+            "client's validation questions. Scores above are with the gate, and so are answers of `fedmira chat`."
         )
         return ["## What is in this folder", "", mix, ""]
     if "hidden" not in card:
