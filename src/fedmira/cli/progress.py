@@ -252,6 +252,7 @@ class Watch:
         self.say(
             f"base: {prepared.config.model.base_model}, {str(base.dtype).removeprefix('torch.')} on {base.device}; "
             f"adapters: {adapters}; {prepared.sampled} clients a round, {workplace.cohort} in one pass"
+            f"{', whose blocks are recomputed in backward' if workplace.recompute else ''}"
         )
 
         for split in ("validation", "test"):

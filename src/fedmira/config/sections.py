@@ -206,6 +206,7 @@ class TrainingConfig(Strict):
     local_epochs: Length | None = None  # instead of local_steps
     batch_size: Count = 8  # examples of a client in one pass through the base
     gradient_accumulation_steps: Count = 1  # passes for one optimizer step
+    gradient_checkpointing: Literal["auto", True, False] = "auto"  # recompute blocks in backward; auto: if memory asks
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = (

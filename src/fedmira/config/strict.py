@@ -44,7 +44,7 @@ def _check_kind(value: Any, annotation: Any) -> None:
     """Raise ValueError for a value of a kind that its key does not have, though pydantic would convert it."""
     if not isinstance(value, bool | int | float | str | list | tuple | Mapping | BaseModel | None):
         raise ValueError("is not text, a number, a list or a mapping")
-    if isinstance(value, bool) and annotation is not bool:
+    if isinstance(value, bool) and annotation is not bool and not any(value is one for one in _kinds(annotation)[1]):
         raise ValueError("true and false are not allowed here")
     if not isinstance(value, str):
         return

@@ -1,7 +1,7 @@
 """One run at a site: the client's half of a method, and what it remembers, durable by round."""
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from fedmira.evaluation.gated import at_mean
 from fedmira.export.peft_folder import depth_of, export_adapter
 from fedmira.methods.base import Clock, Message, Method, remember_nothing
 from fedmira.study.assemble import evaluation_of, targets_of
+from fedmira.study.passes import plan_passes
 from fedmira.study.training import training_of
 
 ME = torch.zeros(1, dtype=torch.int64)
@@ -82,9 +83,13 @@ class SiteRun:
     def _begin(self) -> None:
         """Start from nothing."""
         config, site = self.site.config, self.site
-        workplace = Workplace(site.base, (site.client,), 1, evaluation_of(config), site.settings.share_metrics)
         entry = next(entry for entry in config.methods if entry.folder == self.label)
-        training = training_of(config, self.seed, config.training_of(entry))
+        section = config.training_of(entry)
+        training = training_of(config, self.seed, section)
+        workplace = Workplace(site.base, (site.client,), 1, evaluation_of(config), site.settings.share_metrics)
+        if training.recompute is None:
+            plans = plan_passes(workplace, [(self.federation.layout, section)], 1)
+            workplace = replace(workplace, recompute=plans[0].recompute)
         clients = make_clients(workplace, self.federation, self.method, training)
         assert isinstance(clients, Simulated)
         self.clients = clients

@@ -43,6 +43,7 @@ class RunFacts:
     dtype: str
     device: str
     cohort: int  # clients trained in one pass
+    recompute: bool = False  # decoder blocks in backward, where gradient_checkpointing is auto
     threads: int
     pull_percent: Sequence[float] | None  # smallest, mean and largest of all rounds; None: no pull
     versions: Mapping[str, str]  # library -> version, fedmira and python too

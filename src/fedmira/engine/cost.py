@@ -25,6 +25,7 @@ from fedmira.evaluation.measure import measure_answers, measure_loss
 from fedmira.methods.base import Clock, Method
 from fedmira.model.base.load import Base
 from fedmira.model.packed.loss import CHUNK_BYTES
+from fedmira.model.packed.recompute import counting
 from fedmira.model.passes import gradients
 
 log = logging.getLogger(__name__)
@@ -36,42 +37,58 @@ SHARE = 0.6  # of the memory that is free now; the rest is for evaluation, the a
 
 @dataclass(frozen=True)
 class CohortPlan:
-    """Clients per pass and why. bytes_each: activations and rows of one client at the longest batch of the data."""
+    """Clients per pass and why. bytes_each: activations and rows of one client at the longest batch of the data.
+
+    recompute: are decoder blocks computed again in backward?
+    """
 
     cohort: int
     bytes_each: int
     bytes_free: int
+    recompute: bool = False
 
 
 def plan_cohort(
-    base: Base, layout: Layout, clients: Sequence[ClientData], *, batch_size: int, sampled: int, rows: int = 5
+    base: Base,
+    layout: Layout,
+    clients: Sequence[ClientData],
+    *,
+    batch_size: int,
+    sampled: int,
+    rows: int = 5,
+    recompute: bool | None = None,
 ) -> CohortPlan:
     """Measure one client's training pass on the longest examples and return how many clients fit in one pass.
 
     The bytes that autograd keeps for the backward pass are counted exactly by hooks; rows, gradient and moments are
-    `rows` x P x 4 bytes. sampled: clients of a round, the most a cohort can use.
+    `rows` x P x 4 bytes. sampled: clients of a round, the most a cohort can use. recompute: of decoder blocks; None =
+    where not all clients fit without, and more do with it.
     """
     examples = (example for client in clients for example in client.train)
     longest = sorted(examples, key=lambda example: -len(example.ids))[:batch_size]
     batch = collate([longest], pad_id=base.pad_id)
     adapters = start_adapters(layout, torch.tensor([layout.parts[0].rank]), 1.0, torch.Generator().manual_seed(0))
     adapters = adapters.with_rows(adapters.rows.to(base.device))
-    weights = {parameter.untyped_storage().data_ptr() for parameter in base.model.parameters()}
-    saved: dict[int, int] = {}  # address -> bytes
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    with counting(base.blocks, list(base.model.parameters())) as kept:
         gradients(base, adapters, batch, into=torch.zeros_like(adapters.rows))
-    each = sum(saved.values()) + rows * layout.size * 4
     free = _free_bytes(base.device) - 2 * CHUNK_BYTES
-    cohort = max(1, min(sampled, int(SHARE * free) // each))
-    log.info("cohort %d of %d sampled: %.1f MB a client, %.1f GB free", cohort, sampled, each / 1e6, free / 1e9)
-    return CohortPlan(cohort, each, free)
+    each = {
+        again: bytes_kept + rows * layout.size * 4
+        for again, bytes_kept in ((False, kept.plain), (True, kept.recomputed))
+    }
+    fit = {again: min(sampled, int(SHARE * free) // needed) for again, needed in each.items()}
+    if recompute is None:
+        recompute = fit[True] > fit[False]
+    cohort = max(1, fit[recompute])
+    log.info(
+        "cohort %d of %d sampled: %.1f MB a client, %.1f MB with its blocks recomputed, %.1f GB free",
+        cohort,
+        sampled,
+        each[False] / 1e6,
+        each[True] / 1e6,
+        free / 1e9,
+    )
+    return CohortPlan(cohort, each[recompute], free, recompute)
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -192,6 +209,8 @@ def measure_speeds(
     ids [S]: the clients of the first round; as many as one pass takes are used. Nothing is kept.
     """
     ids = ids[: workplace.cohort]
+    if training.recompute is None:
+        training = replace(training, recompute=workplace.recompute)
     clock = Clock(1, learning_rate=training.learning_rate)
     given = method.message(federation.first_state(training.seed, method), ids, clock)
     start = federation.adapters(ids, given.rows)

@@ -45,6 +45,8 @@ class Simulated:
         scratch: Path | None = None,
     ) -> None:
         """scratch: a folder for what clients keep if it is too large for RAM."""
+        if training.recompute is None:
+            training = replace(training, recompute=workplace.recompute)
         self.workplace, self.federation, self.method, self.training = workplace, federation, method, training
         self.memory = ClientMemory(len(federation), scratch)
         self.staged = Staged(self.memory, torch.empty(0, dtype=torch.int64), {})

@@ -27,7 +27,8 @@ Moments = dict[str, dict[str, Tensor]]  # whose ("main", or a second trained row
 class Training:
     """How clients train; plain values from the config.
 
-    batch_size: examples in one pass. accumulation: passes whose gradients make one optimizer step.
+    batch_size: examples in one pass. accumulation: passes whose gradients make one optimizer step. recompute: blocks in
+    backward; None: as the workplace has measured.
     """
 
     optimizer: Optimizer
@@ -41,6 +42,7 @@ class Training:
     seed: int
     accumulation: int = 1
     schedule: Schedule = CONSTANT
+    recompute: bool | None = None
 
     @property
     def examples_per_step(self) -> int:
@@ -161,9 +163,11 @@ class _Call:
         The loss is the mean over the labelled tokens of the whole step, not a mean of the passes' means.
         Source: transformers' Trainer (num_items_in_batch).
         """
-        base, batches = self.box.base, self._batches()
+        base, batches, recompute = self.box.base, self._batches(), bool(self.box.training.recompute)
         if len(batches) == 1:
-            return gradients(base, adapters, batches[0], into=into, dropout=self.dropout(0), streams=streams)
+            return gradients(
+                base, adapters, batches[0], into=into, dropout=self.dropout(0), streams=streams, recompute=recompute
+            )
         each = [count_labelled(batch, adapters.layout.virtual_tokens) for batch in batches]
         tokens = torch.stack(each).sum(dim=0).to(base.device)
         part = self.box.part_of_gradient[: len(self.moments)]
@@ -177,6 +181,7 @@ class _Call:
                 dropout=self.dropout(index),
                 streams=streams,
                 tokens=tokens,
+                recompute=recompute,
             )
             sums += values
             if index:

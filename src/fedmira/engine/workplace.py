@@ -23,7 +23,8 @@ class Evaluation:
 class Workplace:
     """What simulated clients share. clients [K]: their data; cohort: clients trained in one pass.
 
-    reports: may clients' losses leave them within a method's messages?
+    reports: may clients' losses leave them within a method's messages? recompute: decoder blocks in backward, where a
+    training does not say so itself.
     """
 
     base: Base
@@ -31,6 +32,7 @@ class Workplace:
     cohort: int
     evaluation: Evaluation = Evaluation()
     reports: bool = True
+    recompute: bool = False
 
     def __len__(self) -> int:
         return len(self.clients)

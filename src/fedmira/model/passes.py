@@ -14,6 +14,7 @@ from fedmira.model.packed.attention import PackedAttention
 from fedmira.model.packed.lora import Dropout
 from fedmira.model.packed.loss import sampled_loss, token_losses, weighted_loss
 from fedmira.model.packed.packing import Pass, pack, pad
+from fedmira.model.packed.recompute import recomputing
 from fedmira.model.packed.virtual import prepend_virtual
 from fedmira.model.seam import attending
 
@@ -27,12 +28,13 @@ def gradients(
     dropout: Dropout | None = None,
     streams: Sequence[np.random.Generator] | None = None,
     tokens: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return each client's loss [S] and labelled tokens [S]; write d loss_k / d row_k to `into` [S, P].
 
     loss_k = mean over the labelled tokens of client k's own batch, in nats; no client influences another. A client
     without labelled tokens gets loss 0 and gradient 0. tokens [S]: divide the sum over the batch by these instead,
-    where it is a part of a larger one.
+    where it is a part of a larger one. recompute: keep no activations of decoder blocks; the same bits.
 
     streams [S]: the labels are drawn from the model, y ~ softmax(f(x)), at the same tokens, each client's from its own
     stream and in the order of its examples. None: the labels of the batch. With B_k drawn labels the mean of
@@ -44,7 +46,7 @@ def gradients(
         dropout = None  # it is LoRA's
     plan = plan_pass(base, batch, share=dropout is None)  # masks are drawn for every token of every example
     weights = 1.0 / (plan.counts if tokens is None else tokens).clamp(min=1).to(_wide(base.dtype))
-    with running(base, plan, adapters, into=into, dropout=dropout) as states:
+    with running(base, plan, adapters, into=into, dropout=dropout, recompute=recompute) as states:
         if streams is None:
             total, losses = weighted_loss(states, plan.targets, weights[plan.owner], base.head)
         else:
@@ -99,17 +101,18 @@ def running(
     into: Tensor | None = None,
     dropout: Dropout | None = None,
     keys_values: list[tuple[Tensor, Tensor]] | None = None,
+    recompute: bool = False,
 ) -> Iterator[Tensor]:
     """Run the base over a pass; yield the hidden states [n, d] of its labelled tokens.
 
     adapters [K]: those of the pass, None for the base alone. clients [S]: the row of `adapters` of each client of the
     batch, None for row s of client s. into [K, P]: takes the gradients of what is differentiated inside the block, 0
     for clients without tokens; only then the states are differentiable. keys_values: takes the keys and values
-    [1, H', N, D] of every layer in turn, where the pass is packed.
+    [1, H', N, D] of every layer in turn, where the pass is packed. recompute: blocks are computed again in backward.
     """
     if adapters is None:
-        with torch.no_grad():
-            yield _states(base, plan, keys_values)
+        with torch.no_grad(), _open(base, plan, keys_values):
+            yield _states(base, plan)
         return
     rows = plan.order if clients is None else clients[plan.order]
     in_place = len(rows) == len(adapters) and torch.equal(rows, torch.arange(len(adapters)))
@@ -126,22 +129,30 @@ def running(
         gradient=gradient,
         dropout=dropout,
     )
-    with filled, torch.set_grad_enabled(into is not None):
-        yield _states(base, plan, keys_values)
+    again = recomputing(base.blocks) if recompute and into is not None else nullcontext()
+    with filled, _open(base, plan, keys_values), again, torch.set_grad_enabled(into is not None):
+        yield _states(base, plan)
     if into is not None and gradient is not None and not in_place:
         into.zero_()
         into[rows] = gradient
 
 
-def _states(base: Base, plan: Pass, keys_values: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+@contextmanager
+def _open(base: Base, plan: Pass, keys_values: list[tuple[Tensor, Tensor]] | None) -> Iterator[None]:
+    """Let the base's layers attend, and its tail be cut, as this pass asks for; until backward is done."""
+    if plan.attention is None:
+        yield
+        return
+    tail = nullcontext() if base.tail is None else base.tail.cut(plan)
+    with tail as last, attending(base.model, PackedAttention(plan.attention, last, keys_values)):
+        yield
+
+
+def _states(base: Base, plan: Pass) -> Tensor:
     """Return the hidden states [n, d] of labelled tokens. No attention mask: nothing is padded on the left."""
     inputs = base.inputs(plan.ids, plan.virtual)
-    if plan.attention is None:
-        states = base.decoder(**inputs, use_cache=False).last_hidden_state
-    else:
-        tail = nullcontext() if base.tail is None else base.tail.cut(plan)
-        with tail as last, attending(base.model, PackedAttention(plan.attention, last, keys_values)):
-            states = base.decoder(**inputs, position_ids=plan.positions, use_cache=False).last_hidden_state
+    where = {} if plan.attention is None else {"position_ids": plan.positions}
+    states = base.decoder(**inputs, **where, use_cache=False).last_hidden_state
     return states.reshape(-1, states.shape[-1]).index_select(0, plan.labelled)
 
 

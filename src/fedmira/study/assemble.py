@@ -22,7 +22,6 @@ from fedmira.config.sections import Config, TrainingConfig
 from fedmira.data.batches import ClientData
 from fedmira.data.partition import client_key
 from fedmira.disk.run_facts import RunFacts
-from fedmira.engine.cost import CohortPlan, plan_cohort
 from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation
 from fedmira.engine.schedule import draw_schedule
@@ -38,6 +37,7 @@ from fedmira.model.base.load import Base, choose_device, load_base
 from fedmira.model.base.trial import check_embeddings
 from fedmira.study.events import StudyPrepared
 from fedmira.study.intake import Intake, check_examples, take_in
+from fedmira.study.passes import shape_of_passes
 from fedmira.study.training import check_least_rate, check_validation
 
 # Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
@@ -188,8 +188,8 @@ def prepare(
     check_virtual_tokens(config, prepared, kinds)
     if not all(layout.virtual_tokens for layout in kinds):
         check_targets(base.model, [name for name, _, _ in base.shapes], targets)
-    cohort = width_of_passes(config, workplace, prepared.passes(), sampled, saved)
-    prepared = replace(prepared, workplace=replace(workplace, cohort=cohort))
+    cohort, recompute = shape_of_passes(config, workplace, prepared.passes(), sampled, saved)
+    prepared = replace(prepared, workplace=replace(workplace, cohort=cohort, recompute=recompute))
     observer(StudyPrepared(prepared))
     return prepared
 
@@ -327,34 +327,6 @@ def check_virtual_tokens(config: Config, prepared: Prepared, kinds: Mapping[Layo
             vocabulary=base.vocabulary,
             name=config.model.base_model,
         )
-
-
-def width_of_passes(
-    config: Config,
-    workplace: Workplace,
-    passes: Sequence[tuple[Layout, TrainingConfig]],
-    sampled: int,
-    saved: RunFacts | None,
-) -> int:
-    """Return how many clients train in one pass: as saved, as the config says, or as many as fit."""
-    if saved is not None:
-        return saved.cohort
-    if config.federation.cohort != "auto":
-        return config.federation.cohort
-    return min(plan.cohort for plan in plan_passes(workplace, passes, sampled))
-
-
-def plan_passes(
-    workplace: Workplace, passes: Sequence[tuple[Layout, TrainingConfig]], sampled: int
-) -> list[CohortPlan]:
-    """Measure every kind of training pass. One that is accumulated has a second gradient for each client."""
-    kinds = dict.fromkeys(
-        (layout, section.batch_size, 5 + (section.gradient_accumulation_steps > 1)) for layout, section in passes
-    )
-    return [
-        plan_cohort(workplace.base, layout, workplace.clients, batch_size=batch, sampled=sampled, rows=rows)
-        for layout, batch, rows in kinds
-    ]
 
 
 def evaluation_of(config: Config) -> Evaluation:

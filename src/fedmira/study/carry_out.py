@@ -71,10 +71,11 @@ def describe_run(
     dtype: str,
     device: str,
     width: int,
+    recompute: bool = False,
     threads: int,
     versions: Mapping[str, str],
 ) -> RunFacts:
-    """Return what run.json says of a run that begins. config: of the study; width: clients trained in one pass."""
+    """Return what run.json says of a run that begins. config: of the study; width, recompute: of a pass."""
     method, entry = built.methods[cohort.seed], built.recipe.entry
     graph, pulls = method.facts.graph, None
     if method.facts.pull is not None:
@@ -104,6 +105,7 @@ def describe_run(
         dtype=dtype,
         device=device,
         cohort=width,
+        recompute=recompute,
         threads=threads,
         pull_percent=None if not pulls else [min(pulls), sum(pulls) / len(pulls), max(pulls)],
         versions=versions,

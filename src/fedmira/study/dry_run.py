@@ -24,9 +24,10 @@ from fedmira.export.peft_folder import count_exported
 from fedmira.methods import build, recipe_of
 from fedmira.methods.base import Clock
 from fedmira.study import handover
-from fedmira.study.assemble import Built, Prepared, keep_positions, plan_passes, prepare, using_threads
+from fedmira.study.assemble import Built, Prepared, keep_positions, prepare, using_threads
 from fedmira.study.events import StepBegun
 from fedmira.study.intake import take_in
+from fedmira.study.passes import plan_passes
 from fedmira.study.trackers import check_trackers
 from fedmira.study.training import training_of
 

@@ -227,6 +227,7 @@ def _facts(prepared: Prepared, built: Built, cohort: Cohort, federation: Federat
         dtype=str(base.dtype).removeprefix("torch."),
         device=str(base.device),
         width=prepared.workplace.cohort,
+        recompute=prepared.workplace.recompute,
         threads=prepared.threads,
         versions={
             "fedmira": importlib.metadata.version("fedmira"),

@@ -47,6 +47,7 @@ def training_of(config: Config, seed: int, section: TrainingConfig | None = None
         seed=seed,
         accumulation=section.gradient_accumulation_steps,
         schedule=schedule_of(section, config.federation.rounds),
+        recompute=None if section.gradient_checkpointing == "auto" else section.gradient_checkpointing,
     )
 
 

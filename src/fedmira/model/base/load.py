@@ -36,6 +36,7 @@ from fedmira.model.base.weights import check_fit, check_numbers
 from fedmira.model.packed.fused import fuse
 from fedmira.model.packed.lora import Stack, find_targets, install
 from fedmira.model.packed.loss import Head
+from fedmira.model.packed.recompute import find_blocks
 from fedmira.model.packed.tail import Tail, find_tail
 from fedmira.model.packed.virtual import VirtualIndex
 
@@ -64,6 +65,7 @@ class Base:
     packs: bool  # passes lay examples end to end; else they are padded
     stack: Stack = field(default_factory=Stack)
     reach: int | None = None  # longest text whose attention is plainly causal (windows, chunks); None: of any length
+    blocks: tuple[nn.Module, ...] = ()  # of the decoder, which a pass may compute again in backward
     tail: Tail | None = None  # what follows the last attention, where it can be cut to the labelled tokens
 
     @property
@@ -179,6 +181,7 @@ def wrap(
         packs=reaches is not None,
         reach=min(reaches, default=None) if reaches else None,
         stack=stack,
+        blocks=find_blocks(decoder),
         tail=tail,
     )
 

@@ -1,0 +1,100 @@
+"""`training.gradient_checkpointing`: the same study to the bit, chosen by memory, kept on resume."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests import small_study
+
+from fedmira.disk.folders import RunFolder
+from fedmira.engine import cost
+from fedmira.errors import ConfigError
+from fedmira.model import passes
+from fedmira.study.face import resume, run
+from fedmira.study.loading import check
+from fedmira.study.run import Common
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("recompute")
+    return small_study.save_base(folder / "base"), small_study.save_data(folder / "data.jsonl")
+
+
+def settings(made: tuple[Path, Path], output: Path, key: Any, *, cohort: Any = "auto") -> dict[str, Any]:
+    training = {"gradient_checkpointing": key, "local_steps": 2}
+    return small_study.settings(
+        *made, output, training=training, federation={"rounds": 2, "participation": 1.0, "cohort": cohort}
+    )
+
+
+def recomputing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Take note of every pass whose blocks are computed again."""
+    seen: list[int] = []
+    inner = passes.recomputing
+
+    def noted(blocks: Any) -> Any:
+        seen.append(len(blocks))
+        return inner(blocks)
+
+    monkeypatch.setattr(passes, "recomputing", noted)
+    return seen
+
+
+def test_a_study_has_the_same_bits_with_it(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = recomputing(monkeypatch)
+    outcomes = {}
+    for key, count in ((False, 0), (True, 3 * 2 * 2)):
+        seen.clear()
+        run(check(settings(made, tmp_path / str(key), key), "study.yaml"))
+        assert len(seen) == count, "passes of three methods, two rounds, two steps"
+        outcomes[key] = small_study.outcome(tmp_path / str(key))
+    assert not small_study.differences(outcomes[False], outcomes[True])
+
+
+def bytes_of(made: tuple[Path, Path], tmp_path: Path, key: bool) -> int:
+    """What one client's pass takes."""
+    prepared = Common().prepare(check(settings(made, tmp_path / "x", key), "study.yaml"), lambda event: None)
+    (layout, section), *_ = prepared.passes()
+    workplace = prepared.workplace
+    return cost.plan_cohort(
+        workplace.base, layout, workplace.clients, batch_size=section.batch_size, sampled=6, recompute=key
+    ).bytes_each
+
+
+def test_auto_recomputes_where_more_clients_fit_and_a_resume_does_as_before(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, again = bytes_of(made, tmp_path, False), bytes_of(made, tmp_path, True)
+    assert again < plain
+    for free, chosen in ((7 * plain, False), (int(3.5 * plain), 6 * again < 3.5 * plain or again < plain)):
+        needed = int(free / cost.SHARE) + 2 * cost.CHUNK_BYTES + 16
+        monkeypatch.setattr(cost, "_free_bytes", lambda device, needed=needed: needed)
+        study = run(check(settings(made, tmp_path / str(chosen), "auto"), "study.yaml"))
+        facts = study.runs[0].facts
+        assert facts.recompute is chosen
+        assert facts.cohort == (min(6, free // again) if chosen else 6)
+    seen = recomputing(monkeypatch)
+    monkeypatch.setattr(cost, "_free_bytes", lambda device: 1 << 40)
+    resume(tmp_path / "True", ["federation.rounds=3"])
+    assert seen, "a resumed run recomputes as it did"
+    assert RunFolder(tmp_path / "True" / "local" / "seed-3").facts.recompute is True
+
+
+def test_a_given_cohort_that_does_not_fit_is_recomputed_and_one_that_does_is_not(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = bytes_of(made, tmp_path, False)
+    for free, chosen in ((3 * plain, False), (int(1.95 * plain), True)):
+        needed = int(free / cost.SHARE) + 2 * cost.CHUNK_BYTES + 16
+        monkeypatch.setattr(cost, "_free_bytes", lambda device, needed=needed: needed)
+        config = check(settings(made, tmp_path / "y", "auto", cohort=2), "study.yaml")
+        workplace = Common().prepare(config, lambda event: None).workplace
+        assert (workplace.cohort, workplace.recompute) == (2, chosen)
+
+
+def test_another_value_is_refused_by_name(made: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training\.gradient_checkpointing: found 'yes'"):
+        check(settings(made, tmp_path / "z", "yes"), "study.yaml")
