@@ -27,7 +27,8 @@ from fedmira.adapters import Adapters, Layout, Stored, lora_layout, scales
 from fedmira.adapters.optim import adamw
 from fedmira.methods import build, load
 from fedmira.methods.base import Clock, Cohort, Message, Method, Tools, all_columns
-from fedmira.model.packed.lora import Stack, find_targets, install
+from fedmira.model.base.targets import find_targets
+from fedmira.model.packed.lora import Stack, install
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "table2.md"
 MIB, GIB, GB = 2**20, 2**30, 1e9

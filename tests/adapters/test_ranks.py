@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import fedmira
 from fedmira.adapters.ranks import SHARES, TYPES, by_ending, client_ranks, is_attention, is_mixed, shown
 from fedmira.config.faults import check_config
-from fedmira.config.sections import RANK_DRAWS, RANK_TYPES
+from fedmira.config.lora import RANK_DRAWS, RANK_TYPES
 from fedmira.data.partition import client_key
 from fedmira.engine.events import silent
 from fedmira.errors import ConfigError

@@ -223,7 +223,8 @@ def test_an_unknown_key_is_refused_with_the_keys_that_are_allowed_there() -> Non
     content = raw()
     content["lora"]["rank"] = 4
     (fault,) = faults_of(content)
-    assert fault.endswith("allowed here: lora_alpha, lora_dropout, r, ranks, target_modules")
+    allowed = "alpha_pattern, exclude_modules, init_lora_weights, layers_pattern, layers_to_transform, lora_alpha, "
+    assert fault.endswith(f"allowed here: {allowed}lora_dropout, r, rank_pattern, ranks, target_modules, use_rslora")
 
 
 def test_an_unknown_method_is_refused_with_the_nearest() -> None:
@@ -267,7 +268,7 @@ def test_a_label_that_is_no_folder_name_is_refused(label: str) -> None:
         ("lora", "r", 8.5),
         ("lora", "r", True),
         ("lora", "lora_alpha", "many"),
-        ("lora", "target_modules", "q_proj"),
+        ("lora", "target_modules", 3),
         ("data", "columns", ["a"]),
         ("data", "format", "csv"),
         ("data", "max_length", 3),

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fedmira.adapters import Adapters, lora_layout
 from fedmira.data.batches import Encoded, collate
 from fedmira.errors import ModelError
-from fedmira.model.packed.lora import Dropout, Stack, find_targets, install
+from fedmira.model.base.targets import find_targets
+from fedmira.model.packed.lora import Dropout, Stack, install
 from fedmira.model.packed.packing import Segment
 from fedmira.model.passes import gradients, losses
 

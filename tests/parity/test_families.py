@@ -13,7 +13,7 @@ from fedmira.data.batches import Batch, collate
 from fedmira.errors import ModelError
 from fedmira.model.answers.generate import padded_answers
 from fedmira.model.base.load import Base
-from fedmira.model.packed.lora import find_targets
+from fedmira.model.base.targets import find_targets
 
 MLP = ["down_proj", "gate_proj", "up_proj"]
 HEADS = ["k_proj", "o_proj", "q_proj", "v_proj"]

@@ -192,9 +192,33 @@ def soft_layout(width: int, tokens: int) -> Layout:
     return Layout((Part("prompt", 0, (leaf,), 0, -(-leaf.stop // ALIGN) * ALIGN, kind="prompt"),))
 
 
-def scales(ranks: Tensor, alpha: float) -> Tensor:
-    """Return alpha / r in float32; alpha where there is no rank (nothing reads it)."""
-    return alpha / ranks.clamp(min=1).to(torch.float32)
+@dataclass(frozen=True)
+class Scaling:
+    """How a rank becomes a scale, where it is not one alpha / r for all. alpha: of each module, or one for all.
+
+    root: alpha / sqrt(r), as rank-stabilised LoRA has it (Kalajdzievski 2023, arXiv:2312.03732).
+    """
+
+    alpha: float | tuple[float, ...]
+    root: bool = False
+
+
+Alpha = float | Scaling
+Start = Literal["kaiming", "gaussian", "orthogonal"]
+
+
+def scales(ranks: Tensor, alpha: Alpha) -> Tensor:
+    """Return alpha / r, or as `alpha` says, in float32: [K], or [K, modules] where modules differ.
+
+    alpha where there is no rank (nothing reads it).
+    """
+    rank = ranks.clamp(min=1).to(torch.float32)
+    if not isinstance(alpha, Scaling):
+        return alpha / rank
+    divisor = rank.sqrt() if alpha.root else rank
+    if isinstance(alpha.alpha, float | int):
+        return alpha.alpha / divisor
+    return torch.tensor(alpha.alpha, dtype=torch.float32) / (divisor[:, None] if divisor.ndim == 1 else divisor)
 
 
 def _of_module(values: Tensor, index: int) -> Tensor:
@@ -324,15 +348,23 @@ class Stored:
         return Adapters(self.layout, self.rows[ids] if rows is None else rows, self.ranks[ids], self.scale[ids])
 
 
-def start_adapters(layout: Layout, ranks: Tensor, alpha: float, generator: torch.Generator) -> Adapters:
+def start_adapters(
+    layout: Layout, ranks: Tensor, alpha: Alpha, generator: torch.Generator, *, start: Start = "kaiming"
+) -> Adapters:
     """Draw the common start: every client gets the same A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, cut to its rank.
 
-    The bound is PEFT's (kaiming_uniform with a = sqrt 5). A prompt encoder is drawn as PEFT's is: V ~ N(0, 1), weights
-    and biases ~ U(-1/sqrt(in), 1/sqrt(in)). ranks [K] or [K, modules]; rows [K, P] float32.
-    Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
+    The bound is PEFT's (kaiming_uniform with a = sqrt 5). start: gaussian: A ~ N(0, 1/r^2), B = 0; orthogonal: B A = 0
+    with B and A of r/2 directions each, which needs even ranks that no client cuts. A prompt encoder is drawn as PEFT's
+    is: V ~ N(0, 1), weights and biases ~ U(-1/sqrt(in), 1/sqrt(in)). ranks [K] or [K, modules]; rows [K, P] float32.
+    Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1; PEFT's init_lora_weights.
     """
     row = torch.zeros(1, layout.size)
     for part in layout.parts:
+        if part.kind == "lora" and start != "kaiming":
+            for first, second in part.pairs():
+                a, b = _drawn_pair(first, second, start, generator)
+                row[0, first.start : first.stop], row[0, second.start : second.stop] = a.flatten(), b.flatten()
+            continue
         bound = 0.0
         for leaf in part.leaves:
             if leaf.factor == "B":
@@ -345,6 +377,19 @@ def start_adapters(layout: Layout, ranks: Tensor, alpha: float, generator: torch
                 drawn = (2 * torch.rand(leaf.shape, generator=generator) - 1) * bound
             row[0, leaf.start : leaf.stop] = drawn.flatten()
     return Adapters(layout, row.repeat(len(ranks), 1), ranks, scales(ranks, alpha)).mask_()
+
+
+def _drawn_pair(first: Leaf, second: Leaf, start: Start, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw A [r, in] and B [out, r] of one module, as PEFT does for this start."""
+    rank, outputs = first.shape[0], second.shape[0]
+    if start == "gaussian":
+        return torch.randn(first.shape, generator=generator) / rank, torch.zeros(second.shape)
+    if rank % 2:
+        raise ShapeError(f"an orthogonal start needs an even rank, found {rank} of {first.module}")
+    basis, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
+    a = (torch.randn(first.shape[1], rank // 2, generator=generator) @ basis[0::2]).T / 10
+    b = (torch.randn(rank // 2, outputs, generator=generator).T @ basis[1::2]) / 10
+    return a, b
 
 
 def norms(rows: Tensor) -> Tensor:

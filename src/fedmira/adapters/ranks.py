@@ -21,7 +21,7 @@ from itertools import accumulate
 from typing import TypeVar
 
 from fedmira.adapters.lazy import Tensor, np, torch
-from fedmira.config.sections import MAX_RANK, RANK_TYPES
+from fedmira.config.lora import MAX_RANK, RANK_TYPES
 from fedmira.errors import ConfigError, nearest
 from fedmira.names import ONLY_IDS, ClientNames
 
@@ -48,14 +48,17 @@ def client_ranks(
     seed: int,
     modules: Callable[[], Sequence[str]],
     names: ClientNames = ONLY_IDS,
+    by_module: Callable[[], Sequence[int]] | None = None,
 ) -> Tensor:
     """Return every client's rank [K] int64; [K, modules] where the modules of some client differ.
 
-    usual: lora.r, where `setting` is None. columns: of each client, the data columns with one value; keys: 64 bits of
-    its id. modules: gives the names of the adapted modules, and is asked only for T3. names: of clients that have
-    others than their ids.
+    usual: lora.r, where `setting` is None. by_module: gives the rank of each module, for all clients, instead.
+    columns: of each client, the data columns with one value; keys: 64 bits of its id. modules: gives the names of the
+    adapted modules, and is asked only for T3. names: of clients that have others than their ids.
     Raises ConfigError if a list is not as long as there are clients, or a column does not give every client a rank.
     """
+    if by_module is not None:
+        return torch.tensor([list(by_module())] * len(ids))
     named = _name_ranks(setting, usual=usual, ids=ids, names=names, columns=columns, keys=keys, seed=seed)
     pairs = torch.tensor([TYPES[rank] if isinstance(rank, str) else (rank, rank) for rank in named])  # [K, 2]
     if torch.equal(pairs[:, 0], pairs[:, 1]):

@@ -31,7 +31,9 @@ from fedmira.methods import recipe_of
 from fedmira.methods.base import Cohort
 from fedmira.model.answers.generate import answers
 from fedmira.model.base.load import Base, load_base, load_tokenizer
+from fedmira.model.base.targets import Wanted
 from fedmira.model.base.vocabulary import check_ids
+from fedmira.study.adapting import wanted_of
 from fedmira.study.face import Run
 
 BASE = "base"
@@ -170,7 +172,7 @@ def open_chat(
     if settings is not None and settings.data.special_tokens == "text":
         rendered_by, reader = as_text(rendered_by, tokenizer)
     single = template_name == str(beside) and takes_single_requests(beside.read_text(encoding="utf-8"))
-    usual_targets = "auto" if settings is None else settings.lora.target_modules  # prompts do not name any
+    usual_targets = Wanted() if settings is None else wanted_of(settings.lora)  # prompts do not name any
     targets = next((config.targets for config in configs if not config.is_prompt), usual_targets)
     dtype = "auto" if facts is None else facts.dtype
     base = load_base(base_name, revision=revision, dtype=dtype, targets=targets, tokenizer=tokenizer)

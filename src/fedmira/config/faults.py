@@ -58,6 +58,8 @@ def describe_fault(fault: Any, model: type[BaseModel], raw: Any, prefix: str = "
         beside = _keys(MethodEntry) if prefix and len(loc) == 1 else []  # beside a method's own settings
         beside = ["name"] if beside and ".with." in prefix else beside
         allowed = sorted({*_keys(owner), *beside})
+        if why := getattr(owner, "refused", {}).get(str(loc[-1])):
+            return f"{where}: not offered: {why}"
         elsewhere = {} if prefix else _sections()
         return f"{where}: unknown key{meant(str(loc[-1]), allowed, elsewhere)}; allowed here: {', '.join(allowed)}"
     if fault["type"] == "missing":

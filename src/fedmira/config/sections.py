@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedmira.config.lora import LoraConfig
 from fedmira.config.partitioners import PARTITIONERS, Partitioner, partitioner_name
 from fedmira.config.strict import Count, Fraction, Length, Seed, Strict, Whole, check_encoding, short, slip
 from fedmira.errors import nearest
@@ -37,47 +38,6 @@ class ModelConfig(Strict):
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     revision: str | None = None  # hub only: branch, tag or commit
-
-
-MAX_RANK = 65_536  # more than the width of any base
-RANK_TYPES = ("T1", "T2", "T3", "T4")  # of FlexLoRA; ranks.py says what they are and how they are drawn
-RANK_DRAWS = ("uniform", "heavy-tail-light", "heavy-tail-strong", "normal")
-
-
-class LoraConfig(Strict):
-    """The adapters; names and meaning as in PEFT's LoraConfig, but for `ranks`."""
-
-    r: Annotated[int, Field(ge=1, le=MAX_RANK)] = 8
-    ranks: list[int | str] | dict[str, str] | str | None = None  # a rank per client: a list, {column: NAME}, a draw
-    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = 16
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[str] | Literal["all-linear", "auto"] = "auto"  # auto: PEFT's list for the architecture
-
-    @field_validator("ranks", mode="before")
-    @classmethod
-    def _a_list_a_column_or_a_draw(cls, value: Any) -> Any:
-        """Checked by hand: for a union of three kinds pydantic would report what is wrong with each."""
-        if value is None or (isinstance(value, str) and value in RANK_DRAWS):
-            return value
-        if isinstance(value, list | tuple) and value:
-            refused = [
-                rank for rank in value if not (type(rank) is int and 1 <= rank <= MAX_RANK) and rank not in RANK_TYPES
-            ]
-            if refused:
-                words = f"whole numbers from 1 to {MAX_RANK:,}, and {', '.join(RANK_TYPES)}"
-                raise ValueError(f"found {short(refused[0])} in the list of ranks; allowed are {words}")
-            return value
-        if isinstance(value, Mapping) and list(value) == ["column"] and isinstance(value["column"], str):
-            return value
-        hint = nearest(value, RANK_DRAWS) if isinstance(value, str) else ""
-        draws = ", ".join(RANK_DRAWS)
-        raise ValueError(f"should be a list with a rank per client, {{column: NAME}}, or a draw: {draws}{hint}")
-
-    @model_validator(mode="after")
-    def _one_rule(self) -> "LoraConfig":
-        if self.ranks is not None and self.r != LoraConfig.model_fields["r"].default:  # a default may be written out
-            raise ValueError(f"ranks replaces r; remove 'r: {self.r}', or ranks")
-        return self
 
 
 class SplitConfig(Strict):

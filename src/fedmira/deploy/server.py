@@ -133,7 +133,7 @@ class Server:
         since = self._since(folder)
         cohort = self._cohort(seed, names, since)
         built = self._build(recipe, cohort)
-        lora = federation_of(self.members.agreement, self.config.lora.lora_alpha, names=names)
+        lora = federation_of(self.members.agreement, self.config.lora, names=names)
         federation = replace(
             lora.under(built.methods[seed], self.members.agreement.width),
             run=f"{built.label}/seed-{seed}",
@@ -179,7 +179,7 @@ class Server:
 
     def _cohort(self, seed: int, names: Sequence[str], since: Sequence[int] | None = None) -> Cohort:
         federation, cards = self.config.federation, self.members.cards
-        lora = federation_of(self.members.agreement, self.config.lora.lora_alpha, names=tuple(names))
+        lora = federation_of(self.members.agreement, self.config.lora, names=tuple(names))
         return Cohort(
             ids=tuple(names),
             examples=tuple(int(cards[name].examples["train"]) for name in names),

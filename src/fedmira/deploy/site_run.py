@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedmira.adapters import lora_layout
 from fedmira.adapters.added import fold
+from fedmira.config.lora import LoraConfig
 from fedmira.deploy.settings import Agreement
 from fedmira.deploy.site import Site
 from fedmira.deploy.wire import Frame, pack_message
@@ -22,6 +23,7 @@ from fedmira.errors import WireError
 from fedmira.evaluation.gated import at_mean
 from fedmira.export.peft_folder import depth_of, export_adapter
 from fedmira.methods.base import Clock, Message, Method, remember_nothing
+from fedmira.study.adapting import alpha_of, start_of
 from fedmira.study.assemble import evaluation_of, targets_of
 from fedmira.study.passes import plan_passes
 from fedmira.study.training import training_of
@@ -40,15 +42,16 @@ class Fixed:
         return self.message
 
 
-def federation_of(agreement: Agreement, alpha: float, *, names: tuple[str, ...]) -> Federation:
-    """Return a federation of some sites, with LoRA's rows."""
+def federation_of(agreement: Agreement, section: LoraConfig, *, names: tuple[str, ...]) -> Federation:
+    """Return a federation of some sites, with LoRA's rows. section: of the study."""
     ranks = torch.tensor([agreement.ranks[name] for name in names])
     largest = torch.tensor(list(agreement.ranks.values())).amax(dim=0).tolist()
     return Federation(
         names=names,
         layout=lora_layout(list(agreement.shapes), largest),
         ranks=ranks,
-        alpha=alpha,
+        alpha=alpha_of(section, [name for name, _, _ in agreement.shapes]),
+        start_of=start_of(section),
         base=agreement.base_fingerprint,
     )
 

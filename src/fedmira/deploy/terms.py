@@ -23,6 +23,7 @@ from fedmira.errors import ConfigError, MethodError
 from fedmira.graphs.settings import GraphConfig
 from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort
+from fedmira.study.adapting import ranks_by_module
 from fedmira.study.assemble import base_of
 
 AT_EACH_SITE = "AT-EACH-SITE"  # data.path of the study that all sites get
@@ -157,6 +158,7 @@ def ranks_of(config: Config, sites: Sequence[str], modules: Sequence[str]) -> di
         keys=[client_key(site) for site in sites],
         seed=config.data.seed,
         modules=lambda: modules,
+        by_module=(lambda: ranks_by_module(config.lora, modules)) if config.lora.rank_pattern else None,
     )
     return dict(zip(sites, ranks.tolist(), strict=True))
 

@@ -159,7 +159,7 @@ class Worker:
             raise WireError("schema", "the server asks for a run that is not in study.yaml")
         seed, client = int(number), self.site.client
         method = recipe_of(entry).build(Cohort((client.id,), (len(client.train),), (client.columns,), (), seed))
-        federation = federation_of(self.site.agreement, config.lora.lora_alpha, names=(self.site.settings.name,))
+        federation = federation_of(self.site.agreement, config.lora, names=(self.site.settings.name,))
         federation = replace(federation.under(method, self.site.agreement.width), run=run_id)
         place = Path(label) / f"seed-{seed}"
         run = SiteRun(
@@ -190,7 +190,7 @@ class Worker:
 
     def _start(self, run: SiteRun) -> Frame:
         workplace = run.clients.workplace
-        lora = federation_of(self.site.agreement, self.site.config.lora.lora_alpha, names=(self.site.settings.name,))
+        lora = federation_of(self.site.agreement, self.site.config.lora, names=(self.site.settings.name,))
         scores = score_start(workplace, lora, lambda done: None)
         metrics = _metrics(scores, scores.validation[0])
         self._note(run, 0, "start", metrics)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedmira.adapters import Adapters, Layout, Stored, scales, start_adapters
+from fedmira.adapters import Adapters, Alpha, Layout, Start, Stored, scales, start_adapters
 from fedmira.disk.table import Table
 from fedmira.errors import MethodError
 from fedmira.methods.base import Clock, Method, State
@@ -25,12 +25,13 @@ class Federation:
     names: tuple[str, ...]
     layout: Layout
     ranks: Tensor
-    alpha: float
+    alpha: Alpha
     run: str = ""
     base: str = ""
     dtype: torch.dtype = torch.float32  # of rows
     called: ClientNames = ONLY_IDS
     since: Tensor | None = None
+    start_of: Start = "kaiming"  # how low-rank factors are drawn
 
     def __len__(self) -> int:
         return len(self.names)
@@ -50,7 +51,7 @@ class Federation:
                 "may have low-rank factors, or one prompt encoder and nothing else"
             )
         ranks = self.ranks if layout.low_rank else torch.zeros(len(self), dtype=torch.int64)
-        return replace(self, layout=layout, ranks=ranks)
+        return replace(self, layout=layout, ranks=ranks, alpha=self.alpha if layout.low_rank else 1.0)
 
     def joining(self, number: int) -> Tensor:
         """Return the clients [n] whose first round this is, if it is not the first of all."""
@@ -75,7 +76,9 @@ class Federation:
     def start_rows(self, seed: int) -> tuple[Tensor, Tensor]:
         """Draw the start that every client shares, cut to each distinct rank [R, P], and whose is which [K]."""
         distinct, kinds = torch.unique(self.ranks, dim=0, return_inverse=True)
-        drawn = start_adapters(self.layout, distinct, self.alpha, torch.Generator().manual_seed(seed))
+        drawn = start_adapters(
+            self.layout, distinct, self.alpha, torch.Generator().manual_seed(seed), start=self.start_of
+        )
         return drawn.rows.to(self.dtype), kinds
 
     def start(self, seed: int, method: Method, scratch: Path | None = None, *, ram_bytes: int | None = None) -> Stored:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedmira import bundled
-from fedmira.adapters import Layout, lora_layout, scales
+from fedmira.adapters import Alpha, Layout, lora_layout, scales
 from fedmira.adapters.ranks import by_ending, client_ranks, is_mixed, shown
 from fedmira.config.sections import Config, TrainingConfig
 from fedmira.data.batches import ClientData
@@ -35,6 +35,7 @@ from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort, Method
 from fedmira.model.base.load import Base, choose_device, load_base
 from fedmira.model.base.trial import check_embeddings
+from fedmira.study.adapting import alpha_of, ranks_by_module, start_of, wanted_of
 from fedmira.study.events import StudyPrepared
 from fedmira.study.intake import Intake, check_examples, take_in
 from fedmira.study.passes import shape_of_passes
@@ -70,7 +71,7 @@ def base_of(config: Config, dtype: str, *, tokenizer: Any = None) -> Base:
         revision=config.model.revision,
         dtype=dtype,
         device=config.model.device,
-        targets=config.lora.target_modules,
+        targets=wanted_of(config.lora),
         tokenizer=tokenizer,
     )
 
@@ -153,6 +154,10 @@ def prepare(
     dtype = config.model.dtype if saved is None else saved.dtype
     clients = materials.intake.clients
     check_validation(config, clients)
+
+    def modules() -> list[str]:
+        return [name for name, _, _ in materials.load(config, dtype).shapes]
+
     ranks = client_ranks(
         config.lora.ranks,
         usual=config.lora.r,
@@ -161,9 +166,12 @@ def prepare(
         columns=[client.columns for client in clients],
         keys=[client_key(client.id) for client in clients],
         seed=config.data.seed,
-        modules=lambda: [name for name, _, _ in materials.load(config, dtype).shapes],
+        modules=modules,
+        by_module=(lambda: ranks_by_module(config.lora, modules())) if config.lora.rank_pattern else None,
     )
-    cohorts = {seed: make_cohort(config, seed, ranks, Profiles(config, dtype, materials)) for seed in config.seeds}
+    alpha = alpha_of(config.lora, modules() if config.lora.alpha_pattern else ())
+    profiles = Profiles(config, dtype, materials)
+    cohorts = {seed: make_cohort(config, seed, ranks, alpha, profiles) for seed in config.seeds}
     built = {
         recipe.entry.folder: build(recipe, place, cohorts, ranks, config.training_of(recipe.entry))
         for place, recipe in enumerate(recipes)
@@ -175,7 +183,8 @@ def prepare(
         names=tuple(client.id for client in clients),
         layout=lora_layout(base.shapes, ranks.amax(dim=0).tolist()),  # of each module the largest
         ranks=ranks,
-        alpha=config.lora.lora_alpha,
+        alpha=alpha,
+        start_of=start_of(config.lora),
         base=base.fingerprint,
         called=materials.intake.names,
     )
@@ -225,7 +234,7 @@ class Profiles:
         return profiles[column]
 
 
-def make_cohort(config: Config, seed: int, ranks: Tensor, profile: Profiles) -> Cohort:
+def make_cohort(config: Config, seed: int, ranks: Tensor, alpha: Alpha, profile: Profiles) -> Cohort:
     """Return what a method may know of the federation before it starts."""
     clients = profile.materials.intake.clients
     return Cohort(
@@ -241,7 +250,7 @@ def make_cohort(config: Config, seed: int, ranks: Tensor, profile: Profiles) -> 
         seed=seed,
         profile=profile,
         ranks=ranks,
-        scale=scales(ranks, config.lora.lora_alpha),
+        scale=scales(ranks, alpha),
         names=profile.materials.intake.names,
     )
 

@@ -29,6 +29,7 @@ from fedmira.study.loading import check, load_config
 from fedmira.study.run import Common
 from fedmira.study.trackers import check_trackers
 
+CHOOSE_LAYERS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")  # keys of lora
 SECTIONS = ("model", "lora", "data", "federation", "training", "evaluation")
 WIDE = 8  # high over low from which on a range is searched by its logarithm
 _RANGE = re.compile(r"(-?\d[^,\[{]*?)\.\.(-?[.\d][^,\[{]*)")
@@ -240,7 +241,8 @@ def write_table(points: Sequence[Point]) -> list[dict[str, Any]]:
 def _shared(config: Config) -> str:
     """What two studies have in common that can share a base, their data, and the scores of the untouched base."""
     parts = config.model_dump(mode="json", by_alias=True)
-    same = [parts["model"], parts["data"], parts["lora"]["target_modules"], parts["evaluation"], parts["report"]]
+    layers = [parts["lora"][key] for key in CHOOSE_LAYERS]
+    same = [parts["model"], parts["data"], layers, parts["evaluation"], parts["report"]]
     return json.dumps(same, sort_keys=True)
 
 

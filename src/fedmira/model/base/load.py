@@ -30,11 +30,12 @@ from fedmira.model.base.source import (
     positions,
     refuse,
 )
+from fedmira.model.base.targets import Wanted, find_targets, narrow
 from fedmira.model.base.trial import check_decoder, check_prompts, list_unfit, try_packing
 from fedmira.model.base.vocabulary import check_end, count_known_ids
 from fedmira.model.base.weights import check_fit, check_numbers
 from fedmira.model.packed.fused import fuse
-from fedmira.model.packed.lora import Stack, find_targets, install
+from fedmira.model.packed.lora import Stack, install
 from fedmira.model.packed.loss import Head
 from fedmira.model.packed.recompute import find_blocks
 from fedmira.model.packed.tail import Tail, find_tail
@@ -95,14 +96,14 @@ def load_base(
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
-    targets: Sequence[str] | str = "auto",
+    targets: Sequence[str] | str | Wanted = "auto",
     tokenizer: transformers.PreTrainedTokenizerBase | None = None,
 ) -> Base:
     """Load, check, freeze and stack a base model.
 
     revision: branch, tag or commit of a hub name, None for its main branch. dtype "auto": bfloat16 where the machine
-    multiplies it fast (CUDA sm80+, CPUs with avx512_bf16 or amx_bf16), else float32. targets "auto": PEFT's list for
-    the architecture, or every linear layer where PEFT has none.
+    multiplies it fast (CUDA sm80+, CPUs with avx512_bf16 or amx_bf16), else float32. targets: as in Wanted; "auto":
+    PEFT's list for the architecture, or every linear layer where PEFT has none.
     Raises ModelError: not found, not a causal decoder, weights that are pickles, do not fit the config or the device.
     """
     tokenizer = load_tokenizer(name, revision=revision) if tokenizer is None else tokenizer
@@ -138,10 +139,11 @@ def wrap(
     tokenizer: transformers.PreTrainedTokenizerBase,
     *,
     name: str,
-    targets: Sequence[str] | str,
+    targets: Sequence[str] | str | Wanted,
     fingerprint: str,
 ) -> Base:
     """Freeze a loaded model and install stacked layers in it, as load_base does; tests do so with random weights."""
+    wanted = targets if isinstance(targets, Wanted) else Wanted(targets)
     model.eval().requires_grad_(False)
     config = model.config
     decoder = model.base_model if model.base_model is not model else getattr(model, "model", model)
@@ -156,11 +158,11 @@ def wrap(
         check_decoder(model, decoder, head, vocabulary=vocabulary, name=name)
         check_prompts(model, vocabulary=vocabulary, name=name)
         fuse(decoder)
-        names = _choose_targets(model, targets, head=output)
+        names = narrow(_choose_targets(model, wanted.names, head=output), wanted, model=type(model).__name__)
         layers = {layer: model.get_submodule(layer) for layer in names}
         unfit = list_unfit(decoder, layers, vocabulary=vocabulary)
         if unfit:
-            names = _leave_out(names, unfit, targets, name=name)
+            names = _leave_out(names, unfit, wanted, name=name)
         stack = Stack()
         shapes = install(model, names, stack)
         reaches = try_packing(model, decoder, vocabulary=vocabulary)
@@ -254,11 +256,11 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _leave_out(names: list[str], unfit: dict[str, str], targets: Sequence[str] | str, *, name: str) -> list[str]:
+def _leave_out(names: list[str], unfit: dict[str, str], wanted: Wanted, *, name: str) -> list[str]:
     """Return the layers that can carry an adapter. Raises ModelError if the user named others, or none is left."""
     fit = [layer for layer in names if layer not in unfit]
     layer, why = next(iter(unfit.items()))
-    if targets not in ("auto", "all-linear") or not fit:
+    if wanted.is_named or not fit:
         raise refuse(
             name,
             f"lora.target_modules: '{layer}' {why}, so it cannot carry an adapter per client; name other layers, or "

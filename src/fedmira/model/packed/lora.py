@@ -11,20 +11,16 @@ whole [S, P] on the way back.
 Source: Hu et al. 2021 (arXiv:2106.09685), equation 3; Conv1D (GPT-2) keeps its weight as [in, out].
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from peft import LoraConfig
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from fedmira.adapters import Adapters, Leaf
-from fedmira.errors import ModelError, nearest
-from fedmira.model.agreement import agree
 from fedmira.model.packed.packing import Segment
 from fedmira.model.packed.virtual import VirtualTokens, make_virtual_tokens
 
@@ -262,46 +258,6 @@ class _StackedLinear(torch.autograd.Function):
         return None if dx is None else dx.view(ctx.shape), None, None, None  # type: ignore[attr-defined]
 
 
-def find_targets(model: nn.Module, targets: Sequence[str] | str, *, head: nn.Module | None) -> list[str]:
-    """Return the full names of the modules to adapt, in the model's order.
-
-    targets: name endings as in PEFT (`q_proj` matches every `...q_proj`), or "all-linear" (all but the output head,
-    and those that PEFT keeps no adapter on).
-    Raises ModelError if a name matches nothing, or matches a module that cannot be adapted, or no name is given.
-    """
-    linear = [name for name, module in _linears(model) if module is not head]
-    barred = _barred(model, {_ending(name) for name in linear})
-    linear = [name for name in linear if _ending(name) not in barred]
-    endings = sorted({_ending(name) for name in linear})
-    if targets == "all-linear" and linear:
-        return linear
-    choice = f"its linear layers end in: {', '.join(endings) or '(it has none)'}"
-    endings_named = [targets] if isinstance(targets, str) else list(targets)
-    if not endings_named or not linear:
-        raise ModelError(f"lora.target_modules: found no layer of {type(model).__name__} to adapt; {choice}")
-    chosen: set[str] = set()
-    for target in endings_named:
-        matches = [name for name, _ in model.named_modules() if name == target or name.endswith("." + target)]
-        if not matches:
-            raise ModelError(
-                f"lora.target_modules: '{target}' names no module of {type(model).__name__}{nearest(target, endings)}; "
-                f"{choice} (or use all-linear)"
-            )
-        other = [name for name in matches if name not in linear]
-        if other and _ending(other[0]) in barred:
-            raise ModelError(
-                f"lora.target_modules: PEFT keeps no adapter on '{other[0]}' of {type(model).__name__}, so none could "
-                f"be exported; {choice}"
-            )
-        if other:
-            kind = type(model.get_submodule(other[0])).__name__
-            raise ModelError(
-                f"lora.target_modules: '{other[0]}' is a {kind}; adapters go on linear layers below the head"
-            )
-        chosen.update(matches)
-    return [name for name in linear if name in chosen]
-
-
 def install(model: nn.Module, names: Sequence[str], stack: Stack) -> list[tuple[str, int, int]]:
     """Replace the named layers by stacked ones; return (name, in, out) of each, in order."""
     shapes = []
@@ -313,51 +269,3 @@ def install(model: nn.Module, names: Sequence[str], stack: Stack) -> list[tuple[
         first, second = base.weight.shape
         shapes.append((name, first, second) if layer.transposed else (name, second, first))
     return shapes
-
-
-# In models with Mamba layers PEFT assumes that a fused kernel reads these without calling them.
-_MAMBA = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
-_NOT_IN_MAMBA = frozenset({"out_proj", "conv1d"})
-
-
-def _barred(model: nn.Module, endings: Iterable[str]) -> frozenset[str]:
-    """Return the endings of linear layers on which PEFT keeps no adapter.
-
-    In mixtures of experts it takes `gate_proj` as part of the fused experts even where it names a separate layer.
-    """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    barred = set(_NOT_IN_MAMBA if kind in _MAMBA else ())
-    for ending in endings:
-        lora = LoraConfig(target_modules=[ending])
-        try:
-            convert_peft_config_for_transformers(lora, model, None)
-        except ValueError:  # only together with the layers it is fused with
-            barred.add(ending)
-        if ending not in (lora.target_modules or ()):
-            barred.add(ending)
-    return frozenset(barred)
-
-
-def _ending(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
-
-
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and _is_linear(module):
-            yield name, module
-
-
-def _is_linear(module: nn.Linear | Conv1D) -> bool:
-    """Does it compute W x + b? Subclasses may in another way (Falcon), or do more (routers): these are tried."""
-    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
-        return True
-    weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
-    x = torch.ones(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    try:
-        with torch.no_grad():
-            y = module(x)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    with torch.no_grad():
-        return isinstance(y, Tensor) and agree(y, functional.linear(x, weight, module.bias))
