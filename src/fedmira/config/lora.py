@@ -61,6 +61,7 @@ class LoraConfig(Strict):
     use_rslora: bool = False  # scale alpha / sqrt(r) instead of alpha / r
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(default={})  # name or pattern -> rank
     alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(default={})  # name or pattern -> lora_alpha
+    start: str | dict[str, str | int] | None = None  # a folder | {column: NAME} | {study: PATH, method: LABEL}
     init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True  # true: A uniform, B = 0; gaussian; B A = 0
 
     @field_validator("target_modules", "exclude_modules", "layers_pattern", mode="before")
@@ -72,6 +73,19 @@ class LoraConfig(Strict):
         if value is None or (isinstance(value, str) and value):
             return value
         raise ValueError("should be a list of names, or one regular expression for whole names")
+
+    @field_validator("start", mode="before")
+    @classmethod
+    def _a_folder_a_column_or_a_study(cls, value: Any) -> Any:
+        if value is None or (isinstance(value, str) and value):
+            return value
+        if isinstance(value, Mapping):
+            keys = set(value)
+            texts = all(isinstance(value[key], str) and value[key] for key in keys - {"seed"})
+            seeds = type(value.get("seed", 0)) is int
+            if texts and seeds and (keys == {"column"} or {"study", "method"} <= keys <= {"study", "method", "seed"}):
+                return value
+        raise ValueError("should be the folder of an adapter, {column: NAME}, or {study: STUDY, method: LABEL}")
 
     @field_validator("init_lora_weights", mode="before")
     @classmethod

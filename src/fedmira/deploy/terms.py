@@ -83,6 +83,8 @@ def list_unfit(config: Config, recipes: Sequence[Recipe], sites: Sequence[str]) 
             "list with one for each site, in the order of --sites"
         )
         return
+    if config.lora.start is not None:
+        yield "lora.start: a federation begins with factors that are drawn; leave it out"
     if config.data.template not in ("auto", *NAMES):
         yield (
             f"data.template: found '{config.data.template}', a file of this machine; allowed in a federation are auto, "

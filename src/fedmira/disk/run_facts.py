@@ -38,6 +38,7 @@ class RunFacts:
     base_fingerprint: str  # sha256
     architecture: str | None = None  # class of the base; None in runs of earlier versions
     layout_fingerprint: str
+    start_sha256: str | None = None  # of the adapters that clients began with; None: drawn
     graph_sha256: str | None  # None: no graph that is given
     parameters: int  # of one client's adapter
     dtype: str

@@ -1,6 +1,7 @@
 """What the server and the clients of a run agree on before round 1. No config, no base model, no data."""
 
 import functools
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,33 @@ from fedmira.disk.table import Table
 from fedmira.errors import MethodError
 from fedmira.methods.base import Clock, Method, State
 from fedmira.names import ONLY_IDS, ClientNames
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Adapters that clients begin with. rows [G, P] at LoRA's layout, and which of their columns are given [G, P].
+
+    of [K]: the row of each client; -1: it begins as without. What is not given of a row, such as pairs beyond its
+    rank, is drawn: B = 0 there, so that nothing changes and everything can train.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    of: Tensor
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what is given to whom, so that a resumed run can tell that it has changed."""
+        digest = hashlib.sha256(self.of.numpy().tobytes())
+        for row, columns in zip(self.rows, self.columns, strict=True):
+            digest.update(row[columns].float().numpy().tobytes())
+        return digest.hexdigest()
+
+    def within(self, layout: Layout) -> "Given":
+        """Return the same for rows whose first part is LoRA's, and more parts behind it."""
+        more = (0, layout.size - self.rows.shape[1])
+        pad = torch.nn.functional.pad
+        return replace(self, rows=pad(self.rows, more), columns=pad(self.columns, more))
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +60,7 @@ class Federation:
     called: ClientNames = ONLY_IDS
     since: Tensor | None = None
     start_of: Start = "kaiming"  # how low-rank factors are drawn
+    given: Given | None = None  # adapters to begin with instead
 
     def __len__(self) -> int:
         return len(self.names)
@@ -51,7 +80,12 @@ class Federation:
                 "may have low-rank factors, or one prompt encoder and nothing else"
             )
         ranks = self.ranks if layout.low_rank else torch.zeros(len(self), dtype=torch.int64)
-        return replace(self, layout=layout, ranks=ranks, alpha=self.alpha if layout.low_rank else 1.0)
+        if not layout.low_rank:
+            if self.given is not None:
+                raise MethodError(f"method '{method.name}' has no LoRA, and lora.start is an adapter of LoRA")
+            return replace(self, layout=layout, ranks=ranks, alpha=1.0)
+        given = None if self.given is None else self.given.within(layout)
+        return replace(self, layout=layout, ranks=ranks, given=given)
 
     def joining(self, number: int) -> Tensor:
         """Return the clients [n] whose first round this is, if it is not the first of all."""
@@ -74,12 +108,41 @@ class Federation:
         return self.ranks.amax(dim=0, keepdim=True)
 
     def start_rows(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Draw the start that every client shares, cut to each distinct rank [R, P], and whose is which [K]."""
+        """Return the rows that clients begin with, each once [R, P], and whose is which [K].
+
+        Drawn once for all, and cut to each distinct rank; where adapters are given, these instead.
+        """
         distinct, kinds = torch.unique(self.ranks, dim=0, return_inverse=True)
         drawn = start_adapters(
             self.layout, distinct, self.alpha, torch.Generator().manual_seed(seed), start=self.start_of
         )
-        return drawn.rows.to(self.dtype), kinds
+        rows = drawn.rows.to(self.dtype)
+        if self.given is None:
+            return rows, kinds
+        pairs, kinds = torch.unique(torch.stack([kinds, self.given.of], dim=1), dim=0, return_inverse=True)
+        rows = rows[pairs[:, 0]]
+        has = pairs[:, 1] >= 0
+        own = self.given.rows[pairs[has, 1]].to(self.dtype)
+        rows[has] = torch.where(self.given.columns[pairs[has, 1]], own, rows[has])
+        return rows, kinds
+
+    def _shared_rows(self, seed: int, method: Method) -> Tensor:
+        """Return the rows [R, P] that clients share at the start: the mean of those who begin with an adapter."""
+        largest = replace(self, ranks=self.largest_ranks, given=None)
+        drawn, _ = largest.start_rows(seed)
+        count = method.count_rows(len(self))
+        if self.given is None:
+            return drawn.expand(count, -1)
+        own, kinds = self.start_rows(seed)
+        has = (self.given.of >= 0).nonzero().flatten()
+        groups = method.row_of(torch.arange(len(self)))
+        rows = drawn.repeat(count, 1)
+        for number in torch.unique(groups[has]).tolist():
+            members = has[groups[has] == number]
+            mean = own[kinds[members]].mean(dim=0)
+            least = self.given.columns[self.given.of[members]].any(dim=0)
+            rows[number] = torch.where(least, mean, drawn[0])
+        return rows
 
     def start(self, seed: int, method: Method, scratch: Path | None = None, *, ram_bytes: int | None = None) -> Stored:
         """Return the common start as the rows that the server has: of each client, of each group, or one.
@@ -90,15 +153,29 @@ class Federation:
             rows, kinds = self.start_rows(seed)
             table, ranks = Table(rows, kinds, scratch, ram_bytes=ram_bytes), self.ranks
         else:
-            largest = replace(self, ranks=self.largest_ranks)
             count = method.count_rows(len(self))
-            rows, _ = largest.start_rows(seed)
-            table = Table(rows, torch.zeros(count, dtype=torch.int64), scratch, ram_bytes=ram_bytes)
-            ranks = largest.ranks.expand(count, *largest.ranks.shape[1:]).clone()
+            rows = self._shared_rows(seed, method)
+            alike = self.given is None
+            kinds = torch.zeros(count, dtype=torch.int64) if alike else torch.arange(count)
+            table = Table(rows[:1] if alike else rows, kinds, scratch, ram_bytes=ram_bytes)
+            ranks = self.largest_ranks.expand(count, *self.largest_ranks.shape[1:]).clone()
         return Stored(self.layout, table, ranks, scales(ranks, self.alpha).to(self.dtype))
 
     def first_state(
         self, seed: int, method: Method, scratch: Path | None = None, *, ram_bytes: int | None = None
     ) -> State:
-        """Return what the server has before round 1. scratch, ram_bytes: as in start."""
-        return method.init(self.start(seed, method, scratch, ram_bytes=ram_bytes), Clock(0))
+        """Return what the server has before round 1. scratch, ram_bytes: as in start.
+
+        Clients without a given adapter begin as a method lets those begin that join others, where some have one.
+        """
+        state = method.init(self.start(seed, method, scratch, ram_bytes=ram_bytes), Clock(0))
+        first = method.regime.first_rows
+        if self.given is not None and first is not None and method.has_row_of_each:
+            known, new = ((self.given.of >= 0) == there for there in (True, False))
+            if bool(known.any()) and bool(new.any()):
+                ids = new.nonzero().flatten()
+                rows = first(state, ids, known.nonzero().flatten())
+                table = state.adapters.rows
+                assert isinstance(table, Table)
+                table.write(ids, self.adapters(ids, rows).mask_().rows)
+        return state

@@ -27,7 +27,7 @@ Serve = Callable[[Tensor], Adapters]  # client positions [n] -> their adapters, 
 
 def score_start(workplace: Workplace, federation: Federation, progress: Callable[[int], None]) -> Scores:
     """Score the untouched base on every client: B = 0 at the common start, so no method or seed changes it."""
-    largest = replace(federation, ranks=federation.largest_ranks)
+    largest = replace(federation, ranks=federation.largest_ranks, given=None)
     rows, _ = largest.start_rows(0)
     start = largest.adapters(torch.zeros(1, dtype=torch.int64), rows)
     everyone = range(len(federation))
@@ -86,7 +86,8 @@ def final_scores(
     federation = ledger.federation
     if method.regime.trainees == "nobody":
         return replace(start, validation=[None] * len(federation))
-    starts_elsewhere = federation.layout.virtual_tokens > 0  # a client never sampled is then not at the untouched base
+    # a client never sampled is then not at the untouched base
+    starts_elsewhere = federation.layout.virtual_tokens > 0 or federation.given is not None
     if not method.has_row_of_each or starts_elsewhere or method.regime.tune is not None:
         return clients.test(range(len(federation)), send, progress)
     scores = clients.test(ever, send, progress)

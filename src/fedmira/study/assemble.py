@@ -23,10 +23,10 @@ from fedmira.data.batches import ClientData
 from fedmira.data.partition import client_key
 from fedmira.disk.run_facts import RunFacts
 from fedmira.engine.events import Observer
-from fedmira.engine.federation import Federation
+from fedmira.engine.federation import Federation, Given
 from fedmira.engine.schedule import draw_schedule
 from fedmira.engine.workplace import Evaluation, Workplace
-from fedmira.errors import MethodError, ModelError, nearest
+from fedmira.errors import MethodError, ModelError, StoreError, nearest
 from fedmira.evaluation.embed import embed_prompts
 from fedmira.export.asking import Asking, find_asking
 from fedmira.export.peft_folder import check_targets, short_targets
@@ -39,6 +39,7 @@ from fedmira.study.adapting import alpha_of, ranks_by_module, start_of, wanted_o
 from fedmira.study.events import StudyPrepared
 from fedmira.study.intake import Intake, check_examples, take_in
 from fedmira.study.passes import shape_of_passes
+from fedmira.study.starts import read_start
 from fedmira.study.training import check_least_rate, check_validation
 
 # Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
@@ -188,6 +189,9 @@ def prepare(
         base=base.fingerprint,
         called=materials.intake.names,
     )
+    given = read_start(config.lora, federation, base, clients)
+    check_start(config, given, saved)
+    federation = replace(federation, given=given)
     sampled = len(next(iter(cohorts.values())).schedule[0])
     workplace = Workplace(base, tuple(clients), sampled, evaluation_of(config))
     targets = targets_of(base)
@@ -316,6 +320,12 @@ def check_base(config: Config, base: Base, saved: RunFacts | None) -> None:
             f"model.base_model '{config.model.base_model}' is not the base this study began with (sha256 "
             f"{base.fingerprint[:12]}, began with {saved.base_fingerprint[:12]}); put the old one back"
         )
+
+
+def check_start(config: Config, given: Given | None, saved: RunFacts | None) -> None:
+    """Raise StoreError if a study goes on with other adapters to begin with than it began with."""
+    if saved is not None and saved.start_sha256 != (None if given is None else given.fingerprint):
+        raise StoreError(f"lora.start {config.lora.start!r}: the adapters there have changed since this study began")
 
 
 def check_virtual_tokens(config: Config, prepared: Prepared, kinds: Mapping[Layout, Federation]) -> None:

@@ -100,6 +100,7 @@ def describe_run(
         base_fingerprint=federation.base,
         architecture=architecture,
         layout_fingerprint=federation.layout.fingerprint,
+        start_sha256=None if federation.given is None else federation.given.fingerprint,
         graph_sha256=None if graph is None else graph.fingerprint,
         parameters=federation.layout.parameters,
         dtype=dtype,
