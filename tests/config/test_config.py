@@ -224,7 +224,9 @@ def test_an_unknown_key_is_refused_with_the_keys_that_are_allowed_there() -> Non
     content["lora"]["rank"] = 4
     (fault,) = faults_of(content)
     allowed = "alpha_pattern, exclude_modules, init_lora_weights, layers_pattern, layers_to_transform, lora_alpha, "
-    assert fault.endswith(f"allowed here: {allowed}lora_dropout, r, rank_pattern, ranks, start, target_modules, use_rslora")
+    assert fault.endswith(
+        f"allowed here: {allowed}lora_dropout, r, rank_pattern, ranks, start, target_modules, use_rslora"
+    )
 
 
 def test_an_unknown_method_is_refused_with_the_nearest() -> None:

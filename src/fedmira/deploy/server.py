@@ -39,6 +39,7 @@ from fedmira.study.assemble import Built, build, count_values
 from fedmira.study.carry_out import Job, carry_out, describe_run, is_complete
 from fedmira.study.events import ReportBegun, StepBegun, StudyBegun
 from fedmira.study.loading import load_config
+from fedmira.study.passes import PassShape
 
 RAM_BYTES = 1 << 26  # of a run's rows; larger ones are in a file: frames under way, and NVFlare's, need the memory
 Tell = Callable[[str], None]
@@ -225,7 +226,7 @@ class Server:
             architecture=agreement.architecture,
             dtype=agreement.dtype,
             device="sites",
-            width=1,
+            shape=PassShape(1),
             threads=torch.get_num_threads(),
             versions=installed_versions(),
         )

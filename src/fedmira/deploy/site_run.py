@@ -90,9 +90,8 @@ class SiteRun:
         section = config.training_of(entry)
         training = training_of(config, self.seed, section)
         workplace = Workplace(site.base, (site.client,), 1, evaluation_of(config), site.settings.share_metrics)
-        if training.recompute is None:
-            plans = plan_passes(workplace, [(self.federation.layout, section)], 1)
-            workplace = replace(workplace, recompute=plans[0].recompute)
+        (plan,) = plan_passes(workplace, [(self.federation.layout, section)], 1)
+        workplace = replace(workplace, recompute=plan.recompute, at_once=plan.examples)
         clients = make_clients(workplace, self.federation, self.method, training)
         assert isinstance(clients, Simulated)
         self.clients = clients

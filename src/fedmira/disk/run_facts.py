@@ -44,6 +44,7 @@ class RunFacts:
     dtype: str
     device: str
     cohort: int  # clients trained in one pass
+    at_once: int | None = None  # examples of a client in one pass, where a whole batch did not fit
     recompute: bool = False  # decoder blocks in backward, where gradient_checkpointing is auto
     threads: int
     pull_percent: Sequence[float] | None  # smallest, mean and largest of all rounds; None: no pull

@@ -4,6 +4,7 @@ Nothing is guessed: a pass is measured for its memory, a short probe for its spe
 data and the schedule.
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from fedmira.engine.federation import Federation
 from fedmira.engine.phase import local_phase
 from fedmira.engine.tools import Training
 from fedmira.engine.workplace import Workplace
+from fedmira.errors import ModelError
 from fedmira.evaluation.measure import measure_answers, measure_loss
 from fedmira.methods.base import Clock, Method
 from fedmira.model.base.load import Base
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 
 ANSWERS = 64  # written by all clients together to see how long one takes
 LONG_S = 3.0  # a first step that took longer is measurement enough, warm or not
+PROBE = 64  # tokens of the pass that says what to expect of longer ones
 SHARE = 0.6  # of the memory that is free now; the rest is for evaluation, the allocator and other programs
 
 
@@ -39,13 +42,15 @@ SHARE = 0.6  # of the memory that is free now; the rest is for evaluation, the a
 class CohortPlan:
     """Clients per pass and why. bytes_each: activations and rows of one client at the longest batch of the data.
 
-    recompute: are decoder blocks computed again in backward?
+    recompute: are decoder blocks computed again in backward? examples: of a client in one pass, where its whole batch
+    does not fit; None: all of a batch.
     """
 
     cohort: int
     bytes_each: int
     bytes_free: int
     recompute: bool = False
+    examples: int | None = None
 
 
 def plan_cohort(
@@ -62,33 +67,59 @@ def plan_cohort(
 
     The bytes that autograd keeps for the backward pass are counted exactly by hooks; rows, gradient and moments are
     `rows` x P x 4 bytes. sampled: clients of a round, the most a cohort can use. recompute: of decoder blocks; None =
-    where not all clients fit without, and more do with it.
+    where not all clients fit without, and more do with it. A batch that does not fit by itself is cut into passes.
+
+    No pass is made that would not fit: one over the beginning of one example says what to expect of longer ones.
+    Raises ModelError if the longest example does not fit, with the tokens that would.
     """
-    examples = (example for client in clients for example in client.train)
-    longest = sorted(examples, key=lambda example: -len(example.ids))[:batch_size]
-    batch = collate([longest], pad_id=base.pad_id)
+    longest = sorted((example for client in clients for example in client.train), key=lambda one: -len(one.ids))
+    batch = longest[:batch_size]
     adapters = start_adapters(layout, torch.tensor([layout.parts[0].rank]), 1.0, torch.Generator().manual_seed(0))
     adapters = adapters.with_rows(adapters.rows.to(base.device))
-    with counting(base.blocks, list(base.model.parameters())) as kept:
-        gradients(base, adapters, batch, into=torch.zeros_like(adapters.rows))
-    free = _free_bytes(base.device) - 2 * CHUNK_BYTES
-    each = {
-        again: bytes_kept + rows * layout.size * 4
-        for again, bytes_kept in ((False, kept.plain), (True, kept.recomputed))
-    }
-    fit = {again: min(sampled, int(SHARE * free) // needed) for again, needed in each.items()}
+    own = rows * layout.size * 4
+    room = int(SHARE * (_free_bytes(base.device) - 2 * CHUNK_BYTES))
+
+    def needed(examples: Sequence[Encoded]) -> dict[bool, int]:
+        """Bytes of one client whose pass holds these examples, without and with recomputation."""
+        with counting(base.blocks, list(base.model.parameters())) as kept:
+            gradients(base, adapters, collate([examples], pad_id=base.pad_id), into=torch.zeros_like(adapters.rows))
+        return {False: kept.plain + own, True: kept.recomputed + own}
+
+    tokens = list(itertools.accumulate(len(example.ids) for example in batch))
+    probe = _beginning(batch[0])
+    per_token = {again: (size - own) / len(probe.ids) for again, size in needed([probe]).items()}
+    least = recompute is not False  # which of the two fits at all
+    if own + per_token[least] * tokens[0] > room:
+        fits = max(0, int((room - own) / per_token[least]))
+        raise ModelError(
+            f"an example of {tokens[0]:,} tokens needs {(own + per_token[least] * tokens[0]) / 1e9:.1f} GB to train on, "
+            f"{room / 1e9:.1f} GB are left for it: about {fits:,} tokens would fit (data.max_length={fits})"
+            + ("" if least else "; training.gradient_checkpointing: true needs less")
+        )
+    whole = sum(own + per_token[False] * count <= room for count in tokens)  # examples of a pass that keeps everything
+    if whole:
+        per_token = {again: (size - own) / tokens[whole - 1] for again, size in needed(batch[:whole]).items()}
+    count = max(1, sum(own + per_token[least] * some <= room for some in tokens))
+    each = {again: own + int(size * tokens[count - 1]) for again, size in per_token.items()}
+    fit = {again: min(sampled, room // size) for again, size in each.items()}
     if recompute is None:
         recompute = fit[True] > fit[False]
-    cohort = max(1, fit[recompute])
     log.info(
         "cohort %d of %d sampled: %.1f MB a client, %.1f MB with its blocks recomputed, %.1f GB free",
-        cohort,
+        max(1, fit[recompute]),
         sampled,
         each[False] / 1e6,
         each[True] / 1e6,
-        free / 1e9,
+        room / SHARE / 1e9,
     )
-    return CohortPlan(cohort, each[recompute], free, recompute)
+    cut = count if count < len(batch) else None
+    return CohortPlan(max(1, fit[recompute]), each[recompute], int(room / SHARE), recompute, cut)
+
+
+def _beginning(example: Encoded) -> Encoded:
+    """Return the first PROBE tokens of an example as one, the last of them labelled."""
+    ids = example.ids[:PROBE]
+    return replace(example, ids=ids, prompt_length=min(example.prompt_length, len(ids) - 1), earlier=())
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -211,6 +242,7 @@ def measure_speeds(
     ids = ids[: workplace.cohort]
     if training.recompute is None:
         training = replace(training, recompute=workplace.recompute)
+    training = replace(training, at_once=workplace.at_once)
     clock = Clock(1, learning_rate=training.learning_rate)
     given = method.message(federation.first_state(training.seed, method), ids, clock)
     start = federation.adapters(ids, given.rows)

@@ -159,7 +159,7 @@ def _train_together(
         examples = [
             [client.train[i] for i in plan[step]] for client, plan in zip(clients[:count], plans[:count], strict=True)
         ]
-        batches = [collate(part, pad_id=base.pad_id) for part in _parts(examples, training.batch_size)]
+        batches = [collate(part, pad_id=base.pad_id) for part in _parts(examples, training.examples_per_pass)]
         tokens += sum(int(batch.lengths.sum()) for batch in batches)
         view = adapters.head(count)
         before = {name: value[:count] for name, value in memory.items()}

@@ -47,6 +47,7 @@ class Simulated:
         """scratch: a folder for what clients keep if it is too large for RAM."""
         if training.recompute is None:
             training = replace(training, recompute=workplace.recompute)
+        training = replace(training, at_once=workplace.at_once)
         self.workplace, self.federation, self.method, self.training = workplace, federation, method, training
         self.memory = ClientMemory(len(federation), scratch)
         self.staged = Staged(self.memory, torch.empty(0, dtype=torch.int64), {})

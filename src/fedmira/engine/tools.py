@@ -28,7 +28,7 @@ class Training:
     """How clients train; plain values from the config.
 
     batch_size: examples in one pass. accumulation: passes whose gradients make one optimizer step. recompute: blocks in
-    backward; None: as the workplace has measured.
+    backward; None: as the workplace has measured. at_once: examples of a client that fit in a pass, None = a batch.
     """
 
     optimizer: Optimizer
@@ -43,6 +43,11 @@ class Training:
     accumulation: int = 1
     schedule: Schedule = CONSTANT
     recompute: bool | None = None
+    at_once: int | None = None
+
+    @property
+    def examples_per_pass(self) -> int:
+        return self.batch_size if self.at_once is None else min(self.at_once, self.batch_size)
 
     @property
     def examples_per_step(self) -> int:

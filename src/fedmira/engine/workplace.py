@@ -24,7 +24,7 @@ class Workplace:
     """What simulated clients share. clients [K]: their data; cohort: clients trained in one pass.
 
     reports: may clients' losses leave them within a method's messages? recompute: decoder blocks in backward, where a
-    training does not say so itself.
+    training does not say so itself. at_once: examples of a client in one pass, where a whole batch does not fit.
     """
 
     base: Base
@@ -33,6 +33,7 @@ class Workplace:
     evaluation: Evaluation = Evaluation()
     reports: bool = True
     recompute: bool = False
+    at_once: int | None = None
 
     def __len__(self) -> int:
         return len(self.clients)

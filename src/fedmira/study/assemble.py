@@ -201,8 +201,8 @@ def prepare(
     check_virtual_tokens(config, prepared, kinds)
     if not all(layout.virtual_tokens for layout in kinds):
         check_targets(base.model, [name for name, _, _ in base.shapes], targets)
-    cohort, recompute = shape_of_passes(config, workplace, prepared.passes(), sampled, saved)
-    prepared = replace(prepared, workplace=replace(workplace, cohort=cohort, recompute=recompute))
+    shape = shape_of_passes(config, workplace, prepared.passes(), sampled, saved)
+    prepared = replace(prepared, workplace=shape.laid_on(workplace))
     observer(StudyPrepared(prepared))
     return prepared
 

@@ -26,6 +26,7 @@ from fedmira.graphs.graph import Graph
 from fedmira.methods.base import Cohort
 from fedmira.study.assemble import Built, lonely_notes
 from fedmira.study.events import RunBegun, RunDone
+from fedmira.study.passes import PassShape
 from fedmira.study.training import course_of, schedule_of
 
 log = logging.getLogger(__name__)
@@ -70,12 +71,11 @@ def describe_run(
     architecture: str,
     dtype: str,
     device: str,
-    width: int,
-    recompute: bool = False,
+    shape: PassShape,
     threads: int,
     versions: Mapping[str, str],
 ) -> RunFacts:
-    """Return what run.json says of a run that begins. config: of the study; width, recompute: of a pass."""
+    """Return what run.json says of a run that begins. config: of the study; shape: of its passes."""
     method, entry = built.methods[cohort.seed], built.recipe.entry
     graph, pulls = method.facts.graph, None
     if method.facts.pull is not None:
@@ -105,8 +105,9 @@ def describe_run(
         parameters=federation.layout.parameters,
         dtype=dtype,
         device=device,
-        cohort=width,
-        recompute=recompute,
+        cohort=shape.cohort,
+        recompute=shape.recompute,
+        at_once=shape.at_once,
         threads=threads,
         pull_percent=None if not pulls else [min(pulls), sum(pulls) / len(pulls), max(pulls)],
         versions=versions,

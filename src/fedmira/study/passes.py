@@ -1,6 +1,7 @@
 """How wide a study's training passes are, and whether they compute decoder blocks again: by measured memory."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from fedmira.adapters import Layout
 from fedmira.config.sections import Config, TrainingConfig
@@ -9,26 +10,46 @@ from fedmira.engine.cost import CohortPlan, plan_cohort
 from fedmira.engine.workplace import Workplace
 
 
+@dataclass(frozen=True)
+class PassShape:
+    """cohort: clients in one pass; recompute: blocks in backward where a training says auto; at_once: examples of each.
+
+    at_once None: whole batches.
+    """
+
+    cohort: int
+    recompute: bool = False
+    at_once: int | None = None
+
+    @classmethod
+    def of(cls, workplace: Workplace) -> "PassShape":
+        return cls(workplace.cohort, workplace.recompute, workplace.at_once)
+
+    def laid_on(self, workplace: Workplace) -> Workplace:
+        return replace(workplace, cohort=self.cohort, recompute=self.recompute, at_once=self.at_once)
+
+
 def shape_of_passes(
     config: Config,
     workplace: Workplace,
     passes: Sequence[tuple[Layout, TrainingConfig]],
     sampled: int,
     saved: RunFacts | None,
-) -> tuple[int, bool]:
-    """Return how many clients train in one pass, and whether `gradient_checkpointing: auto` recomputes.
+) -> PassShape:
+    """Return the shape of a study's training passes: as saved, as the config says, or what fits.
 
-    As saved, as the config says, or as many as fit; with a number that is given, it is recomputed where that many do
-    not fit otherwise.
+    With a number of clients that is given, blocks are recomputed where that many do not fit otherwise.
     """
     if saved is not None:
-        return saved.cohort, saved.recompute
+        return PassShape(saved.cohort, saved.recompute, saved.at_once)
     given = None if config.federation.cohort == "auto" else config.federation.cohort
     auto = any(section.gradient_checkpointing == "auto" for _, section in passes)
     if given is not None and not auto:
-        return given, False
+        return PassShape(given)
     plans = plan_passes(workplace, passes, sampled if given is None else given)
-    return given or min(plan.cohort for plan in plans), any(plan.recompute for plan in plans)
+    cohort = given or min(plan.cohort for plan in plans)
+    at_once = min((plan.examples for plan in plans if plan.examples is not None), default=None)
+    return PassShape(cohort, any(plan.recompute for plan in plans), at_once)
 
 
 def plan_passes(

@@ -28,6 +28,7 @@ from fedmira.study.assemble import Built, Materials, Prepared, client_table, pre
 from fedmira.study.carry_out import Job, carry_out, describe_run, is_complete
 from fedmira.study.events import ReportBegun, StepBegun, StudyBegun
 from fedmira.study.handover import write_adapters
+from fedmira.study.passes import PassShape
 from fedmira.study.trackers import tracking
 from fedmira.study.training import training_of
 
@@ -226,8 +227,7 @@ def _facts(prepared: Prepared, built: Built, cohort: Cohort, federation: Federat
         architecture=type(base.model).__name__,
         dtype=str(base.dtype).removeprefix("torch."),
         device=str(base.device),
-        width=prepared.workplace.cohort,
-        recompute=prepared.workplace.recompute,
+        shape=PassShape.of(prepared.workplace),
         threads=prepared.threads,
         versions={
             "fedmira": importlib.metadata.version("fedmira"),
