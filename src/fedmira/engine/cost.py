@@ -90,9 +90,9 @@ def plan_cohort(
     per_token = {again: (size - own) / len(probe.ids) for again, size in needed([probe]).items()}
     least = recompute is not False  # which of the two fits at all
     if own + per_token[least] * tokens[0] > room:
-        fits = max(0, int((room - own) / per_token[least]))
+        needs, fits = own + per_token[least] * tokens[0], max(0, int((room - own) / per_token[least]))
         raise ModelError(
-            f"an example of {tokens[0]:,} tokens needs {(own + per_token[least] * tokens[0]) / 1e9:.1f} GB to train on, "
+            f"an example of {tokens[0]:,} tokens needs {needs / 1e9:.1f} GB to train on; "
             f"{room / 1e9:.1f} GB are left for it: about {fits:,} tokens would fit (data.max_length={fits})"
             + ("" if least else "; training.gradient_checkpointing: true needs less")
         )
