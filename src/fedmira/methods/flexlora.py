@@ -27,7 +27,7 @@ from fedmira.adapters import Adapters, Leaf, Part
 from fedmira.adapters.lazy import Tensor, torch
 from fedmira.adapters.lowrank import decompose_sum, factors
 from fedmira.methods.base import Change, Clock, Cohort, Facts, Message, Method, Settings, State
-from fedmira.methods.means import replace_shared, shares_of
+from fedmira.methods.means import at_own_ranks, has_mixed_ranks, replace_shared, shares_of
 
 BATCH = 2**24  # numbers in the stacked factors of one decomposition
 
@@ -41,28 +41,19 @@ class Config(Settings):
 def build(config: Config, cohort: Cohort) -> Method:
     """Return FlexLoRA as a Method."""
 
-    def of_clients(rows: Tensor, ids: Tensor, state: State) -> Adapters:
-        """Rows [S, P] as adapters of the clients `ids` [S], with their own ranks and scale."""
-        shared = state.adapters
-        if cohort.ranks is None or cohort.scale is None:
-            alike = torch.zeros_like(ids)
-            return Adapters(shared.layout, rows, shared.ranks[alike], shared.scale[alike])
-        return Adapters(shared.layout, rows, cohort.ranks[ids], cohort.scale[ids])
-
     def send(state: State, ids: Tensor, clock: Clock) -> Message:
         row = state.adapters.take(torch.zeros(1, dtype=torch.int64))
-        return Message(cut_(of_clients(row.rows.repeat(len(ids), 1), ids, state), row).rows)
+        return Message(cut_(at_own_ranks(row.rows.repeat(len(ids), 1), ids, state, cohort), row).rows)
 
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
         row = state.adapters.take(torch.zeros(1, dtype=torch.int64))
-        uploads = of_clients(returned.rows, ids, state)
+        uploads = at_own_ranks(returned.rows, ids, state, cohort)
         return replace_shared(mean_update(uploads, shares_of(weights, config.weights), row))
 
-    mixed = cohort.ranks is not None and bool((cohort.ranks != cohort.ranks[:1]).any())
     return Method(
         "flexlora",
         merge,
-        send=send if mixed else None,
+        send=send if has_mixed_ranks(cohort) else None,
         facts=Facts(needs="each", weighs=config.weights == "examples", compare="products"),
     )
 
