@@ -102,6 +102,8 @@ CHOSEN = [  # by each client
 TABLE: Mapping[str, list[Variant]] = {
     "fedavg": [Variant("fedavg", {"weights": weights}) for weights in ("examples", "uniform")],
     "fedavg_ft": [Variant("fedavg_ft", {"weights": weights}) for weights in ("examples", "uniform")],
+    "fedex_lora": [Variant("fedex_lora", {"weights": weights}) for weights in ("examples", "uniform")],
+    "flora": [Variant("flora", {}), Variant("flora", {"weights": "uniform", "start": "common"})],
     "groupavg": [
         Variant("groupavg", {}),
         *(Variant("groupavg", {"column": "family", "weights": weights}) for weights in ("examples", "uniform")),
