@@ -108,6 +108,7 @@ TABLE: Mapping[str, list[Variant]] = {
         Variant("groupavg", {}),
         *(Variant("groupavg", {"column": "family", "weights": weights}) for weights in ("examples", "uniform")),
     ],
+    "hetlora": [Variant("hetlora", {"gamma": gamma, "lambda": 0.5}) for gamma in (0.5, 1)],
     "mira": [*MIRA, *BEYOND, *CHOSEN],
     "fedptuning": [
         Variant("fedptuning", {"virtual_tokens": 3, "hidden": 2, "weights": weights})
