@@ -23,9 +23,9 @@ from __future__ import annotations
 from typing import Literal
 
 from fedmira.adapters.lazy import Tensor, torch
-from fedmira.adapters.updates import cut_, mean_update
+from fedmira.adapters.updates import mean_update
 from fedmira.methods.base import Change, Clock, Cohort, Facts, Message, Method, Settings, State
-from fedmira.methods.means import at_own_ranks, has_mixed_ranks, replace_shared, shares_of
+from fedmira.methods.means import at_own_ranks, replace_shared, send_cut, shares_of
 
 
 class Config(Settings):
@@ -37,10 +37,6 @@ class Config(Settings):
 def build(config: Config, cohort: Cohort) -> Method:
     """Return FlexLoRA as a Method."""
 
-    def send(state: State, ids: Tensor, clock: Clock) -> Message:
-        row = state.adapters.take(torch.zeros(1, dtype=torch.int64))
-        return Message(cut_(at_own_ranks(row.rows.repeat(len(ids), 1), ids, state, cohort), row).rows)
-
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
         row = state.adapters.take(torch.zeros(1, dtype=torch.int64))
         uploads = at_own_ranks(returned.rows, ids, state, cohort)
@@ -49,6 +45,6 @@ def build(config: Config, cohort: Cohort) -> Method:
     return Method(
         "flexlora",
         merge,
-        send=send if has_mixed_ranks(cohort) else None,
+        send=send_cut(cohort),
         facts=Facts(needs="each", weighs=config.weights == "examples", compare="products"),
     )

@@ -35,9 +35,9 @@ from pydantic import Field
 
 from fedmira.adapters import Adapters
 from fedmira.adapters.lazy import Tensor, torch
-from fedmira.adapters.updates import cut_, rescale_, update_norms
+from fedmira.adapters.updates import rescale_, update_norms
 from fedmira.methods.base import Change, Client, Clock, Cohort, Facts, Memory, Message, Method, Settings, State, Tools
-from fedmira.methods.means import at_own_ranks, has_mixed_ranks, mean_row, replace_shared, shares_of
+from fedmira.methods.means import at_own_ranks, has_mixed_ranks, mean_row, replace_shared, send_cut, shares_of
 
 TUNED = {"lambda": (5e-4, 5e-3, 5e-2)}  # what `fedmira compare` tries
 
@@ -53,10 +53,6 @@ class Config(Settings):
 def build(config: Config, cohort: Cohort) -> Method:
     """Return HetLoRA as a Method."""
     mixed = has_mixed_ranks(cohort)
-
-    def send(state: State, ids: Tensor, clock: Clock) -> Message:
-        row = state.adapters.take(torch.zeros(1, dtype=torch.int64))
-        return Message(cut_(at_own_ranks(row.rows.repeat(len(ids), 1), ids, state, cohort), row).rows)
 
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
         uploads = at_own_ranks(returned.rows, ids, state, cohort)
@@ -77,7 +73,7 @@ def build(config: Config, cohort: Cohort) -> Method:
         figures=("rank",) if pruned else (),
     )
     client = pruning(config.gamma, config.lam) if pruned else Client()
-    return Method("hetlora", merge, send=send if mixed else None, client=client, facts=facts)
+    return Method("hetlora", merge, send=send_cut(cohort), client=client, facts=facts)
 
 
 def pruning(gamma: float, penalty: float) -> Client:

@@ -6,8 +6,9 @@ from typing import Literal
 
 from fedmira.adapters import Adapters, ranks
 from fedmira.adapters.lazy import Tensor, torch
+from fedmira.adapters.updates import cut_
 from fedmira.errors import MethodError
-from fedmira.methods.base import Change, Clock, Cohort, Merge, Message, State
+from fedmira.methods.base import Change, Clock, Cohort, Merge, Message, Send, State
 
 
 def shares_of(weights: Tensor, by: Literal["examples", "uniform"]) -> Tensor:
@@ -56,6 +57,19 @@ def at_own_ranks(rows: Tensor, ids: Tensor, state: State, cohort: Cohort) -> Ada
         alike = torch.zeros_like(ids)
         return Adapters(shared.layout, rows, shared.ranks[alike], shared.scale[alike])
     return Adapters(shared.layout, rows, cohort.ranks[ids], cohort.scale[ids])
+
+
+def send_cut(cohort: Cohort) -> Send | None:
+    """What every client is sent of the one shared row: its first pairs, to its own rank. None where all have one rank.
+
+    B comes at the client's own scale, so that the pairs keep their products.
+    """
+
+    def send(state: State, ids: Tensor, clock: Clock) -> Message:
+        row = state.adapters.take(torch.zeros(1, dtype=torch.int64))
+        return Message(cut_(at_own_ranks(row.rows.repeat(len(ids), 1), ids, state, cohort), row).rows)
+
+    return send if has_mixed_ranks(cohort) else None
 
 
 def change_nothing(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
