@@ -38,6 +38,17 @@ LETTERS = (
 )
 
 
+FURTHER = {
+    "E": "rows of other clients that a round's clients are sent, all together",
+    "Q": "numbers that were added to the base and that a round's clients do not have yet, all together",
+}
+
+
+def letters(text: str) -> str:
+    """Say what the letters of the formulas in a text mean."""
+    return " ".join([LETTERS, *(f"{letter}: {words}." for letter, words in FURTHER.items() if f"{letter} x " in text)])
+
+
 def pages() -> dict[str, str]:
     """Return the text of every page by its file name."""
     return {f"{name}.md": method_page(name, load(name)) for name in names()} | {"README.md": overview(names())}
@@ -59,7 +70,7 @@ def method_page(name: str, module: MethodModule) -> str:
         "\n".join(table) if rows else "None.",
         "## What it needs and gives",
         "\n".join(["| | |", "|---|---|", *(f"| {key} | {text} |" for key, text in facts.items())]),
-        LETTERS,
+        letters(str(facts)),
         "## In a config",
         f"With every setting at its default:\n\n```yaml\n{snippet(name, module)}```",
         f"Made by `{SCRIPT}` from [{name}.py](../../src/fedmira/methods/{name}.py); to change it, change that.",
@@ -82,7 +93,7 @@ def overview(listed: Sequence[str]) -> str:
         "`fedmira methods` lists them; a file of your own is [as good](../adding-a-method.md). The table is about the "
         "default settings; [every method](../results/methods.md) was measured on two data sets.",
         "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *lines]),
-        LETTERS,
+        letters(str(lines)),
         f"Made by `{SCRIPT}` from the [files of the methods](../../src/fedmira/methods).",
     ]
     return "\n\n".join(parts) + "\n"

@@ -68,8 +68,11 @@ def formulas(name: str) -> tuple[str, str]:
 
 def evaluate(formula: str, *, clients: int, numbers: int) -> float:
     """Work out `S x 0.5 x P x 4 + S x 8`."""
-    letters = {"S": clients, "P": numbers}
-    terms = [[letters.get(word) or float(word) for word in term.split(" x ")] for term in formula.split(" + ")]
+    letters = {"S": clients, "P": numbers, "E": 0, "Q": 0}  # in a first round nothing is handed on, nor in the base
+    terms = [
+        [letters[word] if word in letters else float(word) for word in term.split(" x ")]
+        for term in formula.split(" + ")
+    ]
     return sum(math.prod(term) for term in terms) if formula != "0" else 0
 
 

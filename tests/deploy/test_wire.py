@@ -62,6 +62,22 @@ def test_changes_of_the_base_read_back_as_the_client_does_not_have_them() -> Non
     }
 
 
+def test_rows_that_are_absent_take_no_bytes_and_are_zeros_of_their_width() -> None:
+    """The own row and one further; that the client might have had the other is read back too."""
+    absent = {"rows": torch.tensor([True]), "a": torch.tensor([False]), "b": torch.tensor([True])}
+    more = {"a": torch.randn(1, 3), "b": torch.randn(1, 5)}
+    message = Message(torch.randn(1, 7), {"b": torch.ones(1)}, more, absent=absent)
+    assert pack_message(message)[1].shape == (1, 3)
+    found = round_trip(message)
+    assert found.rows.tolist() == [[0.0] * 7]
+    assert torch.equal(found.more["a"], more["a"])
+    assert found.more["b"].tolist() == [[0.0] * 5]
+    assert {name: flags.tolist() for name, flags in found.absent.items()} == {"rows": [True], "a": [False], "b": [True]}
+    nothing = Message(torch.randn(1, 7), absent={"rows": torch.tensor([True])})
+    assert pack_message(nothing)[1].shape == (1, 0)
+    assert round_trip(nothing).rows.shape == (1, 7)
+
+
 def refusal(data: bytes) -> str:
     """Read a frame and its message; return the reason if it is refused."""
     try:
@@ -116,6 +132,10 @@ def test_one_tensor_of_numbers_and_nothing_else_is_read(header: object, body: by
         {"rows": 2, "more": {}, "scalars": {"steps": ["object", 1]}},
         {"rows": 2, "more": {}, "scalars": {"steps": ["int64", 2**70]}},
         {"rows": 2, "more": {}, "scalars": {"steps": ["int64", [1, 2]]}},
+        {"rows": 2, "more": {"x": 2**62}, "scalars": {}, "absent": {"x": True}},
+        {"rows": 2, "more": {"x": -1}, "scalars": {}, "absent": {"x": True}},
+        {"rows": 2, "more": {"x": 2}, "scalars": {}, "absent": ["x"]},
+        {"rows": 2, "more": {"x": 2}, "scalars": {}, "absent": {"x": 1}},
         {"rows": 0, "more": {}, "scalars": {}, "base": {"first": 0, "pairs": [[["m", -1, -1, -1]]]}},
         {"rows": 2, "more": {}, "scalars": {}, "base": {"first": 0, "pairs": [[["m", 10**9, 10**9, 10**9]]]}},
     ],

@@ -11,7 +11,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tests import tiny
 from tests.engine.house import House, house, run
-from tests.laws.fedex import fedex
 from tests.laws.worlds import WORLDS
 from tests.parity.pairing import stacked_logits
 from torch import Tensor
@@ -24,12 +23,17 @@ from fedmira.engine.round import message_of, play
 from fedmira.engine.simulated import Simulated
 from fedmira.errors import ShapeError, WireError
 from fedmira.export.peft_folder import export_adapter
+from fedmira.methods import build
 from fedmira.methods.base import Change, Clock, Message, Method, State
 
 
 def alike() -> House:
     """Clients of one rank, for whom FedEx-LoRA is exact."""
     return house(ranks=(2, 2, 2, 2))
+
+
+def fedex() -> Method:
+    return build("fedex_lora", {}, alike().cohort())
 
 
 def opened(of: House, method: Method, folder: Path) -> Ledger:
@@ -111,11 +115,11 @@ def test_a_damaged_change_of_the_base_leads_back_to_the_round_before(tmp_path: P
 
 
 def test_each_client_pays_for_the_versions_that_it_does_not_have(tmp_path: Path) -> None:
-    """Rounds of (0, 1), (1, 2), (0, 1): 0 then misses two, 1 one; a version has the pairs of two uploads."""
+    """Rounds of (0, 1), (1, 2), (0, 1): 0 then misses two, 1 one; of two uploads a version has rank 2, one less."""
     of = alike()
     plain = run(of, replace(fedex(), merge=lambda *given: replace(fedex().merge(*given), base=None)), tmp_path / "a")
     added = run(of, fedex(), tmp_path / "b")
-    version = sum(4 * 2 * 2 * (inputs + outputs) for _, inputs, outputs in of.workplace.base.shapes)
+    version = sum(4 * 2 * (inputs + outputs) for _, inputs, outputs in of.workplace.base.shapes)
     more = [
         mine["bytes_down"] - theirs["bytes_down"] for mine, theirs in zip(added.records, plain.records, strict=True)
     ]
@@ -138,10 +142,13 @@ def test_a_client_that_misses_a_version_is_sent_it_and_one_with_a_gap_refuses(tm
         newest.after(ledger.state.base[:1])
 
 
-def test_an_exported_adapter_gives_on_the_untouched_base_what_the_run_had(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "added"), [("fedex_lora", 3 * 2), ("flora", 3 * 2 * 2)])
+def test_an_exported_adapter_gives_on_the_untouched_base_what_the_run_had(
+    name: str, added: int, tmp_path: Path
+) -> None:
     """One PEFT folder with the sum of both ranks, against the adapter over the changed base."""
     of = alike()
-    served = run(of, fedex(), tmp_path / "run").serve(torch.tensor([1]))
+    served = run(of, build(name, {}, of.cohort()), tmp_path / "run").serve(torch.tensor([1]))
     base = of.workplace.base
     export_adapter(
         tmp_path / "adapter",
@@ -156,7 +163,7 @@ def test_an_exported_adapter_gives_on_the_untouched_base_what_the_run_had(tmp_pa
     logits = stacked_logits(base, served, batch)
     plain = stacked_logits(base, replace(served, added={}), batch)
     model = PeftModel.from_pretrained(tiny.model("gpt2", dtype=torch.float32), str(tmp_path / "adapter")).eval()
-    assert model.peft_config["default"].r == 2 + 3 * 2 * 2
+    assert model.peft_config["default"].r == 2 + added
     for place, text in enumerate(texts[0]):
         expected = model(input_ids=torch.tensor([text.ids])).logits[0].detach()
         torch.testing.assert_close(logits[0, place, : len(text.ids)], expected, rtol=1e-5, atol=1e-6)

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tests import tiny
 from tests.engine.house import TRAIN, House, Ran, house, run, without_seconds
-from tests.laws.fedex import fedex
 from torch import Tensor
 
 from fedmira.adapters import Pairs
@@ -37,7 +36,7 @@ from fedmira.methods.wrappers import only, server_optimizer, tuned_after
 SCHEDULE = ((0, 1), (1, 2), (0, 1), (0, 2), (0, 1))
 ROUNDS = len(SCHEDULE)
 RATE = 0.35
-RATES = {"flexlora": 1.0, "fedex": 2.0}
+RATES = {"flexlora": 1.0, "fedex_lora": 2.0}
 GROUPS = [{"g": "x"}, {"g": "y"}, {"g": "x"}, {"g": "y"}]
 
 
@@ -46,7 +45,6 @@ def method(name: str, of: House) -> Method:
         "private": lambda: only(named("fedavg"), travels="A"),
         "tuned": lambda: tuned_after(named("fedavg"), steps=1),
         "server": lambda: server_optimizer(named("fedavg"), learning_rate=0.3),
-        "fedex": fedex,
     }
 
     def named(name: str) -> Method:
@@ -111,14 +109,14 @@ def best_rounds(played: Method, losses: list[list[float]]) -> list[int]:
 
 
 # those of the tree, but for one that trains nobody and one with a test of its own below
-KINDS = (*(name for name in names() if name not in ("untouched", "fedavg_ft")), "private", "server", "fedex")
+KINDS = (*(name for name in names() if name not in ("untouched", "fedavg_ft")), "private", "server")
 
 
 @pytest.mark.parametrize(
     "name",
     [
         name
-        if name in ("fedavg", "mira", "fedsophia", "private", "fedex")
+        if name in ("fedavg", "mira", "fedsophia", "private", "fedex_lora")
         else pytest.param(name, marks=pytest.mark.slow)
         for name in KINDS
     ],
@@ -239,8 +237,8 @@ def test_a_delta_holds_the_rows_of_those_that_improved_and_no_others(tmp_path: P
 
 def test_clients_that_each_keep_a_round_need_one_base(tmp_path: Path, start: Scores) -> None:
     of = world(ranks=(2, 2, 2, 2))
-    with pytest.raises(MethodError, match=r"evaluation.keep: best with method 'fedex'.*use evaluation.keep=last"):
-        run(of, only(fedex(), travels="A"), tmp_path / "run", schedule=SCHEDULE, start=start)
+    with pytest.raises(MethodError, match=r"evaluation.keep: best with method 'fedex_lora'.*use evaluation.keep=last"):
+        run(of, only(method("fedex_lora", of), travels="A"), tmp_path / "run", schedule=SCHEDULE, start=start)
 
 
 def test_nobody_trains_and_nothing_is_chosen(tmp_path: Path, start: Scores) -> None:

@@ -1,7 +1,6 @@
 """Small methods that use what the tree's methods do not: columns, further rows, a second trained row, own losses."""
 
 import torch
-from tests.laws.fedex import fedex
 from torch import Tensor
 
 from fedmira.adapters import Adapters
@@ -101,4 +100,4 @@ def careful() -> Method:
     return Method("careful", merge_mean("examples"), client=client, facts=Facts(weighs=True))
 
 
-EXAMPLES = {make.__name__: make for make in (fed_sa, ffa, rolora, scaffold, ditto, careful, fedex)}
+EXAMPLES = {make.__name__: make for make in (fed_sa, ffa, rolora, scaffold, ditto, careful)}

@@ -102,10 +102,13 @@ CHOSEN = [  # by each client
 TABLE: Mapping[str, list[Variant]] = {
     "fedavg": [Variant("fedavg", {"weights": weights}) for weights in ("examples", "uniform")],
     "fedavg_ft": [Variant("fedavg_ft", {"weights": weights}) for weights in ("examples", "uniform")],
+    "fedex_lora": [Variant("fedex_lora", {"weights": weights}) for weights in ("examples", "uniform")],
+    "flora": [Variant("flora", {}), Variant("flora", {"weights": "uniform", "start": "common"})],
     "groupavg": [
         Variant("groupavg", {}),
         *(Variant("groupavg", {"column": "family", "weights": weights}) for weights in ("examples", "uniform")),
     ],
+    "hetlora": [Variant("hetlora", {"gamma": gamma, "lambda": 0.5}) for gamma in (0.5, 1)],
     "mira": [*MIRA, *BEYOND, *CHOSEN],
     "fedptuning": [
         Variant("fedptuning", {"virtual_tokens": 3, "hidden": 2, "weights": weights})

@@ -14,9 +14,9 @@ from tests.laws.worlds import ALPHA, NEXT, WORLDS, World
 from tests.small_study import command, differences, outcome
 from torch import Tensor
 
-from fedmira.adapters import Adapters, Layout, lora_layout, start_adapters
+from fedmira.adapters import Adapters, Layout, lora_layout, start_adapters, updates
 from fedmira.errors import ConfigError, MethodError
-from fedmira.methods import build, flexlora
+from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message, Method, State, use_what_was_sent
 
 FIRST = Clock(1)
@@ -173,10 +173,10 @@ def test_modules_decomposed_together_are_what_they_are_alone(
     merged: tuple[Method, State, Adapters], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flex, state, uploads = merged
-    batches = list(flexlora._batches(WIDE.parts[0], uploads))
+    batches = list(updates._batches(WIDE.parts[0], uploads))
     assert [[first.module for _, first, _ in some] for _, some in batches] == [["one", "two"], ["narrow"]]
-    monkeypatch.setattr(flexlora, "BATCH", 1)
-    assert len(list(flexlora._batches(WIDE.parts[0], uploads))) == 3
+    monkeypatch.setattr(updates, "BATCH", 1)
+    assert len(list(updates._batches(WIDE.parts[0], uploads))) == 3
     alone = after(flex, begin(WIDE, MIXED), uploads.rows, (5, 1, 2))
     for module in ("one", "two"):
         one, other = (update(serve(flex, some, range(3), MIXED), module) for some in (state, alone))

@@ -30,7 +30,7 @@ METHODS: list[Mapping[str, Any]] = [
     {"name": "fedsophia", "tau": 2},
     {"name": "local"},
     {"name": "flexlora"},
-    {"name": "tests.laws.fedex", "label": "fedex"},  # its base changes, and clients that come back catch up
+    {"name": "flora"},  # its base changes, and clients that come back catch up
 ]
 CHANGES: Mapping[str, Any] = {
     "federation": {"rounds": 3, "participation": 0.5, "cohort": 1},

@@ -72,6 +72,24 @@ def join_pairs(versions: Sequence[Pairs]) -> Pairs:
     return joined
 
 
+def stack_products(adapters: Adapters, shares: Tensor) -> Pairs:
+    """Return sum_k p_k s_k B_k A_k as one pair for each module, exactly: factors side by side, each at its own rank.
+
+    adapters [S]; shares p_k [S]. From rank min(d, v) on a pair is the sum itself times a unit matrix (join_pairs).
+    Source: FLoRA (arXiv:2409.05976): A = [p_1 A_1; ...; p_n A_n], B = [B_1, ..., B_n]; here p_k s_k is beside B_k.
+    """
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for part in adapters.layout.parts:
+        for index, (first, second) in enumerate(part.pairs()):
+            weights = (shares * adapters.scale_of(index)).to(adapters.rows.dtype)
+            weighted = adapters.leaf(second) * weights[:, None, None]
+            ranks = adapters.ranks_of(index).tolist()
+            a = torch.cat([own[:rank] for own, rank in zip(adapters.leaf(first), ranks, strict=True)])
+            b = torch.cat([own[:, :rank] for own, rank in zip(weighted, ranks, strict=True)], dim=1)
+            pairs[first.module] = (a, b)
+    return join_pairs([pairs])
+
+
 def check_pairs(pairs: Pairs, layout: Layout) -> None:
     """Raise ShapeError unless every pair is of a module that the layout adapts, with its numbers of inputs and outputs.
 

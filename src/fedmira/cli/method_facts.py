@@ -44,14 +44,21 @@ def build_default(module: MethodModule) -> Method:
 
 
 def exchange(method: Method) -> tuple[str, str, str]:
-    """Play a first round; return the bytes down and up as formulas, and what a row consists of."""
+    """Play two rounds; return the bytes down and up of the second as formulas, and what a row consists of.
+
+    In the first nobody has sent anything that could be handed on, and nothing has been added to the base.
+    """
     layout = lora_layout([("layer", WIDTH, WIDTH)], RANK)
     names = tuple(f"client-{k}" for k in range(CLIENTS))
     lora = Federation(names, layout, torch.full((CLIENTS,), RANK), 2.0)
     federation = lora.under(method, WIDTH)
     ledger = Ledger(federation, federation.first_state(0, method), torch.zeros(CLIENTS))
     clients = Idle(federation, method)
-    played = play(method, ledger, clients, torch.arange(CLIENTS), Clock(1, learning_rate=0.1))
+    everyone = torch.arange(CLIENTS)
+    first = play(method, ledger, clients, everyone, Clock(1, learning_rate=0.1))
+    ledger.received(first.reply.ids)
+    ledger.apply(first.change)
+    played = play(method, ledger, clients, everyone, Clock(2, learning_rate=0.1))
     assert clients.given is not None
     assert clients.returned is not None
     size = int(federation.layout.sizes(federation.ranks[:1])[0])
@@ -61,8 +68,26 @@ def exchange(method: Method) -> tuple[str, str, str]:
 
 
 def _formula(message: Message, total: int, size: int) -> str:
-    """Write the bytes of S clients' messages as a formula; size: numbers in a whole row."""
-    scalars = 8 * len(message.scalars)
-    share = (total / CLIENTS - scalars) / (4 * size)
-    row = f"S x {'' if share == 1 else f'{share:g} x '}P x 4"
-    return f"{row} + S x {scalars}" if scalars else row
+    """Write the bytes of all clients' messages as a formula; size: numbers in a whole row.
+
+    S: clients. E: rows that some clients are sent and others not, as they are handed on. Q: numbers added to the base.
+    """
+    handed = {name: int((~gone).sum()) for name, gone in message.absent.items()}
+    fixed = sum(name not in handed for name in ("rows", *message.more))
+    always = 8 * sum(name not in handed for name in message.scalars)
+    told = 8 * sum(count for name, count in handed.items() if name in message.scalars)
+    added = 0 if message.base is None else sum(message.base.bytes_missing)
+    rows = fixed * CLIENTS + sum(handed.values())
+    share = (total - CLIENTS * always - told - added) / (4 * size * rows) if rows else 0.0
+    terms = [
+        (bool(fixed), f"S x {_times(fixed * share)}P x 4"),
+        (any(handed.values()), f"E x {_times(share)}P x 4"),
+        (bool(always), f"S x {always}"),
+        (bool(told), "E x 8"),
+        (bool(added), "Q x 4"),
+    ]
+    return " + ".join(term for present, term in terms if present)
+
+
+def _times(factor: float) -> str:
+    return "" if factor == 1 else f"{factor:g} x "

@@ -386,7 +386,9 @@ def _unlike(answer: Frame, like: Message | None) -> str | None:
         _count(answer.header, "tokens")
     except WireError as error:
         return error.reason
-    if set(message.more) != set(like.more) or set(message.scalars) != set(like.scalars) or message.base is not None:
+    if set(message.more) != set(like.more) or set(message.scalars) != set(like.scalars):
+        return "schema"
+    if message.base is not None or message.absent:
         return "schema"
     if any(message.scalars[name].dtype != like.scalars[name].dtype for name in like.scalars):
         return "schema"

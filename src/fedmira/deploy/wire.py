@@ -1,8 +1,8 @@
 """What crosses the wire: one JSON header and one safetensors tensor `rows` [1, N], and nothing else.
 
 An upload's header has the contract's keys (gate.Header). A message of several rows, and pairs for the base, are laid
-end to end in `rows`; the header's `parts` says how many numbers each has. Scalars are in the header: JSON writes a
-float64 so that it reads back to the bit.
+end to end in `rows`; the header's `parts` says how many numbers each has, and which rows are absent. Scalars are in the
+header: JSON writes a float64 so that it reads back to the bit.
 
 The safetensors file is written and read here and not by that library, which copies the numbers two or three times: a
 server has those of all sites in memory at once.
@@ -29,6 +29,7 @@ TENSOR = "rows"
 _LENGTH = struct.Struct(">Q")
 _FILE_LENGTH = struct.Struct("<Q")  # of the header of a safetensors file
 MAX_FILE_HEADER = 1024  # bytes
+MAX_WIDTH = 1 << 40  # numbers of a row
 _KINDS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SCALARS = {"float64": torch.float64, "float32": torch.float32, "int64": torch.int64}
 
@@ -129,7 +130,9 @@ def _read_rows(data: Data, start: int) -> Tensor:
 
 def pack_message(message: Message) -> tuple[dict[str, Any], Tensor]:
     """Return one client's message [1, ...] as `parts` of a header and numbers [1, N]."""
-    values = [message.rows[0], *(value[0] for value in message.more.values())]
+    absent = {name: bool(flags[0]) for name, flags in message.absent.items()}
+    named = (("rows", message.rows), *message.more.items())
+    values = [value[0] for name, value in named if not absent.get(name, False)]
     parts: dict[str, Any] = {
         "rows": message.rows.shape[1],
         "more": {name: value.shape[1] for name, value in message.more.items()},
@@ -137,6 +140,8 @@ def pack_message(message: Message) -> tuple[dict[str, Any], Tensor]:
             name: [str(value.dtype).removeprefix("torch."), value[0].item()] for name, value in message.scalars.items()
         },
     }
+    if absent:
+        parts["absent"] = absent
     if message.base is not None:
         base = message.base.take(torch.zeros(1, dtype=torch.int64))
         parts["base"] = {
@@ -147,16 +152,18 @@ def pack_message(message: Message) -> tuple[dict[str, Any], Tensor]:
             ],
         }
         values += [factor.flatten() for pairs in base.pairs for _, pair in sorted(pairs.items()) for factor in pair]
-    if len(values) == 1:
+    if len(values) == 1 and not absent:
         return parts, message.rows  # not copied
-    return parts, torch.cat([value.to(message.rows.dtype) for value in values])[None]
+    return parts, torch.cat([message.rows[0, :0], *(value.to(message.rows.dtype) for value in values)])[None]
 
 
 def unpack_message(parts: Any, rows: Tensor | None) -> Message:
     """Return the message that `pack_message` packed. Raises WireError if the header and the numbers do not agree."""
     try:
         numbers = torch.empty(0) if rows is None else rows[0]
-        wanted = [int(parts["rows"]), *(int(count) for count in parts["more"].values())]
+        widths = [("rows", int(parts["rows"])), *((str(name), int(count)) for name, count in parts["more"].items())]
+        absent = {str(name): flag is True for name, flag in parts.get("absent", {}).items()}
+        wanted = [0 if absent.get(name, False) else width for name, width in widths]
         shapes = [
             [(str(module), int(q), int(inputs), int(outputs)) for module, q, inputs, outputs in pairs]
             for pairs in parts.get("base", {}).get("pairs", [])
@@ -169,11 +176,15 @@ def unpack_message(parts: Any, rows: Tensor | None) -> Message:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
         raise WireError("schema", "the header's `parts` do not describe a message") from None
     counts = [*wanted, *(q * size for pairs in shapes for _, q, i, o in pairs for size in (i, o))]
-    sizes = [size for pairs in shapes for _, *of_pair in pairs for size in of_pair]
-    if min([*counts, *sizes]) < 0 or sum(counts) != len(numbers):
+    sizes = [*(width for _, width in widths), *(size for pairs in shapes for _, *of_pair in pairs for size in of_pair)]
+    if min([*counts, *sizes]) < 0 or max(width for _, width in widths) > MAX_WIDTH or sum(counts) != len(numbers):
         raise WireError("size", f"the header tells of {sum(counts)} numbers, and the message has {len(numbers)}")
     pieces = list(torch.split(numbers, counts))
-    own, *others = pieces[: len(wanted)]
+    nothing = numbers.new_zeros(())  # of any width in no memory: the header alone says how wide it is
+    own, *others = (
+        nothing.expand(width) if absent.get(name, False) else piece
+        for (name, width), piece in zip(widths, pieces[: len(widths)], strict=True)
+    )
     rest = iter(pieces[len(wanted) :])
     versions: list[Pairs] = [
         {module: (next(rest).view(q, inputs), next(rest).view(outputs, q)) for module, q, inputs, outputs in pairs}
@@ -183,4 +194,4 @@ def unpack_message(parts: Any, rows: Tensor | None) -> Message:
     if "base" in parts:
         base = BaseVersions(tuple(versions), torch.tensor([first]), first)
     more = {str(name): value[None] for name, value in zip(parts["more"], others, strict=True)}
-    return Message(own[None], scalars, more, base)
+    return Message(own[None], scalars, more, base, {name: torch.tensor([flag]) for name, flag in absent.items()})

@@ -4,7 +4,7 @@ Nothing is applied here. This is the server's half: it knows rows, names and num
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -138,8 +138,18 @@ def message_of(method: Method, ledger: Ledger, state: State, ids: Tensor, clock:
 def _payloads(message: Message, counts: Tensor) -> list[int]:
     """Bytes of each client's message: its numbers of the columns that travel, for every row, and 8 for each scalar.
 
-    Beside them the changes of the base that it does not have yet. counts [S]: as count_columns gives them.
+    Beside them the changes of the base that it does not have yet. What is absent is not counted. counts [S]: as
+    count_columns gives them.
     """
-    each = (1 + len(message.more)) * message.rows.element_size()
-    missing = [0] * len(counts) if message.base is None else message.base.bytes_missing
-    return [each * n + 8 * len(message.scalars) + more for n, more in zip(counts.tolist(), missing, strict=True)]
+    rows, scalars = (_present(message, names, len(counts)) for names in (("rows", *message.more), message.scalars))
+    missing = torch.tensor([0] * len(counts) if message.base is None else message.base.bytes_missing)
+    each: list[int] = (rows * counts * message.rows.element_size() + 8 * scalars + missing).tolist()
+    return each
+
+
+def _present(message: Message, names: Iterable[str], count: int) -> Tensor:
+    """Return how many of these rows or scalars each client's message has [S]."""
+    present = torch.zeros(count, dtype=torch.int64)
+    for name in names:
+        present += ~message.absent[name] if name in message.absent else 1
+    return present

@@ -66,7 +66,8 @@ class Simulated:
     def carry_out(self, ids: Tensor, send: Send, *, plans: Sequence[Sequence[np.ndarray]] | None = None) -> Reply:
         """Train, as in `train`. plans: the training examples of each step of each client; None: as they are drawn."""
         method, layout, clock = self.method, self.federation.layout, send.clock
-        whole, phase = self.local_phase(ids, send(ids), clock, plans=plans)
+        given = send(ids)
+        whole, phase = self.local_phase(ids, given, clock, plans=plans)
         travels = method.travels(layout, clock)
         sent = travels & method.trained(layout, clock)
         values: dict[str, Tensor] = {f"method/{name}": value for name, value in phase.memory.items()}
@@ -74,7 +75,7 @@ class Simulated:
             for of, moments in phase.moments.items():
                 values |= {f"moments/{of}/{name}": value for name, value in moments.items()}
         silent: dict[int, str] = {}
-        if not bool(travels.all()):
+        if not bool(travels.all()) or "rows" in given.absent:
             self._own_rows()
             values["row"] = phase.rows
             silent = self._unfit(ids, phase.rows)
@@ -228,7 +229,8 @@ class Simulated:
         given = send(ids)
         if self.taken_up:
             travels = self.method.travels(self.federation.layout, send.clock)
-            given = replace(given, rows=pack(self.adapters(ids, send).rows, travels))
+            rest = {name: value for name, value in given.absent.items() if name != "rows"}
+            given = replace(given, rows=pack(self.adapters(ids, send).rows, travels), absent=rest)
         plans: list[list[np.ndarray]] | None = None if length else [[] for _ in ids]
         whole, phase = self.local_phase(ids, given, send.clock, training=training, plans=plans)
         unfit = self._unfit(ids, phase.returned.rows)
@@ -293,6 +295,9 @@ class Simulated:
         """Lay what was sent over each client's own row, and bring the base up to date."""
         self._receive(given.base)
         travels = self.method.travels(self.federation.layout, clock)
+        if "rows" in given.absent:
+            own = pack(self._own_rows()[ids], travels)
+            given = replace(given, rows=torch.where(given.absent["rows"][:, None], own, given.rows))
         if bool(travels.all()):
             return given
         own_rows = self._own_rows()[ids]

@@ -86,12 +86,15 @@ class Message:
 
     A method reads and writes whole rows. Only the columns that travel cross the wire (`Method.travels`): those of
     `rows` and of every tensor [S, P] of `more`. Each side fills the other columns with what it has itself.
+    absent, down only: "rows", or a name of `more`, -> bool [S], True where a client is not sent that row, nor the
+    scalar of that name: they are 0, and not counted. Without `rows` a client goes on from the row that it has itself.
     """
 
     rows: Tensor
     scalars: Mapping[str, Tensor] = field(default_factory=dict)
     more: Mapping[str, Tensor] = field(default_factory=dict)
     base: BaseVersions | None = None  # down only: what was added to the base, from the engine
+    absent: Mapping[str, Tensor] = field(default_factory=dict)
 
     def take(self, index: Tensor | slice) -> Message:
         """Return the messages of some clients, by position."""
@@ -100,6 +103,7 @@ class Message:
             {name: value[index] for name, value in self.scalars.items()},
             {name: value[index] for name, value in self.more.items()},
             None if self.base is None else self.base.take(index),
+            {name: value[index] for name, value in self.absent.items()},
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Message:

@@ -20,16 +20,12 @@ adaptive_peft.py): weights by examples, alpha / r on each product, all singular 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
-from fedmira.adapters import Adapters, Leaf, Part
 from fedmira.adapters.lazy import Tensor, torch
-from fedmira.adapters.lowrank import decompose_sum, factors
+from fedmira.adapters.updates import mean_update
 from fedmira.methods.base import Change, Clock, Cohort, Facts, Message, Method, Settings, State
-from fedmira.methods.means import replace_shared, shares_of
-
-BATCH = 2**24  # numbers in the stacked factors of one decomposition
+from fedmira.methods.means import at_own_ranks, replace_shared, send_cut, shares_of
 
 
 class Config(Settings):
@@ -41,77 +37,14 @@ class Config(Settings):
 def build(config: Config, cohort: Cohort) -> Method:
     """Return FlexLoRA as a Method."""
 
-    def of_clients(rows: Tensor, ids: Tensor, state: State) -> Adapters:
-        """Rows [S, P] as adapters of the clients `ids` [S], with their own ranks and scale."""
-        shared = state.adapters
-        if cohort.ranks is None or cohort.scale is None:
-            alike = torch.zeros_like(ids)
-            return Adapters(shared.layout, rows, shared.ranks[alike], shared.scale[alike])
-        return Adapters(shared.layout, rows, cohort.ranks[ids], cohort.scale[ids])
-
-    def send(state: State, ids: Tensor, clock: Clock) -> Message:
-        row = state.adapters.take(torch.zeros(1, dtype=torch.int64))
-        return Message(cut_(of_clients(row.rows.repeat(len(ids), 1), ids, state), row).rows)
-
     def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
         row = state.adapters.take(torch.zeros(1, dtype=torch.int64))
-        uploads = of_clients(returned.rows, ids, state)
+        uploads = at_own_ranks(returned.rows, ids, state, cohort)
         return replace_shared(mean_update(uploads, shares_of(weights, config.weights), row))
 
-    mixed = cohort.ranks is not None and bool((cohort.ranks != cohort.ranks[:1]).any())
     return Method(
         "flexlora",
         merge,
-        send=send if mixed else None,
+        send=send_cut(cohort),
         facts=Facts(needs="each", weighs=config.weights == "examples", compare="products"),
     )
-
-
-def mean_update(uploads: Adapters, weights: Tensor, shared: Adapters) -> Tensor:
-    """Return the row [1, P] whose updates are sum_k w_k s_k B_k A_k, each cut to the rank of its module.
-
-    uploads [S]; weights [S], of sum 1; shared [1]: the row that it replaces, for its scale.
-    """
-    row = torch.zeros_like(shared.rows)
-    for part in uploads.layout.parts:
-        for ranks, modules in _batches(part, uploads):
-            index, first, _ = modules[0]
-            decomposition = decompose_sum(
-                [torch.stack([uploads.leaf(b)[k, :, :r] for _, _, b in modules]) for k, r in enumerate(ranks)],
-                [torch.stack([uploads.leaf(a)[k, :r] for _, a, _ in modules]) for k, r in enumerate(ranks)],
-                weights * uploads.scale_of(index),
-            )
-            left, right = factors(decomposition, first.shape[0], float(shared.scale_of(index)[0]), dtype=row.dtype)
-            for (_, a, b), factor_b, factor_a in zip(modules, left, right, strict=True):
-                row[0, a.start : a.stop] = factor_a.flatten()
-                row[0, b.start : b.stop] = factor_b.flatten()
-    return row
-
-
-def _batches(part: Part, uploads: Adapters) -> Iterator[tuple[tuple[int, ...], list[tuple[int, Leaf, Leaf]]]]:
-    """Yield the ranks [S] of the clients, and modules of one shape in which they have these ranks, each with its index.
-
-    Modules are decomposed together if the sum of ranks is below their width; else the dense sum is formed, one by one.
-    """
-    alike: dict[tuple[tuple[int, ...], ...], list[tuple[int, Leaf, Leaf]]] = {}
-    for index, (first, second) in enumerate(part.pairs()):
-        ranks = tuple(uploads.ranks_of(index).tolist())
-        alike.setdefault((first.shape, second.shape, ranks), []).append((index, first, second))
-    for ((_, inputs), (outputs, _), ranks), modules in alike.items():
-        total = sum(ranks)
-        together = max(1, BATCH // (total * (inputs + outputs))) if total < min(inputs, outputs) else 1
-        for start in range(0, len(modules), together):
-            yield ranks, modules[start : start + together]
-
-
-def cut_(adapters: Adapters, shared: Adapters) -> Adapters:
-    """Cut, in place, copies [S, P] of the shared row [1, P] to the rank of each client, and to its scale.
-
-    B_k = B[:, :r_k] (alpha / r) / (alpha / r_k),   A_k = A[:r_k]
-    """
-    if bool((adapters.scale != shared.scale).any()):
-        for part in adapters.layout.parts:
-            for index, (_, second) in enumerate(part.pairs()):
-                ratio = shared.scale_of(index) / adapters.scale_of(index)  # [S]
-                adapters.leaf(second).mul_(ratio[:, None, None])
-    return adapters.mask_()
