@@ -2,11 +2,10 @@
 
 import torch
 from tests.laws.fedex import fedex
-from torch import Tensor
 
 from fedmira.adapters import Adapters
-from fedmira.methods.base import Change, Client, Clock, Facts, Memory, Message, Method, State, Tools
-from fedmira.methods.means import mean_row, merge_mean, shares_of
+from fedmira.methods.base import Client, Facts, Memory, Message, Method, Tools
+from fedmira.methods.means import merge_mean
 from fedmira.methods.wrappers import only
 
 
@@ -23,40 +22,6 @@ def ffa() -> Method:
 def rolora() -> Method:
     """RoLoRA: B is trained in odd rounds and A in even ones; what is not trained is not returned (arXiv:2409.02346)."""
     return only(Method("rolora", merge_mean("examples"), facts=Facts(weighs=True)), trained="alternating")
-
-
-def scaffold() -> Method:
-    """SCAFFOLD with SGD, option II (arXiv:1910.06378): g_k - c_k + c; c_k+ = c_k - c + (w_sent - w_k) / (steps eta).
-
-    The server's variate c is a second row down, the client's change of c_k a second row up.
-    """
-
-    def send(state: State, ids: Tensor, clock: Clock) -> Message:
-        row = state.adapters.rows[torch.zeros_like(ids)]
-        variate = state.shared.get("variate", torch.zeros_like(row[:1]))
-        return Message(row, more={"variate": variate.expand(len(ids), -1)})
-
-    def start(adapters: Adapters) -> Memory:
-        return {"variate": torch.zeros_like(adapters.rows)}
-
-    def step(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
-        _, gradient = tools.grad(adapters)
-        return tools.update(adapters, gradient - memory["variate"] + given.more["variate"]), memory
-
-    def finish(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:
-        assert tools.clock.steps is not None
-        length = tools.clock.steps.to(adapters.rows)[:, None] * tools.clock.learning_rate
-        change = (given.rows - adapters.rows) / length - given.more["variate"]
-        return Message(adapters.rows, more={"variate": change}), {"variate": memory["variate"] + change}
-
-    def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-        shares = shares_of(weights, "examples")
-        before = state.shared.get("variate", torch.zeros_like(returned.rows[:1]))
-        variate = before + mean_row(returned.more["variate"], shares)
-        return Change(torch.zeros(1, dtype=torch.int64), mean_row(returned.rows, shares), {"variate": variate})
-
-    client = Client(start=start, step=step, finish=finish)
-    return Method("scaffold", merge, send=send, client=client, facts=Facts(weighs=True))
 
 
 def ditto(penalty: float = 0.1) -> Method:
@@ -101,4 +66,4 @@ def careful() -> Method:
     return Method("careful", merge_mean("examples"), client=client, facts=Facts(weighs=True))
 
 
-EXAMPLES = {make.__name__: make for make in (fed_sa, ffa, rolora, scaffold, ditto, careful, fedex)}
+EXAMPLES = {make.__name__: make for make in (fed_sa, ffa, rolora, ditto, careful, fedex)}

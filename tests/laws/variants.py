@@ -111,6 +111,10 @@ TABLE: Mapping[str, list[Variant]] = {
         Variant("fedptuning", {"virtual_tokens": 3, "hidden": 2, "weights": weights})
         for weights in ("examples", "uniform")
     ],
+    "scaffold": [
+        Variant("scaffold", {}),
+        Variant("scaffold", {"variate": "gradient", "weights": "examples", "server_learning_rate": 0.5}),
+    ],
 }
 STORED = {"lambda": 0.3, "normalise": "row", "neighbours": "stored"}
 WRAPPED = [

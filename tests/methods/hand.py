@@ -56,7 +56,7 @@ def merge(
 
 def after(state: State, change: Change) -> State:
     """The server once a change is applied."""
-    table, tables = state.adapters.rows.clone(), dict(state.tables)  # type: ignore[attr-defined]
+    table, tables = state.adapters.rows.clone(), dict(state.tables)
     table[change.ids] = change.rows
     for name, value in change.tables.items():
         tables[name] = tables[name].index_copy(0, change.ids, value)

@@ -264,7 +264,7 @@ class Regime:
     the config's. tolerance: a client keeps a reply only if its validation loss is not worse by more, in nats; None =
     always. first_rows: of clients that join later, where each has one; None = the common start. tune: what every client
     trains alone after the last round: its half with so many steps, which may be none, or epochs. scorings: of its
-    validation split before its local steps, at most.
+    validation split before its local steps, at most. optimizer: that its clients need; sgd: without momentum.
     """
 
     trainees: Literal["sampled", "pool", "nobody"] = "sampled"
@@ -274,6 +274,7 @@ class Regime:
     first_rows: FirstRows | None = None
     tune: tuple[Literal["steps", "epochs"], int] | None = None
     scorings: int = 0
+    optimizer: Literal["any", "sgd"] = "any"
 
 
 @dataclass(frozen=True, eq=False)
