@@ -42,7 +42,8 @@ class Variant:
     @property
     def moves_by_itself(self) -> bool:
         """Does the server go on where it went before, even if everyone returns what it has?"""
-        return any(one["name"] == "server_optimizer" for one in self.settings.get("with", ()))
+        wrappers = [one["name"] for one in self.settings.get("with", ())]
+        return self.name == "fedopt" or "server_optimizer" in wrappers
 
     @property
     def chooses(self) -> bool:
@@ -111,6 +112,7 @@ TABLE: Mapping[str, list[Variant]] = {
         Variant("fedptuning", {"virtual_tokens": 3, "hidden": 2, "weights": weights})
         for weights in ("examples", "uniform")
     ],
+    "fedopt": [Variant("fedopt", {"variant": "adam"}), Variant("fedopt", {"variant": "momentum"})],
     "scaffold": [
         Variant("scaffold", {}),
         Variant("scaffold", {"variate": "gradient", "weights": "examples", "server_learning_rate": 0.5}),

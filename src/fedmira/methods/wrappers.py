@@ -92,7 +92,7 @@ def only(method: Method, *, trained: str = "all", travels: str = "all") -> Metho
 class ServerOptimizer(Options):
     """Settings of `server_optimizer`; defaults as in the paper's experiments."""
 
-    variant: Literal["momentum", "adam", "yogi"] = "adam"
+    variant: Literal["momentum", "adam", "yogi", "adagrad"] = "adam"
     learning_rate: Positive = 0.01  # eta of the server
     betas: tuple[Beta, Beta] = (0.9, 0.99)  # of the first and second moment; momentum uses the first
     tau: Positive = 1e-3  # added to the root of the second moment; smaller = more adaptive
@@ -109,7 +109,8 @@ def server_optimizer(
     """Use the change of a merge as a gradient for the server's own optimizer.
 
     D = merged - w;  m = b1 m + (1 - b1) D;  w = w + eta m / (sqrt(v) + tau)
-    adam: v = b2 v + (1 - b2) D^2;  yogi: v = v - (1 - b2) D^2 sign(v - D^2);  momentum: m = b1 m + D, w = w + eta m
+    adam: v = b2 v + (1 - b2) D^2;  yogi: v = v - (1 - b2) D^2 sign(v - D^2);  adagrad: v = v + D^2
+    momentum: m = b1 m + D, w = w + eta m
     Raises MethodError where the server has a row of each client.
     """
     if method.has_row_of_each:
@@ -138,6 +139,8 @@ def server_optimizer(
             v[rows] = second * v[rows] + (1 - second) * square
         elif variant == "yogi":
             v[rows] -= (1 - second) * square * (v[rows] - square).sign()
+        elif variant == "adagrad":
+            v[rows] += square
         step = m[rows] if variant == "momentum" else m[rows] / (v[rows].sqrt() + tau)
         shared = {**(inner(state).shared if change.shared is None else change.shared), "server.m": m, "server.v": v}
         return replace(change, rows=before + learning_rate * step, shared=shared)
