@@ -6,22 +6,6 @@ from tests.laws.fedex import fedex
 from fedmira.adapters import Adapters
 from fedmira.methods.base import Client, Facts, Memory, Message, Method, Tools
 from fedmira.methods.means import merge_mean
-from fedmira.methods.wrappers import only
-
-
-def fed_sa() -> Method:
-    """FedSA-LoRA: A is shared, B stays with the client (arXiv:2410.01463)."""
-    return only(Method("fed_sa", merge_mean("examples"), facts=Facts(weighs=True)), travels="A")
-
-
-def ffa() -> Method:
-    """FFA-LoRA: A is frozen at the common start; B is trained and shared (arXiv:2403.12313)."""
-    return only(Method("ffa", merge_mean("examples"), facts=Facts(weighs=True)), trained="B", travels="B")
-
-
-def rolora() -> Method:
-    """RoLoRA: B is trained in odd rounds and A in even ones; what is not trained is not returned (arXiv:2409.02346)."""
-    return only(Method("rolora", merge_mean("examples"), facts=Facts(weighs=True)), trained="alternating")
 
 
 def ditto(penalty: float = 0.1) -> Method:
@@ -66,4 +50,4 @@ def careful() -> Method:
     return Method("careful", merge_mean("examples"), client=client, facts=Facts(weighs=True))
 
 
-EXAMPLES = {make.__name__: make for make in (fed_sa, ffa, rolora, ditto, careful, fedex)}
+EXAMPLES = {make.__name__: make for make in (ditto, careful, fedex)}

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from tests.laws import laws
-from tests.laws.examples import EXAMPLES, ditto, fed_sa, ffa, rolora
+from tests.laws.examples import EXAMPLES, ditto
 from tests.laws.worlds import ALL, BEFORE, WORLDS, World
 from torch import Tensor
 
-from fedmira.adapters.columns import factor_columns
 from fedmira.engine.clients import Reply, Send, Trainers
 from fedmira.engine.round import play
 from fedmira.methods import build
@@ -41,38 +40,6 @@ def test_an_absent_client_has_no_influence(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", WORLDS)
-def test_a_factor_that_stays_with_its_client_differs_between_clients_and_the_other_is_shared(kind: str) -> None:
-    world = WORLDS[kind]()
-    scene = world.reach(fed_sa())
-    rows = scene.used(torch.tensor([0, 2, 3]))  # of rank 2, all trained in round 1
-    shared = factor_columns(world.layout, "A")
-    assert torch.equal(rows[0, shared], rows[1, shared])
-    assert not torch.equal(rows[0, ~shared], rows[1, ~shared])
-
-
-@pytest.mark.parametrize("kind", WORLDS)
-def test_a_frozen_factor_is_the_common_start_in_every_round(kind: str) -> None:
-    world = WORLDS[kind]()
-    frozen = ~factor_columns(world.layout, "B")
-    assert torch.equal(world.reach(ffa()).used()[:, frozen], world.start(ffa()).used()[:, frozen])
-
-
-@pytest.mark.parametrize("kind", WORLDS)
-def test_factors_alternate_by_round_and_only_the_trained_one_is_returned(kind: str) -> None:
-    world = WORLDS[kind]()
-    scene = world.start(rolora())
-    first = factor_columns(world.layout, "B")
-    for ids, moved in zip(BEFORE, (first, ~first), strict=True):
-        before = scene.rows
-        played = play(scene.method, scene.ledger, scene.clients, torch.tensor(ids), scene.clock)
-        assert played.bytes_up < played.bytes_down
-        scene.play(torch.tensor(ids))
-        changed = (scene.rows != before)[0]
-        assert bool(changed[moved].any())
-        assert not bool(changed[~moved].any())
-
-
-@pytest.mark.parametrize("kind", WORLDS)
 def test_a_further_row_costs_as_much_as_the_first_both_ways(kind: str) -> None:
     world, ids = WORLDS[kind](), torch.tensor(BEFORE[0])
     plain, variate = (world.start(build(name, {}, world.cohort)) for name in ("fedavg", "scaffold"))
@@ -95,7 +62,7 @@ class OneByOne:
 @pytest.mark.parametrize("kind", WORLDS)
 def test_a_message_counts_once_however_often_it_is_made(kind: str) -> None:
     world, ids = WORLDS[kind](), torch.tensor(BEFORE[0])
-    for method in (rolora(), build("scaffold", {}, world.cohort)):
+    for method in (build(name, {}, world.cohort) for name in ("rolora", "scaffold")):
         scene = world.reach(method)
         one, two = (
             play(method, scene.ledger, clients, ids, scene.clock)

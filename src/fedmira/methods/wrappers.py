@@ -75,7 +75,8 @@ class Only(Options):
 def only(method: Method, *, trained: str = "all", travels: str = "all") -> Method:
     """Train, or send, only some factors; the others stay as they are, or with the client.
 
-    FFA-LoRA: trained B, travels B. RoLoRA: trained alternating. FedSA-LoRA: travels A.
+    FFA-LoRA: trained B, travels B. RoLoRA: trained alternating. FedSA-LoRA: travels A. What clients do not return stays
+    as the server has it, to the bit: a mean of equal numbers is not always that number.
     """
 
     def narrow(columns: Columns, which: str) -> Columns:
@@ -86,7 +87,15 @@ def only(method: Method, *, trained: str = "all", travels: str = "all") -> Metho
 
         return columns if which == "all" else narrowed
 
-    return replace(method, trained=narrow(method.trained, trained), travels=narrow(method.travels, travels))
+    moved, sent = narrow(method.trained, trained), narrow(method.travels, travels)
+
+    def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
+        change = method.merge(state, ids, returned, weights, clock)
+        layout = state.adapters.layout
+        came = moved(layout, clock) & sent(layout, clock)
+        return replace(change, rows=torch.where(came, change.rows, state.adapters.rows[change.ids]))
+
+    return replace(method, merge=merge, trained=moved, travels=sent)
 
 
 class ServerOptimizer(Options):
