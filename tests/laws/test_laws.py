@@ -73,9 +73,13 @@ def falling() -> World:
 def test_a_falling_learning_rate_and_accumulated_steps_break_no_law_of_training(
     law: Callable[[Method, World], None],
 ) -> None:
-    """For fedsophia's own step, and for SCAFFOLD, which divides by the sum of a client's rates."""
+    """For fedsophia's own step, SCAFFOLD, which divides by the sum of a client's rates, and FedRep's two phases."""
     world = falling()
-    options = [("fedsophia", {"tau": 2}), *(("scaffold", {"variate": how}) for how in ("difference", "gradient"))]
+    options = [
+        ("fedsophia", {"tau": 2}),
+        ("fedrep", {"head": 0.5}),
+        *(("scaffold", {"variate": how}) for how in ("difference", "gradient")),
+    ]
     for method in (build(name, settings, world.cohort) for name, settings in options):
         law(method, world.under(method))
 

@@ -68,7 +68,7 @@ def after(state: State, change: Change) -> State:
 class Clients:
     """Clients with loss 1/2 ||w - target_k||^2, so gradient w - target_k, and plain gradient steps at one rate.
 
-    moments: the names under which the optimizer was asked for, in order.
+    moments: the names under which the optimizer was asked for, in order; pushed: A and B of the gradients it was given.
     """
 
     method: Method
@@ -76,6 +76,7 @@ class Clients:
     rate: float = 0.5
     memory: Memory | None = None
     moments: list[str] = field(default_factory=list)
+    pushed: list[list[list[float]]] = field(default_factory=list)
 
     def train(self, given: Tensor | Message, *, steps: int = 1) -> Message:
         """Carry out a local phase from rows [S, P] that were sent; keep the memory."""
@@ -104,9 +105,12 @@ class Clients:
         gap = current.rows - self.targets
         return gap.square().sum(dim=1) / 2, gap
 
-    def _update(self, current: Adapters, gradient: Tensor, *, of: str = "main") -> Adapters:
-        self.moments.append(of)
-        current.rows.sub_(gradient * self.rate)
+    def _update(self, current: Adapters, gradient: Tensor, *, of: str = "main", who: Tensor | None = None) -> Adapters:
+        takes = torch.ones(len(current), dtype=torch.bool) if who is None else who
+        if bool(takes.any()):
+            self.moments.append(of)
+            self.pushed.append(pairs(gradient))
+        current.rows.sub_(gradient * self.rate * takes[:, None])
         return current
 
 

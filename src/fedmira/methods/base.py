@@ -150,10 +150,13 @@ class Gradient(Protocol):
 class Update(Protocol):
     """One step of the client's optimizer, clipping included, on the trained columns; changes the rows in place.
 
-    of: whose moments are used. A second trained row has moments under a second name.
+    of: whose moments are used. A second trained row has moments under a second name. who, bool [S]: only these clients
+    take the step; rows and moments of the others stay as they are. None = all.
     """
 
-    def __call__(self, adapters: Adapters, gradient: Tensor, *, of: str = "main") -> Adapters: ...
+    def __call__(
+        self, adapters: Adapters, gradient: Tensor, *, of: str = "main", who: Tensor | None = None
+    ) -> Adapters: ...
 
 
 class Loss(Protocol):
