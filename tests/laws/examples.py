@@ -1,4 +1,4 @@
-"""Small methods that use what the tree's methods do not: columns, further rows, a second trained row, own losses."""
+"""Small methods that use what the tree's methods do not: own losses, and pairs beside the base."""
 
 import torch
 from tests.laws.fedex import fedex
@@ -6,27 +6,6 @@ from tests.laws.fedex import fedex
 from fedmira.adapters import Adapters
 from fedmira.methods.base import Client, Facts, Memory, Message, Method, Tools
 from fedmira.methods.means import merge_mean
-
-
-def ditto(penalty: float = 0.1) -> Method:
-    """Ditto (arXiv:2012.04221): beside the shared row each client trains its own v by g(v) + penalty (v - w_sent)."""
-
-    def start(adapters: Adapters) -> Memory:
-        return {"own": adapters.rows.clone()}
-
-    def step(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
-        own = adapters.with_rows(memory["own"])
-        _, gradient = tools.grad(own)
-        gradient = gradient + penalty * (own.rows - given.rows)
-        own = tools.update(own, gradient, of="own")
-        _, gradient = tools.grad(adapters)
-        return tools.update(adapters, gradient), {**memory, "own": own.rows}
-
-    def use(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> Adapters:
-        return adapters.with_rows(memory["own"].clone())
-
-    client = Client(start=start, step=step, use=use)
-    return Method("ditto", merge_mean("examples"), client=client, facts=Facts(weighs=True))
 
 
 def careful() -> Method:
@@ -50,4 +29,4 @@ def careful() -> Method:
     return Method("careful", merge_mean("examples"), client=client, facts=Facts(weighs=True))
 
 
-EXAMPLES = {make.__name__: make for make in (ditto, careful, fedex)}
+EXAMPLES = {make.__name__: make for make in (careful, fedex)}

@@ -1,4 +1,4 @@
-"""Example methods: columns, further rows, a second trained row and the client's own loss, under all laws."""
+"""Example methods: the client's own loss, and pairs beside the base, under all laws; what travels, counted once."""
 
 import functools
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from tests.laws import laws
-from tests.laws.examples import EXAMPLES, ditto
-from tests.laws.worlds import ALL, BEFORE, WORLDS, World
+from tests.laws.examples import EXAMPLES
+from tests.laws.worlds import BEFORE, WORLDS, World
 from torch import Tensor
 
 from fedmira.engine.clients import Reply, Send, Trainers
@@ -70,18 +70,3 @@ def test_a_message_counts_once_however_often_it_is_made(kind: str) -> None:
         )
         assert (one.bytes_up, one.bytes_down) == (two.bytes_up, two.bytes_down)
         assert torch.equal(one.change.rows, two.change.rows)
-
-
-@pytest.mark.parametrize("kind", WORLDS)
-def test_a_second_trained_row_without_penalty_is_local_training_beside_fedavg(kind: str) -> None:
-    """Both rows have moments of their own: with shared ones neither would be what it is alone."""
-    world = WORLDS[kind]()
-    both, local, fedavg = (
-        world.reach(method) for method in (ditto(0.0), *(build(name, {}, world.cohort) for name in ("local", "fedavg")))
-    )
-    assert torch.equal(both.rows, fedavg.rows)
-    trained = torch.tensor(BEFORE[0])  # whoever comes later begins where the shared row is then
-    assert torch.equal(both.used(trained), local.used(trained))
-    names = {name for name in both.clients.memory.tables if name.startswith("moments/")}
-    assert names == {"moments/main/velocity", "moments/own/velocity"}
-    assert not torch.equal(both.used(), fedavg.used(ALL))
