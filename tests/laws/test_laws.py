@@ -117,7 +117,7 @@ def test_the_graph_step_keeps_the_mean(variant: Variant, tmp_path: Path) -> None
 
 def test_mira_without_its_penalty_is_local_training(case: tuple[World, Variant], tmp_path: Path) -> None:
     world, variant = case
-    if "lambda" not in variant.settings:
+    if variant.name != "mira" or "lambda" not in variant.settings:
         return
     nothing = {"choice": {"alphas": [0]}} if variant.chooses else {"lambda": 0}
     unpulled = Variant(variant.name, {**variant.settings, **nothing}, variant.graph)

@@ -112,6 +112,7 @@ TABLE: Mapping[str, list[Variant]] = {
         Variant("fedptuning", {"virtual_tokens": 3, "hidden": 2, "weights": weights})
         for weights in ("examples", "uniform")
     ],
+    "pfedme": [Variant("pfedme", {"K": 2, "lambda": 1, "eta": 0.5})],
     "fedrep": [Variant("fedrep", {}), Variant("fedrep", {"shared": "B", "head": 0.5, "weights": "uniform"})],
     "fedopt": [Variant("fedopt", {"variant": "adam"}), Variant("fedopt", {"variant": "momentum"})],
     "scaffold": [
