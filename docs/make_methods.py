@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fedmira.cli import method_list
-from fedmira.cli.method_facts import method_facts
+from fedmira.cli.method_facts import build_default, method_facts
 from fedmira.cli.method_list import MethodFacts
 from fedmira.config.strict import Strict
 from fedmira.methods import ALIASES, MethodModule, load, names
@@ -194,6 +194,8 @@ def _scalar(value: Any) -> str:
 def snippet(name: str, module: MethodModule) -> str:
     """Return a section `methods:` with the yardstick and this method, every setting written out but nulls."""
     settings = module.Config().model_dump(by_alias=True, exclude_none=True)
+    if build_default(module).regime.optimizer == "sgd":
+        settings["training"] = {"optimizer": "sgd", "momentum": 0}
     lines = [f"  - {{name: {name}}}"] if not settings else [f"  - name: {name}"]
     lines += [f"    {key}: {_scalar(value)}" for key, value in settings.items()]
     yardstick = [] if name == "local" else ["  - {name: local}"]

@@ -43,6 +43,7 @@ RANKS = (4, 8, 8, 16)  # of the demo's second study, one client after another
 METRICS = {"demo": ("loss", "word_accuracy"), "ni": ("loss", "rouge_l")}
 GROUP = {"demo": "family", "ni": "category"}  # the column that names a client's group
 PROMPT_RATE = {"demo": 1e-2, "ni": 3.3e-3}  # the study's x 10/3: MIRA's authors give P-tuning 1e-3 where LoRA has 3e-4
+SGD_RATE = 0.5  # of SCAFFOLD, which is refused with AdamW; not searched for
 TITLES = {"loss": "loss", "word_accuracy": "word accuracy", "rouge_l": "ROUGE-L"}
 CLEAR = 0.05  # Holm-adjusted p below which a method counts as different from local
 
@@ -72,6 +73,7 @@ def entries(what: str) -> list[dict[str, Any]]:
         "fedavg_ft": [{"steps": STEPS}] if what == "ni" else [{}],  # where a pass would be several rounds' worth
         "fedptuning": [{}, {"label": "fedptuning-rate", "learning_rate": PROMPT_RATE[what]}],
         "groupavg": [{"column": GROUP[what]}],
+        "scaffold": [{"training": {"optimizer": "sgd", "learning_rate": SGD_RATE}}],
         "fedsophia": [{"form": "public"}],  # then a learning rate means what it means to AdamW: the longest step
         "mira": [{"label": label, "lambda": COUPLING, **settings} for label, settings in near.items()],
     }

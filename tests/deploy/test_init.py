@@ -171,6 +171,7 @@ def test_the_pages_say_address_steps_and_what_leaves(founded: Founded) -> None:
     ("options", "changes", "told"),
     [
         ((), {"methods": [{"name": "pooled"}]}, "trains on the data of all clients together"),
+        ((), {"methods": [{"name": "scaffold"}], "training": {"optimizer": "adamw"}}, "plain SGD"),
         ((), {"methods": [{"name": "mira", "graph": {"kind": "file", "path": "g.csv"}}]}, "g.csv"),
         ((), {"lora": {"ranks": {"column": "rank"}, "r": 8}}, "nobody sees but its site"),
         ((), {"lora": {"ranks": [2, 4, 8], "r": 8}}, "found 3 ranks for 2 sites"),

@@ -353,6 +353,29 @@ def test_a_second_trained_row_has_moments_of_its_own(site: Site) -> None:
     assert torch.equal(found.losses, alone["main"].losses)  # of the first row that was asked for
 
 
+def test_only_the_clients_that_are_named_take_an_update_and_the_others_keep_rows_and_moments(site: Site) -> None:
+    """Each takes its first 1, 2 and 0 steps alone: weight decay, moments and step counts rest afterwards."""
+    limits = torch.tensor([1, 2, 0])
+
+    def step(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
+        _, gradient = tools.grad(adapters)
+        return tools.update(adapters, gradient, who=tools.clock.step < memory["limit"]), memory
+
+    def alone(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
+        return (
+            descend(adapters, memory, given, tools) if tools.clock.step < int(memory["limit"]) else (adapters, memory)
+        )
+
+    found = site.run(half(step=step), memory={"limit": limits})
+    for k in range(3):
+        one = site.run(half(step=alone), who=(k,), memory={"limit": limits[k : k + 1]})
+        torch.testing.assert_close(found.rows[k], one.rows[0], **CLOSE)
+        for name, value in one.moments["main"].items():
+            torch.testing.assert_close(found.moments["main"][name][k], value[0], **CLOSE)
+    assert found.moments["main"]["steps"].tolist() == limits.tolist()
+    assert torch.equal(found.rows[2], site.start.rows[2])
+
+
 # ---------------------------------------------------------------- what a client sees and sends
 
 

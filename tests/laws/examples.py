@@ -1,82 +1,10 @@
-"""Small methods that use what the tree's methods do not: columns, further rows, a second trained row, own losses."""
+"""A small method that uses what the tree's methods do not: its own losses."""
 
 import torch
-from torch import Tensor
 
 from fedmira.adapters import Adapters
-from fedmira.methods.base import Change, Client, Clock, Facts, Memory, Message, Method, State, Tools
-from fedmira.methods.means import mean_row, merge_mean, shares_of
-from fedmira.methods.wrappers import only
-
-
-def fed_sa() -> Method:
-    """FedSA-LoRA: A is shared, B stays with the client (arXiv:2410.01463)."""
-    return only(Method("fed_sa", merge_mean("examples"), facts=Facts(weighs=True)), travels="A")
-
-
-def ffa() -> Method:
-    """FFA-LoRA: A is frozen at the common start; B is trained and shared (arXiv:2403.12313)."""
-    return only(Method("ffa", merge_mean("examples"), facts=Facts(weighs=True)), trained="B", travels="B")
-
-
-def rolora() -> Method:
-    """RoLoRA: B is trained in odd rounds and A in even ones; what is not trained is not returned (arXiv:2409.02346)."""
-    return only(Method("rolora", merge_mean("examples"), facts=Facts(weighs=True)), trained="alternating")
-
-
-def scaffold() -> Method:
-    """SCAFFOLD with SGD, option II (arXiv:1910.06378): g_k - c_k + c; c_k+ = c_k - c + (w_sent - w_k) / (steps eta).
-
-    The server's variate c is a second row down, the client's change of c_k a second row up.
-    """
-
-    def send(state: State, ids: Tensor, clock: Clock) -> Message:
-        row = state.adapters.rows[torch.zeros_like(ids)]
-        variate = state.shared.get("variate", torch.zeros_like(row[:1]))
-        return Message(row, more={"variate": variate.expand(len(ids), -1)})
-
-    def start(adapters: Adapters) -> Memory:
-        return {"variate": torch.zeros_like(adapters.rows)}
-
-    def step(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
-        _, gradient = tools.grad(adapters)
-        return tools.update(adapters, gradient - memory["variate"] + given.more["variate"]), memory
-
-    def finish(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:
-        assert tools.clock.steps is not None
-        length = tools.clock.steps.to(adapters.rows)[:, None] * tools.clock.learning_rate
-        change = (given.rows - adapters.rows) / length - given.more["variate"]
-        return Message(adapters.rows, more={"variate": change}), {"variate": memory["variate"] + change}
-
-    def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
-        shares = shares_of(weights, "examples")
-        before = state.shared.get("variate", torch.zeros_like(returned.rows[:1]))
-        variate = before + mean_row(returned.more["variate"], shares)
-        return Change(torch.zeros(1, dtype=torch.int64), mean_row(returned.rows, shares), {"variate": variate})
-
-    client = Client(start=start, step=step, finish=finish)
-    return Method("scaffold", merge, send=send, client=client, facts=Facts(weighs=True))
-
-
-def ditto(penalty: float = 0.1) -> Method:
-    """Ditto (arXiv:2012.04221): beside the shared row each client trains its own v by g(v) + penalty (v - w_sent)."""
-
-    def start(adapters: Adapters) -> Memory:
-        return {"own": adapters.rows.clone()}
-
-    def step(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Adapters, Memory]:
-        own = adapters.with_rows(memory["own"])
-        _, gradient = tools.grad(own)
-        gradient = gradient + penalty * (own.rows - given.rows)
-        own = tools.update(own, gradient, of="own")
-        _, gradient = tools.grad(adapters)
-        return tools.update(adapters, gradient), {**memory, "own": own.rows}
-
-    def use(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> Adapters:
-        return adapters.with_rows(memory["own"].clone())
-
-    client = Client(start=start, step=step, use=use)
-    return Method("ditto", merge_mean("examples"), client=client, facts=Facts(weighs=True))
+from fedmira.methods.base import Client, Facts, Memory, Message, Method, Tools
+from fedmira.methods.means import merge_mean
 
 
 def careful() -> Method:
@@ -100,4 +28,4 @@ def careful() -> Method:
     return Method("careful", merge_mean("examples"), client=client, facts=Facts(weighs=True))
 
 
-EXAMPLES = {make.__name__: make for make in (fed_sa, ffa, rolora, scaffold, ditto, careful)}
+EXAMPLES = {make.__name__: make for make in (careful,)}

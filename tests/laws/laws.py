@@ -50,9 +50,10 @@ def uploads(ids: Tensor, world: World, *, seed: int = 0) -> Tensor:
 
 
 def message(method: Method, world: World, rows: Tensor) -> Message:
-    """Rows [n, P] as a message of the form that this method's clients return, its scalars 0."""
-    names = world.trained(method).returned.scalars
-    return Message(rows, {name: torch.zeros(len(rows), dtype=value.dtype) for name, value in names.items()})
+    """Rows [n, P] as a message of the form that this method's clients return: scalars 0, further rows these again."""
+    like = world.trained(method).returned
+    scalars = {name: torch.zeros(len(rows), dtype=value.dtype) for name, value in like.scalars.items()}
+    return Message(rows, scalars, {name: rows.clone() for name in like.more})
 
 
 def law_a_batch_of_one_equals_a_batch_of_all(method: Method, world: World) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from tests.laws import laws
-from tests.laws.examples import scaffold
 from tests.laws.variants import FEW, VARIANTS, Variant, similarities
 from tests.laws.worlds import WORLDS, World, transformer
 
@@ -74,9 +73,14 @@ def falling() -> World:
 def test_a_falling_learning_rate_and_accumulated_steps_break_no_law_of_training(
     law: Callable[[Method, World], None],
 ) -> None:
-    """For fedsophia's own step, and for SCAFFOLD, which divides by the sum of a client's rates."""
+    """For fedsophia's own step, SCAFFOLD, which divides by the sum of a client's rates, and FedRep's two phases."""
     world = falling()
-    for method in (build("fedsophia", {"tau": 2}, world.cohort), scaffold()):
+    options = [
+        ("fedsophia", {"tau": 2}),
+        ("fedrep", {"head": 0.5}),
+        *(("scaffold", {"variate": how}) for how in ("difference", "gradient")),
+    ]
+    for method in (build(name, settings, world.cohort) for name, settings in options):
         law(method, world.under(method))
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from tests.laws import laws
-from tests.laws.examples import fed_sa, ffa
 from tests.laws.worlds import WORLDS, World
 from torch import Tensor
 
@@ -242,17 +241,20 @@ BUGS: list[tuple[str, Breaks, Law]] = [
 @pytest.mark.parametrize("kind", WORLDS)
 def test_a_trace_of_private_columns_breaks_its_law(kind: str) -> None:
     world, law = WORLDS[kind](), laws.law_columns_that_do_not_travel_influence_nobody_else
-    law(fed_sa(), world)
+    method = build("fedsa_lora", {}, world.cohort)
+    law(method, world)
     with pytest.raises(AssertionError):
-        law(send_a_trace_of_what_is_kept(fed_sa()), world)
+        law(send_a_trace_of_what_is_kept(method), world)
 
 
 def test_a_step_that_moves_what_is_not_trained_breaks_its_law_and_the_engine_undoes_it() -> None:
     law = laws.law_columns_that_are_not_trained_stay_as_they_were_sent
-    law(ffa(), WORLDS["quadratic"]())
+    world = WORLDS["quadratic"]()
+    method = build("ffa_lora", {}, world.cohort)
+    law(method, world)
     with pytest.raises(AssertionError):  # the quadratic world has a local phase that trusts its methods
-        law(move_what_is_frozen(ffa()), WORLDS["quadratic"]())
-    law(move_what_is_frozen(ffa()), WORLDS["transformer"]())
+        law(move_what_is_frozen(method), world)
+    law(move_what_is_frozen(method), WORLDS["transformer"]())
 
 
 @pytest.mark.parametrize("kind", WORLDS)

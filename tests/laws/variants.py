@@ -42,7 +42,8 @@ class Variant:
     @property
     def moves_by_itself(self) -> bool:
         """Does the server go on where it went before, even if everyone returns what it has?"""
-        return any(one["name"] == "server_optimizer" for one in self.settings.get("with", ()))
+        wrappers = [one["name"] for one in self.settings.get("with", ())]
+        return self.name == "fedopt" or "server_optimizer" in wrappers
 
     @property
     def chooses(self) -> bool:
@@ -113,6 +114,13 @@ TABLE: Mapping[str, list[Variant]] = {
     "fedptuning": [
         Variant("fedptuning", {"virtual_tokens": 3, "hidden": 2, "weights": weights})
         for weights in ("examples", "uniform")
+    ],
+    "pfedme": [Variant("pfedme", {"K": 2, "lambda": 1, "eta": 0.5})],
+    "fedrep": [Variant("fedrep", {}), Variant("fedrep", {"shared": "B", "head": 0.5, "weights": "uniform"})],
+    "fedopt": [Variant("fedopt", {"variant": "adam"}), Variant("fedopt", {"variant": "momentum"})],
+    "scaffold": [
+        Variant("scaffold", {}),
+        Variant("scaffold", {"variate": "gradient", "weights": "examples", "server_learning_rate": 0.5}),
     ],
 }
 STORED = {"lambda": 0.3, "normalise": "row", "neighbours": "stored"}

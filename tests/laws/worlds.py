@@ -271,9 +271,13 @@ class Quadratic(Simulated):
             losses.add_(loss(adapters))
             return loss(adapters), (adapters.rows - targets) * trained
 
-        def update(adapters: Adapters, gradient: Tensor, *, of: str = "main") -> Adapters:
+        def update(adapters: Adapters, gradient: Tensor, *, of: str = "main", who: Tensor | None = None) -> Adapters:
             own = moments.setdefault(of, optimizer.start(adapters.rows))
+            rest = [] if who is None else (~who).nonzero().flatten().tolist()
+            kept = [(value, value[rest]) for value in (adapters.rows, *own.values()) if rest]
             optimizer.update(adapters.rows, gradient, own, RATE)
+            for value, before in kept:
+                value[rest] = before
             return adapters.mask_()
 
         def rng(name: str) -> Sequence[np.random.Generator]:

@@ -165,6 +165,29 @@ def test_a_schedule_may_not_end_above_a_methods_own_learning_rate(make: Make) ->
         dry_run.plan_study(make("prompts", methods=methods, training=training))
 
 
+@pytest.mark.parametrize(
+    ("study", "entry", "found"),
+    [
+        ({"optimizer": "adamw"}, {}, "optimizer: adamw"),
+        ({"optimizer": "sgd", "momentum": 0.9}, {}, "momentum: 0.9"),
+        ({"optimizer": "sgd"}, {"training": {"optimizer": "adamw"}}, "optimizer: adamw"),
+        ({"optimizer": "sgd"}, {}, None),
+        ({"optimizer": "adamw", "momentum": 0.9}, {"training": {"optimizer": "sgd", "momentum": 0}}, None),
+    ],
+)
+def test_a_method_that_needs_plain_sgd_is_refused_any_other_optimizer_before_anything_is_written(
+    study: dict[str, Any], entry: dict[str, Any], found: str | None, make: Make
+) -> None:
+    methods = [{"name": "local"}, {"name": "scaffold", **entry}]
+    config = make("optimizers", methods=methods, training=study, federation={"rounds": 1})
+    if found is None:
+        dry_run.plan_study(config)
+        return
+    with pytest.raises(MethodError, match=rf"methods.1 \(scaffold\): .*{found}; .*optimizer: sgd, momentum: 0"):
+        fedmira.run(config)
+    assert not Path(config.output_dir).exists()
+
+
 def test_a_methods_training_is_json_that_a_program_can_read(study: Study) -> None:
     stored = json.loads((study.path / "fedavg" / "seed-3" / "run.json").read_text(encoding="utf-8"))
     assert stored["settings"]["training"] == CHANGED

@@ -25,6 +25,7 @@ from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort
 from fedmira.study.adapting import ranks_by_module
 from fedmira.study.assemble import base_of
+from fedmira.study.training import check_optimizer
 
 AT_EACH_SITE = "AT-EACH-SITE"  # data.path of the study that all sites get
 
@@ -108,6 +109,10 @@ def list_unfit(config: Config, recipes: Sequence[Recipe], sites: Sequence[str]) 
             if not columns:  # else it depends on the sites' data, which are known when they have joined
                 yield f"{where}: {error}"
             continue
+        try:
+            check_optimizer(method, config.training_of(recipe.entry), where)
+        except MethodError as error:
+            yield str(error)
         if method.regime.trainees == "pool":
             yield (
                 f"{where}: it trains on the data of all clients together, which never are in one place here; take it "

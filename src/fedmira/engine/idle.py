@@ -29,7 +29,7 @@ class Idle:
         tools = Tools(
             clock=Clock(clock.round, steps=torch.ones(len(ids), dtype=torch.int64), learning_rate=0.1),
             grad=lambda adapters: (torch.zeros(len(adapters)), torch.zeros_like(adapters.rows)),
-            update=lambda adapters, gradient, *, of="main": adapters,
+            update=lambda adapters, gradient, *, of="main", who=None: adapters,
             rng=lambda name: [np.random.default_rng(k) for k in ids.tolist()],
             curvature=lambda adapters: (torch.ones(len(adapters)), torch.zeros_like(adapters.rows)),
             loss=lambda adapters, *, on="validation": torch.zeros(len(adapters), dtype=torch.float64),

@@ -193,14 +193,19 @@ class _Call:
                 into.add_(part)
         return sums.to(values.dtype), tokens
 
-    def update(self, adapters: Adapters, gradient: Tensor, *, of: str = "main") -> Adapters:
+    def update(self, adapters: Adapters, gradient: Tensor, *, of: str = "main", who: Tensor | None = None) -> Adapters:
         box = self.box
         if box.training.max_grad_norm is not None:
             clip_(gradient, box.training.max_grad_norm)
         if of not in box.moments:
             box.moments[of] = box.optimizer.start(box.rows)
         moments = {name: value[: len(adapters)] for name, value in box.moments[of].items()}
-        box.optimizer.update(adapters.rows, gradient, moments, self.clock.learning_rate)
+        rest = [] if who is None else (~who).nonzero().flatten().tolist()
+        kept = [(value, value[rest]) for value in (adapters.rows, *moments.values()) if rest]
+        if len(rest) < len(adapters):
+            box.optimizer.update(adapters.rows, gradient, moments, self.clock.learning_rate)
+        for value, before in kept:
+            value[rest] = before
         return adapters.mask_()
 
     def loss(self, adapters: Adapters, *, on: Literal["validation", "batch"] = "validation") -> Tensor:

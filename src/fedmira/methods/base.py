@@ -155,10 +155,13 @@ class Gradient(Protocol):
 class Update(Protocol):
     """One step of the client's optimizer, clipping included, on the trained columns; changes the rows in place.
 
-    of: whose moments are used. A second trained row has moments under a second name.
+    of: whose moments are used. A second trained row has moments under a second name. who, bool [S]: only these clients
+    take the step; rows and moments of the others stay as they are. None = all.
     """
 
-    def __call__(self, adapters: Adapters, gradient: Tensor, *, of: str = "main") -> Adapters: ...
+    def __call__(
+        self, adapters: Adapters, gradient: Tensor, *, of: str = "main", who: Tensor | None = None
+    ) -> Adapters: ...
 
 
 class Loss(Protocol):
@@ -270,7 +273,7 @@ class Regime:
     the config's. tolerance: a client keeps a reply only if its validation loss is not worse by more, in nats; None =
     always. first_rows: of clients that join later, where each has one; None = the common start. tune: what every client
     trains alone after the last round: its half with so many steps, which may be none, or epochs. scorings: of its
-    validation split before its local steps, at most.
+    validation split before its local steps, at most. optimizer: that its clients need; sgd: without momentum.
     """
 
     trainees: Literal["sampled", "pool", "nobody"] = "sampled"
@@ -280,6 +283,7 @@ class Regime:
     first_rows: FirstRows | None = None
     tune: tuple[Literal["steps", "epochs"], int] | None = None
     scorings: int = 0
+    optimizer: Literal["any", "sgd"] = "any"
 
 
 @dataclass(frozen=True, eq=False)

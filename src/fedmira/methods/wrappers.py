@@ -75,7 +75,8 @@ class Only(Options):
 def only(method: Method, *, trained: str = "all", travels: str = "all") -> Method:
     """Train, or send, only some factors; the others stay as they are, or with the client.
 
-    FFA-LoRA: trained B, travels B. RoLoRA: trained alternating. FedSA-LoRA: travels A.
+    FFA-LoRA: trained B, travels B. RoLoRA: trained alternating. FedSA-LoRA: travels A. What clients do not return stays
+    as the server has it, to the bit: a mean of equal numbers is not always that number.
     """
 
     def narrow(columns: Columns, which: str) -> Columns:
@@ -86,13 +87,21 @@ def only(method: Method, *, trained: str = "all", travels: str = "all") -> Metho
 
         return columns if which == "all" else narrowed
 
-    return replace(method, trained=narrow(method.trained, trained), travels=narrow(method.travels, travels))
+    moved, sent = narrow(method.trained, trained), narrow(method.travels, travels)
+
+    def merge(state: State, ids: Tensor, returned: Message, weights: Tensor, clock: Clock) -> Change:
+        change = method.merge(state, ids, returned, weights, clock)
+        layout = state.adapters.layout
+        came = moved(layout, clock) & sent(layout, clock)
+        return replace(change, rows=torch.where(came, change.rows, state.adapters.rows[change.ids]))
+
+    return replace(method, merge=merge, trained=moved, travels=sent)
 
 
 class ServerOptimizer(Options):
     """Settings of `server_optimizer`; defaults as in the paper's experiments."""
 
-    variant: Literal["momentum", "adam", "yogi"] = "adam"
+    variant: Literal["momentum", "adam", "yogi", "adagrad"] = "adam"
     learning_rate: Positive = 0.01  # eta of the server
     betas: tuple[Beta, Beta] = (0.9, 0.99)  # of the first and second moment; momentum uses the first
     tau: Positive = 1e-3  # added to the root of the second moment; smaller = more adaptive
@@ -109,7 +118,8 @@ def server_optimizer(
     """Use the change of a merge as a gradient for the server's own optimizer.
 
     D = merged - w;  m = b1 m + (1 - b1) D;  w = w + eta m / (sqrt(v) + tau)
-    adam: v = b2 v + (1 - b2) D^2;  yogi: v = v - (1 - b2) D^2 sign(v - D^2);  momentum: m = b1 m + D, w = w + eta m
+    adam: v = b2 v + (1 - b2) D^2;  yogi: v = v - (1 - b2) D^2 sign(v - D^2);  adagrad: v = v + D^2
+    momentum: m = b1 m + D, w = w + eta m
     Raises MethodError where the server has a row of each client.
     """
     if method.has_row_of_each:
@@ -138,6 +148,8 @@ def server_optimizer(
             v[rows] = second * v[rows] + (1 - second) * square
         elif variant == "yogi":
             v[rows] -= (1 - second) * square * (v[rows] - square).sign()
+        elif variant == "adagrad":
+            v[rows] += square
         step = m[rows] if variant == "momentum" else m[rows] / (v[rows].sqrt() + tau)
         shared = {**(inner(state).shared if change.shared is None else change.shared), "server.m": m, "server.v": v}
         return replace(change, rows=before + learning_rate * step, shared=shared)

@@ -40,7 +40,7 @@ from fedmira.study.events import StudyPrepared
 from fedmira.study.intake import Intake, check_examples, take_in
 from fedmira.study.passes import shape_of_passes
 from fedmira.study.starts import read_start
-from fedmira.study.training import check_least_rate, check_validation
+from fedmira.study.training import check_least_rate, check_optimizer, check_validation
 
 # Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
 # more than it brings (the demo, 0.26 M: 44 s on one thread, 59 s on two).
@@ -273,6 +273,7 @@ def build(recipe: Recipe, place: int, cohorts: Mapping[int, Cohort], ranks: Tens
         notes = [str(warning.message) for warning in caught] + rank_notes(label, methods[seed], ranks)
         notes += lonely_notes(label, methods[seed].facts.graph, cohort)
         check_least_rate(methods[seed], training, f"methods.{place} ({label})")
+        check_optimizer(methods[seed], training, f"methods.{place} ({label})")
     return Built(recipe, methods, notes, training)
 
 

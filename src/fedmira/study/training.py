@@ -92,3 +92,18 @@ def check_least_rate(method: Method, training: TrainingConfig, where: str) -> No
             f"{where}: learning_rate = {peak:g} is below training.lr_scheduler_kwargs.min_lr = {least:g}; lower "
             "min_lr, for this method alone in its `training:`, or give min_lr_rate"
         )
+
+
+def check_optimizer(method: Method, training: TrainingConfig, where: str) -> None:
+    """Raise MethodError if clients have another optimizer than a method's own equations need."""
+    if method.regime.optimizer == "any":
+        return
+    found = "" if training.optimizer == "sgd" else f"optimizer: {training.optimizer}"
+    if not found and training.momentum:
+        found = f"momentum: {training.momentum:g}"
+    if found:
+        raise MethodError(
+            f"{where}: '{method.name}' reads gradients off the steps that clients took, which works for plain SGD "
+            f"alone, and training has {found}; for this method alone write `training: {{optimizer: sgd, momentum: 0, "
+            "learning_rate: ...}` in its entry, with a learning rate for SGD"
+        )
