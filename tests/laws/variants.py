@@ -51,6 +51,11 @@ class Variant:
         return self.settings.get("lambda") == "auto"
 
     @property
+    def meets_everybody(self) -> bool:
+        """Is a client sent a mean of what everybody has stored, present or not?"""
+        return self.chooses or self.name == "fedamp"
+
+    @property
     def stored(self) -> bool:
         return self.settings.get("neighbours") == "stored"
 
