@@ -243,6 +243,7 @@ def make_cohort(config: Config, seed: int, ranks: Tensor, profile: Profiles) -> 
         ranks=ranks,
         scale=scales(ranks, config.lora.lora_alpha),
         names=profile.materials.intake.names,
+        validation=tuple(len(client.validation) for client in clients),
     )
 
 
