@@ -239,6 +239,32 @@ def test_a_site_chooses_its_own_pull_and_tells_of_it_only_where_it_shares_figure
     assert (folder.study / "report.html").is_file()
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_site_tells_what_it_makes_of_others_rows_only_where_it_shares_figures(
+    make: Callable[..., ServerFolder], shares: bool
+) -> None:
+    """FedFomo's weights follow from validation losses; rows of others reach sites all the same.
+
+    The label is the folder that carry_out reads.
+    """
+    training = {**RATE, "local_steps": 2}
+    folder = make(
+        sites={"share_metrics": shares}, methods=[{"name": "fedfomo", "M": 1, "label": "mira"}], training=training
+    )
+    told: dict[str, set[float]] = {"other_0": set(), "told": set()}
+
+    def watch(name: str, data: bytes) -> bytes:
+        for scalar, (_, value) in decode(data).header.get("parts", {}).get("scalars", {}).items():
+            told[scalar].add(value)
+        return data
+
+    records, _ = carry_out(folder, watch)
+    assert told["told"] == ({0.0, 1.0} if shares else {0.0})
+    assert (len(told["other_0"]) > 2) == shares
+    assert shares or told["other_0"] == {0.0}
+    assert [record["bytes_down"] for record in records] == [3 * ROW, *[6 * ROW] * (ROUNDS - 1)]
+
+
 def test_a_frame_has_the_bytes_of_its_numbers_and_a_small_header(
     make: Callable[..., ServerFolder], opened: Mapping[str, Site]
 ) -> None:

@@ -51,9 +51,9 @@ class Variant:
         return self.settings.get("lambda") == "auto"
 
     @property
-    def meets_everybody(self) -> bool:
-        """Is a client sent a mean of what everybody has stored, present or not?"""
-        return self.chooses or self.name == "fedamp"
+    def meets_anybody(self) -> bool:
+        """Is a client sent rows, or means, of any that have trained, whether they are in the round or not?"""
+        return self.chooses or self.name in ("fedamp", "fedfomo")
 
     @property
     def stored(self) -> bool:
@@ -109,6 +109,7 @@ TABLE: Mapping[str, list[Variant]] = {
     "fedavg": [Variant("fedavg", {"weights": weights}) for weights in ("examples", "uniform")],
     "fedavg_ft": [Variant("fedavg_ft", {"weights": weights}) for weights in ("examples", "uniform")],
     "fedex_lora": [Variant("fedex_lora", {"weights": weights}) for weights in ("examples", "uniform")],
+    "fedfomo": [Variant("fedfomo", {"M": 2}), Variant("fedfomo", {"M": 3, "epsilon": 0, "baseline": "last"})],
     "flora": [Variant("flora", {}), Variant("flora", {"weights": "uniform", "start": "common"})],
     "groupavg": [
         Variant("groupavg", {}),

@@ -196,6 +196,7 @@ class Server:
             profile=partial(profile_of, [cards[name] for name in names]),
             ranks=lora.ranks,
             scale=scales(lora.ranks, lora.alpha),
+            validation=tuple(int(cards[name].examples.get("validation", 0)) for name in names),
         )
 
     def _start_scores(self, remote: Remote) -> Scores:

@@ -123,6 +123,13 @@ def commit(
         ledger.delta_bytes += delta
 
 
+def _grown(values: Tensor, table: Tensor) -> Tensor:
+    """Fill what a checkpoint of fewer clients has of a table up with zeros, to the size that its rows have now."""
+    grown = values.new_zeros(len(values), *table.shape[1:])
+    grown[tuple(slice(size) for size in values.shape)] = values
+    return values if values.shape[1:] == table.shape[1:] else grown
+
+
 def _measured(ledger: Ledger) -> Tensors:
     """Return the validation losses that changed since the last checkpoint, and whose they are."""
     new, old = ledger.validation, ledger.saved
@@ -146,6 +153,7 @@ def restore(
             {name.removeprefix(kind): value for name, value in state.items() if name.startswith(kind)}
             for kind in ("shared.", "table.")
         )
+        tables = {name: _grown(value, ledger.state.tables[name]) for name, value in tables.items()}
         ledger.apply(Change(state["ids"], state["rows"], shared or None, tables))
         base = tuple(pairs for _, pairs in sorted(from_named(checkpoint.files.get("base", {})).items()))
         ledger.state = replace(ledger.state, base=(*ledger.state.base, *base))

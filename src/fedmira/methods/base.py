@@ -60,6 +60,7 @@ class Cohort:
     each client's prompts by the frozen base [K, d]; profile(column): the share of each value of a data column in its
     training examples [K, values]. Neither is computed unless it is called. ranks, scale: of each client's adapter, as
     in Adapters, [K] or [K, modules]; None: everyone has those of the common start. names: how people call the clients.
+    validation: examples of each in its validation split; empty: not known.
     """
 
     ids: tuple[str, ...]
@@ -71,6 +72,7 @@ class Cohort:
     ranks: Tensor | None = None
     scale: Tensor | None = None
     names: ClientNames = ONLY_IDS
+    validation: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -256,6 +256,7 @@ def make_cohort(config: Config, seed: int, ranks: Tensor, alpha: Alpha, profile:
         ranks=ranks,
         scale=scales(ranks, alpha),
         names=profile.materials.intake.names,
+        validation=tuple(len(client.validation) for client in clients),
     )
 
 
