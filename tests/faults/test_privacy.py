@@ -387,7 +387,8 @@ def test_a_crash_in_the_middle_of_a_run_shows_where_it_was_and_not_what_a_librar
         except LookupError as error:
             raise kind(f"{SECRETS[4]} in the middle") from error
 
-    config = write_config(tmp_path, base, planted[jsonl][1], methods=METHODS[:1])
+    measured = {"gradient_checkpointing": False}  # or a pass is made before the run
+    config = write_config(tmp_path, base, planted[jsonl][1], methods=METHODS[:1], training=measured)
     with monkeypatch.context() as patch:
         patch.setattr(torch.autograd, "backward", broken)
         ended = command("run", config, *options)

@@ -3,8 +3,6 @@
 import csv
 import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -183,13 +181,13 @@ def test_a_bound_that_is_not_allowed_is_refused_before_anything_is_run(written: 
     assert not (tmp_path / "out").exists()
 
 
-def test_without_optuna_trials_say_what_to_install(written: Path) -> None:
-    code = (
-        "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'optuna' else f(n, *a)"
+def test_without_optuna_trials_say_what_to_install(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "optuna" else find(name, *more)
     )
-    code += "; from fedmira.study.search import search; search('x', {}, [], trials=1, observer=print)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "pip install 'fedmira[optuna]'" in done.stderr
+    with pytest.raises(ConfigError, match=r"pip install 'fedmira\[optuna\]'"):
+        search(written, RANGES, [], trials=1, observer=print)
 
 
 @needs_optuna

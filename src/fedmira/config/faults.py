@@ -51,7 +51,7 @@ def describe_fault(fault: Any, model: type[BaseModel], raw: Any, prefix: str = "
         if not (isinstance(word, str) and word.startswith(("list[", "literal[", "constrained-", "function-")))
     ]
     where = ".".join(str(word) for word in loc)
-    where = f"{prefix}{where}" if where else prefix.rstrip(".")
+    where = f"{prefix}{where}" if loc else prefix.rstrip(".")
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         owner = _section(model, loc[:-1], raw)

@@ -46,9 +46,11 @@ def _check_kind(value: Any, annotation: Any) -> None:
         raise ValueError("is not text, a number, a list or a mapping")
     if isinstance(value, bool) and annotation is not bool and not any(value is one for one in _kinds(annotation)[1]):
         raise ValueError("true and false are not allowed here")
+    kinds, choices = _kinds(annotation)
+    if type(value) in (int, float) and any(type(one) is bool for one in choices) and not kinds & {int, float}:
+        raise ValueError(f"should be {' or '.join(str(one).lower() for one in choices)}, not a number")
     if not isinstance(value, str):
         return
-    kinds, choices = _kinds(annotation)
     if str not in kinds and value not in choices and kinds & {int, float}:
         raise ValueError(f"should be a number{''.join(f', or {choice}' for choice in choices)}, not text")
     if str in kinds and not value:
