@@ -249,6 +249,7 @@ def test_what_is_said_of_the_data_is_used_to_read_it_and_beats_what_is_found(tmp
 VALUES = st.one_of(st.booleans(), st.integers(), st.none(), st.text(max_size=8), st.lists(st.integers(), max_size=3))
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(
         [

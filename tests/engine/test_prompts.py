@@ -173,6 +173,7 @@ def test_a_personal_method_with_virtual_tokens_begins_where_these_put_it(
             assert abs(own.loc[client, 0] - own.loc[client, 1]) > 1e-3, (split, client)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_study_is_made_again_by_its_own_config(home: Path) -> None:
     """Beside virtual tokens prompts have less room, and a method run again alone must not be given more."""
     # Of 64 positions 7 are left for a prompt, and 2 beside 5 virtual tokens.

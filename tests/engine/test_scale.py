@@ -204,6 +204,7 @@ def test_rows_checkpoints_and_the_way_back_fill_no_memory(tmp_path: Path, monkey
 # ---------------------------------------------------------------- adapters
 
 
+@pytest.mark.slow
 def test_equal_adapters_share_a_read_only_file_where_copies_would_fill_the_disk(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

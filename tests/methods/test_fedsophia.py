@@ -337,6 +337,7 @@ def counts(study: Path) -> dict[int, int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_has_the_moments_and_counts_of_one_that_was_not(
     make_config: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def test_every_figure_is_there_in_three_formats_with_its_data(tmp_path: Path) ->
     assert len(edges) == 1 + 4
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_the_same_study_gives_the_same_bytes_in_another_process(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", CLIENTS, graph=group_graph(list("aabbccdd")))

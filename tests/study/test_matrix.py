@@ -123,6 +123,7 @@ def test_too_many_clients_are_refused_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_says_who_would_gain_and_prints_results_alone(made: tuple[Path, Path], tmp_path: Path) -> None:
     raw = config(made, tmp_path / "out", methods=METHODS[:1]).model_dump(mode="json", by_alias=True)
     path = small_study.save_config(tmp_path / "study.yaml", raw)

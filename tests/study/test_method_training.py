@@ -125,6 +125,7 @@ def test_a_dry_run_prints_what_a_method_changes(make: Make, tmp_path: Path) -> N
 COSINE = {"lr_scheduler_type": "cosine", "keep_optimizer": True}
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_in_between_goes_on_in_its_schedule(make: Make, tmp_path: Path) -> None:
     """Killed at some moment after the first checkpoint, and resumed: the bits of a run that was not."""
     whole = fedmira.run(make("whole", methods=[{"name": "mira", "lambda": 0.2}], training=COSINE))

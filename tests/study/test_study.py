@@ -324,7 +324,7 @@ def test_another_seed_gives_other_bits_but_the_same_base(study: Study, make: Mak
 # ---------------------------------------------------------------- going on
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("keep", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_more_rounds_later_equal_as_many_from_the_start(keep: bool, make: Make) -> None:
     training = {"keep_optimizer": keep, "optimizer": "adamw"}
     whole = fedmira.run(make("whole", training=training))
@@ -336,6 +336,7 @@ def test_more_rounds_later_equal_as_many_from_the_start(keep: bool, make: Make) 
     assert {run.facts.rounds for run in grown.runs} == {ROUNDS}
 
 
+@pytest.mark.slow
 def test_a_run_that_has_grown_reads_like_one_that_was_longer_from_the_start(make: Make) -> None:
     """The old last round was validated because it was the last; in the longer run it is not due."""
     evaluation = {"every": ROUNDS, "metrics": ["loss"]}
@@ -345,6 +346,7 @@ def test_a_run_that_has_grown_reads_like_one_that_was_longer_from_the_start(make
     assert differences(outcome(grown.path), outcome(whole.path)) == []
 
 
+@pytest.mark.slow
 def test_resuming_one_run_leaves_the_others_alone(make: Make) -> None:
     study = fedmira.run(make(federation={"rounds": 2}))
     first, *others = study.runs

@@ -29,6 +29,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_study.save_config(folder / "study.yaml", raw)
 
 
+@pytest.mark.slow
 def test_every_point_is_the_study_that_run_makes_of_it(written: Path, tmp_path: Path) -> None:
     points = plan_sweep(written, {"lambda": [0.1, 0.6], "r": [1, 2]}, [f"output_dir={tmp_path / 'out'}"])
     assert [point.name for point in points] == [
