@@ -159,7 +159,7 @@ def test_what_left_the_sites_is_listed_and_has_no_word_of_their_data(
     ("line", "shown"),
     [
         (CHECK, "6 training, 2 validation, 2 test"),
-        (SHOW, "ada: 7 tokens, loss on 3"),
+        pytest.param(SHOW, "ada: 7 tokens, loss on 3", marks=pytest.mark.slow),
         (STATUS, f"complete, {ROUNDS} of {ROUNDS} rounds"),
         (AUDIT, "mira/seed-3"),
     ],

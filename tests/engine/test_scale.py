@@ -81,9 +81,7 @@ def test_rows_in_a_file_give_the_bits_of_rows_in_memory_and_the_file_is_gone(
 
 
 # 45, 75 and 110: in the first run, at its end, and in the second
-@pytest.mark.parametrize(
-    "count", [pytest.param(45, marks=pytest.mark.slow), 75, pytest.param(110, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("count", [pytest.param(count, marks=pytest.mark.slow) for count in (45, 75, 110)])
 def test_a_run_with_rows_in_a_file_that_is_killed_goes_on_with_the_same_bits(
     count: int, inputs: tuple[Path, Path], tmp_path: Path, in_memory: dict[str, Any], made: list[Table]
 ) -> None:

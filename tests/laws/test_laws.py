@@ -13,7 +13,14 @@ from fedmira.engine.rates import Schedule
 from fedmira.methods import build, names
 from fedmira.methods.base import Method
 
-CASES = [("quadratic", variant) for variant in VARIANTS] + [("transformer", variant) for variant in FEW]
+# Their local halves are plain steps, or like those of others that are put before the laws on a transformer too.
+PLAIN_HALVES = {"fedprox", "fedopt", "ffa_lora", "fedsa_lora", "rolora", "raflora", "pfedme", "apfl", "fedamp", "pftt"}
+CASES = [("quadratic", variant) for variant in VARIANTS] + [
+    pytest.param(("transformer", variant), marks=pytest.mark.slow)
+    if variant.name in PLAIN_HALVES
+    else ("transformer", variant)
+    for variant in FEW
+]
 SYMMETRIC = [
     variant
     for variant in VARIANTS

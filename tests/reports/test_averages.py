@@ -60,7 +60,7 @@ def test_the_interval_is_scipys(count: int) -> None:
     assert half_width(values) == pytest.approx(float(expected), rel=1e-12)
 
 
-@pytest.mark.parametrize("count", [6, 7, 13, 14, 31, 50, 51, 300])
+@pytest.mark.parametrize("count", [6, 7, pytest.param(13, marks=pytest.mark.slow), 14, 31, 50, 51, 300])
 def test_the_signed_rank_test_is_scipys(count: int) -> None:
     plain = draw(count, count)
     tied = [float(round(2 * value)) for value in plain]

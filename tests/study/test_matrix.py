@@ -78,6 +78,7 @@ def test_a_loss_is_that_of_peft_with_the_other_clients_folder(made: tuple[Path, 
     assert len({round(value, 6) for value in found.values()}) == 36, "two adapters or two tests are the same"
 
 
+@pytest.mark.slow
 def test_the_diagonal_is_what_the_study_reports_and_a_shared_adapter_has_no_matrix(
     made: tuple[Path, Path], tmp_path: Path
 ) -> None:

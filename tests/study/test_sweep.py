@@ -60,6 +60,7 @@ def test_every_point_is_the_study_that_run_makes_of_it(written: Path, tmp_path: 
     assert stored["points"][2] == {"folder": "lambda-0.6_r-1", "lambda": 0.6, "r": 1}
 
 
+@pytest.mark.slow
 def test_called_again_only_what_is_new_is_run(written: Path, tmp_path: Path) -> None:
     words = [f"output_dir={tmp_path / 'out'}"]
     sweep(plan_sweep(written, {"lambda": [0.1, 0.6]}, words), lambda event: None)

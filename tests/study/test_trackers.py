@@ -321,6 +321,7 @@ def test_a_run_that_goes_on_is_tracked_as_if_it_had_never_stopped(
     assert steps(study) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_round_that_a_crash_kept_from_the_tracker_is_made_up_for(
     raw: dict[str, Any], tmp_path: Path, stand_in: None
 ) -> None:
