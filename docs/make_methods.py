@@ -4,7 +4,7 @@
 
 Both are made from each method's docstring, its Config and what it builds; the list is kept in a file of the package, so
 that the command need not build anything.
-Bytes as measured are those of benchmarks/results, which benchmarks/paper/every_method.py stores. The pages are kept
+Bytes as measured are those of benchmarks/results, which benchmarks/methods/measure.py keeps. The pages are kept
 beside the source so that they can be read without building anything; a test fails where they differ from what this file
 makes now.
 """
@@ -219,23 +219,24 @@ def describe(facts: MethodFacts) -> dict[str, str]:
     }
 
 
-def stored(folder: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
-    """Return the stored rows of each data set that every method was measured on."""
+def stored(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Return what is kept of each method, by its label, for each data set that every method was measured on."""
     paths = {what: folder / f"methods-{what}.json" for what in MEASURED}
-    return {what: json.loads(path.read_text("utf-8"))["rows"] for what, path in paths.items() if path.is_file()}
+    return {what: json.loads(path.read_text("utf-8"))["methods"] for what, path in paths.items() if path.is_file()}
 
 
-def measured(name: str, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+def measured(name: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return the bytes of one client in one round as they were counted, for each data set that has this method."""
     lines = {}
-    for what, rows in found.items():
-        for row in rows:
-            if row["label"] == name:
-                up, down = (_range(*row[key]) for key in ("bytes_up", "bytes_down"))
-                amount = f"{up} up and as many down" if up == down else f"{up} up, {down} down"
-                size = f"P = {row['parameters']:,} before padding"
-                each = f"{amount}, of one client in one round ({size})" if row["bytes_up"][1] else "nothing"
-                lines[f"bytes [measured](../results/methods.md) {MEASURED[what]}"] = each
+    for what, methods in found.items():
+        if (entry := methods.get(name)) is None:
+            continue
+        ends = {key: [run[key] for run in entry["runs"].values()] for key in ("bytes_up", "bytes_down")}
+        up, down = (_range(min(low for low, _ in one), max(high for _, high in one)) for one in ends.values())
+        amount = f"{up} up and as many down" if up == down else f"{up} up, {down} down"
+        each = f"{amount}, of one client in one round (P = {entry['parameters']:,} before padding)"
+        key = f"bytes [measured](../results/methods.md) {MEASURED[what]}"
+        lines[key] = "nothing" if (up, down) == ("0", "0") else each
     return lines
 
 

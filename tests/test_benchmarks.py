@@ -68,7 +68,7 @@ def test_every_script_says_how_it_is_called(
 
 def writes_a_page(script: str) -> bool:
     """Does a script write a page that is its alone?"""
-    return script.startswith(("choosing/", "paper/", "federation/")) or script == "startup.py"
+    return script.startswith(("choosing/", "methods/", "paper/", "federation/")) or script == "startup.py"
 
 
 def test_every_row_runs_a_script_that_is_there(bench: ModuleType) -> None:

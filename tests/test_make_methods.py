@@ -179,13 +179,17 @@ def test_what_does_not_travel_makes_the_view_personal() -> None:
     assert frozen["each client gets"] == "the shared one (`global`)"
 
 
-def row(label: str, up: list[int], down: list[int]) -> dict[str, Any]:
-    return {"label": label, "bytes_up": up, "bytes_down": down, "parameters": 1004}
+def entry(up: list[int], down: list[int]) -> dict[str, Any]:
+    return {"parameters": 1004, "runs": {"0": {"bytes_up": up, "bytes_down": down}}}
 
 
 def test_stored_bytes_stand_on_the_page_of_the_method_that_they_are_of(tmp_path: Path) -> None:
-    rows = [row("fedavg", [4032, 4032], [4032, 4032]), row("local", [0, 0], [0, 0]), row("half", [2016, 4032], [8, 8])]
-    (tmp_path / "methods-demo.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    methods = {
+        "fedavg": entry([4032, 4032], [4032, 4032]),
+        "local": entry([0, 0], [0, 0]),
+        "half": entry([2016, 4032], [8, 8]),
+    }
+    (tmp_path / "methods-demo.json").write_text(json.dumps({"methods": methods}), encoding="utf-8")
     found = made.stored(tmp_path)
     key = "bytes [measured](../results/methods.md) on the demo"
     assert made.measured("fedavg", found) == {

@@ -1,11 +1,11 @@
 """Does a client that chooses its own pull do better than any fixed rule? Three settings, many controls, one page.
 
-    python benchmarks/choosing/write.py [--settings ni-8x4 ni-28 dolly-8x4] [--seeds 5] [--only-page]
-                                        [--folder FOLDER] [--page FILE] [--json FOLDER]
+    python benchmarks/choosing/write.py [--settings ni-8x4 ni-28 dolly-8x4] [--seeds 5] [--methods LABEL ...]
+                                        [--only-page] [--folder FOLDER] [--page FILE] [--json FOLDER]
 
 Each setting is a config beside this file, and a comparison without tuning (`fedmira compare CONFIG --budget 1`): all
-methods have the same learning rate and steps, fedavg_ft one more epoch at the end. An existing comparison is resumed,
-or only read. Writes benchmarks/results/choosing-SETTING.json and docs/results/choosing.md.
+methods have the same learning rate and steps, fedavg_ft one more epoch at the end. Runs are made seed by seed and kept
+in benchmarks/results/choosing-SETTING.json; what is kept there is not run again. Writes docs/results/choosing.md.
 """
 
 import argparse
@@ -15,16 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmira.disk.folders import StudyFolder
-from fedmira.engine.events import silent
-from fedmira.reports.results import Results, read_results
+from fedmira.reports.results import Results
 from fedmira.reports.stats import client_values, summarise
-from fedmira.study.compare import compare
-from fedmira.study.loading import load_compared
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from machine import describe
+import kept
 from stored import table
+
+import fedmira
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -49,44 +47,39 @@ WORDS = {
 }
 
 
-def read(folder: Path, name: str) -> dict[str, Any]:
-    """Return everything that the page says of a setting, as it is stored."""
-    study = StudyFolder(folder)
-    results = read_results(folder)
-    runs = [run for run in study.runs() if run.facts.state == "complete"]
-    labels = list(dict.fromkeys(run.facts.label for run in runs))
-    metrics = [metric for metric in ("loss", *study.config().evaluation.metrics) if metric != "loss"]
+def read(stored: kept.Kept, name: str) -> dict[str, Any]:
+    """Return everything that the page says of a setting, of the seeds that every method has."""
+    entries = stored["methods"]
+    shared = set.intersection(*(set(entry["runs"]) for entry in entries.values()))
+    seeds = sorted(map(int, shared))
+    results = kept.results_of(stored, seeds)
     methods: dict[str, Any] = {}
-    for label in labels:
-        own = [run for run in runs if run.facts.label == label]
-        records = [record for run in own for record in run.records()]
-        methods[label] = {
-            "seeds": len(own),
-            "seconds_training": sum(record["seconds_training"] for record in records) / len(own),
-            "tokens": sum(record["tokens"] for record in records) / len(own),
-            "scored": sum(record.get("scored", 0) for record in records) / len(own),
-            "bytes": sum(record["bytes_up"] + record["bytes_down"] for record in records) / len(own),
-        }
-    for metric in ("loss", *dict.fromkeys(metrics)):
+    for label, entry in entries.items():
+        runs = [entry["runs"][str(seed)] for seed in seeds]
+        methods[label] = {key: sum(run[key] for run in runs) / len(runs) for key in ("tokens", "scored", "bytes")}
+    for metric in stored["metrics"]:
         for baseline in ("local", "auto"):
             for item in summarise(results, metric=metric, baseline=baseline):
-                entry = methods[item.method].setdefault(metric, {"mean": item.mean, "half_width": item.half_width})
+                one = methods[item.method].setdefault(metric, {"mean": item.mean, "half_width": item.half_width})
                 if (against := item.against) is not None:
-                    entry[f"against_{baseline}"] = {
+                    one[f"against_{baseline}"] = {
                         "difference": against.difference,
                         "wins": against.wins,
                         "losses": against.losses,
                         "p": against.p_holm,
                     }
-    for label in labels:
+    for label in entries:
         methods[label]["worst"] = worst(results, label)
         methods[label]["always_worse"] = always_worse(results, label)
+    machines = {json.dumps(run["machine"]): run["machine"] for one in entries.values() for run in one["runs"].values()}
     return {
         "name": name,
-        "clients": runs[0].facts.clients,
-        "rounds": runs[0].facts.rounds,
+        "seeds": len(seeds),
+        "clients": len(stored["clients"]),
+        "rounds": stored["rounds"],
         "methods": methods,
-        "choices": choices([run for run in runs if run.facts.label == "auto"]),
+        "choices": choices([entries["auto"]["runs"][str(seed)] for seed in seeds]),
+        "machines": list(machines.values()),
     }
 
 
@@ -107,20 +100,12 @@ def always_worse(results: Results, label: str) -> int:
     return sum(all(found[label][client, seed] > found["local"][client, seed] for seed in seeds) for client in clients)
 
 
-def choices(runs: Sequence[Any]) -> list[dict[str, float]]:
+def choices(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Return by round, the last choice last, the mean alpha, and the share of it from the first graph."""
     lines: list[dict[str, float]] = []
-    rounds = [[run.records()[place]["figures"] for run in runs] for place in range(runs[0].facts.rounds)]
-    for figures in [*rounds, [run.facts.figures for run in runs]]:
-        pairs = [
-            (alpha, graph)
-            for one in figures
-            for alpha, graph in zip(one["alpha"], one["graph"], strict=True)
-            if alpha is not None
-        ]
-        total = sum(alpha for alpha, _ in pairs)
-        learned = sum(alpha for alpha, graph in pairs if graph == 0)
-        lines.append({"alpha": total / len(pairs), "learned": learned / total if total else 0.0})
+    for rounds in zip(*(run["choices"] for run in runs), strict=True):
+        count, total, learned = (sum(part) for part in zip(*rounds, strict=True))
+        lines.append({"alpha": total / count, "learned": learned / total if total else 0.0})
     return lines
 
 
@@ -159,7 +144,7 @@ def section(found: Mapping[str, Any]) -> str:
     head = ["", "test loss, nats", "better / worse than alone", "worst client", "worse with every seed", "p",
             "minus auto", "p", "exact match" if extra == "exact_match" else "ROUGE-L"]  # fmt: skip
     pulls = [f"{line['alpha']:.2f} ({100 * line['learned']:.0f} %)" for line in found["choices"]]
-    seeds = methods["auto"]["seeds"]
+    seeds = found["seeds"]
     return "\n".join(
         [
             f"## {ABOUT[found['name']]}",
@@ -237,31 +222,38 @@ def page(found: Sequence[Mapping[str, Any]], spent: Mapping[str, Any] | None) ->
     """Write the page from what is stored. spent: of cost.py."""
     machines = "; ".join(
         dict.fromkeys(
-            f"{one['machine']['cpu']}, {one['machine']['cores']} cores, commit {one['machine']['commit']}"
+            f"{machine['cpu']}, {machine['cores']} cores, commit {machine['commit']}"
             for one in found
+            for machine in one["machines"]
         )
     )
     parts = [*map(section, found), *([] if spent is None else [costs(spent)])]
     return "\n".join([HEAD.format(machines=machines), "\n\n".join(parts), ""])
 
 
+def file_of(name: str) -> str:
+    return f"choosing-{name}.json"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", metavar="LABEL", help="of the configs; default: all")
     parser.add_argument("--only-page", action="store_true", help="from stored results")
     parser.add_argument("--folder", type=Path, default=Path("runs/choosing"))
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "choosing.md")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     for name in [] if options.only_page else options.settings:
-        words = [f"output_dir={options.folder / name}"]
-        config = load_compared(HERE / f"{name}.yaml", words, methods=None, seeds=options.seeds, budget=1)
-        study = compare(config, budget=1, observer=silent)
-        stored = {"machine": describe(), **read(study, name)}
-        (options.json / f"choosing-{name}.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-    paths = [path for name in SETTINGS if (path := options.json / f"choosing-{name}.json").is_file()]
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        path = HERE / f"{name}.yaml"
+        labels = options.methods or [entry.folder for entry in fedmira.load_config(path).methods]
+        for seed in range(options.seeds):
+            for label in labels:
+                folder = options.folder / name / f"seed-{seed}"
+                kept.measure(path, [], label, seeds=[seed], budget=1, folder=folder, path=options.json / file_of(name))
+    paths = {name: path for name in SETTINGS if (path := options.json / file_of(name)).is_file()}
+    found = [read(kept.read(path), name) for name, path in paths.items()]
     spent = options.json / "choosing-cost.json"
     text = page(found, json.loads(spent.read_text(encoding="utf-8")) if spent.is_file() else None)
     options.page.write_text(text, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ METHODS: list[Mapping[str, Any]] = [
         "graph": {"kind": "knn", "features": "histogram", "column": "group", "degree": 1},
     },
     {"name": "mira", "label": "prompts", "lambda": 0.25, "graph": {"kind": "knn", "measure": "distance"}},
+    {"name": "ditto"},  # a row that stays at the client
+    {"name": "scaffold", "training": {"optimizer": "sgd"}},  # variates beside the rows, and at the client
+    {"name": "flora"},  # what is added to the base
+    {"name": "feddpa"},  # two adapters and a gate
 ]
 LABELS = tuple(str(method.get("label", method["name"])) for method in METHODS)
 ROUNDED = ("prompts",)  # similarities of embeddings: passes of one site have other last digits than those of all
@@ -56,21 +60,25 @@ def save_files(here: Path) -> tuple[Path, Path]:
     return base, data
 
 
-def settings(base: Path, data: Path, output: Path) -> dict[str, Any]:
-    methods = json.loads(json.dumps(METHODS).replace("graph.csv", str(data.with_name("graph.csv"))))
+def settings(
+    base: Path, data: Path, output: Path, methods: Sequence[Mapping[str, Any]] = METHODS
+) -> dict[str, Any]:
+    chosen = json.loads(json.dumps(list(methods)).replace("graph.csv", str(data.with_name("graph.csv"))))
     return small_study.settings(
         base,
         data,
         output,
         federation={"rounds": 3, "participation": 0.67, "cohort": 1},
         training={"local_steps": 2, "batch_size": 2, "learning_rate": 0.3, "keep_optimizer": True},
-        methods=methods,
+        methods=chosen,
     )
 
 
-def simulate(base: Path, data: Path, output: Path, *, cohort: int | str) -> Path:
+def simulate(
+    base: Path, data: Path, output: Path, *, cohort: int | str, methods: Sequence[Mapping[str, Any]] = METHODS
+) -> Path:
     """Carry out the study in a simulation; return its folder."""
-    raw = settings(base, data, output)
+    raw = settings(base, data, output, methods)
     raw["federation"]["cohort"] = cohort
     run.start(StudyFolder(output), check_config(raw), silent, overwrite=False)
     return output

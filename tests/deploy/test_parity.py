@@ -1,14 +1,17 @@
 """A study through sites, as bytes: the bits of the simulation with `cohort: 1`, and nearly those of a batched one."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.deploy.federation import SITES, Loopback, write_federation
-from tests.deploy.parity import LABELS, SEED, check_near, check_same, save_files, settings, simulate
+from tests.deploy.parity import LABELS, METHODS, SEED, check_near, check_same, save_files, settings, simulate
 
 from fedmira.deploy.server import Server
 from fedmira.disk.folders import StudyFolder
 from fedmira.engine.events import silent
+from fedmira.methods import names
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +21,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def studies(files: tuple[Path, Path]) -> tuple[Path, Loopback]:
-    """The study's folder at the server, and the sites behind the link."""
-    folder = write_federation(
-        files[1].with_name("federation"),
-        settings(*files, files[1].with_name("unused")),
-        files[1],
-        profiles=["group", None],
-    )
+    return carry_out(files, "federation", METHODS)
+
+
+def carry_out(files: tuple[Path, Path], name: str, methods: Sequence[Mapping[str, Any]]) -> tuple[Path, Loopback]:
+    """Return the study's folder at the server, and the sites behind the link."""
+    raw = settings(*files, files[1].with_name("unused"), methods)
+    folder = write_federation(files[1].with_name(name), raw, files[1], profiles=["group", None])
     link = Loopback({name: folder.site(name) for name in SITES})
     server = Server(folder, link, print, silent)
     server.members.gather()
@@ -59,3 +62,22 @@ def test_a_batched_simulation_has_the_same_to_a_tolerance(
 ) -> None:
     there, link = studies
     check_near(label, batched, there, lambda label, site: link.folders[site].adapters / label / f"seed-{SEED}")
+
+
+@pytest.mark.slow
+def test_every_other_method_has_the_bits_of_the_simulation(files: tuple[Path, Path]) -> None:
+    """With its default settings, or those that it needs."""
+    needed: Mapping[str, Mapping[str, Any]] = {
+        "groupavg": {"column": "group"},
+        "fedsophia": {"form": "public"},
+        "mira": {"graph": {"kind": "groups", "column": "group"}, "neighbours": "stored"},
+    }
+    known = {str(method["name"]) for method in METHODS} - set(needed)
+    simulated_only = {"pooled"}  # one client with everybody's data
+    methods = [{"name": name, **needed.get(name, {})} for name in names() if name not in known | simulated_only]
+    there, link = carry_out(files, "every", methods)
+    simulation = simulate(*files, files[1].with_name("every-simulated"), cohort=1, methods=methods)
+    for label in (str(method["name"]) for method in methods):
+        check_same(
+            label, simulation, there, lambda label, site: link.folders[site].adapters / label / f"seed-{SEED}"
+        )

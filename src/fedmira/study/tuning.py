@@ -2,8 +2,9 @@
 
 A budget of B runs a method, with one seed: first B - (v - 1) learning rates, where v values of the method's own setting
 are tried (`TUNED` in its file), then the other v - 1 values at the best rate; a method without such a setting tries B
-learning rates. What an entry sets itself is not tuned. The lowest mean validation loss over clients wins, of equal ones
-the earlier; a loss that is not finite never does.
+learning rates. What an entry sets itself is not tuned; but where it has an optimizer of its own, tuning begins at the
+learning rate beside it. The lowest mean validation loss over clients wins, of equal ones the earlier; a loss that is
+not finite never does.
 """
 
 import math
@@ -54,11 +55,11 @@ def knob_of(entry: MethodEntry) -> tuple[str, Sequence[Any]] | None:
 
 
 def rates_of(entry: MethodEntry, config: Config, budget: int) -> list[float]:
-    """Return the learning rates to try; none where the entry sets its own."""
+    """Return the learning rates to try; none where the entry sets its own for the optimizer of all."""
     module = load(entry.name)
     own = module.Config.model_fields.get("learning_rate")
     given = {} if entry.training is None else entry.training.given
-    if "learning_rate" in {**entry.settings, **given}:
+    if "learning_rate" in entry.settings or ("learning_rate" in given and "optimizer" not in given):
         return []
     usual = None if own is None else own.default  # None: the config's
     middle = config.training_of(entry).learning_rate if usual is None else usual
