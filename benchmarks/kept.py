@@ -65,18 +65,21 @@ def keep(study: Path, path: Path, *, labels: Sequence[str], seeds: Sequence[int]
     runs = {(run.facts.label, run.facts.seed): run for run in folder.runs()}
     some = next(iter(runs.values()))
     config = folder.config()
+    metrics = list(dict.fromkeys(("loss", *config.evaluation.metrics)))
     setting = {
         "base": Path(config.model.base_model).name,
         "dtype": some.facts.dtype,
         "clients": results.clients,
         "sampled": some.facts.sampled,
         "rounds": config.federation.rounds,
-        "metrics": list(dict.fromkeys(("loss", *config.evaluation.metrics))),
+        "metrics": metrics,
         "training": {key: getattr(config.training, key) for key in TRAINING},
         "budget": budget,
     }
     if changed := [key for key in SETTING if kept.get(key, setting[key]) != setting[key]]:
-        raise SystemExit(f"{path} is of another setting ({', '.join(changed)}): move it away to measure everything anew")
+        raise SystemExit(
+            f"{path} is of another setting ({', '.join(changed)}): move it away to measure everything anew"
+        )
     tuning = study.parent / TUNING_FILE
     tried = json.loads(tuning.read_text(encoding="utf-8"))["methods"] if tuning.is_file() else {}
     for label in dict.fromkeys(labels):
@@ -94,9 +97,9 @@ def keep(study: Path, path: Path, *, labels: Sequence[str], seeds: Sequence[int]
         entry["runs"] = dict(earlier.get("runs", {})) if same else {}
         for seed in seeds:
             of_seed = results.where(lambda row, seed=seed: row.seed == seed)  # type: ignore[misc]
-            values = {
+            values: dict[str, list[float | None]] = {
                 metric: [rounded(one) for one in client_values(of_seed, metric=metric)[label].values()]
-                for metric in setting["metrics"]
+                for metric in metrics
             }
             entry["runs"][str(seed)] = {**costs(runs[label, seed]), **values}
         kept["methods"][label] = entry
@@ -106,7 +109,7 @@ def keep(study: Path, path: Path, *, labels: Sequence[str], seeds: Sequence[int]
 
 
 def costs(run: RunFolder) -> Kept:
-    """Return what a run took: smallest and largest bytes of a client in a round, seconds, tokens, and on what machine."""
+    """Return what a run took, and on what machine; bytes_up and _down: of a client in a round, the least and most."""
     records, where = run.records(), describe()
     sent = {key: [record[key] // len(record["clients"]) for record in records] for key in ("bytes_up", "bytes_down")}
     return {
@@ -121,11 +124,13 @@ def costs(run: RunFolder) -> Kept:
 
 
 def choices(run: RunFolder) -> list[list[float]]:
-    """Return by round, the last choice last: clients that chose, the sum of their alphas, and that of graph 0's alone."""
+    """Return by round, the last choice last: clients that chose, the sum of their alphas, that of graph 0 alone."""
     assert run.facts.figures is not None
     lines = []
     for figures in [*(record["figures"] for record in run.records()), run.facts.figures]:
-        pairs = [(alpha, graph) for alpha, graph in zip(figures["alpha"], figures["graph"], strict=True) if alpha is not None]
+        pairs = [
+            (alpha, graph) for alpha, graph in zip(figures["alpha"], figures["graph"], strict=True) if alpha is not None
+        ]
         lines.append([len(pairs), sum(alpha for alpha, _ in pairs), sum(alpha for alpha, graph in pairs if graph == 0)])
     return [[float(f"{one:.{DIGITS}g}") for one in line] for line in lines]
 

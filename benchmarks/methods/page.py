@@ -1,10 +1,9 @@
 """Writes docs/results/methods.md from what measure.py has kept.
 
-    python benchmarks/methods/page.py [--page FILE] [--json FOLDER]
+python benchmarks/methods/page.py [--page FILE] [--json FOLDER]
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,10 +35,10 @@ a setting had one rate. Some take more steps than the others: `pooled` all clien
 after the last round, `ditto`, `pfedme`, `apfl`, `fedrep`, `pftt` and `feddpa` as their pages say.
 
 Losses are nats per token of the answer on the test split: the mean over clients of each client's mean over seeds, with
-its 95 % interval over clients. Better, equal, worse: clients, by their loss against training alone; p from a signed-rank
-test over clients, Holm-adjusted over the rows. Worst client: the largest increase of a client's loss over training
-alone. Bytes are of one client in one round, as counted in `metrics.jsonl`, padding of rows included. Seconds are of one
-run beside other work, to be compared roughly; speed is measured [elsewhere](speed.md). What each method is:
+its 95 % interval over clients. Better, equal, worse: clients, by their loss against training alone; p from a
+signed-rank test over clients, Holm-adjusted over the rows. Worst client: the largest increase of a client's loss over
+training alone. Bytes are of one client in one round, as counted in `metrics.jsonl`, padding of rows included. Seconds
+are of one run beside other work, to be compared roughly; speed is measured [elsewhere](speed.md). What each method is:
 [methods](../methods/README.md), and [which to choose](../choosing-a-method.md).
 """
 NAMES = {"demo": "The demo", "ni": "Natural Instructions"}
@@ -69,8 +68,8 @@ def section(name: str, found: kept.Kept) -> list[str]:
     methods, results = found["methods"], kept.results_of(found)
     local = methods["local"]["runs"]
     setup = (
-        f"{ABOUT[name]} Base {found['base']} in {found['dtype']}; {len(found['clients'])} clients, {found['sampled']} a "
-        f"round, {found['rounds']} rounds of {training['local_steps']} steps of {training['batch_size']} examples, "
+        f"{ABOUT[name]} Base {found['base']} in {found['dtype']}; {len(found['clients'])} clients, {found['sampled']} "
+        f"a round, {found['rounds']} rounds of {training['local_steps']} steps of {training['batch_size']} examples, "
         f"{training['optimizer']}, learning rate {training['learning_rate']:g} where it was not tuned; seeds "
         f"{', '.join(local)}."
     )

@@ -60,9 +60,7 @@ def save_files(here: Path) -> tuple[Path, Path]:
     return base, data
 
 
-def settings(
-    base: Path, data: Path, output: Path, methods: Sequence[Mapping[str, Any]] = METHODS
-) -> dict[str, Any]:
+def settings(base: Path, data: Path, output: Path, methods: Sequence[Mapping[str, Any]] = METHODS) -> dict[str, Any]:
     chosen = json.loads(json.dumps(list(methods)).replace("graph.csv", str(data.with_name("graph.csv"))))
     return small_study.settings(
         base,

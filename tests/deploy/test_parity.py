@@ -78,6 +78,4 @@ def test_every_other_method_has_the_bits_of_the_simulation(files: tuple[Path, Pa
     there, link = carry_out(files, "every", methods)
     simulation = simulate(*files, files[1].with_name("every-simulated"), cohort=1, methods=methods)
     for label in (str(method["name"]) for method in methods):
-        check_same(
-            label, simulation, there, lambda label, site: link.folders[site].adapters / label / f"seed-{SEED}"
-        )
+        check_same(label, simulation, there, lambda label, site: link.folders[site].adapters / label / f"seed-{SEED}")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmira import bundled
+from fedmira.cli.adapting import adapt
 from fedmira.cli.arguments import PlainGroup
 from fedmira.cli.comparing import compare, sweep
 from fedmira.cli.ending import (
@@ -46,6 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(federation, name="federation")
+app.command()(adapt)
 app.command()(compare)
 app.command()(sweep)
 

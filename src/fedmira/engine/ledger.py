@@ -138,13 +138,19 @@ def _measured(ledger: Ledger) -> Tensors:
 
 
 def restore(
-    checkpoints: Path, ledger: Ledger, clients: Restored, after: Callable[[], None] = lambda: None
+    checkpoints: Path,
+    ledger: Ledger,
+    clients: Restored,
+    after: Callable[[], None] = lambda: None,
+    *,
+    only_read: bool = False,
 ) -> Mapping[str, Any]:
     """Bring a fresh ledger, and its clients, to the newest round that is intact on disk; return that round's facts.
 
     Without a checkpoint both stay at the start. Later checkpoints, which only a damaged one in between can leave, are
-    removed. A checkpoint of fewer clients than there are now says nothing about the last ones. after: is called when
-    the ledger is at the round of a checkpoint. Raises StoreError if there are checkpoints but none can be used.
+    removed, unless they are only read. A checkpoint of fewer clients than there are now says nothing about the last
+    ones. after: is called when the ledger is at the round of a checkpoint. Raises StoreError if there are checkpoints
+    but none can be used.
     """
     facts: Mapping[str, Any] = {}
     for checkpoint in load_chain(checkpoints):
@@ -179,6 +185,6 @@ def restore(
             ledger.delta_bytes += sum(value.numel() * value.element_size() for value in values) + count_bytes(base)
         after()
     ledger.saved = ledger.validation.clone()
-    if ledger.round:  # what is beyond is done again, and must not be taken for the new rounds' own
+    if ledger.round and not only_read:  # what is beyond is done again, and must not be taken for the new rounds' own
         prune(checkpoints, keep_from=0, keep_to=ledger.round)
     return facts

@@ -188,6 +188,25 @@ class Simulated:
         memory = self.memory.recall("method", ids, first=self.method.client.start(start))
         return self._used(ids, start, memory, given, send.clock)
 
+    def alone(self, ids: Tensor, send: Send, *, steps: int) -> tuple[Adapters, PhaseResult]:
+        """Return the adapters that clients would use after so many local steps from what they would be sent now.
+
+        Nothing is kept, and the server is told nothing. A client whose row is refused has what it would use without.
+        """
+        training = replace(self.training, local_steps=steps, local_epochs=None, schedule=self.training.schedule.alone())
+        given = send(ids)
+        plans: list[list[np.ndarray]] | None = None if steps else [[] for _ in ids]
+        whole, phase = self.local_phase(ids, given, send.clock, training=training, plans=plans)
+        rows = phase.returned.rows.clone()
+        used = self._adapters(ids, rows)
+        if self.method.client.use is not use_what_was_sent:
+            used = self._used(ids, used, phase.memory, whole, send.clock)
+        unfit = list(self._unfit(ids, used.rows))
+        if unfit:
+            places = [n for n, k in enumerate(ids.tolist()) if k in unfit]
+            used.rows[places] = self._newest(ids, send).rows[places]
+        return used, phase
+
     def test(self, ids: Sequence[int], send: Send, progress: Callable[[int], None]) -> Scores:
         gate = self.method.client.gate
         return score_test_split(

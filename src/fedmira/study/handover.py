@@ -43,8 +43,12 @@ def write_adapters(
     *,
     start: Scores,
     ended: Ended,
+    into: Path | None = None,
+    only: Sequence[int] | None = None,
 ) -> None:
     """Write one PEFT folder per client of a run that has been tested.
+
+    into: the folder of these folders, instead of the run's; only: positions of clients, None = all.
 
     start: scores of the untouched base; ended: scores of these adapters, and the round of each. Clients with the same
     adapter, as all of a shared method and those never drawn of a personal one, get hard links to one read-only file
@@ -59,17 +63,19 @@ def write_adapters(
     shared_by_all = not own and method.count_rows(len(federation)) == 1  # else by a group
     records = folder.records()
     drawn = count_drawn(method, records, federation.names)
-    links = len(federation) * count_exported(federation.layout) * 4 > LINK_BYTES
+    links = only is None and len(federation) * count_exported(federation.layout) * 4 > LINK_BYTES
     pool = (sum(len(client.train) for client in clients), sum(client.trained_tokens for client in clients))
     model, asking = prepared.config.model, prepared.asking
     local = Path(model.base_model).is_dir()
     tokenizer: list[Path] = []  # the files of the first client's folder, which the others share
     common: dict[tuple[tuple[int, ...], str], Path] = {}  # ranks and sha256 of a row that others may have -> its folder
-    for position, client in enumerate(clients):
+    positions = range(len(clients)) if only is None else only
+    for count, position in enumerate(positions, 1):
+        client = clients[position]
         parts = serve(torch.tensor([position]))
         used = parts if method.client.gate is None else at_mean(base, method.client.gate, parts, [client])
         served = fold(used)
-        target = folder.adapters / client.id
+        target = (folder.adapters if into is None else into) / client.id
         card: Card = {
             "client": client.id,
             "name": client.name,
@@ -132,7 +138,7 @@ def write_adapters(
         else:
             asking.write(target)
             tokenizer = tokenizer_files(target)
-        observer(AdaptersWritten(position + 1, len(federation)))
+        observer(AdaptersWritten(count, len(positions)))
 
 
 def count_drawn(method: Method, records: Sequence[Mapping[str, Any]], clients: Sequence[str]) -> Mapping[str, int]:
