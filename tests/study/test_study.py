@@ -325,7 +325,8 @@ def test_another_seed_gives_other_bits_but_the_same_base(study: Study, make: Mak
 # ---------------------------------------------------------------- going on
 
 
-@pytest.mark.parametrize("keep", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [False, True])
 def test_more_rounds_later_equal_as_many_from_the_start(keep: bool, make: Make) -> None:
     training = {"keep_optimizer": keep, "optimizer": "adamw"}
     whole = fedmira.run(make("whole", training=training))
