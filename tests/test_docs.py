@@ -40,6 +40,7 @@ from fedmira.study import events as study_events
 
 DOCS = ROOT / "docs"
 PAGES = sorted(path.stem for path in DOCS.glob("*.md"))  # those of the methods are made: test_make_methods.py
+LONG_PAGES = ("data", "python-api", "adding-a-method")  # each runs for 10 seconds and more
 EVERY = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *DOCS.glob("**/*.md")))
 
 
@@ -52,7 +53,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(tmp_path_factory.mktemp("docs") / "base")
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG_PAGES else name for name in PAGES]
+)
 def test_what_a_page_shows_is_what_happens(name: str, base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "base")
     run_page(read(f"docs/{name}.md"), tmp_path)

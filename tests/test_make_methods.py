@@ -49,6 +49,7 @@ def test_the_list_of_the_command_is_what_the_source_says_today() -> None:
     assert method_list.stored_facts() == {name: method_facts(load(name)) for name in names()}
 
 
+@pytest.mark.slow
 def test_the_config_that_a_page_shows_runs(tmp_path: Path) -> None:
     entries: dict[str, Any] = {}
     pages = made.pages()

@@ -1,7 +1,8 @@
 """Mixed rows against the plain product, over the limits of strips and turns."""
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -23,6 +24,13 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
 
 
+def grid(counts: Sequence[int], columns: Sequence[int]) -> list[Any]:
+    """Every number of rows with every length; the most rows of the greatest length are slow."""
+    most = (max(counts), max(columns))
+    pairs = itertools.product(counts, columns)
+    return [pytest.param(*pair, marks=pytest.mark.slow) if pair == most else pair for pair in pairs]
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Let torch use two threads, so that turns run side by side."""
@@ -32,15 +40,14 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("columns", [1, 16, 8192, 32768, 32769, 100_003])
-@pytest.mark.parametrize("count", [1, 3, 8, 32, 100])
+@pytest.mark.parametrize(("count", "columns"), grid((1, 3, 8, 32, 100), (1, 16, 8192, 32768, 32769, 100_003)))
 @pytest.mark.usefixtures("threads")
 def test_rows_are_mixed_as_by_one_product_whatever_their_number_and_length(count: int, columns: int) -> None:
     rows, within = draw(count, columns), draw(count, count).numpy()
     torch.testing.assert_close(mix_rows(within, rows), torch.from_numpy(within) @ rows, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("columns", [1, 32769, 100_003])
+@pytest.mark.parametrize("columns", [1, 32769, pytest.param(100_003, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("threads")
 def test_rows_with_few_neighbours_each_are_mixed_likewise(columns: int) -> None:
     """Of 100 rows each meets itself and the next five: 6 % of the weights."""
@@ -151,8 +158,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return asked
 
 
-@pytest.mark.parametrize("columns", [128, 144, 32768, 32768 + 48, 100_000])
-@pytest.mark.parametrize("count", [1, 3, 32, 100])
+@pytest.mark.parametrize(("count", "columns"), grid((1, 3, 32, 100), (128, 144, 32768, 32768 + 48, 100_000)))
 @pytest.mark.usefixtures("threads")
 def test_the_compiled_loop_gives_the_plain_product(count: int, columns: int, compiled: list[tuple[int, int]]) -> None:
     rows, within = draw(count, columns, dtype=torch.float32), np.zeros((count, count))

@@ -308,7 +308,9 @@ def test_every_client_of_flexlora_is_handed_an_adapter_of_its_own_rank(listed: t
             assert shapes_of(listed[0], label, client) == {"q_proj": rank, "v_proj": rank}
 
 
-@pytest.mark.parametrize("label", ["flexlora", "fedavg", "local"])
+@pytest.mark.parametrize(
+    "label", ["flexlora", *(pytest.param(label, marks=pytest.mark.slow) for label in ("fedavg", "local"))]
+)
 def test_what_is_handed_over_is_what_was_scored(label: str, listed: tuple[Study, str]) -> None:
     wanted = scored(listed[0], label)
     assert peft_losses(listed[0], label) == pytest.approx(wanted, rel=1e-4)
@@ -322,6 +324,7 @@ def test_methods_that_mix_factors_of_different_ranks_say_so(listed: tuple[Study,
     assert "fedavg: clients have ranks 1 to 3, " in kept
 
 
+@pytest.mark.slow
 def test_a_study_of_one_rank_has_no_such_note(here: Path) -> None:
     _, told = run(here, "plain", METHODS[:2], ranks=[2] * 6)
     assert "padded" not in told
@@ -336,6 +339,7 @@ def test_a_list_that_does_not_fit_the_clients_stops_a_study_before_it_writes(her
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
 def test_a_column_of_the_data_gives_ranks(here: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (here / "data.jsonl").read_text().splitlines()]
     for row in rows:
@@ -394,12 +398,14 @@ def test_adapters_with_two_ranks_are_in_peft_what_was_scored(typed: Study) -> No
     assert peft_losses(typed, "flexlora") == pytest.approx(scored(typed, "flexlora"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_clients_with_adapters_of_their_own_may_be_of_type_three(typed_personal: Study) -> None:
     assert peft_losses(typed_personal, "local") == pytest.approx(scored(typed_personal, "local"), rel=1e-4)
     assert shapes_of(typed_personal, "local", "ada") == {"q_proj": 30, "down_proj": 200}
     assert shapes_of(typed_personal, "local", "cy") == {"q_proj": 5, "down_proj": 5}
 
 
+@pytest.mark.slow
 def test_a_study_of_mixed_ranks_goes_on_to_more_rounds(here: Path, listed: tuple[Study, str]) -> None:
     raw = small_study.settings(
         here / "base",

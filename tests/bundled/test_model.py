@@ -98,6 +98,7 @@ def test_pretraining_twice_gives_the_same_bits():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_pretraining_lowers_the_loss_and_reports_the_final_one():
     told: list[str] = []
     pretrain(40, report=told.append)

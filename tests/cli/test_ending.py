@@ -43,7 +43,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.2, 1.0, 3.0])
+@pytest.mark.parametrize("delay_s", [0.0, 0.2, 1.0, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_ctrl_c_at_any_moment_is_one_line_and_130(delay_s: float, tmp_path: Path) -> None:
     place = tmp_path / "my study"
     arguments = ["run", "demo", "-q", f"output_dir={place}"]
@@ -153,7 +153,7 @@ def commands(finished: Path, folder: Path) -> Iterator[tuple[object, ...]]:
 @pytest.mark.parametrize(
     "out",
     [
-        "ascii",
+        pytest.param("ascii", marks=pytest.mark.slow),
         "closed",
         pytest.param("/dev/full", marks=pytest.mark.slow),
         pytest.param("none", marks=pytest.mark.slow),
@@ -210,7 +210,9 @@ def test_names_of_data_are_printed_as_they_are(name: str, finished: Path, tmp_pa
     assert f"'{name}'" in ended.err
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(
+    "name", [name if name in ("x[/q]", "a b'c") else pytest.param(name, marks=pytest.mark.slow) for name in ODD]
+)
 def test_words_of_the_command_line_are_printed_as_they_are(name: str, tmp_path: Path) -> None:
     for arguments in (("run", name), ("report", name), (name,), ("run", "demo", name), ("run", "demo", f"--{name}")):
         ended = command(*arguments, folder=tmp_path)

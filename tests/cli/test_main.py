@@ -289,6 +289,7 @@ def test_resuming_a_finished_study_ends_with_0(finished: tuple[Path, Ended]) -> 
     assert "round 4/4" not in ended.err
 
 
+@pytest.mark.slow
 def test_resume_takes_more_rounds_and_nothing_else(config: Path, tmp_path: Path) -> None:
     assert command("run", config, "-q", "federation.rounds=2").code == 0
     study = tmp_path / "study"

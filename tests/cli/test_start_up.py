@@ -44,7 +44,15 @@ def test_the_package_itself() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("resume", "--help"), ("chat", "--help")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("run", "--help"),
+        pytest.param(("resume", "--help"), marks=pytest.mark.slow),
+        pytest.param(("chat", "--help"), marks=pytest.mark.slow),
+    ],
+)
 def test_help(arguments: tuple[str, ...]) -> None:
     code, out, _ = start(*arguments)
     assert code == 0
@@ -112,10 +120,10 @@ def test_the_script_that_a_shell_completes_with() -> None:
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("federation.round=2", "did you mean 'rounds'"),
-        ("methods.2.lambda=-1", "methods.2.lambda: found -1"),
+        pytest.param("federation.round=2", "did you mean 'rounds'", marks=pytest.mark.slow),
+        pytest.param("methods.2.lambda=-1", "methods.2.lambda: found -1", marks=pytest.mark.slow),
         ("methods.0.name=miro", "unknown method 'miro' (did you mean 'mira'"),
-        ("federation.rounds", "federation.rounds"),
+        pytest.param("federation.rounds", "federation.rounds", marks=pytest.mark.slow),
     ],
 )
 def test_a_refused_override(override: str, told: str) -> None:

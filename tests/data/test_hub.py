@@ -144,16 +144,18 @@ def test_a_data_set_of_the_hub_is_read_with_its_splits_and_leaves_nothing(
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("subset", "count"), [("main", 3), ("socratic", 1)])
+@pytest.mark.parametrize(("subset", "count"), [("main", 3), pytest.param("socratic", 1, marks=pytest.mark.slow)])
 def test_a_subset_and_a_revision_choose_what_is_read(hub: Path, subset: str, count: int) -> None:
     assert len(read_records("org/two", subset=subset, revision=COMMIT).records) == count
 
 
+@pytest.mark.slow
 def test_a_csv_file_of_the_hub_is_read(hub: Path) -> None:
     [record] = read_records("org/csv").records
     assert (record.answers, record.source) == (("so",), "org/csv/train, row 1")
 
 
+@pytest.mark.slow
 def test_rows_of_mixed_kinds_are_skipped_like_any_others(hub: Path) -> None:
     reading = read_records("org/mixed", on_bad_row="skip")
     assert [str(skipped) for skipped in reading.skipped] == [
@@ -184,7 +186,7 @@ REFUSALS = {
 }
 
 
-FAST = ("several subsets", "no such set", "a script")  # each takes a process that imports `datasets`
+FAST = ("no such set", "a script")  # each takes a process that imports `datasets`
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ def test_the_prompt_before_the_answer_decodes_to_the_template(shared_file: Find)
     assert text.endswith("### Response:\n")
 
 
+@pytest.mark.slow
 def test_truncation_is_counted_on_a_part_of_dolly(shared_file: Find) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared_file("models/nano"))
     _, records = read(shared_file("data/dolly/databricks-dolly-15k.jsonl.gz"))

@@ -6,13 +6,17 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from fedmira.cli.main import main as cli_main
 from fedmira.deploy.folders import SiteFolder
 
 ROOT = Path(__file__).parents[2]
@@ -22,13 +26,18 @@ INIT, CHECK, SHOW, SERVER, SITE, STATUS, AUDIT = (
 )
 
 
-def typed(line: str, folder: Path, *more: str, **changes: str) -> list[str]:
-    """Return a command of the page as its reader would type it here, with other names and places."""
+def arguments(line: str, folder: Path, *more: str, **changes: str) -> list[str]:
+    """Return the arguments of a command of the page as its reader would type it here, with other names and places."""
     for old, new in changes.items():
         line = line.replace(old, new)
     _, *words = shlex.split(line)
     place = [f"{folder}{word.removeprefix('fed')}" if word.split("/")[0] == "fed" else word for word in words]
-    return [sys.executable, "-m", "fedmira", *place, *more]
+    return [*place, *more]
+
+
+def typed(line: str, folder: Path, *more: str, **changes: str) -> list[str]:
+    """Return a command of the page that begins with the interpreter."""
+    return [sys.executable, "-m", "fedmira", *arguments(line, folder, *more, **changes)]
 
 
 def free_port() -> int:
@@ -44,10 +53,58 @@ def start(words: list[str], log: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(words, stdout=output, stderr=output, text=True, start_new_session=True, env=environment)
 
 
+@dataclass
+class Forked:
+    """A command in a process that was forked, with what a Popen has of the same names."""
+
+    pid: int
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def wait(self, seconds: float) -> int:
+        until = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            if time.monotonic() > until:
+                raise TimeoutError(f"process {self.pid} still runs after {seconds:.0f} s")
+            time.sleep(0.02)
+        return code
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def fork(words: list[str], log: Path) -> Forked:
+    """Start `fedmira WORDS` as `start` does, without importing torch once more, which takes a process seconds."""
+    process = os.fork()
+    if process:
+        return Forked(process)
+    code = 97
+    try:
+        os.setsid()
+        output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        torch.set_num_threads(1)  # mends torch's pool after the fork
+        sys.argv = ["fedmira", *words]
+        cli_main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 @contextmanager
-def ended_afterwards() -> Iterator[list[subprocess.Popen[str]]]:
+def ended_afterwards() -> Iterator[list[subprocess.Popen[str] | Forked]]:
     """Give a list of processes; those that still run at the end are ended."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[subprocess.Popen[str] | Forked] = []
     try:
         yield started
     finally:

@@ -198,6 +198,7 @@ def test_what_cannot_work_is_refused_and_nothing_is_left(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_graphs_need_is_agreed_and_said(study: Study, tmp_path: Path) -> None:
     """A graph's file stays at the server; a kNN graph is made of what sites say, and their page has it."""
     graph = tmp_path / "graph.csv"
@@ -216,6 +217,7 @@ def test_what_graphs_need_is_agreed_and_said(study: Study, tmp_path: Path) -> No
     assert "value of the column `topic`" in page
 
 
+@pytest.mark.slow
 def test_a_config_need_not_say_what_a_federation_does_not_use(study: Study, tmp_path: Path) -> None:
     raw = settings(study.folder / "base", tmp_path, tmp_path / "of the organiser")
     del raw["output_dir"], raw["data"]["path"]
@@ -286,6 +288,7 @@ def test_a_site_can_be_added(founded: Founded, tmp_path: Path) -> None:
     assert "differ by case" in again.err
 
 
+@pytest.mark.slow
 def test_the_servers_page_has_a_site_that_was_added_and_keeps_what_its_owner_wrote(
     founded: Founded, tmp_path: Path
 ) -> None:
@@ -307,6 +310,7 @@ def test_the_servers_page_has_a_site_that_was_added_and_keeps_what_its_owner_wro
     assert page.read_text(encoding="utf-8") == text.replace("west, east.", "west, east, up.")
 
 
+@pytest.mark.slow
 def test_the_servers_certificates_are_renewed_by_the_same_authority(founded: Founded, tmp_path: Path) -> None:
     folder = tmp_path / "clinics"
     shutil.copytree(founded.server.path, folder)

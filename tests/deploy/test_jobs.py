@@ -110,7 +110,7 @@ def test_code_that_comes_with_a_job_is_not_run(running: Running, tmp_path: Path)
     ("party", "end"),
     [
         pytest.param("server", "FINISHED:EXECUTION_EXCEPTION", marks=pytest.mark.slow),
-        ("client", "FINISHED:ABNORMAL"),
+        pytest.param("client", "FINISHED:ABNORMAL", marks=pytest.mark.slow),
     ],
 )
 def test_a_class_that_is_not_fedmiras_is_not_made(party: str, end: str, running: Running, tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ from tests.deploy.processes import (
     SHOW,
     SITE,
     STATUS,
+    Forked,
+    arguments,
     ended_afterwards,
     fill_in,
+    fork,
     free_port,
-    start,
     typed,
 )
 
@@ -56,7 +58,7 @@ def settings(base: Path, data: Path, output: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[list[subprocess.Popen[str]]]:
+def processes() -> Iterator[list[subprocess.Popen[str] | Forked]]:
     with ended_afterwards() as started:
         yield started
 
@@ -72,7 +74,7 @@ def wait_for(records: RunFolder, rounds: int) -> None:
 
 @pytest.fixture(scope="module")
 def ended(
-    tmp_path_factory: pytest.TempPathFactory, processes: list[subprocess.Popen[str]]
+    tmp_path_factory: pytest.TempPathFactory, processes: list[subprocess.Popen[str] | Forked]
 ) -> tuple[ServerFolder, Path, list[str]]:
     """Carry out a study in a simulation and in a federation whose server is killed after two rounds."""
     here = tmp_path_factory.mktemp("real")
@@ -89,20 +91,21 @@ def ended(
         "study.yaml": str(config),
     }
     terms = ("--deadline", "100", "--quorum", "1")
-    subprocess.run(typed(INIT, folder.path, *terms, **changes), check=True, capture_output=True)
+    founded = small_study.command(*arguments(INIT, folder.path, *terms, **changes))
+    assert founded.code == 0, founded.err
     for name in SITES:
         own = here / f"{name}.jsonl"
         own.write_text("".join(json.dumps(row) + "\n" for row in rows if row["client"] == name))
         fill_in(folder.site(name), data=own, base=base)
         log = here / f"{name}.txt"
-        processes.append(start(typed(SITE, folder.path, **{"bank-a": name}), log))
+        processes.append(fork(arguments(SITE, folder.path, **{"bank-a": name}), log))
     log = here / "server.txt"
-    server = start(typed(SERVER, folder.path), log)
+    server = fork(arguments(SERVER, folder.path), log)
     processes.append(server)
     wait_for(StudyFolder(folder.study).run("mira", 3), 2)
     server.kill()
-    server.wait()
-    last = start(typed(SERVER, folder.path), log)
+    server.wait(60)
+    last = fork(arguments(SERVER, folder.path), log)
     processes.append(last)
     assert last.wait(SECONDS) == 0, log.read_text()
     for process in processes[: len(SITES)]:

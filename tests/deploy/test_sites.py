@@ -120,7 +120,23 @@ LIES: Mapping[str, tuple[Callable[[bytes], bytes | Failure], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", LIES)
+# One for each reason to refuse; the others are lies with a reason that one of these has.
+FAST = (
+    "not a number",
+    "huge",
+    "short",
+    "another round",
+    "another site",
+    "endless weight",
+    "an old answer",
+    "garbage",
+    "away",
+)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in LIES]
+)
 def test_a_site_that_lies_is_left_out_and_the_others_go_on_as_if_it_were_away(
     kind: str, make: Callable[..., ServerFolder], opened: Mapping[str, Site]
 ) -> None:
@@ -239,7 +255,7 @@ def test_a_site_chooses_its_own_pull_and_tells_of_it_only_where_it_shares_figure
     assert (folder.study / "report.html").is_file()
 
 
-@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("shares", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_site_tells_what_it_makes_of_others_rows_only_where_it_shares_figures(
     make: Callable[..., ServerFolder], shares: bool
 ) -> None:

@@ -115,9 +115,7 @@ KINDS = (*(name for name in names() if name not in ("untouched", "fedavg_ft")), 
 @pytest.mark.parametrize(
     "name",
     [
-        name
-        if name in ("fedavg", "mira", "fedsophia", "private", "fedex_lora")
-        else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("fedavg", "mira", "private", "fedex_lora") else pytest.param(name, marks=pytest.mark.slow)
         for name in KINDS
     ],
 )

@@ -423,6 +423,7 @@ def test_controls_that_are_killed_go_on_to_the_same_bits(
     assert {RunFolder(run).facts.state for run in run_folders(study)} == {"complete"}
 
 
+@pytest.mark.slow
 def test_more_rounds_later_equal_as_many_from_the_start(make: Callable[..., Config], undisturbed: Path) -> None:
     short = fedmira.run(make("short", federation={"rounds": 2}))
     grown = fedmira.resume(short.path, [f"federation.rounds={small_study.ROUNDS}"])
@@ -449,6 +450,7 @@ def test_cards_say_whose_the_adapter_is_and_who_trained(undisturbed: Path) -> No
     assert "- adapter: shared by all clients of its group\n" in card("groupavg")
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_work_and_the_disk_of_the_controls(
     make: Callable[..., Config], undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def test_training_lowers_the_loss(home: Path) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.slow
 def test_its_clients_may_have_a_learning_rate_of_their_own(home: Path, study: fedmira.Study) -> None:
     same, other = (
         fedmira.run(config(home, f"rate-{rate}", methods=[{"name": "local"}, {**PROMPTS, "learning_rate": rate}]))
@@ -109,6 +110,7 @@ def test_the_checkpoint_keeps_the_whole_encoder(study: fedmira.Study) -> None:
         assert bool(row[0, leaf.start : leaf.stop].all()), leaf.module
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(home: Path) -> None:
     """Moments of the encoder are kept too."""
     kept = {"training": {"keep_optimizer": True}, "methods": [PROMPTS]}

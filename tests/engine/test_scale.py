@@ -93,6 +93,7 @@ def test_a_run_with_rows_in_a_file_that_is_killed_goes_on_with_the_same_bits(
     assert differences(outcome(study), in_memory) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_under_the_rows_stops_a_run_that_can_be_resumed(
     inputs: tuple[Path, Path],
     tmp_path: Path,

@@ -225,7 +225,13 @@ def refuse(words: str, *arguments: object) -> None:
     assert not has_traceback(ended.err)
 
 
-@pytest.mark.parametrize("name", [*DAMAGES, *WHOLE_ONLY])
+FAST = ("cut", "r = -3", "unknown target", "dora", "a tensor less", "linked weights", "other width", "not finite")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in (*DAMAGES, *WHOLE_ONLY)],
+)
 def test_a_damaged_folder_ends_each_command_with_a_sentence(name: str, run: Path, tmp_path: Path) -> None:
     damage, words = (DAMAGES | WHOLE_ONLY)[name]
     damage(run / "adapters" / "ada")

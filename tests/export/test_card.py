@@ -150,6 +150,7 @@ def test_the_card_of_a_shared_adapter_says_so(here: Path) -> None:
     assert facts(card(here, "ada", method="fedavg"))["adapter"] == "shared by all clients of the run"
 
 
+@pytest.mark.slow
 def test_the_card_of_a_shared_adapter_cut_to_a_rank_says_so(here: Path) -> None:
     raw = small_study.settings(
         here / "base",

@@ -39,7 +39,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=[METHODS[0], pytest.param(METHODS[1], marks=pytest.mark.slow)])
 def run(request: pytest.FixtureRequest, here: Path) -> Run:
     return fedmira.load_run(here / "study" / request.param / "seed-3")
 

@@ -104,6 +104,7 @@ def test_a_merged_model_has_the_logits_of_base_and_adapter(here: Path, run: Run,
     assert not made.blurred
 
 
+@pytest.mark.slow
 def test_every_client_gets_its_own_model(run: Run, tmp_path: Path) -> None:
     made = study.merge(run, out=tmp_path)
     assert [one.client for one in made] == sorted(small_study.CLIENTS)

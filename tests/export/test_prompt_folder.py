@@ -245,6 +245,7 @@ def test_the_card_of_a_prompt_says_what_the_run_says(run: study.Run) -> None:
     assert not any(line.startswith("- LoRA") for line in lines)
 
 
+@pytest.mark.slow
 def test_equal_prompts_share_a_file_where_copies_would_fill_the_disk(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,7 @@ def test_names_that_peft_could_not_load_are_refused() -> None:
         check_targets(base.model, modules, ["q_proj", "layers.0.mlp.up_proj"])
 
 
+@pytest.mark.slow
 def test_a_study_of_gemma_3n_ends_in_folders_that_peft_loads_and_merges(tmp_path: Path) -> None:
     gemma3n(torch.float32).save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")

@@ -367,7 +367,7 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", [*NAMES, "tokenizer.pickle", "model.safetensors", "adapter_model.bin"])
-@pytest.mark.parametrize("save_pickle", [pickle.dump, torch.save])
+@pytest.mark.parametrize("save_pickle", [pytest.param(pickle.dump, marks=pytest.mark.slow), torch.save])
 def test_a_base_with_a_pickle_is_refused_and_the_pickle_never_opened(
     name: str, save_pickle: Callable[..., object], inputs: tuple[Path, Path], config: Config, tmp_path: Path
 ) -> None:

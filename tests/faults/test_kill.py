@@ -80,7 +80,8 @@ def kill_at_instants(config: Path, study: Path, instants: list[float]) -> None:
     go_on(study, config)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_killed_twice_at_any_instant_ends_with_the_same_bits(
     seed: int, make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
@@ -108,7 +109,7 @@ def die_and_go_on(count: int, config: Path, study: Path) -> bool:
 
 
 # 14: results.csv is there and run.json is not; 28: round 1 is written, its checkpoint is not; 60: between two rounds
-@pytest.mark.parametrize("count", [14, 28, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [28, *(pytest.param(count, marks=pytest.mark.slow) for count in (14, 60))])
 def test_a_run_killed_just_before_something_becomes_durable_ends_with_the_same_bits(
     count: int, make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
@@ -132,7 +133,9 @@ def test_no_durable_step_of_a_whole_run_is_one_at_which_a_kill_changes_the_outco
     pytest.fail("the run never ended by itself")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 3)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 3, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_says_how_to_go_on_and_leaves_the_same_bits(
     number: int, code: int, make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:

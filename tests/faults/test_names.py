@@ -235,12 +235,12 @@ def test_a_real_study_of_hostile_names_writes_into_its_folder_only_and_nothing_o
     names.sort(key=lambda name: name != "\x1b[2Jx")
     base = small_study.save_base(here / "base")
     write_rows(here / "rows.jsonl", names)
-    methods = [{"name": "local"}, {"name": "mira", "graph": {"kind": "groups", "column": "group"}}]
+    methods = [{"name": "mira", "graph": {"kind": "groups", "column": "group"}}]
     raw = small_study.settings(
         base,
         here / "rows.jsonl",
         here / "work" / "study",
-        methods=methods if count < COUNT else methods[1:],
+        methods=methods,
         federation={"rounds": 1, "participation": 1.0 if count < COUNT else 0.05, "cohort": 100},
         evaluation={"metrics": ["loss"]},
         data={"split": {"validation": 0.34, "test": 0.34}},

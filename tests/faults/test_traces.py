@@ -86,9 +86,17 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module")
-def traces(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """What every command did, and the folder that it was run in."""
+Traces = tuple[Path, dict[str, Any], dict[str, Any]]
+LOCAL = ("dry run", "show", "run", "resume", "report", "export", "methods", "doctor", "init", "bundled")
+HUB = ("hub base", "hub data")
+FEW = ("run", "report", "bad", "hub base")
+
+
+@pytest.fixture(
+    scope="module", params=[FEW, pytest.param((*LOCAL, "bad", *HUB), marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def traces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Traces:
+    """Run commands; return their folder, what each did, and what a process leaves that does it all."""
     folder = tmp_path_factory.mktemp("traces")
     watch, here = folder / "watch", folder / "here"
     watch.mkdir()
@@ -128,7 +136,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     asked = {"NOTES": folder / "notes", "CACHES": json.dumps([str(path) for path in caches.values()])}
     settings: Mapping[str, Any] = {**kept, **caches, **asked, "TRACKERS": json.dumps(TRACKERS), "HF_TOKEN": TOKEN}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(list(commands.items()))],
+        [sys.executable, "-c", PROGRAM, json.dumps([(name, commands[name]) for name in request.param])],
         cwd=here,
         env={**{name: str(value) for name, value in settings.items()}, "PYTHONPATH": str(watch)},
         capture_output=True,
@@ -137,49 +145,43 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (folder / "out").write_text(done.stdout + done.stderr)
-    return folder, json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    return folder, found, found.pop("control")
 
 
-LOCAL = ("dry run", "show", "run", "resume", "report", "export", "methods", "doctor", "init", "bundled")
-
-
-def test_what_these_tests_look_for_is_found_where_it_is(traces: tuple[Path, dict[str, Any]]) -> None:
-    control = traces[1]["control"]
+def test_what_these_tests_look_for_is_found_where_it_is(traces: Traces) -> None:
+    control = traces[2]
     assert (control["asked"], len(control["left"]), control["trackers"]) == ("getaddrinfo 127.0.0.1", 1, ["wandb"])
 
 
-def test_every_command_did_what_it_does(traces: tuple[Path, dict[str, Any]]) -> None:
-    codes = {name: one["code"] for name, one in traces[1].items() if name != "control"}
-    assert codes == {**dict.fromkeys(LOCAL, 0), "bad": 2, "hub base": 2, "hub data": 2}
-    here = traces[0] / "here"
-    made = {"study", "copies", "mine.yaml", "runs"}
-    assert {path.name for path in here.iterdir()} == {"base", "rows.jsonl", "config.yaml", *made}
+def test_every_command_did_what_it_does(traces: Traces) -> None:
+    folder, found, _ = traces
+    codes = {**dict.fromkeys(LOCAL, 0), "bad": 2, **dict.fromkeys(HUB, 2)}
+    assert {name: one["code"] for name, one in found.items()} == {name: codes[name] for name in found}
+    made = {"run": {"study"}, "export": {"copies"}, "init": {"mine.yaml"}, "bundled": {"runs"}}
+    made_here = set().union(*(made.get(name, set()) for name in found))
+    assert {path.name for path in (folder / "here").iterdir()} == {"base", "rows.jsonl", "config.yaml", *made_here}
 
 
-@pytest.mark.parametrize("name", [*LOCAL, "bad"])
-def test_nobody_is_asked_where_no_hub_is_named(name: str, traces: tuple[Path, dict[str, Any]]) -> None:
-    assert traces[1][name]["asked"] == []
+def test_nobody_is_asked_where_no_hub_is_named(traces: Traces) -> None:
+    assert {name: one["asked"] for name, one in traces[1].items() if name not in HUB and one["asked"]} == {}
 
 
-@pytest.mark.parametrize("name", ["hub base", "hub data"])
-def test_a_hub_that_is_named_is_asked_and_nobody_else(name: str, traces: tuple[Path, dict[str, Any]]) -> None:
-    asked = traces[1][name]["asked"]
-    assert asked
-    assert [line for line in asked if "huggingface.co" not in line] == []
+def test_a_hub_that_is_named_is_asked_and_nobody_else(traces: Traces) -> None:
+    asked = {name: one["asked"] for name, one in traces[1].items() if name in HUB}
+    assert all(asked.values())
+    assert [line for lines in asked.values() for line in lines if "huggingface.co" not in line] == []
 
 
-@pytest.mark.parametrize("name", [*LOCAL, "bad", "hub data"])
-def test_nothing_is_left_in_caches_or_temporary_folders(name: str, traces: tuple[Path, dict[str, Any]]) -> None:
-    assert traces[1][name]["left"] == []
+def test_nothing_is_left_in_caches_or_temporary_folders(traces: Traces) -> None:
+    assert {name: one["left"] for name, one in traces[1].items() if name != "hub base" and one["left"]} == {}
 
 
-@pytest.mark.parametrize("name", LOCAL)
-def test_no_tracker_is_loaded(name: str, traces: tuple[Path, dict[str, Any]]) -> None:
-    assert traces[1][name]["trackers"] == []
+def test_no_tracker_is_loaded(traces: Traces) -> None:
+    assert {name: one["trackers"] for name, one in traces[1].items() if name in LOCAL and one["trackers"]} == {}
 
 
-def test_the_token_of_the_hub_is_nowhere(traces: tuple[Path, dict[str, Any]]) -> None:
-    folder, _ = traces
-    files = [path for path in folder.rglob("*") if path.is_file()]
+def test_the_token_of_the_hub_is_nowhere(traces: Traces) -> None:
+    files = [path for path in traces[0].rglob("*") if path.is_file()]
     assert len(files) > 50
     assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []

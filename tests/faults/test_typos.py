@@ -163,7 +163,7 @@ def test_one_edit_of_a_word_is_every_one() -> None:
     assert len(edits("ab")) == 2 + 1 + 2 * 26 + (3 * 27 - 2)  # leave out, swap, exchange, put in (two of which double)
 
 
-@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)], ids=["every seventh", "all"])
+@pytest.mark.parametrize("step", [23, pytest.param(1, marks=pytest.mark.slow)], ids=["one of 23", "all"])
 def test_every_key_with_every_single_edit_is_refused_and_the_right_one_suggested(step: int) -> None:
     total, wrongly = 0, Counter[str]()
     for section in SECTIONS:
@@ -280,9 +280,9 @@ def read_back(config: Config, section: Section, name: str) -> Any:
     return getattr(owner if name in type(owner).model_fields else entry, name)
 
 
-@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)], ids=["every third", "all"])
+@pytest.mark.parametrize("step", [10, pytest.param(1, marks=pytest.mark.slow)], ids=["one of ten", "all"])
 def test_no_value_of_any_kind_crashes_the_door_or_is_read_as_something_else(step: int) -> None:
-    """In turn: of three keys one after another, the first gets values 0, 3, 6, ..., the second 1, 4, 7, ..."""
+    """In turn: of ten keys one after another, the first gets values 0, 10, 20, ..., the second 1, 11, 21, ..."""
     accepted = tried = 0
     turn = itertools.cycle(range(step))
     for section in SECTIONS:

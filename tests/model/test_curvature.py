@@ -157,13 +157,25 @@ def texts(*lengths: list[int], seed: int = 0) -> Batch:
     )
 
 
-@pytest.mark.parametrize("base", [BASE, PADDED], ids=["packed", "padded"])
-def test_b_times_the_squared_gradient_is_on_average_the_diagonal_of_the_gauss_newton_matrix(base: Base) -> None:
-    """Two clients with unequal B; 6,000 draws each, every number within five standard errors, their sum within 3 %."""
+@pytest.mark.parametrize(
+    ("base", "passes", "close"),
+    [
+        pytest.param(BASE, 8, 0.06, id="packed, fewer draws"),
+        pytest.param(BASE, 30, 0.03, marks=pytest.mark.slow, id="packed"),
+        pytest.param(PADDED, 30, 0.03, marks=pytest.mark.slow, id="padded"),
+    ],
+)
+def test_b_times_the_squared_gradient_is_on_average_the_diagonal_of_the_gauss_newton_matrix(
+    base: Base, passes: int, close: float
+) -> None:
+    """Two clients with unequal B; 200 draws each in a pass, every number within five standard errors.
+
+    close: how far their sum may be from the exact one.
+    """
     batch, stack = texts([4, 7], [5]), tiny.adapters(tiny.layout(BASE, 2), (2, 1))
     expected, counts = exact(base, stack, batch)
     assert len(set(counts.tolist())) == 2
-    passes, copies = 30, 200
+    copies = 200
     for k in range(2):
         many = torch.full((copies,), k)
         alike = Batch(batch.ids[many], batch.labels[many], batch.lengths[many])
@@ -175,7 +187,7 @@ def test_b_times_the_squared_gradient_is_on_average_the_diagonal_of_the_gauss_ne
         drawn = torch.cat(estimates)
         error = drawn.std(dim=0) / len(drawn) ** 0.5
         assert bool(((drawn.mean(dim=0) - expected[k]).abs() <= 5 * error + 1e-12).all())
-        assert float(drawn.mean(dim=0).sum()) == pytest.approx(float(expected[k].sum()), rel=0.03)
+        assert float(drawn.mean(dim=0).sum()) == pytest.approx(float(expected[k].sum()), rel=close)
 
 
 def alike() -> Batch:

@@ -20,7 +20,12 @@ from fedmira.model.base.load import Base
 RANKS = (1, 4, 2, 3)
 NEW = 12
 WINDOWS = ("mistral", "gemma2", "gemma3", "phi3", "qwen2_moe", "llama4")  # of 4 or 16 tokens
-KEEPING = [family for family in (*tiny.FAMILIES, "qwen2_moe", "llama4") if family not in tiny.PADDED]
+FAST = ("gpt2", "llama", "gemma3", "mixtral")  # of all families tests/parity/test_peft.py has answers
+KEEPING = [
+    family if family in FAST else pytest.param(family, marks=pytest.mark.slow)
+    for family in (*tiny.FAMILIES, "qwen2_moe", "llama4")
+    if family not in tiny.PADDED
+]
 
 
 def make(family: str, dtype: torch.dtype = torch.float32, **others: Any) -> tuple[Base, Adapters]:
@@ -63,6 +68,12 @@ def by_peft(family: str, base: Base, stack: Adapters, prompts: list[list[list[in
     return found
 
 
+ONE_EACH = [  # a family packed, the other one padded; the rest is slow
+    ("gpt2", True),
+    ("llama", False),
+    pytest.param("gpt2", False, marks=pytest.mark.slow),
+    pytest.param("llama", True, marks=pytest.mark.slow),
+]
 FEWER = (4, 0, 1, 5)  # prompts of each client, for tests that answer each of them alone
 
 
@@ -102,7 +113,9 @@ def test_layers_with_windows_have_a_rule(family: str) -> None:
     assert any(rule is not None for rule in known.rules)
 
 
-@pytest.mark.parametrize("family", tiny.PADDED)
+@pytest.mark.parametrize(
+    "family", [tiny.PADDED[-1], *(pytest.param(family, marks=pytest.mark.slow) for family in tiny.PADDED[:-1])]
+)
 def test_bases_without_a_cache_answer_by_generate(family: str) -> None:
     base, stack = make(family)
     assert generate._find_cache_facts(base) is None
@@ -127,10 +140,17 @@ def answered_together(family: str, packed: bool) -> tuple[Base, Adapters, list[l
     return base, stack, answers(base, stack, draw_prompts(counts=FEWER), max_new_tokens=NEW)
 
 
-@pytest.mark.parametrize(("family", "packed"), [("gpt2", True), ("gemma3", True), ("llama", False)])
+BASES = (("gpt2", True), ("gemma3", True), ("llama", False))
+LIMITS = ((1, 2**30, 2048, 2**24), (3, 2**30, 40, 2**24), (256, 20_000, 2048, 2**24), (256, 2**30, 1, 500))
+
+
 @pytest.mark.parametrize(
-    ("rows", "cache_bytes", "prefill_tokens", "scores"),
-    [(1, 2**30, 2048, 2**24), (3, 2**30, 40, 2**24), (256, 20_000, 2048, 2**24), (256, 2**30, 1, 500)],
+    ("family", "packed", "rows", "cache_bytes", "prefill_tokens", "scores"),
+    [
+        pytest.param(*base, *limits, marks=[] if place % len(BASES) == number else pytest.mark.slow)
+        for number, base in enumerate(BASES)
+        for place, limits in enumerate(LIMITS)
+    ],
 )
 def test_an_answer_does_not_depend_on_what_shares_its_pass(
     family: str,
@@ -155,8 +175,7 @@ def test_an_answer_does_not_depend_on_what_shares_its_pass(
     assert turned == [together[k][::-1] for k in order]
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(("family", "packed"), ONE_EACH)
 def test_first_tokens_of_long_suffixes_are_cached_behind_the_prefix(
     family: str, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,8 +285,7 @@ def test_no_prompts_have_no_answers() -> None:
     assert answers(base, stack, [[], [], [], []], max_new_tokens=NEW) == [[], [], [], []]
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(("family", "packed"), ONE_EACH)
 def test_a_prompt_that_fills_all_positions_is_answered_together_with_short_ones(family: str, packed: bool) -> None:
     base, stack = make(family)
     base = base if packed else replace(base, packs=False)

@@ -41,7 +41,19 @@ def name_of(case: tuple[str, str, torch.dtype, bool]) -> str:
     return f"{family}-{targets}-{str(dtype).removeprefix('torch.')}-{'packed' if packs else 'padded'}"
 
 
-@pytest.fixture(scope="module", params=CASES, ids=name_of)
+def is_fast(case: tuple[str, str, torch.dtype, bool]) -> bool:
+    """All layers of every family, packed where it can be; few layers and padding of one family of each kind."""
+    family, targets, dtype, packs = case
+    if family in ("gpt2", "llama"):
+        return targets == "all-linear" or dtype == torch.float32
+    return targets == "all-linear" and (packs or family in tiny.PADDED)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[case if is_fast(case) else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=name_of,
+)
 def pairing(request: pytest.FixtureRequest) -> Pairing:
     family, targets, dtype, packs = request.param
     wanted = SHORT.get(family, ["q_proj", "v_proj"]) if targets == "short" else targets

@@ -102,6 +102,7 @@ def test_the_same_study_gives_the_same_bytes_in_another_process(tmp_path: Path) 
     assert [name for name in one if one[name] != two.get(name)] == []
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_text_is_text_and_no_figure_has_a_title(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", ["$a_b$", "<b>&", "\u6771\u4eac", "d"], graph=group_graph(list("aabb")))

@@ -54,7 +54,15 @@ def test_two_settings_make_a_heat_map_of_each_method_that_has_them_and_three_mak
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("values", [(0.01, 0.1, 1.0), (1, 2, 3), ("adamw", "sgd", "$x$"), (0.1, "auto", None)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        (0.01, 0.1, 1.0),
+        pytest.param((1, 2, 3), marks=pytest.mark.slow),
+        ("adamw", "sgd", "$x$"),
+        pytest.param((0.1, "auto", None), marks=pytest.mark.slow),
+    ],
+)
 def test_a_curve_names_its_values_and_is_the_same_every_time(values: Sequence[Any], tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "out", ["x"], [(value,) for value in values])
     once = {path.name: path.read_bytes() for path in write_sweep_figures(folder)}

@@ -17,6 +17,7 @@ from tests.small_study import command
 from fedmira.disk.folders import Result, StudyFolder
 from fedmira.errors import ConfigError
 from fedmira.graphs.graph import group_graph
+from fedmira.reports import paper
 from fedmira.reports.figures import write_figures
 from fedmira.reports.record import StudyRecord, read_study
 from fedmira.reports.render import render_page, write_pages
@@ -165,6 +166,13 @@ def test_an_unknown_format_is_refused_with_those_there_are(study: Path, record: 
     assert command("report", study, "--table", "html").code == 2
 
 
+@pytest.fixture
+def page_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's charts without the figures for papers, which take seconds and are tested in test_paper.py."""
+    monkeypatch.setattr(paper, "available", lambda: False)
+
+
+@pytest.mark.usefixtures("page_only")
 def test_figures_are_files_that_stand_alone(study: Path, tmp_path: Path) -> None:
     ended = command("report", study, "--table", "csv", "--figures", tmp_path / "figures")
     assert ended.code == 0
@@ -180,6 +188,7 @@ def test_figures_are_files_that_stand_alone(study: Path, tmp_path: Path) -> None
     assert all(label in legend for label in ("local", "fedavg", "mira"))
 
 
+@pytest.mark.usefixtures("page_only")
 def test_a_figure_shows_a_hostile_name_as_text(tmp_path: Path) -> None:
     record = read_study(make_study(tmp_path / "study", ["<b>&", "b", "c", "d"]))
     for path in write_figures(record, tmp_path / "figures"):

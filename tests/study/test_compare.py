@@ -74,6 +74,7 @@ def test_every_method_gets_the_same_budget_and_the_best_by_validation_is_compare
     assert "exact_match" in json.dumps(summary)
 
 
+@pytest.mark.slow
 def test_the_start_is_that_of_a_study_alone(made: tuple[Path, Path], tmp_path: Path) -> None:
     compare(config(made, tmp_path / "out"), budget=2, observer=lambda event: None)
     alone = config(made, tmp_path / "alone", methods=[{"name": "local"}])

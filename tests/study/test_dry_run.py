@@ -43,7 +43,9 @@ def config(inputs: tuple[Path, Path], tmp_path: Path) -> Path:
 # ---------------------------------------------------------------- what it will cost
 
 
-@pytest.mark.parametrize("length", [{"local_epochs": 2, "local_steps": None}, {"local_steps": 3}])
+@pytest.mark.parametrize(
+    "length", [pytest.param({"local_epochs": 2, "local_steps": None}, marks=pytest.mark.slow), {"local_steps": 3}]
+)
 def test_the_plan_counts_the_work_that_the_runs_then_do(
     length: dict[str, int | None], inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -82,6 +84,7 @@ def test_the_plan_adds_up_and_measured_what_it_says(config: Path) -> None:
     assert plan.work["fedavg"].scored > plan.work["local"].scored  # a shared model changes everybody's loss
 
 
+@pytest.mark.slow
 def test_the_plan_counts_rows_where_they_will_lie(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = ("root", "patterns", "excluded", "orthogonal")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_a_folder_of_a_run_is_scored_by_peft_as_by_the_run(made: tuple[Path, Path], tmp_path: Path, name: str) -> None:
     config = check(settings(made, tmp_path / "out", **CASES[name]), "study.yaml")
     study = run(config)

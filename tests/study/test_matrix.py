@@ -98,6 +98,7 @@ def test_the_diagonal_is_what_the_study_reports_and_a_shared_adapter_has_no_matr
         assert len(mean) == 1 + 36
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_done_again_and_falls_with_its_adapters(made: tuple[Path, Path], tmp_path: Path) -> None:
     settled = config(made, tmp_path / "out", methods=METHODS[:1])
     events: list[Event] = []

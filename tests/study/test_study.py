@@ -139,6 +139,7 @@ def test_checkpoints_are_safetensors_with_a_manifest(study: Study) -> None:
     assert read(newest / "manifest.json")["round"] == ROUNDS
 
 
+@pytest.mark.slow
 def test_a_label_names_the_folder_and_the_method_column(make: Make) -> None:
     done = fedmira.run(make(methods=[{"name": "fedavg", "label": "plain", "weights": "uniform"}], seeds=[3, 4]))
     assert [run.path.relative_to(done.path).as_posix() for run in done.runs] == ["plain/seed-3", "plain/seed-4"]
@@ -324,7 +325,8 @@ def test_another_seed_gives_other_bits_but_the_same_base(study: Study, make: Mak
 # ---------------------------------------------------------------- going on
 
 
-@pytest.mark.parametrize("keep", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [False, True])
 def test_more_rounds_later_equal_as_many_from_the_start(keep: bool, make: Make) -> None:
     training = {"keep_optimizer": keep, "optimizer": "adamw"}
     whole = fedmira.run(make("whole", training=training))
@@ -355,6 +357,7 @@ def test_resuming_one_run_leaves_the_others_alone(make: Make) -> None:
     assert {run.facts.rounds for run in others} == {2}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_when_and_with_what_it_began(make: Make) -> None:
     study = fedmira.run(make(federation={"rounds": 2}, methods=[{"name": "local"}]))
     began = study.runs[0].facts.started
@@ -379,6 +382,7 @@ def test_keeping_the_optimizer_makes_a_difference(study: Study, make: Make) -> N
     assert not equal(tensors(kept.runs[0], "007"), tensors(find(study, "local"), "007"))
 
 
+@pytest.mark.slow
 def test_the_settings_of_a_method_are_checked_once_in_a_study(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[Any] = []
     module = fedmira.load_method("mira")
@@ -427,6 +431,7 @@ def test_an_observer_gets_what_happens_in_its_order(make: Make) -> None:
         assert counts == [(count, len(CLIENTS)) for count in range(1, len(CLIENTS) + 1)]
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_study_changes_nothing_in_its_runs(make: Make) -> None:
     done = fedmira.run(make(methods=[{"name": "mira", "lambda": 0.1}]))
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in done.runs[0].path.rglob("*.*")}
@@ -547,6 +552,7 @@ def test_a_study_is_not_run_over_another(study: Study, make: Make) -> None:
     assert differences(outcome(study.path), before) == []
 
 
+@pytest.mark.slow
 def test_overwriting_replaces_a_study(make: Make) -> None:
     fedmira.run(make(methods=[{"name": "local"}]))
     done = fedmira.run(make(methods=[{"name": "fedavg"}]), overwrite=True)
@@ -624,6 +630,7 @@ def secrets() -> list[str]:
     return ["".join(dice.choices(string.ascii_letters + string.digits, k=32)) for _ in range(40)]
 
 
+@pytest.mark.slow
 def test_no_file_of_a_study_and_no_output_holds_a_word_of_the_examples(make: Make, tmp_path: Path) -> None:
     words = secrets()
     path = small_study.save_data(tmp_path / "secret.jsonl", extra=words)

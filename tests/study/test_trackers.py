@@ -310,6 +310,7 @@ def test_what_is_tracked_holds_no_name_of_a_client_and_no_path(
 # ---------------------------------------------------------------- going on
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_tracked_as_if_it_had_never_stopped(
     raw: dict[str, Any], tmp_path: Path, stand_in: None
 ) -> None:
@@ -334,6 +335,7 @@ def test_a_round_that_a_crash_kept_from_the_tracker_is_made_up_for(
         assert steps(tmp_path / str(moment)) == [1, 2, 3, 4], moment
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_the_tracker_that_a_killed_one_left_behind(
     raw: dict[str, Any], tmp_path: Path, stand_in: None
 ) -> None:
@@ -359,6 +361,7 @@ def test_a_round_that_is_done_again_is_tracked_once(raw: dict[str, Any], tmp_pat
     assert steps(study) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_study_with_trackers_is_overwritten_whole(raw: dict[str, Any], tmp_path: Path, stand_in: None) -> None:
     study = fedmira.run(tracked(raw, "trackio")).path
     StudyFolder(study).check_free(overwrite=True)
@@ -420,7 +423,7 @@ def lines_of(name: str, study: Path) -> list[dict[str, Any]]:
     ("program", "environment", "words"),
     [
         (STAND_IN, {"FAIL_AT_END": "1"}, "trackio failed (trackio ended with 1)"),
-        ("raise ImportError", {}, "trackio failed (trackio ended with 1)"),
+        pytest.param("raise ImportError", {}, "trackio failed (trackio ended with 1)", marks=pytest.mark.slow),
         (STAND_IN.replace("lines.append", "os._exit(3) or lines.append"), {}, "trackio failed (trackio ended with 3)"),
     ],
 )
