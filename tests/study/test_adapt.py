@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from tests import small_study
 from tests.study.test_matrix import peft_loss
 
-from fedmira.cli.main import main as cli_main
 from fedmira.disk.folders import RunFolder
 from fedmira.engine.events import silent
 from fedmira.errors import ConfigError, DataError, MethodError, StoreError
@@ -180,12 +179,11 @@ def test_a_run_that_is_not_complete_or_whose_data_changed_is_refused(made: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_prints_a_line_for_each_adapter(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["adapt", str(made / "study" / "mira" / "seed-3"), "--data", str(made / f"{NEW}.jsonl"), "--steps", "2"]
-    assert cli_main([*words, "--output", str(tmp_path), "--client", "New one", "-q"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_the_command_prints_a_line_for_each_adapter(made: Path, tmp_path: Path) -> None:
+    words = ["adapt", made / "study" / "mira" / "seed-3", "--data", made / f"{NEW}.jsonl", "--steps", "2"]
+    ended = small_study.command(*words, "--output", tmp_path, "--client", "New one", "-q")
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
     assert [line[:14].strip() for line in lines[1:5]] == ["untouched base", "start", "adapted", "alone"]
     assert lines[5] == "7 examples, 2 local steps, from the start of mira and alone"
     folder = Path(lines[6].removeprefix("adapter: "))
