@@ -24,8 +24,9 @@ from fedmira.engine.ledger import Ledger, restore
 from fedmira.engine.phase import PhaseResult
 from fedmira.engine.run import Course, Ended, run_rounds
 from fedmira.engine.scoring import score_start
-from fedmira.engine.simulated import Pool, Simulated, make_clients
+from fedmira.engine.simulated import Simulated
 from fedmira.engine.tools import Training
+from fedmira.engine.trainees import Pool, make_clients
 from fedmira.engine.workplace import Workplace
 from fedmira.methods.base import Change, Clock, Cohort, Message, Method, State
 from fedmira.model.base.load import Base

@@ -36,7 +36,7 @@ from fedmira.engine.clients import Scores
 from fedmira.engine.cost import Work
 from fedmira.engine.events import ClientsTuned, Event, Observer, RoundDone, silent
 from fedmira.engine.phase import local_phase, plan_steps
-from fedmira.engine.simulated import plan_pool
+from fedmira.engine.trainees import plan_pool
 from fedmira.errors import MethodError
 from fedmira.evaluation.measure import measure_loss
 from fedmira.methods import build

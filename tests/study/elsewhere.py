@@ -19,7 +19,7 @@ from fedmira.config.sections import Config
 from fedmira.data.batches import ClientData
 from fedmira.engine.clients import Asked, Reply, Scores, Send, Tuned, everybody
 from fedmira.engine.federation import Federation
-from fedmira.engine.simulated import make_clients
+from fedmira.engine.trainees import make_clients
 from fedmira.engine.workplace import Workplace
 from fedmira.methods import recipe_of
 from fedmira.methods.base import Clock, Cohort, Message

@@ -17,7 +17,8 @@ from fedmira.disk.checkpoints import Tensors, load_checkpoint, save_checkpoint
 from fedmira.disk.files import make_folder
 from fedmira.engine.clients import Kept
 from fedmira.engine.federation import Federation
-from fedmira.engine.simulated import Simulated, make_clients
+from fedmira.engine.simulated import Simulated
+from fedmira.engine.trainees import make_clients
 from fedmira.engine.workplace import Workplace
 from fedmira.errors import WireError
 from fedmira.evaluation.gated import at_mean

@@ -1,7 +1,7 @@
 """What a study will cost before it starts: clients per pass, memory, disk, bytes that travel, and time.
 
-Nothing is guessed: a pass is measured for its memory, a short probe for its speed, and the work is counted from the
-data and the schedule.
+Nothing is guessed: a pass is measured for its memory, a short probe for its speed (probe.py), and the work is counted
+from the data and the schedule.
 """
 
 import itertools
@@ -14,17 +14,12 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
 
-from fedmira.adapters import Adapters, Layout, start_adapters
+from fedmira.adapters import Layout, start_adapters
 from fedmira.data.batches import ClientData, Encoded, collate, count_examples
-from fedmira.engine.federation import Federation
-from fedmira.engine.phase import local_phase
 from fedmira.engine.tools import Training
-from fedmira.engine.workplace import Workplace
 from fedmira.errors import ModelError
-from fedmira.evaluation.measure import measure_answers, measure_loss
-from fedmira.methods.base import Clock, Method
+from fedmira.methods.base import Method
 from fedmira.model.base.load import Base
 from fedmira.model.packed.loss import CHUNK_BYTES
 from fedmira.model.packed.recompute import counting
@@ -32,8 +27,7 @@ from fedmira.model.passes import gradients
 
 log = logging.getLogger(__name__)
 
-ANSWERS = 64  # written by all clients together to see how long one takes
-LONG_S = 3.0  # a first step that took longer is measurement enough, warm or not
+LONG_S = 3.0  # a pass that would take longer is not made to measure memory
 PROBE = 64  # tokens of the pass that says what to expect of longer ones
 SHARE = 0.6  # of the memory that is free now; the rest is for evaluation, the allocator and other programs
 
@@ -65,9 +59,10 @@ def plan_cohort(
 ) -> CohortPlan:
     """Measure one client's training pass on the longest examples and return how many clients fit in one pass.
 
-    The bytes that autograd keeps for the backward pass are counted exactly by hooks; rows, gradient and moments are
-    `rows` x P x 4 bytes. sampled: clients of a round, the most a cohort can use. recompute: of decoder blocks; None =
-    where not all clients fit without, and more do with it. A batch that does not fit by itself is cut into passes.
+    The bytes that autograd keeps for the backward pass are counted exactly by hooks, of a large base in two short
+    passes, from which those of a longer one follow; rows, gradient and moments are `rows` x P x 4 bytes. sampled:
+    clients of a round, the most a cohort can use. recompute: of decoder blocks; None = where not all clients fit
+    without, and more do with it. A batch that does not fit by itself is cut into passes.
 
     No pass is made that would not fit: one over the beginning of one example says what to expect of longer ones.
     Raises ModelError if the longest example does not fit, with the tokens that would.
@@ -86,8 +81,10 @@ def plan_cohort(
         return {False: kept.plain + own, True: kept.recomputed + own}
 
     tokens = list(itertools.accumulate(len(example.ids) for example in batch))
-    probe = _beginning(batch[0])
-    per_token = {again: (size - own) / len(probe.ids) for again, size in needed([probe]).items()}
+    probe, began = beginning(batch[0], PROBE), time.monotonic()
+    first = needed([probe])
+    per_token = {again: (size - own) / len(probe.ids) for again, size in first.items()}
+    seconds = (time.monotonic() - began) / len(probe.ids)
     least = recompute is not False  # which of the two fits at all
     if own + per_token[least] * tokens[0] > room:
         needs, fits = own + per_token[least] * tokens[0], max(0, int((room - own) / per_token[least]))
@@ -97,8 +94,13 @@ def plan_cohort(
             + ("" if least else "; training.gradient_checkpointing: true needs less")
         )
     whole = sum(own + per_token[False] * count <= room for count in tokens)  # examples of a pass that keeps everything
-    if whole:
+    if whole and (seconds * tokens[whole - 1] < LONG_S or tokens[0] < 2 * PROBE):
         per_token = {again: (size - own) / tokens[whole - 1] for again, size in needed(batch[:whole]).items()}
+    elif whole:  # a large base: what each token more keeps, from two short passes
+        second = needed([beginning(batch[0], 2 * PROBE)])
+        more = tokens[whole - 1] / PROBE - 1
+        grown = {again: size + more * (second[again] - size) for again, size in first.items()}
+        per_token = {again: (size - own) / tokens[whole - 1] for again, size in grown.items()}
     count = max(1, sum(own + per_token[least] * some <= room for some in tokens))
     each = {again: own + int(size * tokens[count - 1]) for again, size in per_token.items()}
     fit = {again: min(sampled, room // size) for again, size in each.items()}
@@ -116,9 +118,9 @@ def plan_cohort(
     return CohortPlan(max(1, fit[recompute]), each[recompute], int(room / SHARE), recompute, cut)
 
 
-def _beginning(example: Encoded) -> Encoded:
-    """Return the first PROBE tokens of an example as one, the last of them labelled."""
-    ids = example.ids[:PROBE]
+def beginning(example: Encoded, tokens: int) -> Encoded:
+    """Return the first tokens of an example as one, at least the last of them labelled."""
+    ids = example.ids[:tokens]
     return replace(example, ids=ids, prompt_length=min(example.prompt_length, len(ids) - 1), earlier=())
 
 
@@ -230,88 +232,6 @@ def _tokens(examples: Sequence[Encoded]) -> int:
 
 def _answers(clients: Sequence[ClientData], ids: Sequence[int], max_examples: int | None) -> int:
     return sum(len(clients[k].test[:max_examples]) for k in ids)
-
-
-def measure_speeds(
-    workplace: Workplace, federation: Federation, method: Method, training: Training, ids: Tensor
-) -> Speeds:
-    """Measure in seconds what a study will spend minutes on: a local step, a pass of scoring, a pass of answers.
-
-    ids [S]: the clients of the first round; as many as one pass takes are used. Nothing is kept.
-    """
-    ids = ids[: workplace.cohort]
-    if training.recompute is None:
-        training = replace(training, recompute=workplace.recompute)
-    training = replace(training, at_once=workplace.at_once)
-    clock = Clock(1, learning_rate=training.learning_rate)
-    given = method.message(federation.first_state(training.seed, method), ids, clock)
-    start = federation.adapters(ids, given.rows)
-    clients = [workplace.clients[int(k)] for k in ids]
-
-    def train(steps: int) -> float:
-        short = replace(training, local_steps=steps, local_epochs=None)
-        began = time.monotonic()
-        done = local_phase(
-            workplace.base,
-            method,
-            clients,
-            start,
-            given,
-            method.client.start(start),
-            training=short,
-            clock=clock,
-            cohort=workplace.cohort,
-        )
-        return (time.monotonic() - began) / max(done.tokens, 1)
-
-    began, began_cpu = time.monotonic(), time.process_time()
-    trained = train(1)
-    if time.monotonic() - began < LONG_S:
-        trained = train(3)
-    scored, answer = _score(workplace, start, ids), _write(workplace, start, ids)
-    cpu = (time.process_time() - began_cpu) / max(time.monotonic() - began, 1e-9)
-    return Speeds(trained, scored, answer, cpu)
-
-
-def _score(workplace: Workplace, start: Adapters, ids: Tensor) -> float | None:
-    """Seconds per token of scoring; None where no client has anything to score."""
-    clients = [workplace.clients[int(k)] for k in ids]
-    split = "validation" if any(client.validation for client in clients) else "test"
-    tokens = sum(len(example.ids) for client in clients for example in getattr(client, split))
-    if not tokens:
-        return None
-    began = time.monotonic()
-    measure_loss(
-        workplace.base,
-        lambda some_ids: start.take(torch.zeros_like(some_ids)),
-        workplace.clients,
-        ids.tolist(),
-        split=split,
-        cohort=workplace.cohort,
-    )
-    return (time.monotonic() - began) / tokens
-
-
-def _write(workplace: Workplace, start: Adapters, ids: Tensor) -> float | None:
-    """Seconds per written answer; None where none is written."""
-    evaluation = workplace.evaluation
-    each = min(max(ANSWERS // len(ids), 1), evaluation.max_examples or ANSWERS)
-    answers = sum(len(workplace.clients[int(k)].test[:each]) for k in ids)
-    if not evaluation.metrics or not answers:
-        return None
-    began = time.monotonic()
-    measure_answers(
-        workplace.base,
-        lambda some_ids: start.take(torch.zeros_like(some_ids)),
-        workplace.clients,
-        ids.tolist(),
-        split="test",
-        cohort=workplace.cohort,
-        metrics=evaluation.metrics,
-        max_new_tokens=evaluation.max_new_tokens,
-        max_examples=each,
-    )
-    return (time.monotonic() - began) / answers
 
 
 @dataclass(frozen=True)

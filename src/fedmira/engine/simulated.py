@@ -1,6 +1,7 @@
-"""Simulated clients: many of them in one process, in passes of a cohort; a pool of their data; or nobody.
+"""Simulated clients: many of them in one process, in passes of a cohort.
 
-Each is one value of the Protocol `Clients`. At a real site the same code has one client.
+They are a value of the Protocol `Clients`, as are a pool of their data and nobody (trainees.py). At a real site the
+same code has one client.
 """
 
 import math
@@ -16,17 +17,15 @@ from torch import Tensor
 from fedmira.adapters import Adapters, Pairs, norms
 from fedmira.adapters.added import BaseVersions, join_pairs
 from fedmira.adapters.columns import lay_over, pack
-from fedmira.data.batches import local_batches
-from fedmira.data.partition import client_key
 from fedmira.disk.table import Table
-from fedmira.engine.clients import Asked, Reply, Scores, Send, Tuned, everybody, nobody
+from fedmira.engine.clients import Asked, Reply, Scores, Send, Tuned, everybody
 from fedmira.engine.federation import Federation
 from fedmira.engine.gate import MAX_NORM, Header
 from fedmira.engine.memory import ASIDE_FILE, Aside, ClientMemory, Staged
-from fedmira.engine.phase import PhaseResult, local_phase, plan_steps
+from fedmira.engine.phase import PhaseResult, local_phase
 from fedmira.engine.scoring import score_loss, score_test_split
 from fedmira.engine.tools import Moments, Toolbox, Training
-from fedmira.engine.workplace import POOL, Workplace
+from fedmira.engine.workplace import Workplace
 from fedmira.methods.base import Clock, Memory, Message, Method, use_what_was_sent
 
 Serve = Callable[[Tensor], Adapters]  # client positions [n] -> their adapters, in that order
@@ -353,109 +352,3 @@ class Simulated:
             for k, length, reason in zip(ids.tolist(), lengths, reasons, strict=True)
             if not length <= MAX_NORM
         }
-
-
-class Pool:
-    """All clients' training data in one place, trained on by one who answers for all; everybody uses its row."""
-
-    def __init__(
-        self,
-        workplace: Workplace,
-        federation: Federation,
-        method: Method,
-        training: Training,
-        *,
-        scratch: Path | None = None,
-    ) -> None:
-        alone = replace(federation, names=(POOL,), ranks=federation.largest_ranks)
-        self.workplace, self.federation = workplace, federation
-        self.trainer = Simulated(workplace.pool, alone, method, training, scratch=scratch)
-        self.scorer = Simulated(workplace, federation, method, training)
-        self.sampled = torch.empty(0, dtype=torch.int64)
-
-    def ask(self, sampled: Tensor) -> Asked:
-        self.sampled = sampled
-        return Asked(HOLDER, torch.zeros_like(sampled), pooled=True)
-
-    def train(self, ids: Tensor, send: Send) -> Reply:
-        number, steps = send.clock.round, self.trainer.method.regime.pool_steps
-        plan = plan_pool(self.workplace, self.sampled, self.trainer.training, round_number=number, steps=steps)
-        reply = self.trainer.carry_out(ids, send, plans=[plan])
-        name = self.federation.names[int(HOLDER)]
-        return replace(reply, headers=tuple(replace(header, client=name) for header in reply.headers))
-
-    def losses(self, ids: Tensor, send: Send) -> list[float | None]:
-        return self.scorer.measure(ids, lambda some_ids: self.adapters(some_ids, send))
-
-    def adapters(self, ids: Tensor, send: Send) -> Adapters:
-        """Return the pool's row for each of the clients `ids`, at the largest ranks."""
-        return self.trainer.adapters(HOLDER, send).take(torch.zeros_like(ids))
-
-    def test(self, ids: Sequence[int], send: Send, progress: Callable[[int], None]) -> Scores:
-        return score_test_split(self.workplace, lambda some_ids: self.adapters(some_ids, send), ids, progress)
-
-    def tune(self, send: Send, progress: Callable[[int], None]) -> Tuned:
-        raise NotImplementedError("clients of a pool do not fine-tune: a Method that says so is refused")
-
-    def set_aside(self, ids: Tensor, send: Send) -> None:
-        """Set the pool's row aside, which everybody uses."""
-        if len(ids):
-            self.trainer.set_aside(HOLDER, send)
-
-    def take_up(self) -> None:
-        self.trainer.take_up()
-
-    def keep(self, ids: Tensor) -> Staged:
-        return self.trainer.keep(ids)
-
-    def restore(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.trainer.restore(files)
-
-
-class Nobody(Simulated):
-    """Clients that are scored and never asked to train."""
-
-    def ask(self, sampled: Tensor) -> Asked:
-        return nobody(sampled)
-
-    def train(self, ids: Tensor, send: Send) -> Reply:
-        none = torch.empty(0)
-        return Reply(ids, send(ids), (), none, none.long(), [])
-
-
-HOLDER = torch.zeros(1, dtype=torch.int64)  # client 0, in whose name the pool answers
-KINDS: Mapping[str, type[Simulated] | type[Pool]] = {"sampled": Simulated, "pool": Pool, "nobody": Nobody}
-
-
-def make_clients(
-    workplace: Workplace, federation: Federation, method: Method, training: Training, *, scratch: Path | None = None
-) -> Simulated | Pool:
-    """Return the clients that a method's rounds are carried out with, at its own learning rate if it has one."""
-    if method.regime.learning_rate is not None:
-        training = replace(training, learning_rate=method.regime.learning_rate)
-    return KINDS[method.regime.trainees](workplace, federation, method, training, scratch=scratch)
-
-
-def plan_pool(
-    workplace: Workplace, ids: Tensor, training: Training, *, round_number: int, steps: int | None = None
-) -> list[np.ndarray]:
-    """Return the pool's examples of each step in a round: as many steps, of as many examples, as those of `ids` take.
-
-    Permutations of all examples, one after another from the pool's own stream, cut into batches of these sizes. steps:
-    this number of full steps instead.
-    """
-    (pool,) = workplace.pool.clients
-    count = len(pool.train)
-    sizes = [min(training.examples_per_step, count)] * (steps or 0)
-    if steps is None:
-        sizes = [len(batch) for k in ids.tolist() for batch in plan_steps(workplace.clients[k], training, round_number)]
-    whole = local_batches(
-        count,
-        seed=training.seed,
-        round=round_number,
-        key=client_key(POOL),
-        batch_size=count,
-        steps=None,
-        epochs=-(-sum(sizes) // count),
-    )
-    return np.split(np.concatenate(whole)[: sum(sizes)], np.cumsum(sizes)[:-1])

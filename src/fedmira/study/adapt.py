@@ -32,7 +32,8 @@ from fedmira.engine.newcomers import take_in as take_in_newcomers
 from fedmira.engine.round import Sender
 from fedmira.engine.run import Ended
 from fedmira.engine.scoring import score_loss, score_start, score_test_split
-from fedmira.engine.simulated import Simulated, make_clients
+from fedmira.engine.simulated import Simulated
+from fedmira.engine.trainees import make_clients
 from fedmira.errors import ConfigError, MethodError, StoreError
 from fedmira.methods import recipe_of
 from fedmira.methods.base import Clock, Method, begin_from_what_was_sent

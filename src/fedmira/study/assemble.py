@@ -22,6 +22,7 @@ from fedmira.config.sections import Config, TrainingConfig
 from fedmira.data.batches import ClientData
 from fedmira.data.partition import client_key
 from fedmira.disk.run_facts import RunFacts
+from fedmira.engine.cost import CohortPlan
 from fedmira.engine.events import Observer
 from fedmira.engine.federation import Federation, Given
 from fedmira.engine.schedule import draw_schedule
@@ -110,6 +111,7 @@ class Prepared:
     targets: Sequence[str]  # the adapted modules, as exported adapters name them
     asking: Asking  # how exported adapters are asked
     threads: int
+    plans: Sequence[CohortPlan] = ()  # of the kinds of training pass, where they were measured
 
     @property
     def intake(self) -> Intake:
@@ -202,7 +204,7 @@ def prepare(
     if not all(layout.virtual_tokens for layout in kinds):
         check_targets(base.model, [name for name, _, _ in base.shapes], targets)
     shape = shape_of_passes(config, workplace, prepared.passes(), sampled, saved)
-    prepared = replace(prepared, workplace=shape.laid_on(workplace))
+    prepared = replace(prepared, workplace=shape.laid_on(workplace), plans=shape.plans)
     observer(StudyPrepared(prepared))
     return prepared
 

@@ -15,9 +15,10 @@ from fedmira.config.sections import Config
 from fedmira.data.batches import Encoded
 from fedmira.disk import table
 from fedmira.disk.folders import StudyFolder
-from fedmira.engine.cost import Plan, Speeds, Work, count_run, count_start, measure_speeds
+from fedmira.engine.cost import Plan, Speeds, Work, count_run, count_start
 from fedmira.engine.events import Observer, silent
 from fedmira.engine.federation import Federation
+from fedmira.engine.probe import measure_speeds
 from fedmira.engine.scoring import view_of
 from fedmira.engine.tools import Training
 from fedmira.export.peft_folder import count_exported
@@ -108,7 +109,7 @@ def _plan(prepared: Prepared) -> Plan:
     schedule = prepared.cohorts[seed].schedule
     sampled = prepared.sampled
     kinds = prepared.kinds()  # few have rows of their own
-    passes = plan_passes(workplace, prepared.passes(), sampled)
+    passes = prepared.plans or plan_passes(workplace, prepared.passes(), sampled)
     probe = _Probe(prepared, torch.from_numpy(schedule[0]))
     speeds = probe.measure(prepared.federation, training_of(config, seed))  # the untouched base is scored with these
     writes = bool(workplace.evaluation.metrics)

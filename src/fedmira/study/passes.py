@@ -14,12 +14,13 @@ from fedmira.engine.workplace import Workplace
 class PassShape:
     """cohort: clients in one pass; recompute: blocks in backward where a training says auto; at_once: examples of each.
 
-    at_once None: whole batches.
+    at_once None: whole batches. plans: what was measured to settle it; empty: nothing was.
     """
 
     cohort: int
     recompute: bool = False
     at_once: int | None = None
+    plans: Sequence[CohortPlan] = ()
 
     @classmethod
     def of(cls, workplace: Workplace) -> "PassShape":
@@ -49,7 +50,7 @@ def shape_of_passes(
     plans = plan_passes(workplace, passes, sampled if given is None else given)
     cohort = given or min(plan.cohort for plan in plans)
     at_once = min((plan.examples for plan in plans if plan.examples is not None), default=None)
-    return PassShape(cohort, any(plan.recompute for plan in plans), at_once)
+    return PassShape(cohort, any(plan.recompute for plan in plans), at_once, plans)
 
 
 def plan_passes(

@@ -19,7 +19,7 @@ from fedmira.engine.events import AnswersWritten, Observer
 from fedmira.engine.federation import Federation
 from fedmira.engine.run import Ended
 from fedmira.engine.scoring import examples_of, score_start
-from fedmira.engine.simulated import make_clients
+from fedmira.engine.trainees import make_clients
 from fedmira.errors import StoreError
 from fedmira.methods.base import Cohort
 from fedmira.names import ClientNames
