@@ -17,7 +17,7 @@ from fedmira.adapters.parts import OWN, SHARED, own_and_shared, part_columns
 from fedmira.errors import ConfigError
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message, Method, State
-from fedmira.methods.fedbone import STREAM
+from fedmira.methods.fedbone import STREAM, project
 
 TWO = lora_layout([("m", 1, 1), ("n", 1, 1)], 1)
 SQUARE = lora_layout([("m", 2, 2)], 2)
@@ -140,6 +140,27 @@ def test_many_clients_are_projected_as_a_plain_loop_does_it_in_whatever_order_th
     assert not torch.allclose(later, found), "each round has other orders"
 
 
+def test_no_client_is_projected_off_its_own_update() -> None:
+    """Unit vectors at 0, 100, 140 and 190 degrees: the first is turned to 10, 50 and 100, and stays against itself.
+
+    Its length becomes cos 10 cos 40 cos 50.
+    """
+    angles = torch.tensor([0.0, 100, 140, 190], dtype=torch.float64).deg2rad()
+    updates = torch.stack([angles.cos(), angles.sin()], dim=1)
+    orders = torch.tensor([[1, 2, 3, 0]] * 4)
+    turned = project((updates @ updates.T)[None], orders)[0, 0] @ updates
+    length = math.prod(math.cos(math.radians(angle)) for angle in (10, 40, 50))
+    at = math.radians(100)
+    assert turned.tolist() == pytest.approx([length * math.cos(at), length * math.sin(at)])
+
+
+def test_a_client_without_examples_is_projected_off_by_nobody() -> None:
+    """By examples. Uniformly (4, 0) would lose its component along (-3, 4)."""
+    method = bone(weights="examples")
+    change = merge(method, begin(method, (1, 1)), rows((5, 1), (-2, 5)), 3, 0)
+    assert pairs(change.rows) == [[5, 1]]
+
+
 # ---------------------------------------------------------------- attention
 
 
@@ -163,6 +184,14 @@ def test_attention_goes_with_the_weights_of_the_mean() -> None:
     state = after(state, merge(method, state, rows((2, 0)), 1))
     change = merge(method, state, rows((4, 0), (2, 6)), 1, 3)
     assert pairs(change.rows)[0] == pytest.approx([2 + 2 * math.e / (math.e + 3), 18 / (math.e + 3)])
+
+
+def test_an_update_of_0_points_nowhere() -> None:
+    """h = (2, 0). d = (0, 6) and (0, 0) have cosines 0 and 0, so that the mean is (0, 3)."""
+    method = bone()
+    state = begin(method, (0, 0))
+    state = after(state, merge(method, state, rows((2, 0)), 1))
+    assert pairs(merge(method, state, rows((2, 6), (2, 0)), 1, 1).rows)[0] == pytest.approx([2, 3])
 
 
 # ---------------------------------------------------------------- ranks
