@@ -14,7 +14,8 @@ from fedmira.methods import build, names
 from fedmira.methods.base import Method
 
 # Their local halves are plain steps, or like those of others that are put before the laws on a transformer too.
-PLAIN_HALVES = {"fedprox", "fedopt", "ffa_lora", "fedsa_lora", "rolora", "raflora", "pfedme", "apfl", "fedamp", "pftt"}
+PLAIN_HALVES = {"fedprox", "fedopt", "ffa_lora", "fedsa_lora", "rolora", "raflora", "pfedme", "apfl", "fedamp"}
+PLAIN_HALVES |= {"pftt", "fedbone"}
 CASES = [("quadratic", variant) for variant in VARIANTS] + [
     pytest.param(("transformer", variant), marks=pytest.mark.slow)
     if variant.name in PLAIN_HALVES

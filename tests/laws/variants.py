@@ -108,6 +108,10 @@ CHOSEN = [  # by each client
 TABLE: Mapping[str, list[Variant]] = {
     "fedavg": [Variant("fedavg", {"weights": weights}) for weights in ("examples", "uniform")],
     "fedavg_ft": [Variant("fedavg_ft", {"weights": weights}) for weights in ("examples", "uniform")],
+    "fedbone": [
+        Variant("fedbone", {}),
+        Variant("fedbone", {"private": False, "attention": 0, "by": "module", "weights": "examples"}),
+    ],
     "fedex_lora": [Variant("fedex_lora", {"weights": weights}) for weights in ("examples", "uniform")],
     "fedfomo": [Variant("fedfomo", {"M": 2}), Variant("fedfomo", {"M": 3, "epsilon": 0, "baseline": "last"})],
     "flora": [Variant("flora", {}), Variant("flora", {"weights": "uniform", "start": "common"})],
