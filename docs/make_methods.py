@@ -39,6 +39,8 @@ LETTERS = (
 
 
 FURTHER = {
+    "A": "numbers of its A factors alone",
+    "B": "numbers of its B factors alone",
     "E": "rows of other clients that a round's clients are sent, all together",
     "Q": "numbers that were added to the base and that a round's clients do not have yet, all together",
 }
