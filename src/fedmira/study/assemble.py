@@ -36,7 +36,8 @@ from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort, Method
 from fedmira.model.base.load import Base, choose_device, load_base
 from fedmira.model.base.trial import check_embeddings
-from fedmira.study.adapting import alpha_of, ranks_by_module, start_of, wanted_of
+from fedmira.model.quantised import check_installed
+from fedmira.study.adapting import alpha_of, quantisation_of, ranks_by_module, start_of, wanted_of
 from fedmira.study.events import StudyPrepared
 from fedmira.study.intake import Intake, check_examples, take_in
 from fedmira.study.passes import shape_of_passes
@@ -75,6 +76,7 @@ def base_of(config: Config, dtype: str, *, tokenizer: Any = None) -> Base:
         device=config.model.device,
         targets=wanted_of(config.lora),
         tokenizer=tokenizer,
+        quantisation=quantisation_of(config.model),
     )
 
 
@@ -150,6 +152,8 @@ def prepare(
     earlier study with the same data, model and target modules, which then are neither read nor loaded.
     """
     choose_device(config.model.device)  # refused now if it is not there, and not after minutes of reading
+    if quantisation_of(config.model) is not None:
+        check_installed()
     recipes = [recipe_of(entry) for entry in config.methods]
     config = keep_positions(config, recipes)
     if materials is None:

@@ -192,8 +192,17 @@ def merge(
     opened = Run(sources[0].parent.parent)
     targets = [Path(out) / source.name for source in sources]
     from fedmira.export.merged_model import merge_adapters
+    from fedmira.study.adapting import quantisation_of
 
-    return merge_adapters(sources, targets, facts=opened.facts, revision=opened.config.model.revision, dtype=dtype)
+    model = opened.config.model
+    return merge_adapters(
+        sources,
+        targets,
+        facts=opened.facts,
+        revision=model.revision,
+        dtype=dtype,
+        quantisation=quantisation_of(model),
+    )
 
 
 def _adapters(run: str | Path | Run, client: str | None) -> list[Path]:
