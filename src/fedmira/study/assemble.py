@@ -40,6 +40,7 @@ from fedmira.study.adapting import alpha_of, ranks_by_module, start_of, wanted_o
 from fedmira.study.events import StudyPrepared
 from fedmira.study.intake import Intake, check_examples, take_in
 from fedmira.study.passes import shape_of_passes
+from fedmira.study.privacy import check_method, check_privacy, held_back, privacy_notes
 from fedmira.study.starts import read_start
 from fedmira.study.training import check_least_rate, check_optimizer, check_validation
 
@@ -58,7 +59,7 @@ class Built:
 
     recipe: Recipe
     methods: Mapping[int, Method]
-    notes: Sequence[str]
+    notes: list[str]
     training: TrainingConfig
 
     @property
@@ -150,12 +151,13 @@ def prepare(
     earlier study with the same data, model and target modules, which then are neither read nor loaded.
     """
     choose_device(config.model.device)  # refused now if it is not there, and not after minutes of reading
+    check_privacy(config)
     recipes = [recipe_of(entry) for entry in config.methods]
     config = keep_positions(config, recipes)
     if materials is None:
         materials = Materials(*take_in(config, observer))
     dtype = config.model.dtype if saved is None else saved.dtype
-    clients = materials.intake.clients
+    clients = held_back(config, materials.intake.clients)
     check_validation(config, clients)
 
     def modules() -> list[str]:
@@ -179,6 +181,11 @@ def prepare(
         recipe.entry.folder: build(recipe, place, cohorts, ranks, config.training_of(recipe.entry))
         for place, recipe in enumerate(recipes)
     }
+    for label, one in built.items():
+        for seed, method in one.methods.items():
+            check_method(config, method, label)
+            found = privacy_notes(config, label, method, one.training, clients, cohorts[seed].schedule)
+            one.notes.extend(note for note in found if note not in one.notes)
     base = materials.load(config, dtype)
     threads = count_threads(base, saved)
     check_base(config, base, saved)
@@ -228,6 +235,8 @@ class Profiles:
 
     def __call__(self, column: str | None) -> np.ndarray:
         """Return mean embeddings of prompts [K, d] (None), or shares of a column's values [K, values]."""
+        if self.config.privacy is not None:
+            raise MethodError("privacy: a profile of the clients' data is not private; take another graph than knn")
         profiles, clients = self.materials.profiles, self.materials.intake.clients
         if column not in profiles:
             with warnings.catch_warnings():  # libraries' warnings do not belong to the method's notes
