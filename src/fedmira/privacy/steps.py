@@ -84,7 +84,7 @@ class PrivateSteps:
     ) -> None:
         """Add the clipped gradients of a batch's examples to `sums` [S, P], each example a client of its own."""
         present = batch.lengths.nonzero()
-        for number, some in enumerate(present.split(max(1, NUMBERS_AT_ONCE // adapters.layout.size))):
+        for number, some in enumerate(torch.split(present, max(1, NUMBERS_AT_ONCE // adapters.layout.size))):
             owner, place = some.unbind(dim=1)
             lengths = batch.lengths[owner, place]
             width = int(lengths.max()) if len(lengths) else 0

@@ -277,11 +277,16 @@ def _privacy(run: RunRecord) -> str:
     if not said:
         return ""
     return (
-        f"epsilon {number(said.get('epsilon'))} at delta {clean(said.get('delta'))} (the largest of all clients; "
+        f"epsilon {_epsilon(said.get('epsilon'))} at delta {clean(said.get('delta'))} (the largest of all clients; "
         f"budget {clean(said.get('budget'))}): {clean(said.get('adjacency'))}; {clean(said.get('sampling'))} sampling, "
         f"{plural(_whole(said.get('steps')), 'local step')} at most, noise {clean(said.get('noise_multiplier'))}, clip "
         f"{clean(said.get('clip'))}; {clean(said.get('accountant'))}"
     )
+
+
+def _epsilon(value: object) -> str:
+    """Round up: what is promised is no less."""
+    return f"{math.ceil(1000 * value) / 1000:g}" if isinstance(value, int | float) else "n/a"
 
 
 def run_lines(record: StudyRecord) -> list[RunLine]:

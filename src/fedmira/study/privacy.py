@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fedmira.privacy.accountant import ACCOUNTANT, ADJACENCY, SAMPLING, check_in
 from fedmira.privacy.budget import KEY_FILE, Budget, Share, Terms, count_affordable, read_spent
 
 EACH_LISTED = 64  # clients whose epsilons run.json has; of more it has the largest, as each takes a part of a second
+EACH_SPENDS = "every trial trains on the same examples and spends its own epsilon, which nobody adds up; leave it out"
 BY_VALIDATION = "chooses by losses on validation examples"
 
 
@@ -123,13 +124,25 @@ def privacy_notes(
 
 
 def budget_of(
-    config: Config, method: Method, training: TrainingConfig, workplace: Workplace, folder: Path, threads: int
+    config: Config,
+    method: Method,
+    training: TrainingConfig,
+    workplace: Workplace,
+    folder: Path,
+    *,
+    threads: int,
+    data: Callable[[], Sequence[str]],
 ) -> Budget | None:
-    """Return the account of one run, which is in its folder; None where there is no privacy, or nobody trains."""
+    """Return the account of one run, which is in its folder; None where there is no privacy, or nobody trains.
+
+    data: gives a fingerprint of each client's examples.
+    """
     if config.privacy is None or method.regime.trainees == "nobody":
         return None
     base = workplace.base
     conditions = [
+        config.model_dump_json(),
+        *data(),
         *(f"{name} {importlib.metadata.version(name)}" for name in ("fedmira", "torch", "transformers", "numpy")),
         f"{platform.node()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         f"{base.dtype} {threads} {workplace.cohort} {workplace.at_once} {workplace.recompute}",

@@ -45,8 +45,17 @@ Where = Callable[[Prepared, Built, int, Federation, Path], AtHand]
 def in_this_process(prepared: Prepared, built: Built, seed: int, federation: Federation, folder: Path) -> AtHand:
     """Simulate the clients of one run here; what is too large for RAM goes to `folder`."""
     training, method = training_of(prepared.config, seed, built.training), built.methods[seed]
-    budget = budget_of(prepared.config, method, built.training, prepared.workplace, folder, prepared.threads)
-    return make_clients(prepared.workplace, federation, method, training, scratch=folder, budget=budget)
+    workplace = prepared.workplace
+    budget = budget_of(
+        prepared.config,
+        method,
+        built.training,
+        workplace,
+        folder,
+        threads=prepared.threads,
+        data=lambda: [client["sha256"] for client in client_table(workplace, federation).values()],
+    )
+    return make_clients(workplace, federation, method, training, scratch=folder, budget=budget)
 
 
 @dataclass(eq=False)
