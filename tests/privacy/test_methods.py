@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.house import house, run, with_client
+import torch
+from tests.engine.house import SEED, house, run, with_client
 from tests.laws.variants import FEW, Variant
 
+from fedmira.engine.ledger import Ledger
+from fedmira.engine.round import Sender
+from fedmira.engine.simulated import Simulated
+from fedmira.engine.trainees import make_clients
+from fedmira.errors import MethodError
 from fedmira.methods import build
-from fedmira.methods.base import Method, Tools
+from fedmira.methods.base import Clock, Method, Tools
+from fedmira.privacy.budget import Budget, Terms
 
 HOUSE = house(count=1)
 START = HOUSE.start()
@@ -57,3 +64,24 @@ def test_a_step_asks_for_as_many_gradients_as_its_regime_says(variant: Variant, 
         assert most["curvature"]
     else:
         assert most == {"grad": method.regime.gradients}
+
+
+def test_clients_with_a_budget_train_in_rounds_alone(tmp_path: Path) -> None:
+    """Fine-tuning at the end and training of newcomers are phases that nobody has paid for."""
+    method = build("local", {}, HOUSE.cohort())
+    terms = Terms(epsilon=1.0, delta=1e-5, noise_multiplier=1.0, clip=1.0)
+    account = Budget(tmp_path, terms, {}, [])
+    clients = make_clients(HOUSE.workplace, HOUSE.federation, method, HOUSE.training, budget=account)
+    assert isinstance(clients, Simulated)
+    state = HOUSE.federation.first_state(SEED, method)
+    ledger = Ledger(HOUSE.federation, state, torch.zeros(len(HOUSE), dtype=torch.float64))
+    with pytest.raises(MethodError, match="clients train in rounds alone"):
+        clients.alone(torch.tensor([0]), Sender(method, ledger, Clock(1)), steps=1)
+    assert not (tmp_path / "privacy.jsonl").exists()
+
+
+def test_a_pool_has_no_budget(tmp_path: Path) -> None:
+    method = build("pooled", {}, HOUSE.cohort())
+    account = Budget(tmp_path, Terms(1.0, 1e-5, 1.0, 1.0), {}, [])
+    with pytest.raises(MethodError, match="trains on all data in one place"):
+        make_clients(HOUSE.workplace, HOUSE.federation, method, HOUSE.training, budget=account)

@@ -13,12 +13,14 @@ import pytest
 from tests import small_study
 from tests.small_study import command, differences, outcome
 
+from fedmira.deploy.terms import list_unfit
 from fedmira.disk.folders import RunFolder
 from fedmira.engine import ledger
 from fedmira.privacy import budget
 from fedmira.privacy.accountant import Release, epsilon
 from fedmira.reports.facts import notices, setup_facts
 from fedmira.reports.record import read_study
+from fedmira.study.loading import load_config
 
 pytest.importorskip("dp_accounting", reason="the extra dp is not installed")
 ROUNDS, STEPS, BATCH = 3, 2, 2
@@ -149,11 +151,16 @@ def test_a_round_that_is_carried_out_again_with_a_new_key_is_paid_for_again(
     assert facts(study)["privacy"]["epsilon"] == epsilon({Release(BATCH / SMALLEST, 1, 1.0): 4 * STEPS}, 1e-5)
 
 
-def test_rounds_that_are_added_are_paid_for(make: Make, tmp_path: Path) -> None:
+def test_rounds_that_are_added_are_paid_for_and_newcomers_are_refused(
+    inputs: tuple[Path, Path], make: Make, tmp_path: Path
+) -> None:
     study = tmp_path / "study"
     ended_well("run", make("study"))
     ended_well("resume", study, f"federation.rounds={ROUNDS + 1}")
     assert facts(study)["privacy"]["epsilon"] == epsilon({Release(BATCH / SMALLEST, 1, 1.0): 4 * STEPS}, 1e-5)
+    adapted = command("adapt", run_of(study), "--data", inputs[1])
+    assert adapted.code == 2
+    assert "a newcomer would train without" in adapted.err
 
 
 @pytest.mark.slow
@@ -191,6 +198,16 @@ def test_whatever_looks_at_examples_unpaid_is_refused_by_name(
     assert ended.code == 2, ended.err
     assert why in " ".join(ended.err.split())
     assert not (tmp_path / "study").exists()
+
+
+def test_a_comparison_that_tunes_is_refused(make: Make, tmp_path: Path) -> None:
+    ended = command("compare", make("study", privacy={"validation": True}))
+    assert ended.code == 2
+    assert "spends its own epsilon" in ended.err
+
+
+def test_a_federation_is_refused(make: Make, tmp_path: Path) -> None:
+    assert any(fault.startswith("privacy: sites") for fault in list_unfit(load_config(make("study")), [], ["a"]))
 
 
 def test_choosing_by_validation_examples_is_allowed_once_they_need_no_privacy(make: Make, tmp_path: Path) -> None:
