@@ -39,6 +39,8 @@ LETTERS = (
 
 
 FURTHER = {
+    "A": "numbers of its A factors alone",
+    "B": "numbers of its B factors alone",
     "E": "rows of other clients that a round's clients are sent, all together",
     "Q": "numbers that were added to the base and that a round's clients do not have yet, all together",
 }
@@ -207,7 +209,12 @@ def snippet(name: str, module: MethodModule) -> str:
 
 def describe(facts: MethodFacts) -> dict[str, str]:
     """Return what a method gives and needs, in words."""
-    sees = {"each": "each upload", "sum": "the sum of the uploads", "nothing": "nothing"}
+    sees = {
+        "each": "each upload",
+        "sum": "the sum of the uploads",
+        "relay": "nothing; it forwards each upload as it is",
+        "nothing": "nothing",
+    }
     own = "an adapter of its own (`personal`)"
     return {
         "paper": _prose(", ".join(facts.papers)) or "none",

@@ -100,6 +100,7 @@ STANDS_FOR = {
     "STUDY_OR_RUN": "runs/mine",
     "RUN": "runs/mine/mira/seed-0",
     "ID": "hospital_a",
+    "NEW": "hospital_c",
     "DIR": "out",
     r"csv\|md\|latex": "md",
     "N": "11",

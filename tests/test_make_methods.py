@@ -167,10 +167,10 @@ def test_what_travels_is_measured_on_the_messages() -> None:
     client = Client(finish=finish)
     assert described("fedavg", client=client)[key] == "S x 2 x P x 4 + S x 8 up, S x P x 4 down"
     half: dict[str, Any] = {"travels": lambda layout, clock: factor_columns(layout, "A")}
-    assert described("fedavg", **half)[key] == "S x 0.5 x P x 4 up, S x 0.5 x P x 4 down"
-    assert described("fedavg", client=client, **half)[key] == "S x P x 4 + S x 8 up, S x 0.5 x P x 4 down"
+    assert described("fedavg", **half)[key] == "S x A x 4 up, S x A x 4 down"
+    assert described("fedavg", client=client, **half)[key] == "S x 2 x A x 4 + S x 8 up, S x A x 4 down"
     trained: dict[str, Any] = {"trained": half["travels"]}
-    assert described("fedavg", **trained)[key] == "S x 0.5 x P x 4 up, S x P x 4 down"
+    assert described("fedavg", **trained)[key] == "S x A x 4 up, S x P x 4 down"
 
 
 def test_what_does_not_travel_makes_the_view_personal() -> None:

@@ -30,8 +30,8 @@ Made by `python benchmarks/methods/page.py` from what `benchmarks/methods/measur
 
 Each method is compared with training alone by `fedmira compare`: the same clients, base, splits, schedule, start, steps
 and seeds, and {budget} runs of tuning with the first seed, by validation loss. Those are learning rates (the config's,
-twice, half), or, where a method has a setting of its own, one rate and {others} other values of that: so a method with
-a setting had one rate. Some take more steps than the others: `pooled` all clients' one after another, `fedavg_ft` more
+twice, half), or, where a method has a setting of its own, two rates and another value of that at the better one. Some
+take more steps than the others: `pooled` all clients' one after another, `fedavg_ft` more
 after the last round, `ditto`, `pfedme`, `apfl`, `fedrep`, `pftt` and `feddpa` as their pages say.
 
 Losses are nats per token of the answer on the test split: the mean over clients of each client's mean over seeds, with
@@ -54,7 +54,7 @@ ABOUT = {
 def make_page(found: Mapping[str, kept.Kept], notes: str) -> str:
     """Write the page from what is kept of each setting, and from notes by hand."""
     budget = next((one["budget"] for one in found.values()), 3)
-    parts = [HEAD.format(budget=budget, others=budget - 1).rstrip()]
+    parts = [HEAD.format(budget=budget).rstrip()]
     for name, title in NAMES.items():
         command = f"python benchmarks/methods/measure.py {name}"
         body = section(name, found[name]) if name in found else [f"Not measured yet; measure it by: `{command}`."]
@@ -222,7 +222,14 @@ def harmless(results: Results, trained: Mapping[str, MethodSummary]) -> str:
 def main(page: Path, folder: Path) -> None:
     stored = {name: path for name in NAMES if (path := folder / f"methods-{name}.json").is_file()}
     notes = (HERE / "notes.md").read_text(encoding="utf-8")
-    page.write_text(make_page({name: kept.read(path) for name, path in stored.items()}, notes), encoding="utf-8")
+    page.write_text(make_page({name: in_order(name, kept.read(path)) for name, path in stored.items()}, notes), "utf-8")
+
+
+def in_order(name: str, found: kept.Kept) -> kept.Kept:
+    """Put the methods into the order of their config; each was kept when it was measured."""
+    entries = yaml.safe_load((HERE / f"{name}.yaml").read_text(encoding="utf-8"))["methods"]
+    labels = [entry.get("label", entry["name"]) for entry in entries]
+    return {**found, "methods": {label: found["methods"][label] for label in labels if label in found["methods"]}}
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ METHODS: list[Mapping[str, Any]] = [
     {"name": "flexlora"},
     {"name": "tests.laws.fedex", "label": "fedex"},
     {"name": "mira", "label": "file", "lambda": 0.25, "graph": {"kind": "file", "path": "graph.csv"}},
+    {"name": "dfedu", "lambda": 0.25, "graph": {"kind": "file", "path": "graph.csv"}},
     {
         "name": "mira",
         "label": "counts",

@@ -16,6 +16,7 @@ from fedmira.methods.base import Method
 # Their local halves are plain steps, or like those of others that are put before the laws on a transformer too.
 PLAIN_HALVES = {"fedprox", "fedopt", "ffa_lora", "fedsa_lora", "rolora", "raflora", "pfedme", "apfl", "fedamp"}
 PLAIN_HALVES |= {"pftt", "fedbone"}
+PLAIN_HALVES |= {"dfedu"}  # its step between phases is put before MIRA's on a transformer in tests/methods
 CASES = [("quadratic", variant) for variant in VARIANTS] + [
     pytest.param(("transformer", variant), marks=pytest.mark.slow)
     if variant.name in PLAIN_HALVES

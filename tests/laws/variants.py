@@ -57,7 +57,8 @@ class Variant:
 
     @property
     def stored(self) -> bool:
-        return self.settings.get("neighbours") == "stored"
+        """Is a client reached by stored rows of its neighbours that are not in the round?"""
+        return self.settings.get("neighbours") == "stored" or self.name == "dfedu"
 
     def build(self, world: World, folder: Path) -> Method:
         settings = dict(self.settings)
@@ -106,6 +107,11 @@ CHOSEN = [  # by each client
     Variant("mira", {"lambda": "auto", "graph": FAMILY, "choice": {"alphas": [0.5], "graphs": ["given"]}}),
 ]
 TABLE: Mapping[str, list[Variant]] = {
+    "dfedu": [  # its merges move nobody, so that no law of a graph step is about it; its own tests are
+        Variant("dfedu", {"lambda": 0.3, "graph": {"kind": "uniform"}}),
+        Variant("dfedu", {"lambda": 0.05, "graph": FAMILY, "normalise": "none"}),
+        Variant("dfedu", {"lambda": 0.3, "normalise": "symmetric"}),
+    ],
     "fedavg": [Variant("fedavg", {"weights": weights}) for weights in ("examples", "uniform")],
     "fedavg_ft": [Variant("fedavg_ft", {"weights": weights}) for weights in ("examples", "uniform")],
     "fedbone": [
@@ -162,6 +168,7 @@ WRAPPED = [
             [{"name": "only", "travels": "A"}],
         ),
         ("mira", {"lambda": "auto"}, None, [{"name": "only", "travels": "A"}]),
+        ("dfedu", {"lambda": 0.3, "graph": FAMILY}, None, [{"name": "only", "travels": "A"}]),
         ("local", {}, None, [{"name": "proximal", "mu": 0.5}]),
         ("flexlora", {}, None, [{"name": "clipped", "norm": 0.3}]),
     )

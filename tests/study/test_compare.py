@@ -200,6 +200,20 @@ def test_what_an_entry_sets_itself_is_not_tuned() -> None:
     ]
 
 
+def test_beside_an_optimizer_of_its_own_tuning_begins_at_the_entrys_learning_rate() -> None:
+    """The config's is for another optimizer."""
+    training = {"optimizer": "sgd", "learning_rate": 0.5}
+    assert tried(entries({"name": "scaffold", "training": training}), 3, lambda one: 1.0) == [
+        {"learning_rate": rate} for rate in (0.5, 1.0, 0.25)
+    ]
+
+
+def test_half_of_the_budget_goes_to_learning_rates() -> None:
+    values = tried(entries({"name": "fedprox"}), 3, lambda one: abs(one["learning_rate"] - 0.1))
+    assert [one["learning_rate"] for one in values] == [0.05, 0.1, 0.1]
+    assert [set(one) for one in values] == [{"learning_rate"}, {"learning_rate"}, {"learning_rate", "mu"}]
+
+
 def test_a_methods_own_learning_rate_is_tuned_where_it_has_one() -> None:
     (entry,) = entries({"name": "fedptuning"}).methods
     rates = rates_of(entry, entries({"name": "local"}), 3)

@@ -21,8 +21,10 @@ from fedmira.config.faults import check_config
 from fedmira.config.partitioners import PARTITIONERS
 from fedmira.config.sections import Config
 from fedmira.config.yaml_text import read_config
+from fedmira.data.batches import Encoded
 from fedmira.disk import table
 from fedmira.disk.folders import RunFolder
+from fedmira.engine import cost, probe
 from fedmira.study import dry_run as preview
 from fedmira.study import face as study
 from fedmira.study import handover
@@ -297,3 +299,43 @@ def test_the_doctor_tells_versions_device_memory_and_disk_and_no_token(monkeypat
     assert facts["versions"]["fedmira"] == importlib.metadata.version("fedmira")
     assert facts["disk_free_bytes"] > 0
     assert "hf_secret" not in ended.out + as_json
+
+
+# ---------------------------------------------------------------- a large base
+
+
+def test_work_of_a_text_grows_with_its_attention() -> None:
+    measure = probe._Measure(turn=100.0)
+    assert measure.work(100) == 200  # as much for attention as for the weights
+    assert measure.tokens(measure.work(64)) == 64
+    assert probe._Measure(float("inf")).work(100) == 100
+    texts = [Encoded(tuple(range(80)), 4, ()), Encoded(tuple(range(200)), 150, ())]
+    assert measure.fitting(texts, measure.work(80) + 1) == texts[:1]
+    assert measure.fitting(texts, 10_000) == texts
+    (short,) = measure.fitting(texts[1:], measure.work(100))
+    assert (len(short.ids), short.labels) == (100, 1)  # its beginning, and something to predict
+
+
+def test_with_a_large_base_passes_are_few_and_short(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every pass took seconds: fewer clients and examples than in a step, and two passes to count memory."""
+    usual = preview.plan_study(load_config(config))
+    tokens: list[int] = []
+    steps = probe.local_phase
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        done = steps(*arguments, **options)
+        tokens.append(done.tokens)
+        return done
+
+    for module in (cost, probe):
+        monkeypatch.setattr(module, "LONG_S", 0.0)
+        monkeypatch.setattr(module, "PROBE", 3)
+    monkeypatch.setattr(probe, "TRAIN_S", 1e-9)
+    monkeypatch.setattr(probe, "local_phase", noted)
+    plan = preview.plan_study(load_config(config))
+    assert tokens == [3, 3]  # of the probe, and of what is measured
+    assert plan.speeds.trained > 0
+    assert (plan.speeds.scored or 0) > 0
+    assert (plan.speeds.answer or 0) > 0
+    assert plan.memory["cohort"] == pytest.approx(usual.memory["cohort"], rel=0.2)  # from 3 and 6 tokens
+    assert plan.work == usual.work

@@ -33,7 +33,7 @@ from fedmira.model.answers.generate import answers
 from fedmira.model.base.load import Base, load_base, load_tokenizer
 from fedmira.model.base.targets import Wanted
 from fedmira.model.base.vocabulary import check_ids
-from fedmira.study.adapting import wanted_of
+from fedmira.study.adapting import quantisation_of, wanted_of
 from fedmira.study.face import Run
 
 BASE = "base"
@@ -175,7 +175,10 @@ def open_chat(
     usual_targets = Wanted() if settings is None else wanted_of(settings.lora)  # prompts do not name any
     targets = next((config.targets for config in configs if not config.is_prompt), usual_targets)
     dtype = "auto" if facts is None else facts.dtype
-    base = load_base(base_name, revision=revision, dtype=dtype, targets=targets, tokenizer=tokenizer)
+    of_run = None if settings is None or model is not None else quantisation_of(settings.model)
+    base = load_base(
+        base_name, revision=revision, dtype=dtype, targets=targets, tokenizer=tokenizer, quantisation=of_run
+    )
     if model is None and facts is not None and facts.base_fingerprint != base.fingerprint:
         raise ModelError(
             f"model.base_model '{facts.base_model}' is not the base this run was trained on (sha256 "

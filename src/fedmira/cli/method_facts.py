@@ -15,7 +15,8 @@ from fedmira.methods import MethodModule
 from fedmira.methods.base import Clock, Cohort, Message, Method
 
 PARTS = {"lora": "the LoRA factors", "prompt": "the prompt encoder"}
-CLIENTS, RANK, WIDTH = 4, 2, 16  # of a small federation; the size of each factor is a multiple of 16
+CLIENTS, RANK = 4, 2  # of a small federation
+INPUTS, OUTPUTS = 16, 48  # of its layer; factors differ in size, and each is a multiple of 16
 
 
 def method_facts(module: MethodModule, method: Method | None = None) -> MethodFacts:
@@ -48,10 +49,10 @@ def exchange(method: Method) -> tuple[str, str, str]:
 
     In the first nobody has sent anything that could be handed on, and nothing has been added to the base.
     """
-    layout = lora_layout([("layer", WIDTH, WIDTH)], RANK)
+    layout = lora_layout([("layer", INPUTS, OUTPUTS)], RANK)
     names = tuple(f"client-{k}" for k in range(CLIENTS))
     lora = Federation(names, layout, torch.full((CLIENTS,), RANK), 2.0)
-    federation = lora.under(method, WIDTH)
+    federation = lora.under(method, INPUTS)
     ledger = Ledger(federation, federation.first_state(0, method), torch.zeros(CLIENTS))
     clients = Idle(federation, method)
     everyone = torch.arange(CLIENTS)
@@ -62,13 +63,14 @@ def exchange(method: Method) -> tuple[str, str, str]:
     assert clients.given is not None
     assert clients.returned is not None
     size = int(federation.layout.sizes(federation.ranks[:1])[0])
-    down = _formula(clients.given, played.bytes_down, size)
-    up = _formula(clients.returned, played.bytes_up, size)
+    one_part = federation.layout == layout
+    down = _formula(clients.given, played.bytes_down, size, factors=one_part)
+    up = _formula(clients.returned, played.bytes_up, size, factors=one_part)
     return down, up, " and ".join(dict.fromkeys(PARTS[part.kind] for part in federation.layout.parts))
 
 
-def _formula(message: Message, total: int, size: int) -> str:
-    """Write the bytes of all clients' messages as a formula; size: numbers in a whole row.
+def _formula(message: Message, total: int, size: int, *, factors: bool) -> str:
+    """Write the bytes of all clients' messages as a formula; size: numbers in a whole row; factors: it is A and B.
 
     S: clients. E: rows that some clients are sent and others not, as they are handed on. Q: numbers added to the base.
     """
@@ -78,10 +80,13 @@ def _formula(message: Message, total: int, size: int) -> str:
     told = 8 * sum(count for name, count in handed.items() if name in message.scalars)
     added = 0 if message.base is None else sum(message.base.bytes_missing)
     rows = fixed * CLIENTS + sum(handed.values())
-    share = (total - CLIENTS * always - told - added) / (4 * size * rows) if rows else 0.0
+    numbers = (total - CLIENTS * always - told - added) / (4 * rows) if rows else 0.0  # of a row
+    letter, share = "P", numbers / size
+    if factors and numbers in (RANK * INPUTS, RANK * OUTPUTS):
+        letter, share = "A" if numbers == RANK * INPUTS else "B", 1.0
     terms = [
-        (bool(fixed), f"S x {_times(fixed * share)}P x 4"),
-        (any(handed.values()), f"E x {_times(share)}P x 4"),
+        (bool(fixed), f"S x {_times(fixed * share)}{letter} x 4"),
+        (any(handed.values()), f"E x {_times(share)}{letter} x 4"),
         (bool(always), f"S x {always}"),
         (bool(told), "E x 8"),
         (bool(added), "Q x 4"),

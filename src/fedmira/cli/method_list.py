@@ -15,7 +15,7 @@ class MethodFacts:
     about: str
     papers: list[str]
     view: Literal["personal", "global"]
-    needs: Literal["each", "sum", "nothing"]
+    needs: Literal["each", "sum", "relay", "nothing"]
     weighs: bool
     sends: str
     bytes_up: str
@@ -29,7 +29,8 @@ class MethodFacts:
     def line(self) -> str:
         """All facts but `about`, on one line."""
         travels = f"sends {self.sends}, {self.bytes}" if self.bytes_up else "sends nothing"
-        return f"{self.view}; server sees {self.needs}; {travels}; {', '.join(self.papers) or 'no paper'}"
+        server = "server forwards each" if self.needs == "relay" else f"server sees {self.needs}"
+        return f"{self.view}; {server}; {travels}; {', '.join(self.papers) or 'no paper'}"
 
 
 def stored_facts() -> dict[str, MethodFacts]:

@@ -38,6 +38,20 @@ class ModelConfig(Strict):
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     revision: str | None = None  # hub only: branch, tag or commit
+    load_in_4bit: bool = False  # keep the weights of its linear layers in 4 bits (extra quant)
+    load_in_8bit: bool = False  # or in 8
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"  # values that 4 bits stand for; nf4: as QLoRA
+    bnb_4bit_use_double_quant: bool = False  # of 4 bits: store the scales in 8 bits too
+
+    @model_validator(mode="after")
+    def _one_kind_of_bits(self) -> "ModelConfig":
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are both true; set one")
+        if not self.load_in_4bit and self.bnb_4bit_use_double_quant:
+            raise ValueError("bnb_4bit_use_double_quant is about 4 bits, and load_in_4bit is false")
+        if self.dtype == "float64" and (self.load_in_4bit or self.load_in_8bit):
+            raise ValueError("dtype float64: weights in 4 or 8 bits are computed with in float32 or bfloat16")
+        return self
 
 
 class SplitConfig(Strict):

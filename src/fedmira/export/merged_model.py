@@ -30,6 +30,7 @@ from fedmira.export.peft_folder import check_adapters, check_free, new_folder
 from fedmira.model.base.load import quiet
 from fedmira.model.base.source import digest, find_folder, first_line, load_config, positions
 from fedmira.model.base.vocabulary import count_known_ids
+from fedmira.model.quantised import Quantisation, make_dense, stored_quantisation, take_over
 
 # Largest difference of logits, as a fraction of the largest logit, that a merge may make. Measured with random adapters
 # of several sizes on three small trained Llamas (2 to 6 layers) and on random Llamas and GPT-2 of 2 to 32 layers:
@@ -62,10 +63,12 @@ def merge_adapters(
     facts: RunFacts,
     revision: str | None = None,
     dtype: str | None = None,
+    quantisation: Quantisation | None = None,
 ) -> list[Merged]:
     """Write one whole model per adapter folder: weights in safetensors, the base's tokenizer files, and a card.
 
-    facts: run.json, for the base's name and sha256 and the type of the run; dtype: another type.
+    facts: run.json, for the base's name and sha256 and the type of the run; dtype: another type. quantisation: of the
+    base in the run; the adapter, which was trained on the rounded weights, is merged into those, made dense.
     All checks are done before any weights are loaded. Raises ConfigError, StoreError or ModelError: an unknown type, a
     taken target, pickles, a prompt, too little disk, a base that is not the run's, or logits that differ by more than
     TOLERANCES.
@@ -85,21 +88,28 @@ def merge_adapters(
     size = _count_parameters(folder) * getattr(torch, kind).itemsize
     _check_room(targets, size + sum(path.stat().st_size for path in tokenizer_files(folder)))
     base_sha256 = digest(folder)
+    if quantisation is not None:
+        base_sha256 = quantisation.fingerprint(base_sha256)
     if base_sha256 != facts.base_fingerprint:
         raise ModelError(
             f"model.base_model '{name}' is not the base this run was trained on (sha256 {base_sha256[:12]}, trained on "
             f"{facts.base_fingerprint[:12]}); use that base"
         )
     return [
-        _merge_one(source, target, folder=folder, base_model=name, dtype=kind)
+        _merge_one(source, target, folder=folder, base_model=name, dtype=kind, bits=quantisation, trained=facts.dtype)
         for source, target in zip(sources, targets, strict=True)
     ]
 
 
-def _merge_one(source: Path, target: Path, *, folder: Path, base_model: str, dtype: str) -> Merged:
-    """Merge, compare, save, load the saved model, compare again, and only then let the folder appear."""
+def _merge_one(
+    source: Path, target: Path, *, folder: Path, base_model: str, dtype: str, bits: Quantisation | None, trained: str
+) -> Merged:
+    """Merge, compare, save, load the saved model, compare again, and only then let the folder appear.
+
+    bits: of the base in the run, which computed in the type `trained`.
+    """
     exact = "float32" if dtype == "bfloat16" else dtype
-    model = _load(folder, exact)
+    model = _load_base(folder, exact, bits, trained)
     ids = _draw_ids(model)
     bare = _logits(model, ids)
     with warnings.catch_warnings():
@@ -174,6 +184,33 @@ def _load(folder: Path, dtype: str) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
         ).eval()
+
+
+def _load_base(folder: Path, dtype: str, bits: Quantisation | None, trained: str) -> Any:
+    """Return the base of a run as a dense model; one in 4 or 8 bits as these bits were read in the run."""
+    config = load_config(str(folder), folder)
+    stored = stored_quantisation(getattr(config, "quantization_config", None) or {})
+    if bits is None and stored is None:
+        return _load(folder, dtype)
+    kind = getattr(torch, trained)
+    settings = (stored or bits or Quantisation(4)).config(kind)
+    with quiet():
+        rounded = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=kind,
+            device_map={"": "cpu"},
+            use_safetensors=True,
+            trust_remote_code=False,
+            **({} if stored is not None else {"quantization_config": settings}),
+        )
+        take_over(rounded, kind)
+        make_dense(rounded)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        model.load_state_dict({name: value.to(getattr(torch, dtype)) for name, value in rounded.state_dict().items()})
+    return model
 
 
 def _draw_ids(model: Any) -> Tensor:

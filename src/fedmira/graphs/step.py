@@ -72,6 +72,24 @@ def couple(graph: Graph, ids: Array, *, kind: str, stored: bool) -> Coupling:
     return Coupling(ids, whole[:, :size], others, whole[:, size:])
 
 
+def weigh_known(graph: Graph, ids: Array, known: Array, *, kind: str) -> Array:
+    """Return A~ [S, K] of clients `ids` to all, normalised over those that are known; 0 where one of two is not.
+
+    known: bool [K]. A row depends on who is known, and not on the other clients of `ids`.
+    """
+    near = graph.subgraph(ids, np.arange(graph.clients)) * known * known[ids, None]
+    degrees = np.zeros(graph.clients)
+    if kind == "symmetric" and known.any():
+        degrees[known] = graph.degrees(np.flatnonzero(known))
+    return normalise(near, kind, columns=degrees)
+
+
+def couple_known(graph: Graph, ids: Array, known: Array, *, kind: str) -> Coupling:
+    """Restrict the graph to a step that clients `ids` take at the same time, among all that are known (bool [K])."""
+    weights, others = weigh_known(graph, ids, known, kind=kind), np.setdiff1d(np.flatnonzero(known), ids)
+    return Coupling(ids, weights[:, ids], others, weights[:, others])
+
+
 def largest_eigenvalue(coupling: Coupling) -> float:
     """The largest eigenvalue of L_SS.
 

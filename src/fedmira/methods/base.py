@@ -294,19 +294,21 @@ class Regime:
 class Facts:
     """What reports and laws ask of a method, and the engine never does.
 
-    needs: must the server see each upload, or would their sum do. weighs: do example counts enter the merge. compare:
-    what "equal" means for this method's adapters. graph: who is pulled to whom; learned: that graph of a State, where
-    it is learned in the rounds. pull: ids [S] -> fraction by which a merge moves each. figures: scalars of an upload
-    that go into the record of its round, and of what clients do after the last; -1 = not told.
+    needs: must the server see each upload, or would their sum do; relay: it only forwards them. weighs: do example
+    counts enter the merge. compare: what "equal" means for this method's adapters. graph: who is pulled to whom;
+    learned: that graph of a State, where it is learned in the rounds. pull: ids [S] -> fraction by which a merge moves
+    each. figures: scalars of an upload that go into the record of its round, and of what clients do after the last;
+    -1 = not told. rows_down: ids [S] -> rows that each is sent in a round, at most [S]; None = one.
     """
 
-    needs: Literal["each", "sum"] = "sum"
+    needs: Literal["each", "sum", "relay"] = "sum"
     weighs: bool = False
     compare: Literal["factors", "products"] = "factors"
     graph: Graph | None = None
     learned: Callable[[State], Graph] | None = None
     pull: Callable[[Tensor], Tensor] | None = None
     figures: tuple[str, ...] = ()
+    rows_down: Callable[[Tensor], Tensor] | None = None
 
 
 class Init(Protocol):

@@ -1,10 +1,12 @@
-"""What the section `lora` of a config means for a base: its layers, ranks and scales of their pairs, their start."""
+"""What a config means for a base: layers that get adapters, ranks and scales of their pairs, their start, its bits."""
 
 from collections.abc import Sequence
 
 from fedmira.adapters import Alpha, Scaling, Start
 from fedmira.config.lora import LoraConfig
+from fedmira.config.sections import ModelConfig
 from fedmira.model.base.targets import Wanted, by_pattern
+from fedmira.model.quantised import Quantisation
 
 
 def wanted_of(section: LoraConfig) -> Wanted:
@@ -32,3 +34,12 @@ def alpha_of(section: LoraConfig, modules: Sequence[str]) -> Alpha:
 def start_of(section: LoraConfig) -> Start:
     """Return how factors are drawn."""
     return "kaiming" if section.init_lora_weights is True else section.init_lora_weights
+
+
+def quantisation_of(section: ModelConfig) -> Quantisation | None:
+    """Return how a config wants the weights of its base stored; None: as they are in its folder."""
+    if section.load_in_8bit:
+        return Quantisation(8)
+    if section.load_in_4bit:
+        return Quantisation(4, section.bnb_4bit_quant_type, section.bnb_4bit_use_double_quant)
+    return None

@@ -36,11 +36,12 @@ from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort, Method
 from fedmira.model.base.load import Base, choose_device, load_base
 from fedmira.model.base.trial import check_embeddings
-from fedmira.study.adapting import alpha_of, ranks_by_module, start_of, wanted_of
+from fedmira.model.quantised import check_installed
+from fedmira.study.adapting import alpha_of, quantisation_of, ranks_by_module, start_of, wanted_of
 from fedmira.study.events import StudyPrepared
 from fedmira.study.intake import Intake, check_examples, take_in
 from fedmira.study.passes import shape_of_passes
-from fedmira.study.privacy import check_method, check_privacy, held_back, privacy_notes
+from fedmira.study.privacy import check_privacy, check_profile, held_back, privacy_notes
 from fedmira.study.starts import read_start
 from fedmira.study.training import check_least_rate, check_optimizer, check_validation
 
@@ -76,6 +77,7 @@ def base_of(config: Config, dtype: str, *, tokenizer: Any = None) -> Base:
         device=config.model.device,
         targets=wanted_of(config.lora),
         tokenizer=tokenizer,
+        quantisation=quantisation_of(config.model),
     )
 
 
@@ -152,6 +154,8 @@ def prepare(
     """
     choose_device(config.model.device)  # refused now if it is not there, and not after minutes of reading
     check_privacy(config)
+    if quantisation_of(config.model) is not None:
+        check_installed()
     recipes = [recipe_of(entry) for entry in config.methods]
     config = keep_positions(config, recipes)
     if materials is None:
@@ -183,9 +187,8 @@ def prepare(
     }
     for label, one in built.items():
         for seed, method in one.methods.items():
-            check_method(config, method, label)
             found = privacy_notes(config, label, method, one.training, clients, cohorts[seed].schedule)
-            one.notes.extend(note for note in found if note not in one.notes)
+            one.notes[:] = dict.fromkeys([*one.notes, *found])
     base = materials.load(config, dtype)
     threads = count_threads(base, saved)
     check_base(config, base, saved)
@@ -235,8 +238,7 @@ class Profiles:
 
     def __call__(self, column: str | None) -> np.ndarray:
         """Return mean embeddings of prompts [K, d] (None), or shares of a column's values [K, values]."""
-        if self.config.privacy is not None:
-            raise MethodError("privacy: a profile of the clients' data is not private; take another graph than knn")
+        check_profile(self.config)
         profiles, clients = self.materials.profiles, self.materials.intake.clients
         if column not in profiles:
             with warnings.catch_warnings():  # libraries' warnings do not belong to the method's notes

@@ -243,8 +243,10 @@ def _marked(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        outside = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError | WireError) or (
-            isinstance(error, FedMiraError) and isinstance(error.__cause__, OSError)
+        memory = _is_out_of_memory(error)
+        outside = memory or (
+            isinstance(error, OSError | WireError)
+            or (isinstance(error, FedMiraError) and isinstance(error.__cause__, OSError))
         )
         goes_on = outside or isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
         state: State = "interrupted" if goes_on else "failed"
@@ -254,7 +256,8 @@ def _marked(folder: RunFolder) -> Iterator[None]:
         with suppress(StoreError, OSError):  # a full disk: the state stays "running", which resumes as well
             folder.update(replace(folder.facts, state=state, finished=now()))
         if outside:
-            raise Stopped(f"{_told(error)}; finished rounds are saved") from error
+            less = "; if there will be no more memory, resume with federation.cohort=N, fewer clients in a pass"
+            raise Stopped(f"{_told(error)}; finished rounds are saved{less if memory else ''}") from error
         raise
 
 
@@ -264,7 +267,14 @@ def _told(error: BaseException) -> str:
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
         return f"{os.strerror(error.errno)}{f': {error.filename!r}' if error.filename else ''}"
-    return "out of memory" if isinstance(error, MemoryError | torch.OutOfMemoryError) else type(error).__name__
+    return "out of memory" if _is_out_of_memory(error) else type(error).__name__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch has a class of its own for a GPU's memory, and says it in words of that of the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _write_graph(folder: RunFolder, graph: Graph | None, cohort: Cohort) -> None:

@@ -218,14 +218,18 @@ def _cost(prepared: Prepared, built: Built, seed: int, probe: _Probe) -> _Cost:
     clock = Clock(1)
     down = method.travels(federation.layout, clock)
     up = down & method.trained(federation.layout, clock)
-    numbers = sum(
+    numbers_down, numbers_up = (
         float(count_columns(federation.layout, columns, federation.ranks).double().mean()) for columns in (down, up)
     )
+    sampled = torch.from_numpy(schedule[0])
+    rows_down = len(sampled) if method.facts.rows_down is None else int(method.facts.rows_down(sampled).sum())
     ever = len({int(k) for ids in schedule for k in ids})
     trainees = {"nobody": 0, "pool": 1, "sampled": ever}[regime.trainees]
     at_server = ever if method.has_row_of_each else method.count_rows(len(clients))  # rows that differ from the start
     moments = sum(name != "steps" for name in training.optimizer.keys) if training.keep_optimizer else 0
-    kept = trainees * (moments + (0 if bool(down.all()) else 1))
+    first = method.message(federation.first_state(seed, method), sampled[:1], clock)
+    keeps_its_row = not bool(down.all()) or "rows" in first.absent
+    kept = trainees * (moments + keeps_its_row)
     best = 0  # rows of the best rounds, with the clients or, of a shared adapter, with the server
     if config.evaluation.keep == "best" and trainees:
         best = ever if method.has_row_of_each else len(clients) if view_of(method) == "personal" else at_server
@@ -242,7 +246,7 @@ def _cost(prepared: Prepared, built: Built, seed: int, probe: _Probe) -> _Cost:
     return _Cost(
         work=work,
         seconds=speeds.seconds(work),
-        travels=round(len(schedule[0]) * 4 * numbers),
+        travels=round(4 * (rows_down * numbers_down + len(sampled) * numbers_up)),
         rows=rows,
         checkpoints=COPIES * (changed + kept + best) * row,
         adapters=(distinct if links else len(clients)) * whole,

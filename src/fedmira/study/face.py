@@ -112,8 +112,9 @@ def run(config: Config, *, observer: Observer = silent, overwrite: bool = False)
 def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observer = silent) -> Study:
     """Go on with a study, or with only one of its runs, where the newest intact checkpoints are.
 
-    overrides: only `federation.rounds=N`, and only upwards; runs that were complete then go on too.
-    Raises StoreError if there is nothing to resume, ConfigError for any other override.
+    overrides: `federation.rounds=N`, only upwards; runs that were complete then go on too. `federation.cohort=N`, only
+    downwards, after a run that was out of memory: other last digits from there on. Raises StoreError if there is
+    nothing to resume, ConfigError for any other override.
     """
     folder, only = find_study(Path(path))
     from fedmira.study.loading import check
@@ -121,15 +122,20 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observe
     config = check(folder.config().model_dump(by_alias=True), str(folder.path / "config.yaml"))
     for override in overrides:
         key, _, value = override.partition("=")
-        if key != "federation.rounds" or not value.isdecimal() or int(value) < config.federation.rounds:
+        number = int(value) if value.isdecimal() else -1
+        at_most = min((run.facts.cohort for run in folder.runs()), default=1)
+        grows = key == "federation.rounds" and number >= config.federation.rounds
+        shrinks = key == "federation.cohort" and 1 <= number <= at_most
+        if not grows and not shrinks:
             raise ConfigError(
                 [
-                    f"'{override}': on resume only federation.rounds may change, from {config.federation.rounds} up"
-                    "; anything else is a new study"
+                    f"'{override}': on resume only federation.rounds may change, from {config.federation.rounds} up, "
+                    f"and federation.cohort, from {at_most} down; anything else is a new study"
                 ],
                 "overrides",
             )
-        config = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": int(value)})})
+        changed = config.federation.model_copy(update={key.partition(".")[2]: number})
+        config = config.model_copy(update={"federation": changed})
     from fedmira.study.trackers import check_trackers
 
     check_trackers(config.report_to)
@@ -192,8 +198,17 @@ def merge(
     opened = Run(sources[0].parent.parent)
     targets = [Path(out) / source.name for source in sources]
     from fedmira.export.merged_model import merge_adapters
+    from fedmira.study.adapting import quantisation_of
 
-    return merge_adapters(sources, targets, facts=opened.facts, revision=opened.config.model.revision, dtype=dtype)
+    model = opened.config.model
+    return merge_adapters(
+        sources,
+        targets,
+        facts=opened.facts,
+        revision=model.revision,
+        dtype=dtype,
+        quantisation=quantisation_of(model),
+    )
 
 
 def _adapters(run: str | Path | Run, client: str | None) -> list[Path]:

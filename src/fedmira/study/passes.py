@@ -1,5 +1,6 @@
 """How wide a study's training passes are, and whether they compute decoder blocks again: by measured memory."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -8,6 +9,8 @@ from fedmira.config.sections import Config, TrainingConfig
 from fedmira.disk.run_facts import RunFacts
 from fedmira.engine.cost import CohortPlan, plan_cohort
 from fedmira.engine.workplace import Workplace
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,19 @@ def shape_of_passes(
 ) -> PassShape:
     """Return the shape of a study's training passes: as saved, as the config says, or what fits.
 
+    A number of clients in the config goes before the saved one: it was made smaller after a run was out of memory.
+
     With a number of clients that is given, blocks are recomputed where that many do not fit otherwise.
     """
-    if saved is not None:
-        return PassShape(saved.cohort, saved.recompute, saved.at_once)
     given = None if config.federation.cohort == "auto" else config.federation.cohort
+    if saved is not None:
+        if given is not None and given < saved.cohort:
+            log.warning(
+                "passes of %d clients now, and of %d before: results agree up to rounding, and not to the bit",
+                given,
+                saved.cohort,
+            )
+        return PassShape(saved.cohort if given is None else min(given, saved.cohort), saved.recompute, saved.at_once)
     auto = any(section.gradient_checkpointing == "auto" for _, section in passes)
     if given is not None and not auto:
         return PassShape(given)

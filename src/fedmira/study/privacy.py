@@ -73,6 +73,12 @@ def _unfit(section: PrivacyConfig, method: Method) -> Iterator[str]:
         yield f"{BY_VALIDATION}: write privacy.validation: true if these need no privacy, or"
 
 
+def check_profile(config: Config) -> None:
+    """Raise MethodError if a method asks for a profile of the clients' data, which is a mean over their examples."""
+    if config.privacy is not None:
+        raise MethodError("privacy: a profile of the clients' data is not private; take another graph than knn")
+
+
 def shares_of(clients: Sequence[ClientData], training: TrainingConfig) -> dict[str, Share]:
     """Return how each client trains in a round."""
     shares = {}
@@ -98,7 +104,11 @@ def privacy_notes(
     clients: Sequence[ClientData],
     schedule: Sequence[np.ndarray],
 ) -> list[str]:
-    """Say how far the budget of a run reaches, where not to the last round. Raises MethodError if not to the first."""
+    """Say how far the budget of a run reaches, where not to the last round.
+
+    Raises MethodError if it does not reach the first, or the method looks at examples in ways that it does not pay for.
+    """
+    check_method(config, method, label)
     section = config.privacy
     if section is None or method.regime.trainees == "nobody":
         return []

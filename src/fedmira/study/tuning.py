@@ -1,10 +1,10 @@
 """What is tuned of a method before it is compared, and by how many runs: the same number for every method.
 
-A budget of B runs a method, with one seed: first B - (v - 1) learning rates, where v values of the method's own setting
-are tried (`TUNED` in its file), then the other v - 1 values at the best rate; a method without such a setting tries B
-learning rates. What an entry sets itself is not tuned; but where it has an optimizer of its own, tuning begins at the
-learning rate beside it. The lowest mean validation loss over clients wins, of equal ones the earlier; a loss that is
-not finite never does.
+A budget of B runs a method, with one seed: first learning rates, then, where the method's own setting has v values to
+try (`TUNED` in its file), the other v - 1 values at the best rate. These get the last v - 1 runs, but half of the
+budget at most: a poor learning rate hides everything else. What an entry sets itself is not tuned; but where it has an
+optimizer of its own, tuning begins at the learning rate beside it. The lowest mean validation loss over clients wins,
+of equal ones the earlier; a loss that is not finite never does.
 """
 
 import math
@@ -64,7 +64,7 @@ def rates_of(entry: MethodEntry, config: Config, budget: int) -> list[float]:
     usual = None if own is None else own.default  # None: the config's
     middle = config.training_of(entry).learning_rate if usual is None else usual
     knob = knob_of(entry)
-    count = budget if knob is None else max(1, budget - len(knob[1]) + 1)
+    count = budget if knob is None else max((budget + 1) // 2, budget - len(knob[1]) + 1)
     return [middle * factor for factor in FACTORS[:count]]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -40,6 +41,7 @@ from fedmira.model.packed.loss import Head
 from fedmira.model.packed.recompute import find_blocks
 from fedmira.model.packed.tail import Tail, find_tail
 from fedmira.model.packed.virtual import VirtualIndex
+from fedmira.model.quantised import Quantisation, stored_quantisation, take_over
 
 __all__ = ["Base", "choose_device", "choose_dtype", "fingerprint", "load_base", "load_tokenizer"]
 __all__ += ["quiet", "wrap"]
@@ -98,9 +100,11 @@ def load_base(
     device: str = "auto",
     targets: Sequence[str] | str | Wanted = "auto",
     tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+    quantisation: Quantisation | None = None,
 ) -> Base:
     """Load, check, freeze and stack a base model.
 
+    quantisation: of float weights, when they are loaded; a folder that was quantised before is read as it is.
     revision: branch, tag or commit of a hub name, None for its main branch. dtype "auto": bfloat16 where the machine
     multiplies it fast (CUDA sm80+, CPUs with avx512_bf16 or amx_bf16), else float32. targets: as in Wanted; "auto":
     PEFT's list for the architecture, or every linear layer where PEFT has none.
@@ -112,7 +116,16 @@ def load_base(
     keep_freed_memory()
     folder = find_folder(name, revision=revision, weights=True)
     config = load_config(name, folder)
-    check_numbers(folder, name=name)
+    stored = stored_quantisation(getattr(config, "quantization_config", None) or {})
+    if stored is None:
+        check_numbers(folder, name=name)
+    elif quantisation is not None and quantisation != stored:
+        asked = f"the config asks for {quantisation.name}: remove load_in_4bit or load_in_8bit"
+        raise refuse(name, f"its weights are in {stored.name} already, and {asked}")
+    how: dict[str, Any] = {}
+    if stored is not None or quantisation is not None:
+        settings = (stored or quantisation or Quantisation(4)).config(kind)
+        how = {"device_map": {"": on}, **({} if stored is not None else {"quantization_config": settings})}
     try:
         with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -123,15 +136,20 @@ def load_base(
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report
+                **how,
             )
     except Exception as error:  # a damaged file, or a config that no model can be built from
         raise refuse(name, f"weights cannot be loaded: {type(error).__name__}: {first_line(error)}") from None
     check_fit(model, report, name=name)
     try:
-        model = model.to(on)
+        model = model if how else model.to(on)
     except torch.OutOfMemoryError as error:
         raise refuse(name, f"does not fit on {on} in {kind}: {first_line(error)}") from None
-    return wrap(model, tokenizer, name=name, targets=targets, fingerprint=digest(folder))
+    sha256 = digest(folder)
+    if how:
+        take_over(model, kind)
+        sha256 = sha256 if stored is not None or quantisation is None else quantisation.fingerprint(sha256)
+    return wrap(model, tokenizer, name=name, targets=targets, fingerprint=sha256)
 
 
 def wrap(

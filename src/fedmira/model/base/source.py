@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fedmira.errors import ModelError, nearest
+from fedmira.model.quantised import stored_quantisation
 
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
@@ -134,11 +135,12 @@ def _check_facts(name: str, facts: Mapping[str, Any]) -> str:
     if facts.get("quantization_config") or facts.get("compression_config"):
         settings = facts.get("quantization_config")
         method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
-        raise refuse(
-            name,
-            f"its weights are quantised (method: {method}); FedMira trains on plain float weights, so use the model "
-            "that this one is based on",
-        )
+        if facts.get("compression_config") or not isinstance(settings, dict) or stored_quantisation(settings) is None:
+            raise refuse(
+                name,
+                f"its weights are quantised (method: {method}); FedMira reads plain float weights, and 4 or 8 bits of "
+                "bitsandbytes: use the model that this one is based on, with model.load_in_4bit where it is too large",
+            )
     if facts.get("transformers_weights"):
         raise refuse(name, "config.json names other weights (transformers_weights); expected model.safetensors")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedmira.errors import ModelError, nearest
 from fedmira.model.agreement import agree
+from fedmira.model.quantised import QuantisedLinear
 
 WORDS = ("auto", "all-linear")
 
@@ -197,7 +198,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_linear(module: nn.Linear | Conv1D) -> bool:
     """Does it compute W x + b? Subclasses may in another way (Falcon), or do more (routers): these are tried."""
-    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward) or isinstance(module, QuantisedLinear):
         return True
     weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
     x = torch.ones(1, weight.shape[1], dtype=weight.dtype, device=weight.device)

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from fedmira.adapters import Adapters, Leaf
 from fedmira.model.packed.packing import Segment
 from fedmira.model.packed.virtual import VirtualTokens, make_virtual_tokens
+from fedmira.model.quantised import QuantisedLinear
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,17 @@ class StackedLinear(nn.Module):
         self.weight, self.bias = base.weight, base.bias
         self.transposed = isinstance(base, Conv1D)  # weight is [in, out]
         self.stack, self.name, self.slot = stack, name, slot
+        self.quantised = base if isinstance(base, QuantisedLinear) else None
+
+    def dense(self) -> Tensor:
+        """Return the weight [out, in]; one in 4 or 8 bits is made dense for this call."""
+        if self.quantised is not None:
+            return self.quantised.dense()
+        return self.weight.t() if self.transposed else self.weight
 
     def plain(self, x: Tensor) -> Tensor:
         """Compute the base's layer, with what was added to it."""
-        y = functional.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+        y = functional.linear(x, self.dense(), self.bias)
         if self.name in self.stack.added:
             a, b = self.stack.added[self.name]
             y = y + functional.linear(functional.linear(x, a), b)
@@ -179,14 +187,17 @@ class StackedLinear(nn.Module):
 
     def plain_backward(self, dy: Tensor, added: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return the gradient of the input [tokens, in] of `plain` from that of its output [tokens, out]."""
-        dx = dy @ (self.weight.t() if self.transposed else self.weight)
+        dx = dy @ self.dense()
         if added is not None:
             a, b = added
             dx.addmm_(dy @ b, a)
         return dx
 
     def forward(self, x: Tensor) -> Tensor:
-        pairs = self.stack.pairs.get(self.name)
+        pairs = self.stack.pairs.get(self.name, [])
+        if self.quantised is not None and torch.is_grad_enabled() and x.requires_grad:  # else a dense weight is kept
+            anchor = x.new_zeros(()) if self.stack.anchor is None else self.stack.anchor
+            return _StackedLinear.apply(x, anchor, self, pairs)  # type: ignore[no-untyped-call]
         if not pairs:
             return self.plain(x)
         if self.stack.anchor is not None and torch.is_grad_enabled():
@@ -264,8 +275,7 @@ def install(model: nn.Module, names: Sequence[str], stack: Stack) -> list[tuple[
     for slot, name in enumerate(names):
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear | Conv1D)
-        layer = StackedLinear(base, stack, name=name, slot=slot)
-        model.set_submodule(name, layer)
-        first, second = base.weight.shape
-        shapes.append((name, first, second) if layer.transposed else (name, second, first))
+        model.set_submodule(name, StackedLinear(base, stack, name=name, slot=slot))
+        first, second = base.weight.shape if isinstance(base, Conv1D) else (base.in_features, base.out_features)
+        shapes.append((name, first, second))
     return shapes

@@ -1,0 +1,198 @@
+"""Bases in 4 and 8 bits: losses, gradients and answers of PEFT on the same weights; studies, folders, refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tests import small_study, tiny
+from tests.parity.pairing import EXAMPLES, RANKS, Pairing
+from transformers import AutoModelForCausalLM
+
+import fedmira
+from fedmira.config.faults import check_config
+from fedmira.errors import ConfigError, ModelError
+from fedmira.model import quantised
+from fedmira.model.answers.generate import answers
+from fedmira.model.base.load import load_base
+from fedmira.model.quantised import Quantisation, make_dense, take_over
+from fedmira.study import face
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (an extra of fedmira)")
+
+NF4 = Quantisation(4)
+FOUR_BITS = (NF4, Quantisation(4, "fp4"), Quantisation(4, "nf4", True))
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+FAMILIES = ("llama", "qwen2", "mistral", "gemma2", "phi3", "gpt2")
+
+
+def loaded(folder: Path, how: Quantisation) -> Any:
+    """The model as transformers and bitsandbytes have it."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=how.config(torch.float32), dtype=torch.float32, device_map="cpu"
+    ).eval()
+
+
+def save(family: str, folder: Path) -> Path:
+    tiny.model(family, dtype=torch.float32).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def pair(family: str, folder: Path, how: Quantisation, *, dense: bool = False) -> Pairing:
+    """dense: PEFT gets plain layers with the numbers that the bits stand for."""
+    save(family, folder)
+    base = load_base(str(folder), dtype="float32", device="cpu", targets="all-linear", quantisation=how)
+    plain = loaded(folder, how)
+    if dense:
+        take_over(plain, torch.float32)
+        make_dense(plain)
+    stack = tiny.adapters(tiny.layout(base, max(RANKS)), RANKS, dtype=torch.float32)
+    stream = np.random.default_rng(5)
+    texts = [[tiny.example(stream, int(stream.integers(3, 12)), answer=2) for _ in range(count)] for count in EXAMPLES]
+    return Pairing(base, plain, stack, texts, TOLERANCE)
+
+
+def check(pairing: Pairing) -> None:
+    """Assert that losses, gradients and answers of every client are PEFT's."""
+    assert all(pairing.base.model.get_submodule(name).quantised is not None for name, _, _ in pairing.base.shapes)
+    found, rows = pairing.own
+    questions = [[one.question for one in texts] for texts in pairing.texts]
+    written = answers(pairing.base, pairing.stack, questions, max_new_tokens=4)
+    for k, texts in enumerate(pairing.texts):
+        made = pairing.peft(k)
+        loss = tiny.peft_loss(made, texts)
+        loss.backward()
+        torch.testing.assert_close(found[k].to(loss.dtype), loss.detach(), **pairing.tolerance)
+        gradient = tiny.peft_row(made, pairing.stack.layout, gradient=True)
+        largest = float(gradient.abs().max())
+        torch.testing.assert_close(rows[k] / largest, gradient / largest, **pairing.tolerance)
+        for question, text in zip(questions[k], written[k], strict=True):
+            ids = made.generate(input_ids=torch.tensor([question]), max_new_tokens=4, do_sample=False)[
+                0, len(question) :
+            ]
+            assert text == pairing.base.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_4_bits_losses_gradients_and_answers_are_those_of_peft(family: str, tmp_path: Path) -> None:
+    check(pair(family, tmp_path, NF4))
+
+
+@pytest.mark.parametrize("how", FOUR_BITS[1:], ids=lambda how: how.name)
+def test_so_they_are_with_other_values_and_with_quantised_scales(how: Quantisation, tmp_path: Path) -> None:
+    check(pair("llama", tmp_path, how))
+
+
+def test_in_8_bits_they_are_those_of_peft_on_the_rounded_weights(tmp_path: Path) -> None:
+    """Not on LLM.int8, which rounds what goes into a layer by what else is in the pass."""
+    pairing = pair("llama", tmp_path, Quantisation(8), dense=True)
+    check(pairing)
+    rounded = pairing.plain.model.layers[0].self_attn.q_proj.weight
+    exact = tiny.model("llama", dtype=torch.float32).model.layers[0].self_attn.q_proj.weight.detach()
+    scale = exact.abs().amax(dim=1, keepdim=True) / 127
+    assert 0.1 < float(((rounded - exact).abs() / scale).max()) < 0.55  # bitsandbytes rounds numbers of 16 bits
+
+
+def test_a_pass_keeps_no_dense_weight(tmp_path: Path) -> None:
+    """Autograd would keep one of every layer for the way back."""
+    pairing = pair("llama", tmp_path, NF4)
+    kept: list[tuple[int, ...]] = []
+    dense = {tuple(shape) for _, first, second in pairing.base.shapes for shape in ((second, first), (first, second))}
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(tuple(one.shape)) or one, lambda one: one):
+        pairing.gradients()
+    assert kept
+    assert not dense & set(kept)
+
+
+def test_a_folder_that_was_quantised_before_is_read_as_it_is(tmp_path: Path) -> None:
+    for how in (NF4, Quantisation(8)):
+        first, second = tmp_path / f"{how.name}-a", tmp_path / f"{how.name}-b"
+        save("llama", first)
+        loaded(first, how).save_pretrained(second)
+        tiny.tokenizer().save_pretrained(second)
+        bases = [
+            load_base(str(first), dtype="float32", device="cpu", targets="all-linear", quantisation=how),
+            load_base(str(second), dtype="float32", device="cpu", targets="all-linear"),
+        ]
+        for name, _, _ in bases[0].shapes:
+            one, other = (base.model.get_submodule(name).dense() for base in bases)
+            assert torch.equal(one, other)
+        assert bases[0].fingerprint != bases[1].fingerprint
+    with pytest.raises(ModelError, match=r"its weights are in int8 already, and the config asks for nf4"):
+        load_base(str(second), dtype="float32", device="cpu", quantisation=NF4)
+
+
+def test_what_is_stored_in_another_way_is_refused_by_its_method(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    path = tmp_path / "config.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**facts, "quantization_config": {"quant_method": "gptq", "bits": 4}}), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"method: gptq\); .*use the model that this one is based on, with model"):
+        load_base(str(tmp_path))
+
+
+# ---------------------------------------------------------------- a study
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, fedmira.Study]:
+    here = tmp_path_factory.mktemp("quantised")
+    base, data = small_study.save_base(here / "base"), small_study.save_data(here / "data.jsonl")
+    raw = small_study.settings(base, data, here / "study", methods=[{"name": "mira"}], federation={"rounds": 2})
+    raw["model"] |= {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
+    return base, data, fedmira.run(check_config(raw))
+
+
+def test_a_folder_of_a_run_has_its_test_loss_in_peft_on_the_same_bits(made: tuple[Path, Path, fedmira.Study]) -> None:
+    base, _, study = made
+    (run,) = study.runs
+    rows = study.results.query("split == 'test' and metric == 'loss' and round == 2").set_index("client")["value"]
+    from fedmira.study.run import Common
+
+    clients = {one.id: one for one in Common().prepare(run.config, lambda event: None).workplace.clients}
+    for name in ("ada", "bo"):
+        plain = loaded(base, Quantisation(4, "nf4", True))
+        joined = PeftModel.from_pretrained(plain, str(run.adapters(name)), autocast_adapter_dtype=False).eval()
+        with torch.no_grad():
+            assert float(tiny.peft_loss(joined, clients[name].test)) == pytest.approx(rows[name], rel=1e-4)
+
+
+def test_merged_models_have_the_rounded_weights_and_are_plain(
+    made: tuple[Path, Path, fedmira.Study], tmp_path: Path
+) -> None:
+    (run,) = made[2].runs
+    (merged,) = face.merge(run, client="ada", out=tmp_path)
+    assert merged.difference < 1e-4 < merged.effect
+    assert "quantization_config" not in json.loads((merged.path / "config.json").read_text(encoding="utf-8"))
+
+
+def test_chat_and_resume_know_the_bits(made: tuple[Path, Path, fedmira.Study]) -> None:
+    (run,) = made[2].runs
+    ended = small_study.command("chat", run.path, "--client", "ada", "-p", "w3 w4", "--max-new-tokens", 2, "--json")
+    assert ended.code == 0, ended.err
+    ended = small_study.command("resume", made[2].path, "federation.rounds=3", "-q")
+    assert ended.code == 0, ended.err
+    assert run.facts.rounds == 3
+
+
+def test_keys_that_do_not_fit_and_a_missing_extra_are_said_before_anything_is_read(
+    made: tuple[Path, Path, fedmira.Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, data, _ = made
+    raw = small_study.settings(base, data, tmp_path / "study")
+    for keys, said in (
+        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit are both true"),
+        ({"bnb_4bit_use_double_quant": True}, "is about 4 bits, and load_in_4bit is false"),
+        ({"load_in_8bit": True, "dtype": "float64"}, "computed with in float32 or bfloat16"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}, "nf4"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            check_config({**raw, "model": {**raw["model"], **keys}})
+    monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"need bitsandbytes: pip install 'fedmira\[quant\]'"):
+        fedmira.run(check_config({**raw, "model": {**raw["model"], "load_in_4bit": True}}))
+    assert not (tmp_path / "study").exists()
