@@ -35,11 +35,11 @@ def measure(noise: str, words: Sequence[str]) -> dict[str, Any]:
     else:
         fedmira.run(fedmira.load_config(HERE / "ni.yaml", [*words, privacy, f"output_dir={folder}"]))
     values = client_values(read_results(folder), metric="loss")
-    spent = {run.facts.label: run.facts.privacy for run in StudyFolder(folder).runs()}
+    spent = {run.facts.label: (run.facts.privacy or {}).get("epsilon") for run in StudyFolder(folder).runs()}
     return {
         "noise": noise,
         "methods": {
-            label: {"epsilon": None if spent[label] is None else spent[label]["epsilon"], "loss": list(losses.values())}
+            label: {"epsilon": spent[label], "loss": list(losses.values())}
             for label, losses in values.items()
             if label in spent
         },
