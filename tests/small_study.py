@@ -84,7 +84,7 @@ def settings(base: Path, data: Path, output: Path, /, **changes: Any) -> dict[st
         "evaluation": {"metrics": ["loss", "exact_match"], "max_new_tokens": 2},
     }
     for key, value in changes.items():
-        raw[key] = {**raw[key], **value} if isinstance(value, dict) else value
+        raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
     return raw
 
 

@@ -143,6 +143,9 @@ class Elsewhere:
         for k in ids.tolist():
             self.pipes[k].send(("set aside", send(torch.tensor([k])).map(torch.clone), send.clock))
 
+    def stops(self, sampled: Tensor) -> str | None:
+        return None
+
     def take_up(self) -> None:
         for pipe in self.pipes:
             pipe.send(("take up",))

@@ -276,6 +276,16 @@ class MethodTraining(TrainingConfig):
         return TrainingConfig.model_validate({**kept, **changed})
 
 
+class PrivacyConfig(Strict):
+    """Differential privacy of every training example; docs/privacy.md says what that promises, and what not."""
+
+    epsilon: Annotated[float, Field(gt=0)]  # budget of each client in a run; no round begins that would exceed it
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5  # well below 1 / examples of a client
+    noise_multiplier: Annotated[float, Field(ge=0.2)] = 1.0  # standard deviation of the noise, in units of clip
+    clip: Annotated[float, Field(gt=0)] = 1.0  # longest gradient of one example, over all numbers that are trained
+    validation: bool = False  # true: validation losses are reported and chosen by; validation examples get no privacy
+
+
 class EvaluationConfig(Strict):
     """What is measured; the final test on all clients always runs."""
 
@@ -353,6 +363,7 @@ class Config(Strict):
     data: DataConfig
     federation: FederationConfig
     training: TrainingConfig
+    privacy: PrivacyConfig | None = None  # null: none; needs the extra dp
     methods: Annotated[list[MethodEntry], Field(min_length=1)]
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()

@@ -196,6 +196,9 @@ class Remote:
     def set_aside(self, ids: Tensor, send: Send) -> None:
         self._ask_each("set_aside", ids.tolist(), send)
 
+    def stops(self, sampled: Tensor) -> str | None:
+        return None  # a federation with privacy is refused when it is set up
+
     def take_up(self) -> None:
         for _ in self._order("take_up", range(len(self.federation)), _no_message, Clock(self.round + 1)):
             pass

@@ -86,6 +86,8 @@ def list_unfit(config: Config, recipes: Sequence[Recipe], sites: Sequence[str]) 
         return
     if config.lora.start is not None:
         yield "lora.start: a federation begins with factors that are drawn; leave it out"
+    if config.privacy is not None:
+        yield "privacy: sites do not keep an account of their own yet; found one in the study, leave it out"
     if config.data.template not in ("auto", *NAMES):
         yield (
             f"data.template: found '{config.data.template}', a file of this machine; allowed in a federation are auto, "

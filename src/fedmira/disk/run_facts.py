@@ -57,6 +57,7 @@ class RunFacts:
     figures: Mapping[str, Sequence[float | None]] | None = None  # of what each client did after the last round, by name
     keep: Literal["last", "best"] = "last"  # whose adapters are tested and exported: of which round
     kept_rounds: Sequence[int] | None = None  # first, median and last of the clients' best rounds; None: keep is last
+    privacy: Mapping[str, Any] | None = None  # what was promised and spent; None: nothing was
     stopped_early: Mapping[str, Any] | None = None  # round, reason; None: it had, or will have, all its rounds
     finished: str | None = None  # when it ended last, well or not
     bytes_up: int | None = None  # this and the rest: sums over all rounds, once the run is complete

@@ -121,6 +121,10 @@ class Clients(Trainers, Restored, Protocol):
         """Say whom the server asks where the clients `sampled` [S] are drawn."""
         ...
 
+    def stops(self, sampled: Tensor) -> str | None:
+        """Say why the clients `sampled` [S] cannot take part in one more round; None = they can."""
+        ...
+
     def losses(self, ids: Tensor, send: Send) -> list[float | None]:
         """Return each client's own validation loss with what the server would send now; None = no such split."""
         ...

@@ -188,8 +188,11 @@ def _train_together(
 
 
 def _parts(examples: Sequence[Sequence[Encoded]], size: int) -> list[list[Sequence[Encoded]]]:
-    """Cut each client's examples of a step into passes of at most `size`; a client with fewer has none in the last."""
-    longest = max(map(len, examples))
+    """Cut each client's examples of a step into passes of at most `size`; a client with fewer has none in the last.
+
+    A sample that is drawn may be empty: there is one pass at least.
+    """
+    longest = max(1, *map(len, examples))
     return [[client[first : first + size] for client in examples] for first in range(0, longest, size)]
 
 

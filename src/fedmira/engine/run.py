@@ -80,6 +80,7 @@ class Run:
     folder: RunFolder
     ledger: Ledger
     last_sampled: Tensor  # [K] round in which each client was sampled last, 0 = never
+    schedule: Sequence[np.ndarray]  # clients of each round
     observer: Observer
 
     @property
@@ -114,10 +115,11 @@ class Run:
 
     @property
     def stopped_early(self) -> str | None:
-        """Why no further round follows, although the run is not at its last one; None = it goes on, or has ended."""
-        patience = self.ledger.patience
-        stops = patience is not None and patience.is_exhausted and self.ledger.round < self.course.rounds
-        return patience.reason if patience is not None and stops else None
+        """Why no round follows, although the run is not at its last one; None = it goes on, or has ended."""
+        patience, following = self.ledger.patience, self.schedule[self.ledger.round : self.course.rounds]
+        if patience is not None and patience.is_exhausted and following:
+            return patience.reason
+        return self.clients.stops(torch.from_numpy(following[0])) if following else None
 
     @property
     def moved(self) -> Tensor:
@@ -156,7 +158,7 @@ def run_rounds(
     state = federation.first_state(course.seed, method, folder.path, ram_bytes=ram_bytes)
     ledger = Ledger(federation, state, validation, best, patience)
     last_sampled = torch.zeros(len(federation), dtype=torch.int64)
-    run = Run(federation, method, clients, course, folder, ledger, last_sampled, observer)
+    run = Run(federation, method, clients, course, folder, ledger, last_sampled, schedule, observer)
     facts = restore(folder.checkpoints, ledger, clients, after=partial(take_in, ledger, method))
     for number, ids in enumerate(schedule[: ledger.round], 1):
         last_sampled[torch.from_numpy(ids)] = number
@@ -217,8 +219,7 @@ def _end(run: Run, start: Scores, *, everyone_is_tested: bool) -> Ended:
         figures = _figures(run, tunings[-1][1])
         run.folder.update(replace(run.folder.facts, seconds_tuning=seconds, tokens_tuning=tokens, figures=figures))
     run.folder.update(replace(run.folder.facts, validation_loss=_validation_at_end(run, send)))
-    learned = method.facts.learned
-    graph = None if learned is None else learned(ledger.state)
+    graph = None if method.facts.learned is None else method.facts.learned(ledger.state)
     return Ended(send, graph, final, chosen.tolist(), run.stopped_early)
 
 
@@ -375,7 +376,7 @@ def _measure(run: Run, facts: Mapping[str, Any], sampled: Tensor, *, began: floa
     """
     again = time.monotonic()
     ledger, asked = run.ledger, run.clients.ask(sampled)
-    due = run.course.is_due(ledger.round)
+    due = run.course.is_due(ledger.round) or run.stopped_early is not None
     facts = dict(facts)
     unmoved, after = facts.pop("unmoved"), facts.pop("loss_after")
     if not len(asked.ids):  # nobody trains: the losses known are still true

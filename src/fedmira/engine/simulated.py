@@ -26,7 +26,9 @@ from fedmira.engine.phase import PhaseResult, local_phase
 from fedmira.engine.scoring import score_loss, score_test_split
 from fedmira.engine.tools import Moments, Toolbox, Training
 from fedmira.engine.workplace import Workplace
+from fedmira.errors import MethodError
 from fedmira.methods.base import Clock, Memory, Message, Method, use_what_was_sent
+from fedmira.privacy.budget import Budget
 
 Serve = Callable[[Tensor], Adapters]  # client positions [n] -> their adapters, in that order
 
@@ -48,6 +50,7 @@ class Simulated:
             training = replace(training, recompute=workplace.recompute)
         training = replace(training, at_once=workplace.at_once)
         self.workplace, self.federation, self.method, self.training = workplace, federation, method, training
+        self.budget: Budget | None = None  # of the clients' privacy; None: they train without
         self.memory = ClientMemory(len(federation), scratch)
         self.staged = Staged(self.memory, torch.empty(0, dtype=torch.int64), {})
         self.tuned: Table | None = None  # rows that every client fine-tuned after the last round
@@ -58,6 +61,12 @@ class Simulated:
 
     def ask(self, sampled: Tensor) -> Asked:
         return everybody(sampled)
+
+    def stops(self, sampled: Tensor) -> str | None:
+        return None if self.budget is None else self.budget.refuses(self._ids(sampled))
+
+    def _ids(self, positions: Tensor) -> list[str]:
+        return [self.workplace.clients[k].id for k in positions.tolist()]
 
     def train(self, ids: Tensor, send: Send) -> Reply:
         return self.carry_out(ids, send)
@@ -102,10 +111,17 @@ class Simulated:
             losses=phase.losses[heard],
             steps=phase.steps[heard],
             validation=self._losses_of(ids[heard], returned, phase, heard, whole, clock),
-            tokens=phase.tokens,
+            tokens=phase.tokens if self.budget is None else self._tokens(ids),
             scored=phase.scored,
             silent=silent,
         )
+
+    def _tokens(self, ids: Tensor) -> int:
+        """Return the mean number of tokens in the samples of a round: that of a sample would say who is in it."""
+        assert self.budget is not None
+        clients = [self.workplace.clients[k] for k in ids.tolist()]
+        shares = self.budget.shares
+        return round(sum(shares[one.id].steps * shares[one.id].rate * one.tokens for one in clients))
 
     def local_phase(
         self,
@@ -118,13 +134,21 @@ class Simulated:
     ) -> tuple[Message, PhaseResult]:
         """Train from what was sent; return it as whole rows, and what came of it. Nothing is kept.
 
-        training, plans: other than those of a round.
+        training, plans: other than those of a round. Raises MethodError for these where training is private: only
+        rounds are paid for.
         """
         whole = self._whole(ids, given, clock)
         start = self._adapters(ids, whole.rows)
         memory = self.memory.recall("method", ids, first=self.method.client.start(start))
         names = {name.split("/")[1] for name in self.memory.tables if name.startswith("moments/")}
         moments = {of: self.memory.recall(f"moments/{of}", ids) for of in sorted(names)}
+        if self.budget is not None:
+            if training is not None or plans is not None:
+                raise MethodError("privacy: clients train in rounds alone, which are paid for; nothing else is")
+            begins = [whole.rows, *whole.scalars.values(), *whole.more.values(), *memory.values()]
+            begins += [value for of in moments.values() for value in of.values()]
+            private, plans = self.budget.pay(self._ids(ids), round_number=clock.round, start=begins)
+            training = replace(self.training, private=private)
         training = self.training if training is None else training
         return whole, self.work(ids, start, whole, memory, moments, training=training, clock=clock, plans=plans)
 

@@ -14,11 +14,13 @@ from fedmira.adapters.optim import Optimizer, clip_, on_columns
 from fedmira.data.batches import Batch, ClientData
 from fedmira.data.partition import client_key
 from fedmira.engine.rates import CONSTANT, Schedule, by_client
+from fedmira.errors import MethodError
 from fedmira.evaluation.measure import measure_examples, measure_loss
 from fedmira.methods.base import Clock, Tools
 from fedmira.model.base.load import Base
 from fedmira.model.packed.lora import Dropout
 from fedmira.model.passes import count_labelled, gradients, losses
+from fedmira.privacy.steps import PrivateSteps
 
 Moments = dict[str, dict[str, Tensor]]  # whose ("main", or a second trained row) -> name -> [S, ...]
 
@@ -29,6 +31,7 @@ class Training:
 
     batch_size: examples in one pass. accumulation: passes whose gradients make one optimizer step. recompute: blocks in
     backward; None: as the workplace has measured. at_once: examples of a client that fit in a pass, None = a batch.
+    private: how the gradients of this phase are made private; None = they are not.
     """
 
     optimizer: Optimizer
@@ -44,6 +47,7 @@ class Training:
     schedule: Schedule = CONSTANT
     recompute: bool | None = None
     at_once: int | None = None
+    private: PrivateSteps | None = None
 
     @property
     def examples_per_pass(self) -> int:
@@ -133,6 +137,7 @@ class _Call:
     moments: Sequence[int]
     batches: Sequence[Batch]
     counted: bool = False  # is this step's loss known?
+    released: int = 0  # private gradients of this step
 
     def rng(self, name: str) -> Sequence[np.random.Generator]:
         seed, number, salt = self.box.training.seed, self.box.clock.round, client_key(name)
@@ -149,13 +154,41 @@ class _Call:
 
     def grad(self, adapters: Adapters) -> tuple[Tensor, Tensor]:
         into = self.box.gradient[: len(self.moments)]
-        values, _ = self._accumulate(adapters, into)
+        if self.box.training.private is not None:
+            values = self._release(self.box.training.private, adapters, into)
+        else:
+            values, _ = self._accumulate(adapters, into)
         if not self.counted:  # a method may ask again at other points; the loss of a step is the one it began with
             self.box.losses[: len(values)] += values
         self.counted = True
         return values, self._of_trained(into)
 
+    def _release(self, private: PrivateSteps, adapters: Adapters, into: Tensor) -> Tensor:
+        """Write private gradients to `into`; return nan as losses [S], which are not private and stay unknown."""
+        box = self.box
+        private.gradient(
+            box.base,
+            adapters,
+            self._batches(),
+            clients=[client.id for client in box.clients[: len(self.moments)]],
+            into=into,
+            trained=box.trained,
+            step=self.clock.step,
+            number=self.released,
+            dropout=box.training.dropout,
+            recompute=bool(box.training.recompute),
+        )
+        self.released += 1
+        return torch.full((len(into),), float("nan"), device=into.device)
+
+    def _check_public(self, what: str) -> None:
+        if self.box.training.private is not None:
+            raise MethodError(
+                f"the method asks for {what}, which privacy cannot give: gradients alone are made private"
+            )
+
     def curvature(self, adapters: Adapters) -> tuple[Tensor, Tensor]:
+        self._check_public("curvature on training examples")
         into = self.box.second_gradient[: len(self.moments)]
         _, tokens = self._accumulate(adapters, into, streams=self.rng("curvature"))
         return tokens, self._of_trained(into)
@@ -210,6 +243,7 @@ class _Call:
 
     def loss(self, adapters: Adapters, *, on: Literal["validation", "batch"] = "validation") -> Tensor:
         if on == "batch":
+            self._check_public("losses on training examples")
             passes = [losses(self.box.base, adapters, batch) for batch in self._batches()]
             sums, counts = (torch.stack(values).sum(dim=0) for values in zip(*passes, strict=True))
             return sums.double() / counts

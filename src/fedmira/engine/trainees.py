@@ -19,7 +19,9 @@ from fedmira.engine.scoring import score_test_split
 from fedmira.engine.simulated import Simulated
 from fedmira.engine.tools import Training
 from fedmira.engine.workplace import POOL, Workplace
+from fedmira.errors import MethodError
 from fedmira.methods.base import Method
+from fedmira.privacy.budget import Budget
 
 
 class Pool:
@@ -43,6 +45,9 @@ class Pool:
     def ask(self, sampled: Tensor) -> Asked:
         self.sampled = sampled
         return Asked(HOLDER, torch.zeros_like(sampled), pooled=True)
+
+    def stops(self, sampled: Tensor) -> str | None:
+        return None
 
     def train(self, ids: Tensor, send: Send) -> Reply:
         number, steps = send.clock.round, self.trainer.method.regime.pool_steps
@@ -95,12 +100,27 @@ KINDS: Mapping[str, type[Simulated] | type[Pool]] = {"sampled": Simulated, "pool
 
 
 def make_clients(
-    workplace: Workplace, federation: Federation, method: Method, training: Training, *, scratch: Path | None = None
+    workplace: Workplace,
+    federation: Federation,
+    method: Method,
+    training: Training,
+    *,
+    scratch: Path | None = None,
+    budget: Budget | None = None,
 ) -> Simulated | Pool:
-    """Return the clients that a method's rounds are carried out with, at its own learning rate if it has one."""
+    """Return the clients that a method's rounds are carried out with, at its own learning rate if it has one.
+
+    budget: of their privacy. Raises MethodError if a pool is to have one.
+    """
     if method.regime.learning_rate is not None:
         training = replace(training, learning_rate=method.regime.learning_rate)
-    return KINDS[method.regime.trainees](workplace, federation, method, training, scratch=scratch)
+    clients = KINDS[method.regime.trainees](workplace, federation, method, training, scratch=scratch)
+    if budget is None:
+        return clients
+    if isinstance(clients, Pool):
+        raise MethodError(f"method '{method.name}' trains on all data in one place, of which no client has a budget")
+    clients.budget = budget
+    return clients
 
 
 def plan_pool(

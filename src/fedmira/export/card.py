@@ -60,6 +60,7 @@ class Card(TypedDict, total=False):
     hidden: int  # width of the MLP that computed them
     examples: int
     trained_tokens: int
+    privacy: Mapping[str, Any]  # as in run.json
     licence: str | None  # of the data; None = not stated
     scores: Mapping[str, tuple[float | None, float | None]]  # test metric -> (untouched base, this adapter)
     template: str  # that it was trained with
@@ -171,7 +172,15 @@ def _facts(base: str, card: Card) -> dict[str, str]:
         by = f", made by an MLP of width {card['hidden']}" if "hidden" in card else ""
         facts["virtual tokens"] = f"{card['virtual_tokens']}{by}"
     if "examples" in card:
-        facts["trained on"] = f"{card['examples']} examples, {card['trained_tokens']} tokens with a loss"
+        tokens = f", {card['trained_tokens']} tokens with a loss" if "trained_tokens" in card else ""
+        facts["trained on"] = f"{card['examples']} examples{tokens}"
+    if "privacy" in card:
+        said = card["privacy"]
+        own = said.get("epsilons", {}).get(card.get("client"), said["epsilon"])
+        facts["privacy of a training example"] = (
+            f"epsilon {own:.3g} at delta {said['delta']:g}; {said['adjacency']}; {said['sampling']} sampling, "
+            f"{said['accountant']}; of this run alone, and not of scores"
+        )
     stated = card.get("licence")
     facts["licence of the data"] = "not stated" if stated is None else f"`{_quoted(shown_name(stated))}`"
     return facts

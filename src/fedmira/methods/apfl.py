@@ -33,7 +33,7 @@ from pydantic import Field
 
 from fedmira.adapters import Adapters
 from fedmira.adapters.lazy import Tensor, torch
-from fedmira.methods.base import Client, Cohort, Facts, Memory, Message, Method, Settings, Tools
+from fedmira.methods.base import Client, Cohort, Facts, Memory, Message, Method, Regime, Settings, Tools
 from fedmira.methods.means import merge_mean
 
 TUNED = {"alpha": (0.25, 0.5, 0.75)}  # what `fedmira compare` tries
@@ -72,6 +72,7 @@ def build(config: Config, cohort: Cohort) -> Method:
         "apfl",
         merge_mean(config.weights),
         client=Client(start=start, step=step, use=use_mixture),
+        regime=Regime(gradients=2),
         facts=Facts(weighs=config.weights == "examples"),
     )
 

@@ -275,7 +275,8 @@ class Regime:
     the config's. tolerance: a client keeps a reply only if its validation loss is not worse by more, in nats; None =
     always. first_rows: of clients that join later, where each has one; None = the common start. tune: what every client
     trains alone after the last round: its half with so many steps, which may be none, or epochs. scorings: of its
-    validation split before its local steps, at most. optimizer: that its clients need; sgd: without momentum.
+    validation split before its local steps, at most. gradients: that one local step asks for, at most; None: it asks
+    for more than gradients, of which none can be private. optimizer: that its clients need; sgd: without momentum.
     """
 
     trainees: Literal["sampled", "pool", "nobody"] = "sampled"
@@ -286,6 +287,7 @@ class Regime:
     tune: tuple[Literal["steps", "epochs"], int] | None = None
     scorings: int = 0
     optimizer: Literal["any", "sgd"] = "any"
+    gradients: int | None = 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from typing import Literal
 from pydantic import Field
 
 from fedmira.adapters import Adapters
-from fedmira.methods.base import Client, Cohort, Facts, Memory, Message, Method, Settings, Tools
+from fedmira.methods.base import Client, Cohort, Facts, Memory, Message, Method, Regime, Settings, Tools
 from fedmira.methods.means import merge_mean
 
 TUNED = {"lambda": (0.1, 1.0, 2.0)}  # what `fedmira compare` tries
@@ -51,6 +51,7 @@ def build(config: Config, cohort: Cohort) -> Method:
         "ditto",
         merge_mean(config.weights),
         client=Client(start=start_memory, step=step, use=use_own),
+        regime=Regime(gradients=2),
         facts=Facts(weighs=config.weights == "examples"),
     )
 

@@ -32,7 +32,7 @@ from pydantic import Field
 from fedmira.adapters import Adapters, Layout
 from fedmira.adapters.lazy import Tensor, torch
 from fedmira.adapters.parts import OWN, SHARED, Gate, own_and_shared, part_columns, scaled_parts
-from fedmira.methods.base import Client, Clock, Cohort, Facts, Memory, Message, Method, Settings, Tools
+from fedmira.methods.base import Client, Clock, Cohort, Facts, Memory, Message, Method, Regime, Settings, Tools
 from fedmira.methods.means import merge_mean
 
 
@@ -76,5 +76,6 @@ def build(config: Config, cohort: Cohort) -> Method:
         client=Client(step=step, gate=Gate(config.instances, look, mix)),
         layout=own_and_shared,
         travels=travels,
+        regime=Regime(gradients=2),
         facts=Facts(weighs=config.weights == "examples"),
     )

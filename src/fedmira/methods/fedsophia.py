@@ -43,7 +43,7 @@ from pydantic import Field
 from fedmira.adapters import Adapters
 from fedmira.adapters.lazy import torch
 from fedmira.adapters.optim import decay_, descend_
-from fedmira.methods.base import Client, Cohort, Facts, Memory, Message, Method, Settings, Tools
+from fedmira.methods.base import Client, Cohort, Facts, Memory, Message, Method, Regime, Settings, Tools
 from fedmira.methods.means import merge_mean
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -92,6 +92,7 @@ def build(config: Config, cohort: Cohort) -> Method:
         "fedsophia",
         merge_mean(config.weights),
         client=Client(start=start_memory, step=step, finish=finish),
+        regime=Regime(gradients=None),
         facts=Facts(weighs=config.weights == "examples"),
     )
 

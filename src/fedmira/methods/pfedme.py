@@ -29,7 +29,20 @@ from pydantic import Field, model_validator
 
 from fedmira.adapters import Adapters
 from fedmira.adapters.lazy import Tensor, torch
-from fedmira.methods.base import Change, Client, Clock, Cohort, Facts, Memory, Message, Method, Settings, State, Tools
+from fedmira.methods.base import (
+    Change,
+    Client,
+    Clock,
+    Cohort,
+    Facts,
+    Memory,
+    Message,
+    Method,
+    Regime,
+    Settings,
+    State,
+    Tools,
+)
 from fedmira.methods.means import mean_row, replace_shared, shares_of
 
 TUNED = {"lambda": (5.0, 15.0, 30.0)}  # what `fedmira compare` tries
@@ -75,6 +88,7 @@ def build(config: Config, cohort: Cohort) -> Method:
         "pfedme",
         merge,
         client=Client(start=start_memory, begin=begin, step=step, use=use_theta),
+        regime=Regime(gradients=config.K),
         facts=Facts(weighs=config.weights == "examples"),
     )
 

@@ -105,7 +105,7 @@ def build(config: Config, cohort: Cohort) -> Method:
         init=init,
         send=send,
         client=Client(start=start_memory, begin=begin, step=step, finish=finish),
-        regime=Regime(optimizer="sgd"),
+        regime=Regime(optimizer="sgd", gradients=2 if option_1 else 1),
         facts=Facts(weighs=config.weights == "examples"),
     )
 

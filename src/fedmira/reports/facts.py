@@ -83,7 +83,27 @@ def notices(record: StudyRecord) -> list[str]:
             f"{plural(missing, 'client')} without a value (n/a; no test example, or not measured) "
             f"{'is' if missing == 1 else 'are'} left out of means and tests."
         )
-    return said + _training_notices(record) + _sampling_notices(record)
+    return said + _privacy_notices(record) + _training_notices(record) + _sampling_notices(record)
+
+
+def _privacy_notices(record: StudyRecord) -> list[str]:
+    """Say what epsilon does not count."""
+    private = [run for run in record.runs if run.facts.privacy]
+    if not private:
+        return []
+    said = []
+    if len(private) > 1:
+        said.append(
+            f"Each of the {len(private)} private runs trained on the same examples: whoever gets the adapters of "
+            "several has the sum of their epsilons."
+        )
+    losses = "losses on validation examples, and what was chosen by them" if _validated(private) else ""
+    scores = f"test scores, {losses}" if losses else "test scores"
+    return [*said, f"Not private, for they are of examples that were not trained on: {scores}."]
+
+
+def _validated(runs: Sequence[RunRecord]) -> bool:
+    return any(_mapping(run.facts.privacy).get("validation") for run in runs)
 
 
 def _training_notices(record: StudyRecord) -> list[str]:
@@ -233,6 +253,7 @@ def setup_facts(record: StudyRecord) -> list[tuple[str, str]]:
         if changed:
             keys = ", ".join(f"{clean(key)} {clean(json.dumps(value))}" for key, value in changed.items())
             facts.append((f"Training of {clean(label)}", f"{keys}; otherwise as in config.yaml"))
+    facts += [(f"Privacy of {clean(run.folder)}", said) for run in record.runs if (said := _privacy(run))]
     versions = _mapping(first_run.versions)
     if versions:
         facts.append(("Versions", ", ".join(f"{clean(name)} {clean(version)}" for name, version in versions.items())))
@@ -248,6 +269,24 @@ def setup_facts(record: StudyRecord) -> list[tuple[str, str]]:
     if times:
         facts.append(("Begun", clean(min(times))))
     return facts
+
+
+def _privacy(run: RunRecord) -> str:
+    """Say what a run promises of each training example; empty if nothing."""
+    said = _mapping(run.facts.privacy)
+    if not said:
+        return ""
+    return (
+        f"epsilon {_epsilon(said.get('epsilon'))} at delta {clean(said.get('delta'))} (the largest of all clients; "
+        f"budget {clean(said.get('budget'))}): {clean(said.get('adjacency'))}; {clean(said.get('sampling'))} sampling, "
+        f"{plural(_whole(said.get('steps')), 'local step')} at most, noise {clean(said.get('noise_multiplier'))}, clip "
+        f"{clean(said.get('clip'))}; {clean(said.get('accountant'))}"
+    )
+
+
+def _epsilon(value: object) -> str:
+    """Round up: what is promised is no less."""
+    return f"{math.ceil(1000 * value) / 1000:g}" if isinstance(value, int | float) else "n/a"
 
 
 def run_lines(record: StudyRecord) -> list[RunLine]:

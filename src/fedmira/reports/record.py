@@ -49,6 +49,7 @@ class ShownFacts(NamedTuple):
     refused_replies: Any = None
     resumed: Any = None
     keep: Any = None
+    privacy: Any = None
     stopped_early: Any = None
     joined: Any = None
     figures: Any = None

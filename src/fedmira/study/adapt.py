@@ -87,6 +87,8 @@ def adapt(
     MethodError or ModelError before anything is trained.
     """
     folder, config = _find(run)
+    if config.privacy is not None:
+        raise MethodError("adapt: the run trained with privacy, and a newcomer would train without; not offered yet")
     facts = folder.facts
     name = data.name.partition(".")[0] if client is None else client
     tokenizer, intake = take_in(config, observer)

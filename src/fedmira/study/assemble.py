@@ -41,6 +41,7 @@ from fedmira.study.adapting import alpha_of, quantisation_of, ranks_by_module, s
 from fedmira.study.events import StudyPrepared
 from fedmira.study.intake import Intake, check_examples, take_in
 from fedmira.study.passes import shape_of_passes
+from fedmira.study.privacy import check_privacy, check_profile, held_back, privacy_notes
 from fedmira.study.starts import read_start
 from fedmira.study.training import check_least_rate, check_optimizer, check_validation
 
@@ -59,7 +60,7 @@ class Built:
 
     recipe: Recipe
     methods: Mapping[int, Method]
-    notes: Sequence[str]
+    notes: list[str]
     training: TrainingConfig
 
     @property
@@ -152,6 +153,7 @@ def prepare(
     earlier study with the same data, model and target modules, which then are neither read nor loaded.
     """
     choose_device(config.model.device)  # refused now if it is not there, and not after minutes of reading
+    check_privacy(config)
     if quantisation_of(config.model) is not None:
         check_installed()
     recipes = [recipe_of(entry) for entry in config.methods]
@@ -159,7 +161,7 @@ def prepare(
     if materials is None:
         materials = Materials(*take_in(config, observer))
     dtype = config.model.dtype if saved is None else saved.dtype
-    clients = materials.intake.clients
+    clients = held_back(config, materials.intake.clients)
     check_validation(config, clients)
 
     def modules() -> list[str]:
@@ -183,6 +185,10 @@ def prepare(
         recipe.entry.folder: build(recipe, place, cohorts, ranks, config.training_of(recipe.entry))
         for place, recipe in enumerate(recipes)
     }
+    for label, one in built.items():
+        for seed, method in one.methods.items():
+            found = privacy_notes(config, label, method, one.training, clients, cohorts[seed].schedule)
+            one.notes[:] = dict.fromkeys([*one.notes, *found])
     base = materials.load(config, dtype)
     threads = count_threads(base, saved)
     check_base(config, base, saved)
@@ -232,6 +238,7 @@ class Profiles:
 
     def __call__(self, column: str | None) -> np.ndarray:
         """Return mean embeddings of prompts [K, d] (None), or shares of a column's values [K, values]."""
+        check_profile(self.config)
         profiles, clients = self.materials.profiles, self.materials.intake.clients
         if column not in profiles:
             with warnings.catch_warnings():  # libraries' warnings do not belong to the method's notes

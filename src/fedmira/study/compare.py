@@ -19,12 +19,13 @@ from fedmira.config.sections import Config, MethodEntry
 from fedmira.disk.files import make_folder, write_json
 from fedmira.disk.folders import StudyFolder
 from fedmira.engine.events import Observer
-from fedmira.errors import StoreError
+from fedmira.errors import ConfigError, StoreError
 from fedmira.methods import recipe_of
 from fedmira.reports.crossing import write_crossings
 from fedmira.reports.record import read_study
 from fedmira.study.assemble import keep_positions
 from fedmira.study.matrix import check_matrix, write_matrices
+from fedmira.study.privacy import EACH_SPENDS
 from fedmira.study.run import Common, go_on, saved_facts, start
 from fedmira.study.trackers import check_trackers
 from fedmira.study.tuning import Candidate, Tuned, best_of, choose, first_candidates, second_candidates
@@ -46,6 +47,8 @@ def compare(config: Config, *, budget: int, observer: Observer, overwrite: bool 
     settings; ConfigError if there are too many clients for a matrix.
     """
     check_trackers(config.report_to)
+    if config.privacy is not None and budget > 1:
+        raise ConfigError([f"privacy: {EACH_SPENDS}, or compare with a budget of 1"], "compare")
     config = keep_positions(config, [recipe_of(entry) for entry in config.methods])
     output = Path(config.output_dir)
     check_container(output)

@@ -105,6 +105,9 @@ def write_adapters(
         if trainees != "nobody":
             trained = pool if trainees == "pool" else (len(client.train), client.trained_tokens)
             card["examples"], card["trained_tokens"] = trained
+        if facts.privacy is not None:
+            card.pop("trained_tokens", None)  # the sum with and without an example would tell its length
+            card["privacy"] = facts.privacy
         card["personal"] = own
         if method.client.gate is not None:
             card["gated"] = True

@@ -29,6 +29,7 @@ from fedmira.study.carry_out import Job, carry_out, describe_run, is_complete
 from fedmira.study.events import ReportBegun, StepBegun, StudyBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.passes import PassShape
+from fedmira.study.privacy import account, budget_of, forget_key
 from fedmira.study.trackers import tracking
 from fedmira.study.training import training_of
 
@@ -43,8 +44,18 @@ Where = Callable[[Prepared, Built, int, Federation, Path], AtHand]
 
 def in_this_process(prepared: Prepared, built: Built, seed: int, federation: Federation, folder: Path) -> AtHand:
     """Simulate the clients of one run here; what is too large for RAM goes to `folder`."""
-    training = training_of(prepared.config, seed, built.training)
-    return make_clients(prepared.workplace, federation, built.methods[seed], training, scratch=folder)
+    training, method = training_of(prepared.config, seed, built.training), built.methods[seed]
+    workplace = prepared.workplace
+    budget = budget_of(
+        prepared.config,
+        method,
+        built.training,
+        workplace,
+        folder,
+        threads=prepared.threads,
+        data=lambda: [client["sha256"] for client in client_table(workplace, federation).values()],
+    )
+    return make_clients(workplace, federation, method, training, scratch=folder, budget=budget)
 
 
 @dataclass(eq=False)
@@ -198,6 +209,10 @@ def _run_one(
     federation = replace(prepared.under(method), run=f"{built.label}/seed-{seed}")
 
     def finish(clients: AtHand, ended: Ended) -> None:
+        spent = account(prepared.config, method, prepared.workplace.clients, folder.path)
+        if spent is not None:
+            folder.update(replace(folder.facts, privacy=spent))
+            forget_key(folder.path)
         if prepared.workplace.evaluation.examples:
             folder.write_examples(examples_of(prepared.workplace, start, ended.test))
         serve = partial(clients.adapters, send=ended.send)

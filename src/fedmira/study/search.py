@@ -18,6 +18,7 @@ from fedmira.engine.events import Observer
 from fedmira.errors import ConfigError
 from fedmira.study.compare import check_container
 from fedmira.study.loading import load_config
+from fedmira.study.privacy import EACH_SPENDS
 from fedmira.study.sweep import Axis, Commons, Grid, Point, Range, axes_of, points_of, write_table
 from fedmira.study.trackers import check_trackers
 
@@ -46,6 +47,8 @@ def search(
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError([HINT], "sweep")
     config = load_config(path, overrides)
+    if config.privacy is not None:
+        raise ConfigError([f"privacy: {EACH_SPENDS}"], "sweep")
     axes = axes_of(grid, config)
     judged = [entry.folder for entry in config.methods if entry.name not in ("local", "untouched")]
     if len(judged) != 1:
