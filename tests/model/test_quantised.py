@@ -26,7 +26,8 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (an ex
 NF4 = Quantisation(4)
 FOUR_BITS = (NF4, Quantisation(4, "fp4"), Quantisation(4, "nf4", True))
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-FAMILIES = ("llama", "qwen2", "mistral", "gemma2", "phi3", "gpt2")
+FAST = ("llama", "qwen2", "gpt2")
+FAMILIES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "gemma2", "phi3"))]
 
 
 def loaded(folder: Path, how: Quantisation) -> Any:

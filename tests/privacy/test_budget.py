@@ -117,6 +117,7 @@ def test_no_round_begins_beyond_the_budget(tmp_path: Path) -> None:
     assert budget(tmp_path).refuses(["b"]) is not None  # another process knows
 
 
+@pytest.mark.slow
 def test_two_gradients_in_a_step_end_the_run_sooner() -> None:
     schedule = [["a", "b"]] * 50
     one, two = (count_affordable(Terms(8.0, 1e-5, 2.0, 1.0, gradients=count), SHARES, schedule)[0] for count in (1, 2))

@@ -73,7 +73,9 @@ def examples(made: Path) -> Any:
     return _read(config, made / f"{NEW}.jsonl", NEW, silent).test
 
 
-@pytest.mark.parametrize("label", ["mira", "ditto", "fedrep", "fedavg"])
+@pytest.mark.parametrize(
+    "label", ["mira", "ditto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedrep", "fedavg"))]
+)
 def test_the_folder_has_in_peft_the_loss_that_is_told_and_the_run_is_as_it_was(
     label: str, made: Path, tmp_path: Path
 ) -> None:

@@ -121,7 +121,7 @@ def kill_at(moment: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) ->
         assert command(*arguments).code == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("moment", ["paying", "paid"])
+@pytest.mark.parametrize("moment", ["paying", pytest.param("paid", marks=pytest.mark.slow)])
 def test_a_kill_costs_nothing_and_the_same_noise_follows(
     moment: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +139,7 @@ def test_a_kill_costs_nothing_and_the_same_noise_follows(
     assert [json.loads(line)["round"] for line in paid] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_round_that_is_carried_out_again_with_a_new_key_is_paid_for_again(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
