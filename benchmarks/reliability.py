@@ -69,8 +69,8 @@ def page(stored: Mapping[str, Any]) -> str:
             *rows,
             "",
             "Kills are SIGKILL. Messages are changed from a sound one: bytes, lengths, keys, parts, the tensor's header, "
-            "numbers. Drift of a client is how far its adapter ends from where it ends by training alone; figures are the "
-            "worst honest client's, of the worst one's in the clean run.",
+            "numbers. Drift of a client is how far its adapter ends from where it ends by training alone; figures are "
+            "the worst honest client's, of the worst one's in the clean run.",
             "",
         ]
     )
