@@ -33,9 +33,10 @@ def note(request: pytest.FixtureRequest) -> Callable[[str, int, Mapping[str, flo
 
     def write(what: str, count: int, found: Mapping[str, float]) -> None:
         if path := request.config.getoption("--figures"):
-            test = request.node.nodeid.partition("[")[0]
             with Path(path).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"test": test, "what": what, "count": count, "found": dict(found)}) + "\n")
+                file.write(
+                    json.dumps({"test": request.node.nodeid, "what": what, "count": count, "found": dict(found)}) + "\n"
+                )
 
     return write
 
