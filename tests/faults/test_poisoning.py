@@ -64,9 +64,9 @@ def drift_of(tmp_path_factory: pytest.TempPathFactory) -> Drift:
 
 
 def test_without_clip_a_poisoned_adapter_takes_the_others_along(drift_of: Drift, note: Note) -> None:
-    ratio = drift_of(1, factor=10_000.0) / drift_of()
+    ratio = drift_of(1, factor=100.0) / drift_of()
+    note(f"poisoned by 1 of {CLIENTS}, no clip", 1, {"100x": ratio})
     assert ratio > 100
-    note("poisoned, no clip", 1, {"drift at 10,000x, of the clean run": ratio})
 
 
 @pytest.mark.parametrize("attackers", [1, CLIENTS // 4])
@@ -80,5 +80,5 @@ def test_with_clip_honest_clients_drift_as_in_a_clean_run(attackers: int, drift_
 def test_clients_that_choose_their_pull_defend_themselves(drift_of: Drift, note: Note) -> None:
     clean = drift_of(auto=True)
     found = {f"{factor:g}x": drift_of(CLIENTS // 4, auto=True, factor=factor) / clean for factor in FACTORS}
-    note(f"poisoned by {CLIENTS // 4} of {CLIENTS}, lambda: auto", len(found), {**found, "clean": clean})
+    note(f"poisoned by {CLIENTS // 4} of {CLIENTS}, lambda auto", len(found), {**found, "clean": clean})
     assert max(found.values()) <= 1.2
