@@ -79,7 +79,7 @@ def turn_hostile(mark: Path) -> None:
 
     def lying(worker: Worker, data: Any) -> bytes:
         order, answer = decode(data).header, handle(worker, data)
-        if order["order"] != "train":
+        if order["order"] != "train" or decode(answer).header["answer"] != "done":  # it may need the message again
             return answer
         what, _ = PLAN[order["round"] - 1]
         old, before[0] = before[0], answer
