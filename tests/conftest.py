@@ -1,9 +1,10 @@
 """What every test shares: one thread, no network, the shared data, and a count of what was skipped."""
 
+import json
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,24 @@ settings.load_profile("steady")
 # transformers and datasets read these once, on import: they must stand before the first test module is loaded.
 for _switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "OMP_NUM_THREADS"):
     os.environ.setdefault(_switch, "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--figures", metavar="FILE", help="append what tests of faults counted, as JSON lines")
+
+
+@pytest.fixture
+def note(request: pytest.FixtureRequest) -> Callable[[str, int, Mapping[str, float]], None]:
+    """Write a figure down where `--figures` asks for it: what was done, how often, what came of it."""
+
+    def write(what: str, count: int, found: Mapping[str, float]) -> None:
+        if path := request.config.getoption("--figures"):
+            with Path(path).open("a", encoding="utf-8") as file:
+                file.write(
+                    json.dumps({"test": request.node.nodeid, "what": what, "count": count, "found": dict(found)}) + "\n"
+                )
+
+    return write
 
 
 class NetworkBlocked(RuntimeError):

@@ -68,7 +68,10 @@ def test_every_script_says_how_it_is_called(
 
 def writes_a_page(script: str) -> bool:
     """Does a script write a page that is its alone?"""
-    return script.startswith(("choosing/", "methods/", "paper/", "federation/")) or script == "startup.py"
+    return script.startswith(("choosing/", "methods/", "paper/", "federation/")) or script in (
+        "startup.py",
+        "reliability.py",
+    )
 
 
 def test_every_row_runs_a_script_that_is_there(bench: ModuleType) -> None:
@@ -85,6 +88,29 @@ def test_the_page_on_the_first_answer_shows_medians_in_units_of_the_first_row() 
     assert "| `fedmira --help` | 0.50 | 0.20 to 9.00 | 2.5 |" in text
     assert "The last row, 2.0 of the 3.0 of a report" in text
     assert "3 processes each" in text
+
+
+def test_the_page_of_reliability_has_the_newest_figure_of_each_kind(tmp_path: Path) -> None:
+    reliability = importlib.import_module("reliability")
+    line = {
+        "test": "tests/faults/test_x.py::test_y",
+        "what": "kills",
+        "count": 1000,
+        "found": {"lost": 0, "ratio": 1.25},
+    }
+    (tmp_path / "figures").write_text(json.dumps({**line, "count": 3}) + "\n" + json.dumps(line) + "\n")
+    machine = {
+        "cpu": "a",
+        "cores": 2,
+        "memory_gb": 9,
+        "python": "3",
+        "commit": "c",
+        "date": "d",
+        "versions": {"torch": "2"},
+    }
+    text = reliability.page({"machine": machine, "figures": reliability.read_figures(tmp_path / "figures")})
+    assert "| kills | 1,000 | lost: 0; ratio: 1.25 | `test_x.py::test_y` |" in text
+    assert text.count("| kills |") == 1
 
 
 @pytest.mark.slow  # products of bfloat16, which many CPUs compute slowly

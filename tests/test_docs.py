@@ -423,3 +423,10 @@ def test_sections_of_a_config_take_the_place_of_its_own() -> None:
         replace_sections(config, "data:\n  path: b\n\nreport: {}\n")
         == "# a study\nseeds: [0]\ndata:\n  path: b\n\nlora: {r: 2}\nreport: {}\n"
     )
+
+
+def test_each_promise_of_the_security_page_names_a_test_that_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", read("SECURITY.md"))
+    assert len(named) > 15
+    for file, test in named:
+        assert f"def {test}(" in read(file) if test else (ROOT / file).is_file(), (file, test)

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +78,11 @@ class Forked:
         os.kill(self.pid, signal.SIGKILL)
 
 
-def fork(words: list[str], log: Path) -> Forked:
-    """Start `fedmira WORDS` as `start` does, without importing torch once more, which takes a process seconds."""
+def fork(words: list[str], log: Path, *, before: Callable[[], None] = lambda: None) -> Forked:
+    """Start `fedmira WORDS` as `start` does, without importing torch once more, which takes a process seconds.
+
+    before: is called in the new process, which it may change.
+    """
     process = os.fork()
     if process:
         return Forked(process)
@@ -92,6 +95,7 @@ def fork(words: list[str], log: Path) -> Forked:
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         torch.set_num_threads(1)  # mends torch's pool after the fork
         sys.argv = ["fedmira", *words]
+        before()
         cli_main()
     except SystemExit as end:
         code = int(end.code or 0)

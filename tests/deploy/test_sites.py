@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,14 @@ def poison(rows: torch.Tensor) -> torch.Tensor:
     return rows
 
 
+def grown(data: bytes) -> bytes:
+    """Make the header one that is as long as is allowed, and longer once JSON is written with ASCII only."""
+    frame = decode(data)
+    text = json.dumps({**frame.header, "metrics": {"x": "é" * 500_000}}, ensure_ascii=False).encode()
+    (length,) = struct.unpack_from(">Q", data)
+    return struct.pack(">Q", len(text)) + text + data[8 + length :]
+
+
 LIES: Mapping[str, tuple[Callable[[bytes], bytes | Failure], str]] = {
     "not a number": (lambda data: with_rows(data, poison), "not_finite"),
     "huge": (lambda data: with_rows(data, lambda rows: rows + 1e30), "norm"),
@@ -111,9 +120,12 @@ LIES: Mapping[str, tuple[Callable[[bytes], bytes | Failure], str]] = {
     "another site": (lambda data: changed(data, client="ada"), "identity"),
     "no weight": (lambda data: changed(data, weight=0), "weight"),
     "endless weight": (lambda data: changed(data, weight=math.inf), "weight"),
+    "more examples than it has": (lambda data: changed(data, weight=1e9), "weight"),
     "a weight of text": (lambda data: changed(data, weight="7"), "schema"),
     "an old answer": (lambda data: changed(data, nonce="0" * 16), "duplicate"),
     "steps below 0": (lambda data: changed(data, steps=-1), "schema"),
+    "answers scored below 0": (lambda data: changed(data, scored=-1), "schema"),
+    "a header that grows": (grown, "size"),
     "garbage": (lambda data: b"\x00" * 40, "schema"),
     "nothing": (lambda data: b"", "schema"),
     "away": (lambda data: Failure("late"), "late"),
@@ -129,6 +141,8 @@ FAST = (
     "another site",
     "endless weight",
     "an old answer",
+    "answers scored below 0",
+    "a header that grows",
     "garbage",
     "away",
 )

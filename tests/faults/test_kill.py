@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tests import small_study
+from tests.faults.figures import Note
 from tests.small_study import Command, command, differences, outcome, run_folders, start
 
 import fedmira
@@ -94,11 +95,12 @@ def test_a_run_killed_twice_at_any_instant_ends_with_the_same_bits(
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 120))
 def test_forty_kills_at_random_instants_lose_and_repeat_nothing(
-    seed: int, make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any]
+    seed: int, make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any], note: Note
 ) -> None:
     dice = random.Random(seed)
     kill_at_instants(make_config("study"), tmp_path / "study", [dice.uniform(0.1, SECONDS) for _ in range(2)])
     assert differences(outcome(tmp_path / "study"), undisturbed) == []
+    note("kills in simulation, at random instants", 2, {"other bits in the end": 0})
 
 
 def die_and_go_on(count: int, config: Path, study: Path) -> bool:
@@ -119,7 +121,7 @@ def test_a_run_killed_just_before_something_becomes_durable_ends_with_the_same_b
 
 @pytest.mark.slow
 def test_no_durable_step_of_a_whole_run_is_one_at_which_a_kill_changes_the_outcome(
-    make_config: Callable[..., Path], tmp_path: Path
+    make_config: Callable[..., Path], tmp_path: Path, note: Note
 ) -> None:
     short = {"federation": {"rounds": 3}, "methods": [dict(small_study.METHODS[2])]}
     assert command("run", make_config("whole", **short)).code == 0
@@ -129,6 +131,7 @@ def test_no_durable_step_of_a_whole_run_is_one_at_which_a_kill_changes_the_outco
         died = die_and_go_on(count, make_config(name, **short), tmp_path / name)
         assert differences(outcome(tmp_path / name), whole) == [], count
         if not died:
+            note("kills in simulation, at each durable step of a run", count - 1, {"other bits in the end": 0})
             return
     pytest.fail("the run never ended by itself")
 

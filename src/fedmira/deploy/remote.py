@@ -21,16 +21,17 @@ import torch
 from torch import Tensor
 
 from fedmira.adapters import mixing
+from fedmira.deploy.answers import count, figure, number, optional, read_answer, read_header, why_not_upload, word
 from fedmira.deploy.audit import Audit
 from fedmira.deploy.channel import Data
 from fedmira.deploy.link import Failure, Link
-from fedmira.deploy.wire import Frame, decode, pack_message, unpack_message
+from fedmira.deploy.wire import MAX_HEADER, Frame, decode, pack_message, unpack_message
 from fedmira.disk.checkpoints import Tensors
 from fedmira.disk.files import make_folder, write_pieces
 from fedmira.disk.table import in_file, stacked
 from fedmira.engine.clients import Asked, Reply, Scores, Send, Tuned, everybody, nobody
 from fedmira.engine.federation import Federation
-from fedmira.engine.gate import SCHEMA, Header
+from fedmira.engine.gate import SCHEMA
 from fedmira.engine.idle import Idle
 from fedmira.errors import Stopped, WireError
 from fedmira.methods.base import Clock, Message, Method
@@ -80,6 +81,7 @@ class Remote:
     closing: Closing
     inbox: Path
     audit: Audit
+    examples: Sequence[int]  # of each site, as it said when it joined: the weight of its upload
     metrics: Sequence[str] = ("loss",)
     round: int = 0  # of the last training
     counted: Tensor = field(init=False)  # [K] last round of each site that counts
@@ -106,12 +108,11 @@ class Remote:
             for k, answer in self._order("train", [k for k in every if k not in found], partial(_one, send), clock):
                 if isinstance(answer, Failure):
                     silent[k] = answer.kind
-                elif answer.header.get("client") != self.federation.names[k]:
-                    silent[k] = "identity"  # a site answers for itself: its name is what its certificate says
-                elif (reason := _unlike(answer, like)) is not None:
-                    silent[k] = reason
-                else:
-                    found[k] = self._store(k, answer)
+                    continue
+                try:
+                    found[k] = self._admit(k, answer, like)
+                except WireError as error:
+                    silent[k] = error.reason
                 del answer
             if len(found) >= self.closing.quorum * len(ids):
                 break
@@ -126,6 +127,14 @@ class Remote:
                 f"{self.closing.repeats} times in a row; finished rounds are saved"
             )
         return self._reply([k for k in every if k in found], found, silent, like)
+
+    def _admit(self, k: int, answer: Frame, like: Message | None) -> Frame:
+        """Return a site's upload, durable. Raises WireError if it is none."""
+        assert like is not None
+        name = self.federation.names[k]
+        if (reason := why_not_upload(answer, name, like=like, examples=self.examples[k])) is not None:
+            raise WireError(reason, f"what site '{name}' answered is not its upload")
+        return self._store(k, answer)
 
     def _reply(
         self, answered: Sequence[int], found: Mapping[int, Frame], silent: Mapping[int, str], like: Message | None
@@ -144,12 +153,12 @@ class Remote:
         return Reply(
             ids=torch.tensor(answered, dtype=torch.int64),
             message=message,
-            headers=tuple(_header(frame.header) for frame in frames),
-            losses=torch.tensor([_number(one, "train_loss", math.nan) for one in said], dtype=torch.float64),
-            steps=torch.tensor([_count(frame.header, "steps") for frame in frames], dtype=torch.int64),
-            validation=[_optional(one, "validation_loss") for one in said],
-            tokens=sum(_count(frame.header, "tokens") for frame in frames),
-            scored=sum(_count(frame.header, "scored") for frame in frames),
+            headers=tuple(read_header(frame.header) for frame in frames),
+            losses=torch.tensor([number(one, "train_loss", math.nan) for one in said], dtype=torch.float64),
+            steps=torch.tensor([count(frame.header, "steps") for frame in frames], dtype=torch.int64),
+            validation=[optional(one, "validation_loss") for one in said],
+            tokens=sum(count(frame.header, "tokens") for frame in frames),
+            scored=sum(count(frame.header, "scored") for frame in frames),
             silent=dict(silent),
         )
 
@@ -184,14 +193,14 @@ class Remote:
     @staticmethod
     def _column(ids: Sequence[int], answers: Mapping[int, Frame], name: str) -> list[float | None]:
         """Return one figure of each site; None where it was not shared, or there is no answer."""
-        return [None if k not in answers else _optional(answers[k].header["metrics"], name) for k in ids]
+        return [None if k not in answers else optional(answers[k].header["metrics"], name) for k in ids]
 
     def tune(self, send: Send, progress: Callable[[int], None]) -> Tuned:
         answers = self._ask_each("tune", range(len(self.federation)), send, progress)
-        refused = {k: str(frame.header["refused"]) for k, frame in answers.items() if frame.header.get("refused")}
+        refused = {k: word(frame.header["refused"]) for k, frame in answers.items() if frame.header.get("refused")}
         names = self.method.facts.figures
-        figures = {k: {name: _figure(frame.header, name) for name in names} for k, frame in answers.items()}
-        return Tuned(sum(_count(frame.header, "tokens") for frame in answers.values()), refused, figures)
+        figures = {k: {name: figure(frame.header, name) for name in names} for k, frame in answers.items()}
+        return Tuned(sum(count(frame.header, "tokens") for frame in answers.values()), refused, figures)
 
     def set_aside(self, ids: Tensor, send: Send) -> None:
         self._ask_each("set_aside", ids.tolist(), send)
@@ -228,7 +237,7 @@ class Remote:
             pending = []
             for name, data in self.link.call(orders, self.closing.deadline):
                 k = orders.places[name]
-                answer = data if isinstance(data, Failure) else _checked(data, orders.nonces[name])
+                answer = data if isinstance(data, Failure) else read_answer(data, orders.nonces[name])
                 del data  # what of it is needed the answer has
                 if isinstance(answer, Failure):
                     log.warning("site '%s' gave no answer to '%s': %s", name, what, answer.kind)
@@ -272,10 +281,13 @@ class Remote:
     def _store(self, k: int, answer: Frame) -> Frame:
         """Make an answer durable, with what it answers: after a crash it is not asked for again. Return it from there.
 
-        Its numbers are then pages of a file, which the system can take back.
+        Its numbers are then pages of a file, which the system can take back. Raises WireError if the header would not
+        be read again: written here, it can be longer than it came.
         """
         asked = [self.federation.run, self.round, self.has[k]]
         kept = replace(answer, header={**answer.header, "asked": asked}).pieces()
+        if len(kept[1]) > MAX_HEADER:
+            raise WireError("size", f"a header of {len(kept[1])} bytes: at most {MAX_HEADER}")
         write_pieces(self._file(k), kept, sum(map(len, kept)))
         return _mapped(self._file(k))
 
@@ -360,81 +372,3 @@ def digest_of(parts: Mapping[str, Any], rows: Tensor) -> str:
     found = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     found.update(rows.contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def _checked(data: Data, nonce: str) -> Frame | Failure:
-    """Return an answer to the order with this nonce, or what is wrong with it."""
-    try:
-        frame = decode(data)
-    except WireError as error:
-        return Failure(error.reason)
-    header = frame.header
-    if header.get("nonce") != nonce:
-        return Failure("duplicate")
-    if header.get("answer") == "failed":
-        kind = str(header.get("kind", ""))
-        return Failure(kind if kind.isidentifier() and len(kind) <= 64 else "failed")
-    if header.get("answer") not in ("done", "need") or not isinstance(header.get("metrics", {}), dict):
-        return Failure("schema")
-    return Frame({"metrics": {}, **header}, frame.rows)
-
-
-def _unlike(answer: Frame, like: Message | None) -> str | None:
-    """Say with a word of the wire why an upload has another form than the method's, None if it has the same."""
-    assert like is not None
-    try:
-        message = unpack_message(answer.header.get("parts"), answer.rows)
-        _header(answer.header)
-        _count(answer.header, "steps")
-        _count(answer.header, "tokens")
-    except WireError as error:
-        return error.reason
-    if set(message.more) != set(like.more) or set(message.scalars) != set(like.scalars):
-        return "schema"
-    if message.base is not None or message.absent:
-        return "schema"
-    if any(message.scalars[name].dtype != like.scalars[name].dtype for name in like.scalars):
-        return "schema"
-    rows, expected = [message.rows, *message.more.values()], like.rows
-    if any(value.shape != expected.shape or value.dtype != expected.dtype for value in rows):
-        return "size"
-    return None
-
-
-def _header(header: Mapping[str, Any]) -> Header:
-    """Return an upload's header. Raises WireError if a key is missing or of another type."""
-    kinds = {
-        "run_id": str, "round": int, "client": str, "nonce": str, "base_hash": str, "layout_hash": str, "method": str,
-        "schema": int,
-    }  # fmt: skip
-    values = {name: header.get(name) for name in kinds}
-    weight = header.get("weight")
-    if any(type(values[name]) is not kind for name, kind in kinds.items()) or not isinstance(weight, int | float):
-        raise WireError("schema", "a key of the header is missing, or of another type")
-    if isinstance(weight, bool):
-        raise WireError("weight", "the weight is not a number")
-    return Header(weight=float(weight), metrics={}, **values)  # type: ignore[arg-type]
-
-
-def _number(values: Mapping[str, Any], name: str, default: float) -> float:
-    value = values.get(name)
-    return default if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
-
-
-def _figure(header: Mapping[str, Any], name: str) -> float:
-    """Return one of the figures that a site tells of itself; -1 where it does not."""
-    told = header.get("figures")
-    value = _number(told, name, -1.0) if isinstance(told, Mapping) else -1.0
-    return value if math.isfinite(value) else -1.0
-
-
-def _optional(values: Mapping[str, Any], name: str) -> float | None:
-    value = _number(values, name, math.nan)
-    return None if not math.isfinite(value) else value
-
-
-def _count(header: Mapping[str, Any], name: str) -> int:
-    value = header.get(name, 0)
-    if type(value) is not int or not 0 <= value < 2**53:
-        raise WireError("schema", f"'{name}' is not a count")
-    return value

@@ -148,6 +148,7 @@ class Server:
             Closing(settings.deadline, settings.quorum),
             self.folder.inbox,
             self.audit,
+            cohort.examples,
             metrics=tuple(self.config.evaluation.metrics),
         )
         start = self._start_scores(remote)

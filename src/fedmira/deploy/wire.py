@@ -124,7 +124,8 @@ def _read_rows(data: Data, start: int) -> Tensor:
     if not count:
         return torch.empty(1, 0, dtype=dtype)
     if isinstance(data, bytes) or start % dtype.itemsize:
-        data, start = bytearray(data[start:]), 0
+        with memoryview(data) as view:
+            data, start = bytearray(view[start:]), 0  # one copy; a slice of `data` would be another
     return torch.frombuffer(data, dtype=dtype, count=count, offset=start)[None]
 
 
@@ -173,11 +174,12 @@ def unpack_message(parts: Any, rows: Tensor | None) -> Message:
             for name, (kind, value) in parts["scalars"].items()
         }
         first = int(parts.get("base", {}).get("first", 0))
+        versions_first = torch.tensor([first])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
         raise WireError("schema", "the header's `parts` do not describe a message") from None
     counts = [*wanted, *(q * size for pairs in shapes for _, q, i, o in pairs for size in (i, o))]
     sizes = [*(width for _, width in widths), *(size for pairs in shapes for _, *of_pair in pairs for size in of_pair)]
-    if min([*counts, *sizes]) < 0 or max(width for _, width in widths) > MAX_WIDTH or sum(counts) != len(numbers):
+    if min([*counts, *sizes]) < 0 or max(sizes) > MAX_WIDTH or sum(counts) != len(numbers):
         raise WireError("size", f"the header tells of {sum(counts)} numbers, and the message has {len(numbers)}")
     pieces = list(torch.split(numbers, counts))
     nothing = numbers.new_zeros(())  # of any width in no memory: the header alone says how wide it is
@@ -192,6 +194,6 @@ def unpack_message(parts: Any, rows: Tensor | None) -> Message:
     ]
     base = None
     if "base" in parts:
-        base = BaseVersions(tuple(versions), torch.tensor([first]), first)
+        base = BaseVersions(tuple(versions), versions_first, first)
     more = {str(name): value[None] for name, value in zip(parts["more"], others, strict=True)}
     return Message(own[None], scalars, more, base, {name: torch.tensor([flag]) for name, flag in absent.items()})

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,11 @@ def load_checkpoint(folder: Path, number: int) -> Checkpoint | None:
 
 def checkpoint_rounds(folder: Path) -> list[int]:
     """List the rounds that have a manifest, ascending."""
-    names = [path.parent.name.removeprefix("round-") for path in folder.glob("round-*/manifest.json")]
+    return _rounds_of([path.parent for path in folder.glob("round-*/manifest.json")])
+
+
+def _rounds_of(folders: Iterable[Path]) -> list[int]:
+    names = [path.name.removeprefix("round-") for path in folders]
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
@@ -168,11 +172,12 @@ def prune(folder: Path, keep_from: int, keep_to: int | None = None) -> None:
     """Remove checkpoints before round `keep_from` and, if given, after round `keep_to`.
 
     Newest first and each manifest first, so that a crash leaves no partly readable checkpoint and no gap below one.
+    What such a crash has left without a manifest is removed too.
     """
-    for number in reversed(checkpoint_rounds(folder)):
+    for number in reversed(_rounds_of(folder.glob("round-*"))):
         if number < keep_from or (keep_to is not None and number > keep_to):
             removed = folder / f"round-{number:06d}"
-            (removed / "manifest.json").unlink()
+            (removed / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(removed)
 
 

@@ -19,6 +19,7 @@ from fedmira.methods.base import Change, Message
 SCHEMA = 1  # of the header
 PIECE = 2**18  # numbers that are looked at together
 MAX_NORM = 1e6  # of one client's row; far above any adapter that still computes in float32
+MAX_SCALAR = 1e12  # of a declared scalar; its sums over clients stay finite in float32
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def refusal(upload: Upload, expected: Expected) -> str | None:
         return "not_finite"
     if float(lengths.max()) > MAX_NORM:
         return "norm"
+    if any(bool((scalar.double().abs() > MAX_SCALAR).any()) for scalar in message.scalars.values()):
+        return "norm"
     if not 0 < header.weight < float("inf"):
         return "weight"
     return None
@@ -107,8 +110,15 @@ def admit(uploads: Sequence[Upload], expected: Expected) -> tuple[Tensor, dict[i
 
 
 def _length(value: Tensor) -> Tensor:
-    """Return the 2-norm [] of all numbers, piece by piece: a copy of all in float64 would take twice their memory."""
-    return norms(torch.cat([norms(piece[None]) for piece in torch.split(value.reshape(-1), PIECE)])[None])[0]
+    """Return the 2-norm [] of all numbers, piece by piece: a copy of all in float64 would take twice their memory.
+
+    Each piece is copied to the same place: what is allocated anew for each, malloc does not always use again.
+    """
+    if value.numel() <= PIECE:
+        return norms(value.reshape(1, -1))[0]
+    pieces = torch.split(value.reshape(-1), PIECE)
+    copied = torch.empty(PIECE, dtype=torch.float64)
+    return norms(torch.cat([norms(copied[: len(piece)].copy_(piece)[None]) for piece in pieces])[None])[0]
 
 
 def check_change(change: Change, method: str, layout: Layout) -> None:
