@@ -80,7 +80,7 @@ def test_with_clip_honest_clients_drift_as_in_a_clean_run(attackers: int, drift_
 def test_of_clients_that_choose_their_pull_the_drift_is_measured_and_at_the_usual_norm_small(
     drift_of: Drift, note: Note
 ) -> None:
-    """Longer rows are only reported: with two validation examples a client takes a poisoned mean now and then."""
+    """Longer rows are only reported: clients did take poisoned means of them."""
     clean = drift_of(auto=True)
     found = {f"{factor:g}x": drift_of(CLIENTS // 4, auto=True, factor=factor) / clean for factor in FACTORS}
     note(f"poisoned by {CLIENTS // 4} of {CLIENTS}, lambda auto", len(found), {**found, "clean": clean})
