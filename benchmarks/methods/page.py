@@ -31,8 +31,8 @@ Made by `python benchmarks/methods/page.py` from what `benchmarks/methods/measur
 Each method is compared with training alone by `fedmira compare`: the same clients, base, splits, schedule, start, steps
 and seeds, and {budget} runs of tuning with the first seed, by validation loss. Those are learning rates (the config's,
 twice, half), or, where a method has a setting of its own, two rates and another value of that at the better one. Some
-take more steps than the others: `pooled` all clients' one after another, `fedavg_ft` more
-after the last round, `ditto`, `pfedme`, `apfl`, `fedrep`, `pftt` and `feddpa` as their pages say.
+take more steps than the others: `pooled` all clients' one after another, `fedavg_ft` more after the last round,
+`ditto`, `pfedme`, `apfl` and `fedrep` as their pages say.
 
 Losses are nats per token of the answer on the test split: the mean over clients of each client's mean over seeds, with
 its 95 % interval over clients. Better, equal, worse: clients, by their loss against training alone; p from a
@@ -73,10 +73,14 @@ def section(name: str, found: kept.Kept) -> list[str]:
         f"{training['optimizer']}, learning rate {training['learning_rate']:g} where it was not tuned; seeds "
         f"{', '.join(local)}."
     )
-    machines = sorted({machine(run) for one in methods.values() for run in one["runs"].values()})
+    runs = [run for one in methods.values() for run in one["runs"].values()]
+    machines = sorted({machine(run) for run in runs})
+    commits = sorted({run["machine"]["commit"].removesuffix("-dirty") for run in runs})
+    missing = [label for label in labels_of(name) if label not in methods]
+    later = f" Not measured yet: {', '.join(missing)}." if missing else ""
     return [
         setup,
-        f"Measured on {'; '.join(machines)}.",
+        f"Measured on {'; '.join(machines)}; commits {', '.join(commits)}.{later}",
         rows_of(found, results),
         "### What it shows",
         "\n".join(f"- {line}" for line in lessons(found, results)),
@@ -85,7 +89,7 @@ def section(name: str, found: kept.Kept) -> list[str]:
 
 def machine(run: Mapping[str, Any]) -> str:
     where = run["machine"]
-    return f"{where['cpu']}, {where['cores']} cores, one thread, commit {where['commit']}"
+    return f"{where['cpu']}, {where['cores']} cores, one thread"
 
 
 # ---------------------------------------------------------------- the table
@@ -137,6 +141,8 @@ def said(one: Mapping[str, Any]) -> str:
     tried = one["tried"]
     tuned = {key for values in tried for key in values} - {"validation_loss"}
     values = {**one["settings"], "learning_rate": one["learning_rate"]}
+    training = {key: value for key, value in values.pop("training", {}).items() if key != "learning_rate"}
+    values |= {"training": training} if training else {}
     words = [written(key, value) for key, value in values.items() if key != "learning_rate" or key in tuned]
     return ", ".join(f"**{word}**" if word.partition(":")[0].strip("`") in tuned else word for word in words)
 
@@ -227,9 +233,14 @@ def main(page: Path, folder: Path) -> None:
 
 def in_order(name: str, found: kept.Kept) -> kept.Kept:
     """Put the methods into the order of their config; each was kept when it was measured."""
+    kept_ones = found["methods"]
+    return {**found, "methods": {label: kept_ones[label] for label in labels_of(name) if label in kept_ones}}
+
+
+def labels_of(name: str) -> list[str]:
+    """Return the methods of a setting's config."""
     entries = yaml.safe_load((HERE / f"{name}.yaml").read_text(encoding="utf-8"))["methods"]
-    labels = [entry.get("label", entry["name"]) for entry in entries]
-    return {**found, "methods": {label: found["methods"][label] for label in labels if label in found["methods"]}}
+    return [entry.get("label", entry["name"]) for entry in entries]
 
 
 if __name__ == "__main__":

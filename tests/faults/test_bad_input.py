@@ -19,7 +19,7 @@ from tests.data.bad_rows import BAD_LINES, SECRET
 from tests.small_study import Ended, command, has_traceback
 
 from fedmira.disk.folders import RunFolder
-from fedmira.engine import cost
+from fedmira.engine import probe
 
 LOCAL = [{"name": "local"}]
 Config = Callable[..., Path]
@@ -431,7 +431,7 @@ def test_ctrl_c_while_data_are_read_ends_with_130_and_writes_nothing(
 def test_ctrl_c_while_a_dry_run_measures_ends_with_130_and_writes_nothing(
     inputs: tuple[Path, Path], config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = cost.local_phase
+    train = probe.local_phase
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
@@ -440,7 +440,7 @@ def test_ctrl_c_while_a_dry_run_measures_ends_with_130_and_writes_nothing(
     written = config(inputs[1], base=inputs[0])
     before = sorted(tmp_path.rglob("*"))
     with monkeypatch.context() as patch:
-        patch.setattr(cost, "local_phase", interrupted)
+        patch.setattr(probe, "local_phase", interrupted)
         ended = command("run", written, "--dry-run")
     assert (ended.code, ended.out) == (130, "")
     assert "measuring a few passes ..." in ended.err

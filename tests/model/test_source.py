@@ -165,7 +165,8 @@ def test_a_config_that_is_not_text_is_refused(saved: Path) -> None:
 )
 def test_quantised_weights_are_refused(changed: Change, found: object, method: str) -> None:
     unread(
-        changed(quantization_config=found), rf"quantised \(method: {method}\); FedMira trains on plain float weights"
+        changed(quantization_config=found),
+        rf"quantised \(method: {method}\); FedMira reads plain float weights, and 4 or",
     )
 
 
