@@ -6,6 +6,7 @@ significance too, is computed from this file. Values are of each client, in the 
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,17 +141,10 @@ def rounded(value: float) -> float | None:
 
 
 def flattened(text: str) -> str:
-    """Write lists of numbers on one line: a value of each of many clients would be a line each."""
-    lines: list[str] = []
-    inside = False
-    for line in text.splitlines():
-        if inside:
-            lines[-1] += " " * (not lines[-1].endswith("[")) + line.strip() if line.strip()[0] != "]" else line.strip()
-            inside = line.strip()[0] != "]"
-        else:
-            lines.append(line)
-            inside = line.endswith("[") and '"clients"' not in line
-    return "\n".join(lines)
+    """Write a list of plain values on one line: a value of each of many clients would be a line each."""
+    return re.sub(
+        r"\[[^][{}]*\]", lambda found: re.sub(r"\n\s*", " ", found[0]).replace("[ ", "[").replace(" ]", "]"), text
+    )
 
 
 def results_of(kept: Mapping[str, Any], seeds: Sequence[int] | None = None) -> Results:

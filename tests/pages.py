@@ -12,6 +12,7 @@ In what is printed, "..." on a line of its own stands for any lines. Of the comm
 
 import contextlib
 import difflib
+import importlib.util
 import io
 import os
 import re
@@ -22,6 +23,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -284,3 +286,13 @@ def save_base(folder: Path) -> Path:
     sizes = {"vocab_size": len(words), "eos_token_id": 0, "max_position_embeddings": 1024}
     tiny.model("llama", dtype=torch.float32, **sizes).save_pretrained(folder)
     return folder
+
+
+def load_script(path: str) -> ModuleType:
+    """Import a script that is in no package, by its path below the project's root."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -4,8 +4,7 @@ import sys
 from typing import Any
 
 import pytest
-from tests.pages import ROOT
-from tests.test_every_method import load_script
+from tests.pages import ROOT, load_script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 choosing = load_script("benchmarks/choosing/write.py")

@@ -1,7 +1,6 @@
 """Bytes: what a page's formula says is what is counted. And the page on every method has its kept numbers in it."""
 
 import functools
-import importlib.util
 import json
 import math
 import re
@@ -9,12 +8,11 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from safetensors import safe_open
-from tests.pages import ROOT
+from tests.pages import ROOT, load_script
 
 import fedmira
 from fedmira.bundled import MODEL_PATH
@@ -26,15 +24,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 STORED = sorted(RESULTS.glob("methods-*.json"))
 CLIENTS = 3
 SMALL = (f"data.clients.first={CLIENTS}", "federation.rounds=1", "training.local_steps=1", "evaluation.metrics=[loss]")
-
-
-def load_script(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

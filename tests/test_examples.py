@@ -1,16 +1,15 @@
 """The examples run as they are written, and the bare loop and the engine are the same algorithm."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from safetensors.torch import load_file
+from tests.pages import ROOT, load_script
 
 import fedmira
 from fedmira import bundled
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
@@ -20,12 +19,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load_example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(f"examples/{name}.py")
 
 
 @pytest.mark.slow

@@ -1,18 +1,16 @@
 """The pages of the methods are what their source says today, and their configs run."""
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import pytest
 import torch
 import yaml
 from pydantic import Field
-from tests.pages import ROOT, split_page
+from tests.pages import ROOT, load_script, split_page
 
 import fedmira
 from fedmira.adapters.columns import factor_columns
@@ -24,16 +22,7 @@ from fedmira.methods.base import Client, Facts, Message, Settings
 FOLDER = ROOT / "docs" / "methods"
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_methods", ROOT / "docs" / "make_methods.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-made = load_script()
+made = load_script("docs/make_methods.py")
 
 
 def test_the_pages_of_the_methods_are_what_the_source_says_today() -> None:

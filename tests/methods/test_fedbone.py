@@ -1,19 +1,20 @@
-"""FedBone: projections worked by hand, against the algorithm as a plain loop, and against FedAvg and PFTT."""
+"""FedBone: projections worked by hand, against the algorithm as a plain loop, and against FedAvg and PFTT.
+
+Its private part is put before the tests of PFTT's.
+"""
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.laws.worlds import BEFORE, WORLDS
 from tests.methods.hand import after, begin, make, merge, pairs, rows
 from torch import Tensor
 
 from fedmira.adapters import Adapters, Layout, lora_layout
-from fedmira.adapters.parts import OWN, SHARED, own_and_shared, part_columns
+from fedmira.adapters.parts import own_and_shared
 from fedmira.errors import ConfigError
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message, Method, State
@@ -215,32 +216,6 @@ def test_a_client_of_a_smaller_rank_moves_its_own_pairs_only() -> None:
 
 
 # ---------------------------------------------------------------- the private part
-
-
-@pytest.mark.parametrize("kind", WORLDS)
-def test_the_shared_part_is_the_same_for_all_and_the_private_one_never_reaches_the_server(kind: str) -> None:
-    world = WORLDS[kind]()
-    method = build("fedbone", {}, world.cohort)
-    scene = world.under(method).reach(method)
-    columns = part_columns(own_and_shared(world.layout), SHARED)
-    used = scene.used(torch.tensor([0, 2, 3]))  # of rank 2, all trained in round 1
-    assert torch.equal(used[0, columns], used[1, columns])
-    assert not torch.equal(used[0, ~columns], used[1, ~columns])
-    start = world.under(method).start(method).rows
-    assert torch.equal(scene.rows[:, ~columns], start[:, ~columns])
-    assert not torch.equal(scene.rows[:, columns], start[:, columns])
-
-
-def test_without_its_shared_part_it_is_local_training() -> None:
-    world = WORLDS["quadratic"]()
-    method, local = build("fedbone", {}, world.cohort), build("local", {}, world.cohort)
-    still = replace(method, trained=lambda layout, clock: part_columns(layout, OWN))
-    scene, alone = world.under(method).start(still), world.start(local)
-    for ids in BEFORE:
-        scene.play(torch.tensor(ids))
-        alone.play(torch.tensor(ids))
-    own = part_columns(own_and_shared(world.layout), OWN)
-    torch.testing.assert_close(scene.used()[:, own], alone.used(), rtol=1e-9, atol=1e-11)
 
 
 def test_without_conflict_it_is_pftt() -> None:

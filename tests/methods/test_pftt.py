@@ -23,10 +23,11 @@ def frozen(method: Method, part: str) -> Method:
     return replace(method, trained=trained)
 
 
+@pytest.mark.parametrize("name", ["pftt", "fedbone"])
 @pytest.mark.parametrize("kind", WORLDS)
-def test_without_its_shared_part_it_is_local_training(kind: str) -> None:
+def test_without_its_shared_part_it_is_local_training(kind: str, name: str) -> None:
     world = WORLDS[kind]()
-    method, local = build("pftt", {}, world.cohort), build("local", {}, world.cohort)
+    method, local = build(name, {}, world.cohort), build("local", {}, world.cohort)
     scene, alone = world.under(method).start(frozen(method, SHARED)), world.start(local)
     for ids in BEFORE:
         scene.play(torch.tensor(ids))
@@ -36,10 +37,11 @@ def test_without_its_shared_part_it_is_local_training(kind: str) -> None:
     torch.testing.assert_close(own, alone.used(), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", ["pftt", "fedbone"])
 @pytest.mark.parametrize("kind", WORLDS)
-def test_the_shared_part_is_the_same_for_all_and_the_own_one_never_reaches_the_server(kind: str) -> None:
+def test_the_shared_part_is_the_same_for_all_and_the_own_one_never_reaches_the_server(kind: str, name: str) -> None:
     world = WORLDS[kind]()
-    method = build("pftt", {}, world.cohort)
+    method = build(name, {}, world.cohort)
     scene = world.under(method).reach(method)
     shared = part_columns(own_and_shared(world.layout), SHARED)
     used = scene.used(torch.tensor([0, 2, 3]))  # of rank 2, all trained in round 1

@@ -27,7 +27,7 @@ from fedmira.model.passes import gradients
 
 log = logging.getLogger(__name__)
 
-LONG_S = 3.0  # a pass that would take longer is not made to measure memory
+LONG_S = 3.0  # a pass that would take longer is not made to measure memory or speed
 PROBE = 64  # tokens of the pass that says what to expect of longer ones
 SHARE = 0.6  # of the memory that is free now; the rest is for evaluation, the allocator and other programs
 

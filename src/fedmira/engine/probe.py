@@ -12,6 +12,7 @@ as much as the weights. What is measured on few tokens is a little slow for many
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from fedmira.engine.phase import local_phase
 from fedmira.engine.tools import Training
 from fedmira.engine.workplace import Workplace
 from fedmira.evaluation.measure import measure_answers, measure_loss
-from fedmira.methods.base import Clock, Method
+from fedmira.methods.base import Clock, Method, State
 from fedmira.model.base.load import Base
 
 ANSWERS = 64  # written by all clients together to see how long one takes
@@ -128,7 +129,7 @@ class _Probe:
     def _seconds(self, clients: Sequence[ClientData], training: Training, *, steps: int = 1) -> tuple[float, int]:
         """Return the seconds of local steps of some of the clients, and the tokens trained on."""
         ids, clock = self.ids[: len(clients)], Clock(1, learning_rate=training.learning_rate)
-        given = self.method.message(self.federation.first_state(training.seed, self.method), ids, clock)
+        given = self.method.message(self._state, ids, clock)
         start = self.federation.adapters(ids, given.rows)
         memory = self.method.client.start(start)
         short = replace(training, local_steps=steps, local_epochs=None)
@@ -203,9 +204,11 @@ class _Probe:
         )
         return time.monotonic() - began
 
+    @cached_property
+    def _state(self) -> State:
+        return self.federation.first_state(self.training.seed, self.method)
+
     def _start(self, ids: Tensor) -> Adapters:
         """The start of the first client, for any clients."""
-        given = self.method.message(
-            self.federation.first_state(self.training.seed, self.method), self.ids[:1], Clock(1)
-        )
+        given = self.method.message(self._state, self.ids[:1], Clock(1))
         return self.federation.adapters(self.ids[:1], given.rows).take(torch.zeros_like(ids))

@@ -211,24 +211,29 @@ class Simulated:
         memory = self.memory.recall("method", ids, first=self.method.client.start(start))
         return self._used(ids, start, memory, given, send.clock)
 
-    def alone(self, ids: Tensor, send: Send, *, steps: int) -> tuple[Adapters, PhaseResult]:
+    def alone(self, ids: Tensor, send: Send, *, steps: int) -> Adapters:
         """Return the adapters that clients would use after so many local steps from what they would be sent now.
 
         Nothing is kept, and the server is told nothing. A client whose row is refused has what it would use without.
         """
-        training = replace(self.training, local_steps=steps, local_epochs=None, schedule=self.training.schedule.alone())
-        given = send(ids)
-        plans: list[list[np.ndarray]] | None = None if steps else [[] for _ in ids]
-        whole, phase = self.local_phase(ids, given, send.clock, training=training, plans=plans)
-        rows = phase.returned.rows.clone()
-        used = self._adapters(ids, rows)
+        whole, phase = self._train_alone(ids, send(ids), send.clock, steps=steps)
+        used = self._adapters(ids, phase.returned.rows.clone())
         if self.method.client.use is not use_what_was_sent:
             used = self._used(ids, used, phase.memory, whole, send.clock)
         unfit = list(self._unfit(ids, used.rows))
         if unfit:
             places = [n for n, k in enumerate(ids.tolist()) if k in unfit]
             used.rows[places] = self._newest(ids, send).rows[places]
-        return used, phase
+        return used
+
+    def _train_alone(
+        self, ids: Tensor, given: Message, clock: Clock, *, steps: int | None = None, epochs: int | None = None
+    ) -> tuple[Message, PhaseResult]:
+        """As local_phase, with so many steps, which may be none, or epochs, and a schedule of their own."""
+        schedule = self.training.schedule.alone()
+        training = replace(self.training, local_steps=steps, local_epochs=epochs, schedule=schedule)
+        plans: list[list[np.ndarray]] | None = None if steps or epochs else [[] for _ in ids]
+        return self.local_phase(ids, given, clock, training=training, plans=plans)
 
     def test(self, ids: Sequence[int], send: Send, progress: Callable[[int], None]) -> Scores:
         gate = self.method.client.gate
@@ -265,16 +270,12 @@ class Simulated:
         """
         assert self.method.regime.tune is not None
         kind, length = self.method.regime.tune
-        steps, epochs = (length, None) if kind == "steps" else (None, length)
-        schedule = self.training.schedule.alone()
-        training = replace(self.training, local_steps=steps, local_epochs=epochs, schedule=schedule)
         given = send(ids)
         if self.taken_up:
             travels = self.method.travels(self.federation.layout, send.clock)
             rest = {name: value for name, value in given.absent.items() if name != "rows"}
             given = replace(given, rows=pack(self.adapters(ids, send).rows, travels), absent=rest)
-        plans: list[list[np.ndarray]] | None = None if length else [[] for _ in ids]
-        whole, phase = self.local_phase(ids, given, send.clock, training=training, plans=plans)
+        whole, phase = self._train_alone(ids, given, send.clock, **{kind: length})
         unfit = self._unfit(ids, phase.returned.rows)
         rows = self.federation.adapters(ids, whole.rows.clone()).mask_().rows
         fit = torch.tensor([k not in unfit for k in ids.tolist()])

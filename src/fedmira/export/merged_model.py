@@ -30,7 +30,7 @@ from fedmira.export.peft_folder import check_adapters, check_free, new_folder
 from fedmira.model.base.load import quiet
 from fedmira.model.base.source import digest, find_folder, first_line, load_config, positions
 from fedmira.model.base.vocabulary import count_known_ids
-from fedmira.model.quantised import Quantisation, make_dense, stored_quantisation, take_over
+from fedmira.model.quantised import Quantisation, loading, make_dense, take_over
 
 # Largest difference of logits, as a fraction of the largest logit, that a merge may make. Measured with random adapters
 # of several sizes on three small trained Llamas (2 to 6 layers) and on random Llamas and GPT-2 of 2 to 32 layers:
@@ -189,20 +189,18 @@ def _load(folder: Path, dtype: str) -> Any:
 def _load_base(folder: Path, dtype: str, bits: Quantisation | None, trained: str) -> Any:
     """Return the base of a run as a dense model; one in 4 or 8 bits as these bits were read in the run."""
     config = load_config(str(folder), folder)
-    stored = stored_quantisation(getattr(config, "quantization_config", None) or {})
-    if bits is None and stored is None:
-        return _load(folder, dtype)
     kind = getattr(torch, trained)
-    settings = (stored or bits or Quantisation(4)).config(kind)
+    how = loading(config, bits, dtype=kind, device=torch.device("cpu"))
+    if not how:
+        return _load(folder, dtype)
     with quiet():
         rounded = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=config,
             dtype=kind,
-            device_map={"": "cpu"},
             use_safetensors=True,
             trust_remote_code=False,
-            **({} if stored is not None else {"quantization_config": settings}),
+            **how,
         )
         take_over(rounded, kind)
         make_dense(rounded)

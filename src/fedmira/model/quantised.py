@@ -69,9 +69,21 @@ def check_installed() -> None:
         raise ModelError(HINT)
 
 
-def stored_quantisation(settings: Mapping[str, Any]) -> Quantisation | None:
-    """Return how a folder's weights are stored, by the quantization_config of its config.json; None: another method."""
-    if settings.get("quant_method") != "bitsandbytes":
+def loading(config: Any, asked: Quantisation | None, *, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Return what `from_pretrained` needs for weights in 4 or 8 bits, stored so or asked for; {}: they are plain."""
+    stored = stored_quantisation(getattr(config, "quantization_config", None))
+    if stored is not None:
+        stored.config(dtype)  # is it there, and does the type fit?
+        return {"device_map": {"": device}}
+    return {} if asked is None else {"device_map": {"": device}, "quantization_config": asked.config(dtype)}
+
+
+def stored_quantisation(settings: Mapping[str, Any] | None) -> Quantisation | None:
+    """Return how a folder's weights are stored, by the quantization_config of its config.json.
+
+    None: they are plain, or stored by another method than bitsandbytes'.
+    """
+    if settings is None or settings.get("quant_method") != "bitsandbytes":
         return None
     if settings.get("load_in_8bit"):
         return Quantisation(8)

@@ -11,7 +11,6 @@ It is a client more of the run's federation, behind all others, whose first roun
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -109,13 +108,13 @@ def adapt(
     count = _usual_steps(folder) if steps is None else steps
     place = len(prepared.federation) - 1
     with using_threads(prepared.threads), tempfile.TemporaryDirectory(prefix="fedmira-adapt-") as scratch:
-        opened = _Newcomer(prepared, built, method, facts, folder, place, Path(scratch))
+        opened = _Newcomer(prepared, built, facts, folder, place, Path(scratch))
         observer(StepBegun("training the new client"))
         scores, ended, served = opened.train(count)
         if target.exists():
             shutil.rmtree(target)
         make_folder(output)
-        opened.export(served, scores, ended, output, observer)
+        opened.export(served, ended, output, observer)
     done = Adapted(target, name, facts.label, len(newcomer.train), count, tuple(scores))
     write_json(target / FACTS, {**asdict(done), "path": str(target), "run": str(folder.path)})
     return done
@@ -186,13 +185,13 @@ class _Newcomer:
         self,
         prepared: Prepared,
         built: Built,
-        method: Method,
         facts: RunFacts,
         folder: RunFolder,
         place: int,
         scratch: Path,
     ) -> None:
-        self.prepared, self.built, self.method, self.folder = prepared, built, method, folder
+        self.prepared, self.built, self.folder = prepared, built, folder
+        self.method = built.methods[facts.seed]
         self.place, self.scratch, self.seed = place, scratch, facts.seed
         self.ids = torch.tensor([place])
 
@@ -202,17 +201,16 @@ class _Newcomer:
         rounds = len(self.folder.records())
         since = torch.tensor([1] * place + [rounds + 1])
         federation = replace(prepared.under(self.method), since=since)
-        clients, send = self._open(self.method, federation, self.built, from_run=True)
+        clients, send = self._open(self.method, federation, from_run=True)
         begins = self.method.client.begin is not begin_from_what_was_sent  # its choice is part of its start
-        first = clients.alone(self.ids, send, steps=0)[0] if begins else clients.adapters(self.ids, send)
+        first = clients.alone(self.ids, send, steps=0) if begins else clients.adapters(self.ids, send)
         start = self._score("start", clients, first)
-        adapted, _ = clients.alone(self.ids, send, steps=steps)
+        adapted = clients.alone(self.ids, send, steps=steps)
         after = self._score("adapted", clients, adapted)
         entry = MethodEntry.model_validate({"name": "local"})
         local = recipe_of(entry).build(prepared.cohorts[self.seed])
-        others, sent = self._open(local, prepared.federation, self.built, from_run=False)
-        without, _ = others.alone(self.ids, sent, steps=steps)
-        alone = self._score("alone", others, without)
+        others, sent = self._open(local, prepared.federation, from_run=False)
+        alone = self._score("alone", others, others.alone(self.ids, sent, steps=steps))
         only = replace(prepared.workplace, clients=(prepared.workplace.clients[place],))
         base = score_start(only, replace(prepared.federation, names=prepared.federation.names[place:]), lambda _: None)
         self.base = base
@@ -221,11 +219,9 @@ class _Newcomer:
         ended = Ended(send, None, test, [0] * (place + 1))
         return [untouched, start, after, alone], ended, adapted
 
-    def _open(
-        self, method: Method, federation: Federation, built: Built, *, from_run: bool
-    ) -> tuple[Simulated, Sender]:
+    def _open(self, method: Method, federation: Federation, *, from_run: bool) -> tuple[Simulated, Sender]:
         prepared = self.prepared
-        training = training_of(prepared.config, self.seed, built.training)
+        training = training_of(prepared.config, self.seed, self.built.training)
         clients = make_clients(prepared.workplace, federation, method, training, scratch=self.scratch)
         assert isinstance(clients, Simulated)
         state = federation.first_state(self.seed, method, self.scratch)
@@ -247,9 +243,7 @@ class _Newcomer:
         test = score_test_split(workplace, serve, [place], lambda _: None, gate=gate).test
         return Scored(what, validation, {name: values[0] for name, values in test.items()})
 
-    def export(
-        self, served: Adapters, scores: Sequence[Scored], ended: Ended, output: Path, observer: Observer
-    ) -> None:
+    def export(self, served: Adapters, ended: Ended, output: Path, observer: Observer) -> None:
         """Write the PEFT folder."""
         place, tuned = self.place, replace(self.method.regime, tune=("steps", 1))
         before: list[float | None] = [None] * place

@@ -41,7 +41,7 @@ from fedmira.study.adapting import alpha_of, quantisation_of, ranks_by_module, s
 from fedmira.study.events import StudyPrepared
 from fedmira.study.intake import Intake, check_examples, take_in
 from fedmira.study.passes import shape_of_passes
-from fedmira.study.privacy import check_privacy, check_profile, held_back, privacy_notes
+from fedmira.study.privacy import check_privacy, check_profile, held_back, study_notes
 from fedmira.study.starts import read_start
 from fedmira.study.training import check_least_rate, check_optimizer, check_validation
 
@@ -60,7 +60,7 @@ class Built:
 
     recipe: Recipe
     methods: Mapping[int, Method]
-    notes: list[str]
+    notes: Sequence[str]
     training: TrainingConfig
 
     @property
@@ -186,9 +186,8 @@ def prepare(
         for place, recipe in enumerate(recipes)
     }
     for label, one in built.items():
-        for seed, method in one.methods.items():
-            found = privacy_notes(config, label, method, one.training, clients, cohorts[seed].schedule)
-            one.notes[:] = dict.fromkeys([*one.notes, *found])
+        more = study_notes(config, label, one.methods, one.training, clients, cohorts)
+        built[label] = replace(one, notes=[*one.notes, *more])
     base = materials.load(config, dtype)
     threads = count_threads(base, saved)
     check_base(config, base, saved)

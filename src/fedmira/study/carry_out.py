@@ -244,10 +244,8 @@ def _marked(folder: RunFolder) -> Iterator[None]:
         yield
     except BaseException as error:
         memory = _is_out_of_memory(error)
-        outside = memory or (
-            isinstance(error, OSError | WireError)
-            or (isinstance(error, FedMiraError) and isinstance(error.__cause__, OSError))
-        )
+        of_the_disk = isinstance(error, FedMiraError) and isinstance(error.__cause__, OSError)
+        outside = memory or of_the_disk or isinstance(error, OSError | WireError)
         goes_on = outside or isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
         state: State = "interrupted" if goes_on else "failed"
         asked = {KeyboardInterrupt: "by Ctrl-C", SystemExit: "by a signal", Stopped: str(error)}

@@ -15,7 +15,7 @@ from fedmira.config.sections import Config, PrivacyConfig, TrainingConfig
 from fedmira.data.batches import ClientData
 from fedmira.engine.workplace import Workplace
 from fedmira.errors import ConfigError, MethodError
-from fedmira.methods.base import Method
+from fedmira.methods.base import Cohort, Method
 from fedmira.privacy.accountant import ACCOUNTANT, ADJACENCY, SAMPLING, check_installed, epsilon, worst
 from fedmira.privacy.budget import KEY_FILE, Budget, Share, Terms, count_affordable, read_spent
 
@@ -94,6 +94,20 @@ def terms_of(section: PrivacyConfig, method: Method) -> Terms:
     """Return what a run promises, as plain values."""
     gradients = method.regime.gradients or 1
     return Terms(section.epsilon, section.delta, float(section.noise_multiplier), section.clip, gradients)
+
+
+def study_notes(
+    config: Config,
+    label: str,
+    methods: Mapping[int, Method],
+    training: TrainingConfig,
+    clients: Sequence[ClientData],
+    cohorts: Mapping[int, Cohort],
+) -> list[str]:
+    """Return the notes of all seeds' runs of a method, each once; raises as privacy_notes does."""
+    schedules = ((method, cohorts[seed].schedule) for seed, method in methods.items())
+    notes = (privacy_notes(config, label, method, training, clients, schedule) for method, schedule in schedules)
+    return list(dict.fromkeys(note for some in notes for note in some))
 
 
 def privacy_notes(

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -41,7 +40,7 @@ from fedmira.model.packed.loss import Head
 from fedmira.model.packed.recompute import find_blocks
 from fedmira.model.packed.tail import Tail, find_tail
 from fedmira.model.packed.virtual import VirtualIndex
-from fedmira.model.quantised import Quantisation, stored_quantisation, take_over
+from fedmira.model.quantised import Quantisation, loading, stored_quantisation, take_over
 
 __all__ = ["Base", "choose_device", "choose_dtype", "fingerprint", "load_base", "load_tokenizer"]
 __all__ += ["quiet", "wrap"]
@@ -116,16 +115,13 @@ def load_base(
     keep_freed_memory()
     folder = find_folder(name, revision=revision, weights=True)
     config = load_config(name, folder)
-    stored = stored_quantisation(getattr(config, "quantization_config", None) or {})
+    stored = stored_quantisation(getattr(config, "quantization_config", None))
     if stored is None:
         check_numbers(folder, name=name)
     elif quantisation is not None and quantisation != stored:
         asked = f"the config asks for {quantisation.name}: remove load_in_4bit or load_in_8bit"
         raise refuse(name, f"its weights are in {stored.name} already, and {asked}")
-    how: dict[str, Any] = {}
-    if stored is not None or quantisation is not None:
-        settings = (stored or quantisation or Quantisation(4)).config(kind)
-        how = {"device_map": {"": on}, **({} if stored is not None else {"quantization_config": settings})}
+    how = loading(config, quantisation, dtype=kind, device=on)
     try:
         with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
