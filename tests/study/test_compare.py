@@ -118,6 +118,16 @@ def test_called_again_it_does_nothing_and_with_more_it_does_only_that(made: tupl
     }
 
 
+def test_a_method_of_virtual_tokens_may_be_added_where_it_leaves_room_for_the_texts(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    compare(config(made, tmp_path / "out"), budget=1, observer=lambda event: None)
+    more = Seen()
+    virtual = {"name": "fedptuning", "num_virtual_tokens": 2, "encoder_hidden_size": 4}
+    compare(config(made, tmp_path / "out", methods=[*METHODS, virtual]), budget=1, observer=more)
+    assert more.runs == ["comparison/fedptuning/3"]
+
+
 def test_other_settings_in_the_same_folder_are_refused_and_nothing_is_lost(
     made: tuple[Path, Path], tmp_path: Path
 ) -> None:

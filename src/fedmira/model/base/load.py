@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fedmira.errors import ModelError
-from fedmira.model.base.memory import keep_freed_memory
+from fedmira.model.base.memory import keep_freed_memory, return_freed_memory
 from fedmira.model.base.source import (
     digest,
     find_folder,
@@ -112,7 +112,7 @@ def load_base(
     tokenizer = load_tokenizer(name, revision=revision) if tokenizer is None else tokenizer
     on = choose_device(device)
     kind = choose_dtype(dtype, on)
-    keep_freed_memory()
+    return_freed_memory()  # pieces that stay would lie between the freed ones of other sizes, and the heap grow
     folder = find_folder(name, revision=revision, weights=True)
     config = load_config(name, folder)
     stored = stored_quantisation(getattr(config, "quantization_config", None))
@@ -136,6 +136,7 @@ def load_base(
             )
     except Exception as error:  # a damaged file, or a config that no model can be built from
         raise refuse(name, f"weights cannot be loaded: {type(error).__name__}: {first_line(error)}") from None
+    keep_freed_memory()
     check_fit(model, report, name=name)
     try:
         model = model if how else model.to(on)
