@@ -123,7 +123,7 @@ def test_a_method_of_virtual_tokens_may_be_added_where_it_leaves_room_for_the_te
 ) -> None:
     compare(config(made, tmp_path / "out"), budget=1, observer=lambda event: None)
     more = Seen()
-    virtual = {"name": "fedptuning", "num_virtual_tokens": 2, "encoder_hidden_size": 4}
+    virtual = {"name": "fedptuning", "virtual_tokens": 2, "hidden": 4}
     compare(config(made, tmp_path / "out", methods=[*METHODS, virtual]), budget=1, observer=more)
     assert more.runs == ["comparison/fedptuning/3"]
 

@@ -1,0 +1,62 @@
+"""What a process holds, in MiB: memory that the system cannot take back, and pages of files, which it can."""
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+STATUS = Path("/proc/self/status")
+EVERY = 0.002  # seconds between two looks
+
+
+def held(kind: str = "RssAnon") -> float:
+    """Return MiB of this process that are resident. kind: RssAnon, its own; RssFile, of mapped files."""
+    found = re.search(rf"{kind}:\s+(\d+) kB", STATUS.read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+class Peak:
+    """The most that was held while it was watched; on a GPU what torch had allocated there."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.before, self.most = device, now(device), 0.0
+
+    @property
+    def above(self) -> float:
+        """MiB above what was held before."""
+        return self.most - self.before
+
+
+def now(device: str) -> float:
+    """Return MiB that are held now."""
+    return held() if device == "cpu" else torch.cuda.memory_allocated() / 2**20
+
+
+@contextmanager
+def watched(device: str) -> Iterator[Peak]:
+    """Watch what is held until the end of the block."""
+    peak, ended = Peak(device), threading.Event()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        yield peak
+        peak.most = torch.cuda.max_memory_allocated() / 2**20
+        return
+
+    def watch() -> None:
+        while not ended.is_set():
+            peak.most = max(peak.most, held())
+            time.sleep(EVERY)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()
+        peak.most = max(peak.most, held())

@@ -1,0 +1,230 @@
+"""Writes docs/results/large.md from what measure.py has kept.
+
+python benchmarks/large/page.py [--page FILE] [--json FILE]
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from large_rows import ROWS, STUDY
+from shapes import SHAPES, Shape
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from stored import table
+
+ROOT = Path(__file__).resolve().parents[2]
+Kept = Mapping[str, Any]
+RANK, CLIENTS, TOKENS = 16, 8, 2048  # of the count on paper
+STATE = 16  # bytes of a trained number: itself, its gradient, two moments of AdamW
+NF4 = 0.5 + 4 / 64  # bytes of a weight: 4 bits, and a scale for 64 of them
+HEAD = """# Bases of 0.5 billion parameters and more
+
+Made by `python benchmarks/large/page.py` from what `benchmarks/large/measure.py` has kept; `make bench-large` measures
+what is not kept yet. The bases have random weights in the shape of Qwen2.5; rank 16 on all linear layers. A pass is one
+local step of every client, one text each; its last fifth is the response. Beside it, in the same run: the loop that
+everybody writes with PEFT, one client after another, its adapter swapped in, with `gradient_checkpointing_enable()`
+where FedMira recomputes and bitsandbytes' nf4 where FedMira has it. Each side has a process of its own.
+
+Kept: the most that a pass holds above what was held when the base was loaded. Peak: the most of the whole process.
+Both are memory that the system cannot take back (anonymous). Weights in the type that the files have are mapped from
+them, shared by all processes of a machine, and not in it.
+"""
+PAPER = """## What fits, on paper
+
+Bytes of one GPU for S clients of n tokens, with recomputation:
+
+    weights + S x P x 16 + S n b (L d + c (d + f))
+
+P: adapter parameters of rank 16, with gradient and two moments of AdamW in float32; L layers of width d, inner width f,
+b bytes of a number: 2 in bfloat16, the weights 2 or, in nf4, 0.5625. c is measured: of one client at 512 and 2,048
+tokens above, {constant}. Here S = {clients} and n = {tokens:,}.
+"""
+
+
+def make_page(kept: Mapping[str, Kept]) -> str:
+    """Write the page from what is kept of each row."""
+    rows = [kept[row.name] for row in ROWS if row.name in kept]
+    parts = [HEAD.rstrip()]
+    if not rows:
+        return "\n\n".join([*parts, "Not measured yet."]) + "\n"
+    missing = [row.name for row in ROWS if row.name not in kept]
+    parts += [machines(rows), passes(rows), *findings(rows)]
+    if missing:
+        parts.append(f"Not measured yet: {', '.join(missing)}.")
+    parts += ["## Loading", loading(rows)]
+    if STUDY in kept:
+        parts += ["## The estimate of a dry run", estimate(kept[STUDY])]
+    if constant := block_constant(rows):
+        parts += [on_paper(constant)]
+    return "\n\n".join(parts) + "\n"
+
+
+def machines(rows: Sequence[Kept]) -> str:
+    """Say where the rows were measured."""
+    found = {
+        f"{one['machine']['cpu']}, {one['machine']['cores']} cores, {one['machine']['gpu'] or 'no GPU'}, "
+        f"{one['machine']['threads']} threads, torch {one['machine']['versions']['torch']}, numbers in {one['dtype']}"
+        for one in rows
+    }
+    commits = sorted({one["machine"]["commit"] for one in rows})
+    rates = [one["matmul"] / 1e9 for one in rows]
+    return (
+        f"Measured on {'; '.join(sorted(found))}; commits {', '.join(commits)}. Matrix products in that type reach "
+        f"{min(rates):.0f} to {max(rates):.0f} GFLOP/s, measured after each row."
+    )
+
+
+def passes(rows: Sequence[Kept]) -> str:
+    """The table of passes."""
+    head = ["base", "weights", "recomputed", "clients x tokens"]
+    head += [
+        "FedMira, tokens/s",
+        "PEFT, tokens/s",
+        "times",
+        "FedMira kept, MiB",
+        "PEFT kept",
+        "FedMira peak",
+        "PEFT peak",
+    ]
+    lines = []
+    for one in rows:
+        ours, peft = one["fedmira"], one["peft"]
+        lines.append(
+            [
+                one["base"],
+                "nf4" if one["nf4"] else one["dtype"],
+                "yes" if one["recompute"] else "no",
+                f"{one['clients']} x {one['tokens']}",
+                f"{speed(one, ours):,.0f}",
+                f"{speed(one, peft):,.0f}",
+                f"{speed(one, ours) / speed(one, peft):.2f}",
+                *(f"{side['kept']:,.0f}" for side in (ours, peft)),
+                *(f"{side['peak']:,.0f}" for side in (ours, peft)),
+            ]
+        )
+    return table(head, lines)
+
+
+def speed(row: Kept, side: Kept) -> float:
+    """Tokens a second."""
+    return float(row["clients"] * row["tokens"] / statistics.median(side["seconds"]))
+
+
+def findings(rows: Sequence[Kept]) -> list[str]:
+    """The aims beside what was measured."""
+    lines = []
+    for one in rows:
+        if (
+            one["clients"] == 1
+            and one["recompute"]
+            and not one["nf4"]
+            and one["base"] == "0.5B"
+            and one["tokens"] > 256
+        ):
+            share = one["fedmira"]["kept"] / one["peft"]["kept"]
+            lines.append(
+                f"- One client of {one['tokens']:,} tokens: a pass keeps {share:.2f} of what the PEFT loop keeps with "
+                f"its checkpointing (asked: at most 0.2): {'reached' if share <= 0.2 else '**not reached**'}."
+            )
+        if one["clients"] == 8 and one["recompute"]:
+            times = speed(one, one["fedmira"]) / speed(one, one["peft"])
+            peaks = one["fedmira"]["peak"] / one["peft"]["peak"]
+            what = f"{one['base']} in {'nf4' if one['nf4'] else one['dtype']}"
+            lines.append(
+                f"- Eight clients, {what}, both sides recomputing: {times:.2f} times the loop's speed (aim 2), "
+                f"{peaks:.2f} of its peak (aim at most 1.5)."
+            )
+    return ["\n".join(lines)] if lines else []
+
+
+def loading(rows: Sequence[Kept]) -> str:
+    """The memory that loading takes, beside the weights in their final form."""
+    first = {(one["base"], one["nf4"]): one for one in reversed(rows)}
+    lines = []
+    for (base, nf4), one in sorted(first.items()):
+        for title, side in (("FedMira", one["fedmira"]), ("PEFT", one["peft"])):
+            ratio = side["loading"] / side["weights"]
+            kind = "nf4" if nf4 else one["dtype"]
+            lines.append(
+                [
+                    base,
+                    kind,
+                    title,
+                    f"{side['weights']:,.0f}",
+                    f"{side['loading']:,.0f}",
+                    f"{ratio:.2f}",
+                    f"{side['files']:,.0f}",
+                ]
+            )
+    head = ["base", "weights", "side", "weights, MiB", "peak of loading", "ratio (at most 1.3)", "pages of files"]
+    return table(head, lines)
+
+
+def estimate(found: Kept) -> str:
+    """The dry run's estimate beside the study."""
+    ratio = found["expected"]["cpu"] / found["study"]["cpu"]
+    return (
+        f"A study of {found['clients']} clients and 2 rounds of mira with 0.5B took {found['study']['cpu']:,.0f} CPU "
+        f"seconds ({found['study']['seconds']:,.0f} seconds); `--dry-run` expected {found['expected']['cpu']:,.0f}, "
+        f"{ratio:.2f} of that (asked: within a factor of 1.5). The dry run itself took {found['dry_run']['cpu']:,.0f} "
+        f"CPU seconds, {found['dry_run']['cpu_of_passes']:,.0f} of them in passes after loading (asked: half a minute "
+        "on 2 cores, 60)."
+    )
+
+
+def block_constant(rows: Sequence[Kept]) -> float | None:
+    """Return c: numbers that a pass holds of a token beside the residual stream, for each of d + f of a block."""
+    one = {row["tokens"]: row for row in rows if row["clients"] == 1 and row["recompute"] and not row["nf4"]}
+    if not {512, 2048} <= one.keys():
+        return None
+    shape, size = SHAPES[one[512]["base"]], 4 if one[512]["dtype"] == "float32" else 2
+    each = (one[2048]["fedmira"]["kept"] - one[512]["fedmira"]["kept"]) * 2**20 / (2048 - 512)
+    return (each / size - shape.layers * shape.width) / (shape.width + shape.inner)
+
+
+def on_paper(constant: float) -> str:
+    """What fits on GPUs of 24 and 80 GB."""
+    lines = []
+    for name in ("1.5B", "3B", "8B"):
+        shape = SHAPES[name]
+        for kind, size in (("bfloat16", 2.0), ("nf4", NF4)):
+            need = bytes_needed(shape, size, constant) / 2**30
+            fits = ["yes" if need < 0.9 * room else "no" for room in (24, 80)]
+            lines.append([name, kind, f"{need:.1f}", *fits])
+    text = PAPER.format(constant=f"c = {constant:.1f}", clients=CLIENTS, tokens=TOKENS).rstrip()
+    check = f"python benchmarks/large/one.py --base 8B --clients {CLIENTS} --tokens {TOKENS} --recompute --device cuda"
+    return "\n\n".join(
+        [
+            text,
+            table(["base", "weights", "GiB", "24 GB, a tenth left free", "80 GB"], lines),
+            f"The command that checks a row on a GPU (with --nf4 for the others), not run yet:\n\n    {check}",
+        ]
+    )
+
+
+def bytes_needed(shape: Shape, weight: float, constant: float) -> float:
+    """Return the bytes of the formula."""
+    each = shape.layers * (
+        2 * (shape.width + shape.width) + 2 * (shape.width + shape.width * shape.groups // shape.heads)
+    )
+    rows = RANK * (each + shape.layers * 3 * (shape.width + shape.inner))
+    tokens = CLIENTS * TOKENS * 2 * (shape.layers * shape.width + constant * (shape.width + shape.inner))
+    return shape.linear * weight + shape.embeddings * 2 + CLIENTS * rows * STATE + tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "large.md")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "large.json")
+    options = parser.parse_args()
+    kept = json.loads(options.json.read_text()) if options.json.is_file() else {}
+    options.page.write_text(make_page(kept), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
