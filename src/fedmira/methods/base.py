@@ -402,11 +402,11 @@ class Method:
         return (
             self.has_row_of_each
             or self.regime.tune is not None
-            or (self.regime.trainees == "sampled" and (self._keeps_columns or self.client.use is not use_what_was_sent))
+            or (self.regime.trainees == "sampled" and (self.keeps_columns or self.client.use is not use_what_was_sent))
         )
 
     @property
-    def _keeps_columns(self) -> bool:
+    def keeps_columns(self) -> bool:
         """Are there columns that a client trains and never sends? Looked up in a small layout, in two rounds."""
         layout, clocks = self._small_layout(), (Clock(1), Clock(2))
         return any(bool((self.trained(layout, at) & ~self.travels(layout, at)).any()) for at in clocks)
