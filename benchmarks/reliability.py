@@ -126,7 +126,9 @@ def main() -> None:
             measure(given.parts or list(PARTS), file)
         new = read_figures(file)
     measured = {"commit": machine["commit"], "date": machine["date"]}
-    old = json.loads(STORED.read_text(encoding="utf-8")) if STORED.is_file() else {"machine": machine, "figures": []}
+    old: dict[str, Any] = {"machine": machine, "figures": []}
+    if STORED.is_file():
+        old = json.loads(STORED.read_text(encoding="utf-8"))
     earlier = {"commit": old["machine"]["commit"], "date": old["machine"]["date"]}
     kept = [{**one, "measured": one.get("measured", earlier)} for one in old["figures"]]
     figures = laid_over([{**one, "measured": measured} for one in new], kept)
