@@ -128,7 +128,7 @@ def test_kills_at_random_instants_lose_and_repeat_nothing(
     note: Note,
     pytestconfig: pytest.Config,
 ) -> None:
-    """Four in each study of one method, as many as `--kills` says: 40, and 200 for the figures."""
+    """Ten in each study of one method, as many as `--kills` says: 40, and 200 for the figures."""
     alone = {"methods": [dict(small_study.METHODS[2])]}
     config, began = make_config("whole", **alone), time.monotonic()
     assert command("run", config).code == 0
@@ -137,7 +137,7 @@ def test_kills_at_random_instants_lose_and_repeat_nothing(
     states_seen: Counter[str] = Counter()
     while kills < wanted:
         dice, name = random.Random(100 + studies), f"study-{studies}"
-        instants = [dice.uniform(0.1, seconds) for _ in range(4)]
+        instants = [dice.uniform(0.1, seconds) for _ in range(10)]
         kills += kill_at_instants(make_config(name, **alone), tmp_path / name, instants, states_seen)
         assert differences(outcome(tmp_path / name), whole) == []
         assert states(tmp_path / name) == {"complete"}

@@ -109,12 +109,16 @@ def test_who_takes_part_seldom_has_a_smaller_epsilon_and_sampling_counts_for_not
 
 
 def test_a_dry_run_says_it_before(make: Make, tmp_path: Path) -> None:
-    config = make("study", MIRA, {"name": "fedavg", "with": [SIGMA]}, {"name": "local"})
+    config = make(
+        "study", MIRA, {"name": "fedavg", "with": [SIGMA]}, {"name": "local"}, {"name": "feddpa", "with": WITH}
+    )
     ended = command("run", config, "--dry-run")
     assert ended.code == 0, ended.err
     assert "privacy of clients, mira: epsilon of a client is at most 1.33 at delta = 1e-05 after 3 rounds" in ended.out
     assert "privacy of clients, fedavg: noise on uploads promises clients no privacy: an update of any" in ended.out
     assert "privacy of clients, local" not in ended.out
+    (own,) = (line for line in ended.out.splitlines() if line.startswith("privacy of clients, feddpa"))
+    assert own.endswith("covered: every upload; not the adapters that clients keep, or train, by themselves")
 
 
 UNFIT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [

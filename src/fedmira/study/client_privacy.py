@@ -54,7 +54,9 @@ def promise_of(config: Config, method: Method, wrappers: Wrappers) -> Promise | 
         return why
     names = [name for name, _ in wrappers]
     limits = [settings["norm"] for name, settings in wrappers[: names.index("noised")] if name == "clipped"]
-    alone = method.regime.tune is not None or method.keeps_columns or method.client.use is not use_what_was_sent
+    client = method.client
+    alone = client.use is not use_what_was_sent or client.gate is not None
+    alone |= method.regime.tune is not None or method.keeps_columns
     covers = UPLOADS_ALONE if alone else EVERYTHING
     return Promise(min(limits), noises[0]["sigma"], noises[0]["delta"], covers)
 
