@@ -119,7 +119,9 @@ def test_ids_of_a_secret_are_found_in_any_writing(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- trackers
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb", "mlflow"])
+@pytest.mark.parametrize(
+    "name", ["tensorboard", *(pytest.param(name, marks=pytest.mark.slow) for name in ("trackio", "wandb", "mlflow"))]
+)
 def test_no_file_of_a_tracker_has_a_secret(
     name: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: Note
 ) -> None:
@@ -158,9 +160,13 @@ PLACES = [
     ("fedmira.study.handover", "export_adapter"),
     ("fedmira.reports.render", "render_page"),
 ]
+QUICK = (PLACES[0], PLACES[2])
 
 
-@pytest.mark.parametrize(("module", "name"), PLACES, ids=[f"{module}.{name}" for module, name in PLACES])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [pytest.param(*place, id=".".join(place), marks=() if place in QUICK else pytest.mark.slow) for place in PLACES],
+)
 def test_what_a_library_says_of_a_text_reaches_nobody_wherever_a_study_breaks(
     module: str, name: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: Note
 ) -> None:
@@ -176,7 +182,7 @@ def test_what_a_library_says_of_a_text_reaches_nobody_wherever_a_study_breaks(
 
     config, methods = tmp_path / "config.yaml", METHODS[:1]
     codes = set()
-    for options in ([], ["-v", "--debug"], ["--json"]):
+    for options in (["-v", "--debug"], ["--json"]):
         shutil.rmtree(tmp_path / "study", ignore_errors=True)
         write_config(tmp_path, base, data, methods=methods)
         with monkeypatch.context() as patch:
@@ -189,7 +195,7 @@ def test_what_a_library_says_of_a_text_reaches_nobody_wherever_a_study_breaks(
         if (tmp_path / "study").exists():
             assert hiding_files(tmp_path / "study") == []
     assert codes == {1}
-    note("a study broken with secrets in the error", 3, {"found in messages or files": 0})
+    note("a study broken with secrets in the error", 2, {"found in messages or files": 0})
 
 
 # ---------------------------------------------------------------- what crosses the wire
