@@ -25,6 +25,7 @@ for _switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE",
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--figures", metavar="FILE", help="append what tests of faults counted, as JSON lines")
+    parser.addoption("--kills", type=int, default=40, metavar="N", help="kills of a study at random instants")
 
 
 @pytest.fixture

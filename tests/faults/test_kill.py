@@ -1,10 +1,12 @@
 """Whatever stops a run, and whenever: `fedmira resume` ends with the bits of the run that nobody stopped."""
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from tests.small_study import Command, command, differences, outcome, run_folder
 import fedmira
 from fedmira.disk.folders import RunFolder
 
-SECONDS = 1.5  # about what the small study takes
+SECONDS = "seconds"
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +40,18 @@ def make_config(inputs: tuple[Path, Path], tmp_path: Path) -> Callable[[str], Pa
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The outcome of the same study when nobody stops it."""
+    """The outcome of the same study when nobody stops it, and the seconds that it took here and now."""
     study = tmp_path_factory.mktemp("undisturbed") / "study"
     raw = small_study.settings(*inputs, study, training={"keep_optimizer": True})
     config = small_study.save_config(study.with_suffix(".yaml"), raw)
+    began = time.monotonic()
     ended = command("run", config)
     assert ended.code == 0, ended.err
-    return outcome(study)
+    return {**outcome(study), SECONDS: time.monotonic() - began}
+
+
+def bits(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name != SECONDS}
 
 
 def go_on(study: Path, config: Path) -> None:
@@ -70,15 +77,35 @@ def wait_for_round(study: Path, process: Command | subprocess.Popen[bytes]) -> N
     pytest.fail(f"{process} finished no round")
 
 
-def kill_at_instants(config: Path, study: Path, instants: list[float]) -> None:
-    """Start or resume and SIGKILL after each of `instants` seconds; then let it end."""
+def kill_at_instants(config: Path, study: Path, instants: list[float], found: Counter[str] | None = None) -> int:
+    """Start or resume and SIGKILL after each of `instants` seconds; then let it end. Return how many were killed.
+
+    found: counts in which state each kill left the study.
+    """
+    kills = 0
     for instant in instants:
         begun = (study / "config.yaml").is_file()
         running = start("resume", study) if begun else start("run", config)
         time.sleep(instant)
         running.signal(signal.SIGKILL)
-        assert running.wait().code in (-signal.SIGKILL, 0)  # 0: it had ended by itself
+        code = running.wait().code
+        assert code in (-signal.SIGKILL, 0)  # 0: it had ended by itself
+        if code:
+            kills += 1
+            if found is not None:
+                found[where(study)] += 1
     go_on(study, config)
+    return kills
+
+
+def where(study: Path) -> str:
+    """Say where a kill fell."""
+    if not (study / "config.yaml").is_file():
+        return "before the study"
+    found = states(study)
+    if "running" in found:
+        return "in the middle of a run"
+    return "after a run" if found else "before the first run"
 
 
 @pytest.mark.slow
@@ -87,20 +114,37 @@ def test_a_run_killed_twice_at_any_instant_ends_with_the_same_bits(
     seed: int, make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     dice = random.Random(seed)
-    kill_at_instants(make_config("study"), tmp_path / "study", [dice.uniform(0.1, SECONDS) for _ in range(2)])
-    assert differences(outcome(tmp_path / "study"), undisturbed) == []
+    kill_at_instants(
+        make_config("study"), tmp_path / "study", [dice.uniform(0.1, undisturbed[SECONDS]) for _ in range(2)]
+    )
+    assert differences(outcome(tmp_path / "study"), bits(undisturbed)) == []
     assert states(tmp_path / "study") == {"complete"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 120))
-def test_forty_kills_at_random_instants_lose_and_repeat_nothing(
-    seed: int, make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any], note: Note
+def test_kills_at_random_instants_lose_and_repeat_nothing(
+    make_config: Callable[..., Path],
+    tmp_path: Path,
+    note: Note,
+    pytestconfig: pytest.Config,
 ) -> None:
-    dice = random.Random(seed)
-    kill_at_instants(make_config("study"), tmp_path / "study", [dice.uniform(0.1, SECONDS) for _ in range(2)])
-    assert differences(outcome(tmp_path / "study"), undisturbed) == []
-    note("kills in simulation, at random instants", 2, {"other bits in the end": 0})
+    """Ten in each study of one method, as many as `--kills` says: 40, and 200 for the figures."""
+    alone = {"methods": [dict(small_study.METHODS[2])]}
+    config, began = make_config("whole", **alone), time.monotonic()
+    assert command("run", config).code == 0
+    seconds, whole = time.monotonic() - began, outcome(tmp_path / "whole")
+    wanted, kills, studies = int(pytestconfig.getoption("--kills")), 0, 0
+    states_seen: Counter[str] = Counter()
+    while kills < wanted:
+        dice, name = random.Random(100 + studies), f"study-{studies}"
+        instants = [dice.uniform(0.1, seconds) for _ in range(10)]
+        kills += kill_at_instants(make_config(name, **alone), tmp_path / name, instants, states_seen)
+        assert differences(outcome(tmp_path / name), whole) == []
+        assert states(tmp_path / name) == {"complete"}
+        shutil.rmtree(tmp_path / name)
+        studies += 1
+    assert states_seen["in the middle of a run"] >= kills / 4
+    note("kills of `fedmira run` and `resume`, at random instants", kills, {**states_seen, "other bits in the end": 0})
 
 
 def die_and_go_on(count: int, config: Path, study: Path) -> bool:
@@ -116,7 +160,7 @@ def test_a_run_killed_just_before_something_becomes_durable_ends_with_the_same_b
     count: int, make_config: Callable[..., Path], tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     assert die_and_go_on(count, make_config("study"), tmp_path / "study")
-    assert differences(outcome(tmp_path / "study"), undisturbed) == []
+    assert differences(outcome(tmp_path / "study"), bits(undisturbed)) == []
 
 
 @pytest.mark.slow
@@ -152,7 +196,7 @@ def test_a_signal_saves_says_how_to_go_on_and_leaves_the_same_bits(
     assert not small_study.has_traceback(ended.err)
     assert "interrupted" in states(study)
     go_on(study, config)
-    assert differences(outcome(study), undisturbed) == []
+    assert differences(outcome(study), bits(undisturbed)) == []
     assert states(study) == {"complete"}
 
 
@@ -166,7 +210,7 @@ def test_the_module_run_as_a_program_and_killed_can_be_resumed(
         wait_for_round(study, running)
         running.kill()
     fedmira.resume(study)
-    assert differences(outcome(study), undisturbed) == []
+    assert differences(outcome(study), bits(undisturbed)) == []
 
 
 def test_a_process_that_died_leaves_no_lock_behind(make_config: Callable[..., Path], tmp_path: Path) -> None:

@@ -152,12 +152,16 @@ WRAPPED = [
         ("groupavg", {"column": "family"}, None, [{"name": "server_optimizer", "variant": "momentum"}]),
         ("fedavg", {}, None, [{"name": "tuned_after", "steps": 2}]),
         ("fedavg", {}, None, [{"name": "clip", "norm": 0.3}]),
-        ("fedavg", {}, None, [{"name": "noise", "sigma": 0.1}]),
+        ("fedavg", {}, None, [{"name": "noise", "sigma": 0.1, "secret": False}]),
         (
             "fedavg",
             {},
             None,
-            [{"name": "only", "travels": "A"}, {"name": "clip", "norm": 0.3}, {"name": "noised", "sigma": 1}],
+            [
+                {"name": "only", "travels": "A"},
+                {"name": "clip", "norm": 0.3},
+                {"name": "noised", "sigma": 1, "secret": False},
+            ],
         ),
         ("mira", STORED, "groups", [{"name": "accepting"}]),
         ("mira", STORED, "groups", [{"name": "lost_reply"}]),

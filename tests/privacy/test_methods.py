@@ -1,4 +1,4 @@
-"""What a step of each method asks for is what its Regime says, which is what privacy pays for."""
+"""What a method says of itself is true where privacy hangs on it: gradients of a step, and what clients send."""
 
 from collections import Counter
 from dataclasses import replace
@@ -18,6 +18,7 @@ from fedmira.errors import MethodError
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Method, Tools
 from fedmira.privacy.budget import Budget, Terms
+from fedmira.privacy.uploads import Uploads
 
 HOUSE = house(count=1)
 START = HOUSE.start()
@@ -50,12 +51,16 @@ def watched(method: Method, most: Counter[str]) -> Method:
     return with_client(method, step=watching)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_a_step_asks_for_as_many_gradients_as_its_regime_says(variant: Variant, tmp_path: Path) -> None:
+def settings_of(variant: Variant) -> dict[str, Any]:
     settings = dict(variant.settings)
     if variant.graph is not None:
         settings["graph"] = {"kind": variant.graph, **({"column": "family"} if variant.graph == "groups" else {})}
-    method = build(variant.name, settings, HOUSE.cohort(columns=COLUMNS))
+    return settings
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_a_step_asks_for_as_many_gradients_as_its_regime_says(variant: Variant, tmp_path: Path) -> None:
+    method = build(variant.name, settings_of(variant), HOUSE.cohort(columns=COLUMNS))
     most: Counter[str] = Counter()
     run(HOUSE, watched(method, most), tmp_path / "run", rounds=1, start=START)
     if method.regime.trainees == "nobody":
@@ -64,6 +69,33 @@ def test_a_step_asks_for_as_many_gradients_as_its_regime_says(variant: Variant, 
         assert most["curvature"]
     else:
         assert most == {"grad": method.regime.gradients}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_clients_send_a_row_alone_where_a_method_says_so(variant: Variant, tmp_path: Path) -> None:
+    """A row that began with the client is none that was sent: `absent` says whose."""
+    method = build(variant.name, settings_of(variant), HOUSE.cohort(columns=COLUMNS))
+    began: list[bool] = []
+    step = method.client.step
+
+    def watching(adapters: Any, memory: Any, given: Any, tools: Tools) -> Any:
+        began.append("rows" in given.absent)
+        return step(adapters, memory, given, tools)
+
+    found = run(HOUSE, with_client(method, step=watching), tmp_path / "run", rounds=2, start=START)
+    more = any(began) or any(phase.returned.scalars or phase.returned.more for phase in found.phases)
+    assert more == (method.facts.uploads == "more")
+
+
+def test_a_method_that_says_so_wrongly_is_found_out(tmp_path: Path) -> None:
+    method = build("fedfomo", {}, HOUSE.cohort())
+    lying = replace(method, facts=replace(method.facts, uploads="row"))
+    account = Uploads(tmp_path, bytes(32), 1.0, 1e-5)
+    clients = make_clients(HOUSE.workplace, HOUSE.federation, lying, HOUSE.training, uploads=account)
+    state = HOUSE.federation.first_state(SEED, lying)
+    ledger = Ledger(HOUSE.federation, state, torch.zeros(len(HOUSE), dtype=torch.float64))
+    with pytest.raises(MethodError, match="send more than a row"):
+        clients.train(torch.tensor([0, 1]), Sender(lying, ledger, Clock(1)))
 
 
 def test_clients_with_a_budget_train_in_rounds_alone(tmp_path: Path) -> None:

@@ -272,9 +272,11 @@ class Watch:
         loss = "" if record.validation_loss is None else f", validation loss {record.validation_loss:.4f}"
         trained = [loss for loss in record.train_loss if not math.isnan(loss)]  # of those whose upload counts
         learned = f"train loss {sum(trained) / len(trained):.4f}" if trained else "nobody trains"
+        named = {"signal_to_noise": "signal to noise", "epsilon": "epsilon of a client"}
+        noise = "".join(f", {what} {record.notes[name]:.3g}" for name, what in named.items() if name in record.notes)
         left = self.remaining.end_round(record.round, rounds, time.monotonic())
         further = f", about {time_of(left)} left" if left else ""
-        line = f"{learned}{loss}, {record.seconds:.1f} s{further}"
+        line = f"{learned}{loss}{noise}, {record.seconds:.1f} s{further}"
         if self.console.is_terminal:
             self._move(record.round, f"{self.name}: {line}")
         else:

@@ -89,6 +89,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     for label, keys in plan.training.items():
         said = ", ".join(f"{key} {json.dumps(value)}" for key, value in keys.items())
         lines[f"training of {label}"] = f"{said}; the rest as the study's"
+    lines |= {f"privacy of clients, {label}": said for label, said in plan.client_privacy.items()}
     for name, line in lines.items():
         print(f"{name:12s}{line}" if len(name) < 12 else f"{name}: {line}")
     if len(plan.by_client) <= CLIENTS_SHOWN:

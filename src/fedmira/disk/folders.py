@@ -58,7 +58,7 @@ _WRITTEN = re.compile(
     rf"|(?:{re.escape(TRACKIO_FOLDER)}|{re.escape(MLFLOW_FOLDER)})/.*"
     r"|[^/]+/seed-\d+/(?:config\.yaml|run\.json|clients\.json|graph\.json|metrics\.jsonl|results\.csv|examples\.jsonl"
     rf"|{re.escape(MATRIX)}"
-    r"|log\.txt|privacy\.jsonl|noise\.key|checkpoints/round-\d+/(?:[^/]+\.safetensors|manifest\.json)"
+    r"|log\.txt|privacy\.jsonl|uploads\.jsonl|noise\.key|checkpoints/round-\d+/(?:[^/]+\.safetensors|manifest\.json)"
     r"|tensorboard/events\.out\.tfevents\.[^/]*|wandb/.*"
     rf"|adapters/[^/]+/(?:{'|'.join(map(fnmatch.translate, (*ADAPTER_FILES, GATE, *TOKENIZER_FILES)))}))"
 )

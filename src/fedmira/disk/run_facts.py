@@ -58,6 +58,7 @@ class RunFacts:
     keep: Literal["last", "best"] = "last"  # whose adapters are tested and exported: of which round
     kept_rounds: Sequence[int] | None = None  # first, median and last of the clients' best rounds; None: keep is last
     privacy: Mapping[str, Any] | None = None  # what was promised and spent; None: nothing was
+    client_privacy: Mapping[str, Any] | None = None  # the same of clients as a whole; `none` says why nothing was
     stopped_early: Mapping[str, Any] | None = None  # round, reason; None: it had, or will have, all its rounds
     finished: str | None = None  # when it ended last, well or not
     bytes_up: int | None = None  # this and the rest: sums over all rounds, once the run is complete

@@ -44,7 +44,8 @@ class Reply:
     message: rows [n, Q] of the columns that travel, scalars, further rows. headers: what each upload says of itself.
     losses [n]: mean over a client's local steps; steps [n]; validation [n]: its loss with the adapter it would use if
     the server changed nothing, None = no such split or not shared. tokens: trained on; scored: of validation, in the
-    method's own half. silent: client -> why it sends nothing.
+    method's own half. silent: client -> why it sends nothing. notes: numbers for the round's record, which only a
+    simulation knows.
     """
 
     ids: Tensor
@@ -56,6 +57,7 @@ class Reply:
     tokens: int = 0
     scored: int = 0
     silent: Mapping[int, str] = field(default_factory=dict)
+    notes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

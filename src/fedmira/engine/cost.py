@@ -259,4 +259,5 @@ class Plan:
     runs: int  # methods x seeds
     total_seconds: float  # if the machine stays as busy as it was while the speeds were measured
     cpu_seconds: float  # of these, in which this process computes, all threads together
+    client_privacy: dict[str, str] = field(default_factory=dict)  # label -> what noise on uploads promises; if any
     training: dict[str, dict[str, Any]] = field(default_factory=dict)  # label -> keys that differ from the study's

@@ -34,6 +34,7 @@ class Idle:
             curvature=lambda adapters: (torch.ones(len(adapters)), torch.zeros_like(adapters.rows)),
             loss=lambda adapters, *, on="validation": torch.zeros(len(adapters), dtype=torch.float64),
             each=lambda adapters: (torch.zeros(len(adapters), 1), torch.ones(len(adapters), 1)),
+            noise=lambda updates, deviations, streams: torch.zeros_like(updates),
         )
         adapters, memory = half.begin(adapters, half.start(adapters), whole, tools)
         adapters, memory = half.step(adapters, memory, whole, tools)

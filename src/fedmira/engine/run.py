@@ -336,7 +336,7 @@ def _facts(run: Run, played: Round, asked: Asked, sampled: Tensor) -> dict[str, 
             ]
             for name in (run.method.facts.figures if admitted else ())
         },
-        "notes": {**played.change.notes, **_rates(run, reply)},
+        "notes": {**played.change.notes, **reply.notes, **_rates(run, reply)},
         "refused": {
             name: played.refused[k]
             for name, k in zip(clients, asked_for, strict=True)

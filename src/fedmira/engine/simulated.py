@@ -29,6 +29,7 @@ from fedmira.engine.workplace import Workplace
 from fedmira.errors import MethodError
 from fedmira.methods.base import Clock, Memory, Message, Method, use_what_was_sent
 from fedmira.privacy.budget import Budget
+from fedmira.privacy.uploads import UploadNoise, Uploads
 
 Serve = Callable[[Tensor], Adapters]  # client positions [n] -> their adapters, in that order
 
@@ -48,9 +49,10 @@ class Simulated:
         """scratch: a folder for what clients keep if it is too large for RAM."""
         if training.recompute is None:
             training = replace(training, recompute=workplace.recompute)
-        training = replace(training, at_once=workplace.at_once)
+        training = replace(training, at_once=workplace.at_once, noise=UploadNoise())
         self.workplace, self.federation, self.method, self.training = workplace, federation, method, training
-        self.budget: Budget | None = None  # of the clients' privacy; None: they train without
+        self.budget: Budget | None = None  # of their examples' privacy; None: they train without
+        self.uploads: Uploads | None = None  # account of what they have sent with noise; None: nobody counts
         self.memory = ClientMemory(len(federation), scratch)
         self.staged = Staged(self.memory, torch.empty(0, dtype=torch.int64), {})
         self.tuned: Table | None = None  # rows that every client fine-tuned after the last round
@@ -75,7 +77,11 @@ class Simulated:
         """Train, as in `train`. plans: the training examples of each step of each client; None: as they are drawn."""
         method, layout, clock = self.method, self.federation.layout, send.clock
         given = send(ids)
+        self.training.noise.forget()
+        if self.uploads is not None:
+            self.uploads.book(self._ids(ids), clock.round)
         whole, phase = self.local_phase(ids, given, clock, plans=plans)
+        self._check_rows_alone(given, phase.returned)
         travels = method.travels(layout, clock)
         sent = travels & method.trained(layout, clock)
         values: dict[str, Tensor] = {f"method/{name}": value for name, value in phase.memory.items()}
@@ -114,7 +120,23 @@ class Simulated:
             tokens=phase.tokens if self.budget is None else self._tokens(ids),
             scored=phase.scored,
             silent=silent,
+            notes=self._notes(),
         )
+
+    def _check_rows_alone(self, given: Message, returned: Message) -> None:
+        """Raise MethodError where noise is counted on and something goes up, or on, without it."""
+        if self.uploads is None or not (returned.scalars or returned.more or "rows" in given.absent):
+            return
+        raise MethodError(
+            f"method '{self.method.name}': its clients send more than a row of what they were sent and noise, so that "
+            "no epsilon holds: let Facts.uploads be 'more'"
+        )
+
+    def _notes(self) -> dict[str, float]:
+        """What only a simulation can tell of a round with noise: it is computed from updates without."""
+        ratio = self.training.noise.ratio
+        notes = {} if ratio is None else {"signal_to_noise": ratio}
+        return notes if self.uploads is None else {**notes, "epsilon": self.uploads.epsilon()}
 
     def _tokens(self, ids: Tensor) -> int:
         """Return the mean number of tokens in the samples of a round: that of a sample would say who is in it."""

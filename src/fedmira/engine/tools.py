@@ -17,10 +17,12 @@ from fedmira.engine.rates import CONSTANT, Schedule, by_client
 from fedmira.errors import MethodError
 from fedmira.evaluation.measure import measure_examples, measure_loss
 from fedmira.methods.base import Clock, Tools
+from fedmira.methods.wrappers import from_streams
 from fedmira.model.base.load import Base
 from fedmira.model.packed.lora import Dropout
 from fedmira.model.passes import count_labelled, gradients, losses
 from fedmira.privacy.steps import PrivateSteps
+from fedmira.privacy.uploads import UploadNoise
 
 Moments = dict[str, dict[str, Tensor]]  # whose ("main", or a second trained row) -> name -> [S, ...]
 
@@ -31,7 +33,8 @@ class Training:
 
     batch_size: examples in one pass. accumulation: passes whose gradients make one optimizer step. recompute: blocks in
     backward; None: as the workplace has measured. at_once: examples of a client that fit in a pass, None = a batch.
-    private: how the gradients of this phase are made private; None = they are not.
+    private: how the gradients of this phase are made private; None = they are not. noise: of what clients send, for
+    methods that ask for it.
     """
 
     optimizer: Optimizer
@@ -48,6 +51,7 @@ class Training:
     recompute: bool | None = None
     at_once: int | None = None
     private: PrivateSteps | None = None
+    noise: UploadNoise = field(default_factory=UploadNoise)
 
     @property
     def examples_per_pass(self) -> int:
@@ -116,7 +120,8 @@ class Toolbox:
         if steps is not None and not self.training.schedule.is_constant:
             clock = replace(clock, learning_rate=self._rate(step, steps.tolist()))
         call = _Call(self, clock, moments, batches)
-        return Tools(clock, call.grad, call.update, call.rng, call.curvature, call.loss, call.each, self.reports)
+        reports, noise = self.reports, call.noise
+        return Tools(clock, call.grad, call.update, call.rng, call.curvature, call.loss, call.each, reports, noise)
 
     def _rate(self, step: int, steps: Sequence[int]) -> float | Tensor:
         """Return the learning rate of a step, of all clients or [S, 1]."""
@@ -146,6 +151,14 @@ class _Call:
             np.random.default_rng([seed, number, key, moment, salt])
             for key, moment in zip(keys, self.moments, strict=True)
         ]
+
+    def noise(self, updates: Tensor, deviations: Tensor, streams: Sequence[np.random.Generator] | None) -> Tensor:
+        noise = self.box.training.noise
+        noise.measure(updates, deviations)
+        if streams is not None:
+            return from_streams(updates, deviations, streams)
+        clients = [client.id for client in self.box.clients[: len(self.moments)]]
+        return noise.draw(updates, clients=clients, round_number=self.box.clock.round) * deviations
 
     def dropout(self, part: int) -> Dropout | None:
         """The masks of one pass of the step."""

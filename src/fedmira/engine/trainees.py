@@ -22,6 +22,7 @@ from fedmira.engine.workplace import POOL, Workplace
 from fedmira.errors import MethodError
 from fedmira.methods.base import Method
 from fedmira.privacy.budget import Budget
+from fedmira.privacy.uploads import Uploads
 
 
 class Pool:
@@ -107,19 +108,26 @@ def make_clients(
     *,
     scratch: Path | None = None,
     budget: Budget | None = None,
+    key: bytes | None = None,
+    uploads: Uploads | None = None,
 ) -> Simulated | Pool:
     """Return the clients that a method's rounds are carried out with, at its own learning rate if it has one.
 
-    budget: of their privacy. Raises MethodError if a pool is to have one.
+    budget: of their examples' privacy. key: of the noise on what they send; None = one of this process. uploads: the
+    account of what they have sent. Raises MethodError if a pool is to have a budget.
     """
     if method.regime.learning_rate is not None:
         training = replace(training, learning_rate=method.regime.learning_rate)
     clients = KINDS[method.regime.trainees](workplace, federation, method, training, scratch=scratch)
-    if budget is None:
-        return clients
     if isinstance(clients, Pool):
-        raise MethodError(f"method '{method.name}' trains on all data in one place, of which no client has a budget")
-    clients.budget = budget
+        if budget is not None:
+            raise MethodError(
+                f"method '{method.name}' trains on all data in one place, of which no client has a budget"
+            )
+        return clients
+    if key is not None:
+        clients.training.noise.key = key
+    clients.budget, clients.uploads = budget, uploads
     return clients
 
 

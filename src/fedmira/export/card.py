@@ -61,6 +61,7 @@ class Card(TypedDict, total=False):
     examples: int
     trained_tokens: int
     privacy: Mapping[str, Any]  # as in run.json
+    client_privacy: Mapping[str, Any]  # the same
     licence: str | None  # of the data; None = not stated
     scores: Mapping[str, tuple[float | None, float | None]]  # test metric -> (untouched base, this adapter)
     template: str  # that it was trained with
@@ -179,6 +180,12 @@ def _facts(base: str, card: Card) -> dict[str, str]:
         own = said.get("epsilons", {}).get(card.get("client"), said["epsilon"])
         facts["privacy of a training example"] = (
             f"epsilon {own:.3g} at delta {said['delta']:g}; {said['adjacency']}; {said['sampling']} sampling, "
+            f"{said['accountant']}; of this run alone, and not of scores"
+        )
+    if "client_privacy" in card:
+        said = card["client_privacy"]
+        facts["privacy of each client's data"] = (
+            f"epsilon {math.ceil(1000 * said['epsilon']) / 1000:g} at delta {said['delta']:g}; {said['adjacency']}; "
             f"{said['accountant']}; of this run alone, and not of scores"
         )
     stated = card.get("licence")

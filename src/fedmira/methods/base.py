@@ -189,7 +189,8 @@ class Tools:
     curvature: like grad, but labelled tokens [S] and gradient rows [S, P] of the mean cross-entropy with labels
     y ~ softmax(f(x)) at every position that has a label, in a separate buffer. `begin`, `finish` and `use` have no
     batch: there grad, curvature and loss on a batch cannot be called. each: like loss on validation, by example.
-    reports: may losses, and what follows from them, leave the client?
+    reports: may losses, and what follows from them, leave the client? noise: as wrappers.from_streams, and without
+    streams from a secret key; it measures the updates that it hides. None: there is no key.
     """
 
     clock: Clock
@@ -200,6 +201,7 @@ class Tools:
     loss: Loss
     each: ExampleLoss
     reports: bool = True
+    noise: Callable[[Tensor, Tensor, Sequence[np.random.Generator] | None], Tensor] | None = None
 
 
 class Phase(Protocol):
@@ -298,7 +300,8 @@ class Facts:
     counts enter the merge. compare: what "equal" means for this method's adapters. graph: who is pulled to whom;
     learned: that graph of a State, where it is learned in the rounds. pull: ids [S] -> fraction by which a merge moves
     each. figures: scalars of an upload that go into the record of its round, and of what clients do after the last;
-    -1 = not told. rows_down: ids [S] -> rows that each is sent in a round, at most [S]; None = one.
+    -1 = not told. rows_down: ids [S] -> rows that each is sent in a round, at most [S]; None = one. uploads: a row of
+    what was sent plus what was learned, or more: scalars, further rows, or a row that began with the client.
     """
 
     needs: Literal["each", "sum", "relay"] = "sum"
@@ -309,6 +312,7 @@ class Facts:
     pull: Callable[[Tensor], Tensor] | None = None
     figures: tuple[str, ...] = ()
     rows_down: Callable[[Tensor], Tensor] | None = None
+    uploads: Literal["row", "more"] = "row"
 
 
 class Init(Protocol):
@@ -398,11 +402,11 @@ class Method:
         return (
             self.has_row_of_each
             or self.regime.tune is not None
-            or (self.regime.trainees == "sampled" and (self._keeps_columns or self.client.use is not use_what_was_sent))
+            or (self.regime.trainees == "sampled" and (self.keeps_columns or self.client.use is not use_what_was_sent))
         )
 
     @property
-    def _keeps_columns(self) -> bool:
+    def keeps_columns(self) -> bool:
         """Are there columns that a client trains and never sends? Looked up in a small layout, in two rounds."""
         layout, clocks = self._small_layout(), (Clock(1), Clock(2))
         return any(bool((self.trained(layout, at) & ~self.travels(layout, at)).any()) for at in clocks)

@@ -414,5 +414,6 @@ def build_auto(config: GraphConfig, choice: ChoiceConfig, cohort: Cohort) -> Met
             graph=graph,
             learned=None if learned is None or graph is not None else lambda state: learned.directed(state.tables),
             figures=half.figures,
+            uploads="more",
         ),
     )

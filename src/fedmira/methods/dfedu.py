@@ -137,7 +137,7 @@ def build(config: Config, cohort: Cohort) -> Method:
         send=send,
         client=Client(begin=step_to_neighbours),
         regime=Regime(tune=("steps", 0)),
-        facts=Facts(needs="relay", graph=graph, rows_down=rows_down),
+        facts=Facts(needs="relay", graph=graph, rows_down=rows_down, uploads="more"),
     )
 
 

@@ -84,7 +84,7 @@ def build(config: Config, cohort: Cohort) -> Method:
         init=init,
         send=send,
         client=Client(start=start_memory, finish=finish, use=use_own),
-        facts=Facts(needs="each"),
+        facts=Facts(needs="each", uploads="more"),
     )
     return proximal(method, mu=config.lam)
 

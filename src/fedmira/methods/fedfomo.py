@@ -117,7 +117,7 @@ def build(config: Config, cohort: Cohort) -> Method:
         return Change(ids, returned.rows, tables=tables, notes={"told": float(returned.scalars["told"].sum())})
 
     client, regime = weighing(names, first=config.baseline == "first"), Regime(scorings=2 + config.models)
-    facts = Facts(needs="each", rows_down=lambda ids: torch.full((len(ids),), 1 + min(config.models, clients - 1)))
+    facts = Facts("each", uploads="more", rows_down=lambda k: torch.full_like(k, 1 + min(config.models, clients - 1)))
     return Method("fedfomo", merge, rows_of="each", init=init, send=send, client=client, regime=regime, facts=facts)
 
 

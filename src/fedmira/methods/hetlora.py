@@ -71,6 +71,7 @@ def build(config: Config, cohort: Cohort) -> Method:
         needs="each" if config.weights == "norm" else "sum",
         weighs=config.weights == "examples",
         figures=("rank",) if pruned else (),
+        uploads="more" if pruned else "row",
     )
     client = pruning(config.gamma, config.lam) if pruned else Client()
     return Method("hetlora", merge, send=send_cut(cohort), client=client, facts=facts)

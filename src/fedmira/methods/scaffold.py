@@ -106,7 +106,7 @@ def build(config: Config, cohort: Cohort) -> Method:
         send=send,
         client=Client(start=start_memory, begin=begin, step=step, finish=finish),
         regime=Regime(optimizer="sgd", gradients=2 if option_1 else 1),
-        facts=Facts(weighs=config.weights == "examples"),
+        facts=Facts(weighs=config.weights == "examples", uploads="more"),
     )
 
 

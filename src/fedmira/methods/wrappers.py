@@ -219,9 +219,12 @@ def clipped(method: Method, *, norm: float) -> Method:
 
     def finish(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:
         message, memory = method.client.finish(adapters, memory, given, tools)
-        update = (message.rows - given.rows) * _sent(method, adapters, tools.clock)
-        share = (norm / norms(update).clamp(min=norm)).to(update.dtype)
-        return replace(message, rows=message.rows - update * (1 - share)[:, None]), memory
+        sent = _sent(method, adapters, tools.clock)
+        update = (message.rows - given.rows) * sent
+        share = (norm / norms(update).clamp(min=norm)).to(update.dtype)[:, None]
+        # from what was sent on: what is left of a long row minus nearly all of it is off by the long row's last digits
+        rows = torch.where((share < 1) & (sent > 0), given.rows + update * share, message.rows)
+        return replace(message, rows=rows), memory
 
     return replace(method, client=replace(method.client, finish=finish))
 
@@ -230,22 +233,40 @@ class Noised(Options):
     """Settings of `noised`."""
 
     sigma: float = Field(ge=0)  # standard deviation of each number; 0 = none
+    secret: bool = True  # false: from the run's seed: it can be repeated, and taken off by whoever knows the seed
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5  # of the epsilon that a study counts; well below 1 / clients
 
 
-def noised(method: Method, *, sigma: float) -> Method:
-    """Add N(0, sigma^2) to each number that a client sends, from the client's own stream, within its rank.
+def noised(method: Method, *, sigma: float, secret: bool = True, delta: float = 1e-5) -> Method:
+    """Add N(0, sigma^2) to each number that a client sends, within its rank, from a secret key or its own stream.
 
-    By itself this is not differential privacy: no budget is counted, and the stream can be reproduced.
+    A row that is not finite is sent as it came, with noise: what it was cannot be seen. After `clipped`, and with
+    secret noise, a study counts what that promises each client, at `delta` (docs/privacy.md).
     """
 
     def finish(adapters: Adapters, memory: Memory, given: Message, tools: Tools) -> tuple[Message, Memory]:
         message, memory = method.client.finish(adapters, memory, given, tools)
-        drawn = np.stack([stream.normal(size=message.rows.shape[1]) for stream in tools.rng("noise")])
-        noise = torch.from_numpy(drawn).to(message.rows) * _sent(method, adapters, tools.clock)
-        rows = adapters.with_rows(message.rows + sigma * noise).mask_().rows
-        return replace(message, rows=rows), memory
+        finite = message.rows.isfinite().all(dim=1, keepdim=True)
+        rows = torch.where(finite, message.rows, given.rows)
+        sent = _sent(method, adapters, tools.clock)
+        hidden = adapters.with_rows(sent.repeat(len(rows), 1)).mask_().rows
+        noise = (tools.noise or from_streams)(
+            (rows - given.rows) * hidden, sigma * hidden, None if secret else tools.rng("noise")
+        )
+        return replace(message, rows=adapters.with_rows(rows + noise).mask_().rows), memory
 
     return replace(method, client=replace(method.client, finish=finish))
+
+
+def from_streams(updates: Tensor, deviations: Tensor, streams: Sequence[np.random.Generator] | None) -> Tensor:
+    """Return normal numbers with these deviations [S, P] from a stream of each client, for its update [S, P].
+
+    Raises MethodError without streams: noise that is to be secret needs a key.
+    """
+    if streams is None:
+        raise MethodError("noise: there is no secret key here; with secret: false it comes from the run's seed")
+    drawn = np.stack([stream.normal(size=updates.shape[1]) for stream in streams])
+    return torch.from_numpy(drawn).to(updates) * deviations
 
 
 def _sent(method: Method, adapters: Adapters, clock: Clock) -> Tensor:

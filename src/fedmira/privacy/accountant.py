@@ -14,6 +14,8 @@ from fedmira.errors import ConfigError
 ADJACENCY = "one training record of a client added or removed, its number of records being known (zero-out)"
 SAMPLING = "Poisson"
 ACCOUNTANT = "PLD"
+HARDLY_ANY = 100.0  # mu of noise that hides nothing: epsilon is above 5000
+WIDEST = 1e-5  # interval of privacy losses, as a share of mu^2
 INTERVAL = 1e-3  # of privacy losses; they are rounded up, so that a coarser one gives a larger epsilon, never a smaller
 
 
@@ -55,6 +57,29 @@ def _epsilon(spent: tuple[tuple[Release, int], ...], delta: float) -> float:
     for (rate, gradients, noise_multiplier), steps in spent:
         event = GaussianDpEvent(noise_multiplier / math.sqrt(gradients))
         accountant.compose(event if rate == 1 else PoissonSampledDpEvent(rate, event), steps)
+    return float(accountant.get_epsilon(delta))
+
+
+@functools.lru_cache(maxsize=4096)
+def gaussian_epsilon(noise_multiplier: float, releases: int, delta: float) -> float:
+    """Return an upper bound of epsilon of Gaussian answers without sampling, each to all that came before.
+
+    noise_multiplier: in units of what one record or client can change. n such answers are one with noise z / sqrt(n),
+    whose losses are normal with mean mu^2 / 2 and deviation mu = sqrt(n) / z. They are counted in steps of INTERVAL, or
+    wider ones where mu is large; above HARDLY_ANY the bound is mu^2 / 2 + mu sqrt(2 log(1 / delta)).
+    """
+    if not releases:
+        return 0.0
+    from dp_accounting import GaussianDpEvent, NeighboringRelation
+    from dp_accounting.pld import PLDAccountant
+
+    noise = noise_multiplier / math.sqrt(releases)
+    mu = 1 / noise
+    if mu > HARDLY_ANY:
+        return mu**2 / 2 + mu * math.sqrt(2 * math.log(1 / delta))
+    interval = max(INTERVAL, WIDEST * mu**2)
+    accountant = PLDAccountant(NeighboringRelation.REPLACE_SPECIAL, value_discretization_interval=interval)
+    accountant.compose(GaussianDpEvent(noise))
     return float(accountant.get_epsilon(delta))
 
 

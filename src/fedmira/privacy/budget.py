@@ -87,17 +87,8 @@ class Budget:
 
     @cached_property
     def key(self) -> bytes:
-        """The secret of this run, drawn by the operating system and on disk before it is used."""
-        path = self.folder / KEY_FILE
-        if not path.exists():
-            write_atomic(path, secrets.token_bytes(KEY_BYTES))
-        with os.fdopen(os.open(path, os.O_RDONLY | NO_LINK), "rb") as file:
-            key = file.read()
-        if len(key) != KEY_BYTES:
-            raise StoreError(
-                f"'{path}' has {len(key)} bytes, a key has {KEY_BYTES}: remove it, and the run goes on with a new one"
-            )
-        return key
+        """The secret of this run."""
+        return key_of(self.folder)
 
     @cached_property
     def spent(self) -> dict[str, Counter[Release]]:
@@ -171,6 +162,23 @@ class Budget:
         return digest.hexdigest()
 
 
+def key_of(folder: Path) -> bytes:
+    """Return the secret of a run, drawn by the operating system and on disk before it is used.
+
+    Raises StoreError if it is damaged.
+    """
+    path = folder / KEY_FILE
+    if not path.exists():
+        write_atomic(path, secrets.token_bytes(KEY_BYTES))
+    with os.fdopen(os.open(path, os.O_RDONLY | NO_LINK), "rb") as file:
+        key = file.read()
+    if len(key) != KEY_BYTES:
+        raise StoreError(
+            f"'{path}' has {len(key)} bytes, a key has {KEY_BYTES}: remove it, and the run goes on with a new one"
+        )
+    return key
+
+
 def _book(spent: dict[str, Counter[Release]], line: Mapping[str, Any]) -> None:
     for client, (rate, steps) in line["clients"].items():
         release = Release(rate, line["gradients"], line["noise_multiplier"])
@@ -182,7 +190,11 @@ def read_payments(folder: Path) -> list[dict[str, Any]]:
 
     A half-written last line (a crash) paid for nothing, and is removed. Raises StoreError if another one is damaged.
     """
-    path = folder / FILE
+    return read_lines(folder / FILE)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read an account; raises as read_payments does."""
     if not path.exists():
         return []
     text = path.read_bytes()

@@ -88,10 +88,17 @@ def notices(record: StudyRecord) -> list[str]:
 
 def _privacy_notices(record: StudyRecord) -> list[str]:
     """Say what epsilon does not count."""
+    said = []
+    noised = [run for run in record.runs if _mapping(run.facts.client_privacy).get("epsilon") is not None]
+    if noised:
+        more = "; whoever gets what several runs sent has the sum of their epsilons" if len(noised) > 1 else ""
+        said.append(
+            "Epsilon of clients does not cover losses, scores and the signal-to-noise ratio of a round, which only a "
+            f"simulation computes: from data and updates without noise{more}."
+        )
     private = [run for run in record.runs if run.facts.privacy]
     if not private:
-        return []
-    said = []
+        return said
     if len(private) > 1:
         said.append(
             f"Each of the {len(private)} private runs trained on the same examples: whoever gets the adapters of "
@@ -254,6 +261,7 @@ def setup_facts(record: StudyRecord) -> list[tuple[str, str]]:
             keys = ", ".join(f"{clean(key)} {clean(json.dumps(value))}" for key, value in changed.items())
             facts.append((f"Training of {clean(label)}", f"{keys}; otherwise as in config.yaml"))
     facts += [(f"Privacy of {clean(run.folder)}", said) for run in record.runs if (said := _privacy(run))]
+    facts += [(f"Privacy of clients, {clean(run.folder)}", said) for run in record.runs if (said := _of_clients(run))]
     versions = _mapping(first_run.versions)
     if versions:
         facts.append(("Versions", ", ".join(f"{clean(name)} {clean(version)}" for name, version in versions.items())))
@@ -281,6 +289,22 @@ def _privacy(run: RunRecord) -> str:
         f"budget {clean(said.get('budget'))}): {clean(said.get('adjacency'))}; {clean(said.get('sampling'))} sampling, "
         f"{plural(_whole(said.get('steps')), 'local step')} at most, noise {clean(said.get('noise_multiplier'))}, clip "
         f"{clean(said.get('clip'))}; {clean(said.get('accountant'))}"
+    )
+
+
+def _of_clients(run: RunRecord) -> str:
+    """Say what noise on uploads promises each client, or why nothing; empty if there is none."""
+    said = _mapping(run.facts.client_privacy)
+    if not said:
+        return ""
+    if said.get("none"):
+        return f"none is promised by the noise on uploads: {clean(said['none'])}"
+    return (
+        f"epsilon {_epsilon(said.get('epsilon'))} at delta {clean(said.get('delta'))} (the largest of all clients, of "
+        f"{plural(_whole(said.get('uploads')), 'upload')}): {clean(said.get('adjacency'))}; "
+        f"sampling {clean(said.get('sampling'))}; clip {clean(said.get('clip'))}, noise {clean(said.get('sigma'))} on "
+        f"each number; covered: "
+        f"{clean(said.get('covers'))}; {clean(said.get('accountant'))}"
     )
 
 

@@ -50,6 +50,7 @@ class ShownFacts(NamedTuple):
     resumed: Any = None
     keep: Any = None
     privacy: Any = None
+    client_privacy: Any = None
     stopped_early: Any = None
     joined: Any = None
     figures: Any = None

@@ -186,7 +186,7 @@ def prepare(
         for place, recipe in enumerate(recipes)
     }
     for label, one in built.items():
-        more = study_notes(config, label, one.methods, one.training, clients, cohorts)
+        more = study_notes(config, label, one.methods, one.training, clients, cohorts, one.recipe.wrappers)
         built[label] = replace(one, notes=[*one.notes, *more])
     base = materials.load(config, dtype)
     threads = count_threads(base, saved)

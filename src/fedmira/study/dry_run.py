@@ -26,6 +26,7 @@ from fedmira.methods import build, recipe_of
 from fedmira.methods.base import Clock
 from fedmira.study import handover
 from fedmira.study.assemble import Built, Prepared, keep_positions, prepare, using_threads
+from fedmira.study.client_privacy import told
 from fedmira.study.events import StepBegun
 from fedmira.study.intake import take_in
 from fedmira.study.passes import plan_passes
@@ -150,6 +151,11 @@ def _plan(prepared: Prepared) -> Plan:
             "rows": max(rows["disk"] for rows in needed),
             "checkpoints": len(config.seeds) * sum(cost.checkpoints for cost in costs.values()),
             "free": _free_disk(Path(config.output_dir)),
+        },
+        client_privacy={
+            label: said
+            for label, built in prepared.built.items()
+            if (said := told(config, built.methods[seed], built.recipe.wrappers, schedule))
         },
         bytes_per_round={label: cost.travels for label, cost in costs.items()},
         speeds=speeds,

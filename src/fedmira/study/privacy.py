@@ -18,6 +18,7 @@ from fedmira.errors import ConfigError, MethodError
 from fedmira.methods.base import Cohort, Method
 from fedmira.privacy.accountant import ACCOUNTANT, ADJACENCY, SAMPLING, check_installed, epsilon, worst
 from fedmira.privacy.budget import KEY_FILE, Budget, Share, Terms, count_affordable, read_spent
+from fedmira.study.client_privacy import Wrappers, upload_notes
 
 EACH_LISTED = 64  # clients whose epsilons run.json has; of more it has the largest, as each takes a part of a second
 EACH_SPENDS = "every trial trains on the same examples and spends its own epsilon, which nobody adds up; leave it out"
@@ -103,11 +104,14 @@ def study_notes(
     training: TrainingConfig,
     clients: Sequence[ClientData],
     cohorts: Mapping[int, Cohort],
+    wrappers: Wrappers,
 ) -> list[str]:
     """Return the notes of all seeds' runs of a method, each once; raises as privacy_notes does."""
     schedules = ((method, cohorts[seed].schedule) for seed, method in methods.items())
     notes = (privacy_notes(config, label, method, training, clients, schedule) for method, schedule in schedules)
-    return list(dict.fromkeys(note for some in notes for note in some))
+    schedules_of = {seed: cohort.schedule for seed, cohort in cohorts.items()}
+    uploads = upload_notes(config, label, methods, wrappers, schedules_of)
+    return [*dict.fromkeys(note for some in notes for note in some), *uploads]
 
 
 def privacy_notes(

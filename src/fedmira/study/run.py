@@ -26,6 +26,7 @@ from fedmira.names import ClientNames
 from fedmira.reports.render import write_report
 from fedmira.study.assemble import Built, Materials, Prepared, client_table, prepare, using_threads
 from fedmira.study.carry_out import Job, carry_out, describe_run, is_complete
+from fedmira.study.client_privacy import key_of_noise, upload_account, uploads_of
 from fedmira.study.events import ReportBegun, StepBegun, StudyBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.passes import PassShape
@@ -55,7 +56,11 @@ def in_this_process(prepared: Prepared, built: Built, seed: int, federation: Fed
         threads=prepared.threads,
         data=lambda: [client["sha256"] for client in client_table(workplace, federation).values()],
     )
-    return make_clients(workplace, federation, method, training, scratch=folder, budget=budget)
+    wrappers = built.recipe.wrappers
+    key, uploads = key_of_noise(wrappers, folder), uploads_of(prepared.config, method, wrappers, folder)
+    return make_clients(
+        workplace, federation, method, training, scratch=folder, budget=budget, key=key, uploads=uploads
+    )
 
 
 @dataclass(eq=False)
@@ -212,11 +217,14 @@ def _run_one(
         spent = account(prepared.config, method, prepared.workplace.clients, folder.path)
         if spent is not None:
             folder.update(replace(folder.facts, privacy=spent))
-            forget_key(folder.path)
+        sent = upload_account(prepared.config, method, built.recipe.wrappers, folder.path)
+        if sent is not None:
+            folder.update(replace(folder.facts, client_privacy=sent))
         if prepared.workplace.evaluation.examples:
             folder.write_examples(examples_of(prepared.workplace, start, ended.test))
         serve = partial(clients.adapters, send=ended.send)
         write_adapters(folder, prepared, federation, method, serve, observer, start=start, ended=ended)
+        forget_key(folder.path)
 
     job = Job(
         folder=folder,
