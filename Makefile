@@ -1,7 +1,8 @@
 # `make demo` shows FedMira at work, `make test` is what CI runs; CONTRIBUTING.md explains the rest.
 PYTHON ?= python3
 BIN := .venv/bin
-NEWEST_PYTHON ?= $(firstword $(foreach minor,15 14 13 12 11,$(shell python3.$(minor) -c 'import sys; print(sys.executable)' 2>/dev/null)) $(PYTHON))
+# PYENV_VERSION: a Python of pyenv answers to its name only where it is the one chosen.
+NEWEST_PYTHON ?= $(firstword $(foreach minor,15 14 13 12 11,$(shell PYENV_VERSION=3.$(minor) python3.$(minor) -c 'import sys; print(sys.executable)' 2>/dev/null)) $(PYTHON))
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 # Tests never reach a model hub, and two workers with one thread each do not fight for the cores.
 # Compiled modules are kept: the tests start some hundred processes, which would compile the package again.

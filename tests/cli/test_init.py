@@ -1,6 +1,7 @@
 """A first config: what the data say is found, what is said is written, what is missing is asked for."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,22 @@ def test_a_column_of_owners_is_found_in_any_order_of_the_rows(owners: int, each:
     assert find_owners(records).fitting == [("clinic", owners)]
 
 
+def test_an_owner_that_some_examples_lack_is_named_before_examples_are_dealt(tmp_path: Path) -> None:
+    holes = ["" if row % 10 == 0 else f"h{row % 3}" for row in range(60)]
+    data = save(tmp_path / "rows.jsonl", hospital=holes, other=holes, **texts())
+    config, found, text = draft(tmp_path, data=str(data))
+    assert config.data.clients.partitioner is not None
+    assert found["notes"][0].startswith("'hospital' (3 values) may name the clients, but 6 of 60 examples have none")
+    assert found["notes"][0].endswith("data.clients.by=hospital data.clients.partitioner=null")
+    assert "    # may name the clients, if every example had a value: hospital (3 values)\n    by: task " in text
+
+
+@pytest.mark.parametrize("holes", [["h1", "h2", "", "", ""] * 12, ["h1", ""] * 30])
+def test_an_owner_of_few_examples_or_of_one_value_is_not_named(holes: list[str], tmp_path: Path) -> None:
+    _, found, _ = draft(tmp_path, data=str(save(tmp_path / "rows.jsonl", hospital=holes, **texts())))
+    assert found["notes"] == []
+
+
 def test_an_answer_with_few_values_is_not_an_owner(tmp_path: Path) -> None:
     columns = {"prompt": texts()["prompt"], "completion": cycle(2)}
     config, _, _ = draft(tmp_path, data=str(save(tmp_path / "rows.jsonl", **columns)))
@@ -160,6 +177,32 @@ def test_a_csv_that_needs_its_columns_named_gets_a_config_with_them(tmp_path: Pa
     config, _, _ = draft(tmp_path, "data.columns={prompt: question, completion: answer}", data=str(path))
     assert config.data.columns == {"prompt": "question", "completion": "answer"}
     assert (config.data.format, config.data.clients.by) == ("prompt_completion", "hospital")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "missing"),
+    [
+        ("prompt,completion\né,b\n", "latin-1", "data.encoding=cp1252"),
+        ("prompt,completion\na,b\n", "utf-16-le", "data.encoding=utf-16-le"),
+        ("prompt,completion\na,b\n", "utf-8", None),
+        ("frage,antwort\na,b\n", "utf-8", "data.columns={prompt: ..., completion: ...}"),
+    ],
+)
+def test_init_asks_for_what_the_data_lack_in_a_command_that_can_be_copied(
+    text: str, encoding: str, missing: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "my data.csv"
+    path.write_text(text, encoding=encoding)
+    found = draft_config(tmp_path / "my study.yaml", data=str(path))
+    asked = [note.split("what is missing: ")[1] for note in found["notes"] if "what is missing: " in note]
+    words = ["fedmira", "init", str(tmp_path / "my study.yaml"), "--data", str(path), missing]
+    assert [shlex.split(command) for command in asked] == ([] if missing is None else [words])
+
+
+def test_data_that_no_option_makes_readable_have_no_remedy_but_their_correction(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{\n")
+    _, found, _ = draft(tmp_path, data=str(tmp_path / "rows.jsonl"))
+    assert found["notes"][0].endswith("correct the data")
 
 
 def test_bad_rows_are_reported_and_the_rest_is_looked_at(tmp_path: Path) -> None:

@@ -105,6 +105,11 @@ def test_a_client_carries_the_columns_that_are_constant_in_it() -> None:
     assert form_clients(records, by="task")[0].columns == {"task": "a", "kind": "x"}
 
 
+def test_a_client_carries_no_column_that_is_blank_in_it() -> None:
+    records = [record(number, task="a", kind=" ", n="") for number in range(2)]
+    assert form_clients(records, by="task")[0].columns == {"task": "a"}
+
+
 def test_a_client_of_one_example_does_not_carry_its_text_as_a_column() -> None:
     records = [
         Record(

@@ -1,10 +1,13 @@
 """A study through sites, as bytes: the bits of the simulation with `cohort: 1`, and nearly those of a batched one."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tests import small_study, tiny
 from tests.deploy.federation import SITES, Loopback, write_federation
 from tests.deploy.parity import LABELS, METHODS, SEED, check_near, check_same, save_files, settings, simulate
 
@@ -62,6 +65,21 @@ def test_a_batched_simulation_has_the_same_to_a_tolerance(
 ) -> None:
     there, link = studies
     check_near(label, batched, there, lambda label, site: link.folders[site].adapters / label / f"seed-{SEED}")
+
+
+def test_sites_declare_weights_that_their_base_stores_transposed(tmp_path: Path) -> None:
+    tiny.model("gpt2", dtype=torch.float32).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    data = small_study.save_data(tmp_path / "data.jsonl", examples=4)
+    changes = {"lora": {"target_modules": ["c_attn"]}, "federation": {"rounds": 1, "participation": 1.0}}
+    raw = small_study.settings(tmp_path / "base", data, tmp_path / "unused", methods=[{"name": "local"}], **changes)
+    folder = write_federation(tmp_path / "federation", raw, data)
+    server = Server(folder, Loopback({name: folder.site(name) for name in SITES}), print, silent)
+    server.members.gather()
+    server.carry_out()
+    for name in SITES:
+        path = folder.site(name).adapters / "local" / "seed-3" / "adapter_config.json"
+        assert json.loads(path.read_text(encoding="utf-8"))["fan_in_fan_out"] is True
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch
 from fedmira.adapters import Adapters, lora_layout
 from fedmira.errors import MethodError
 from fedmira.graphs.learned import (
+    LearnedGraph,
     ProductSketcher,
     Sketcher,
     agreement,
@@ -152,6 +153,28 @@ def test_a_direction_that_all_profiles_share_makes_nobody_alike() -> None:
     profiles = np.array([[10.0, 1.0], [10.0, 2.0], [10.0, -1.0], [10.0, -2.0]])
     found = knn_graph(profiles, measure="cosine", degree=3, note="").weights.toarray()
     assert found == pytest.approx(np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]))
+
+
+def test_a_centred_graph_subtracts_the_mean_of_each_number_over_clients() -> None:
+    """Sketches as the profiles above: with the mean of all numbers, 5, subtracted instead, everybody would be alike."""
+    graph = LearnedGraph(
+        of="adapters",
+        measure="cosine",
+        by_module=False,
+        centred=True,
+        every=1,
+        degree=3,
+        size=256,
+        products=False,
+        stored=False,
+        shuffled=False,
+        seed=0,
+    )
+    sketch = torch.tensor([[10.0, 1.0], [10.0, 2.0], [10.0, -1.0], [10.0, -2.0]])[:, None]
+    tables = {"sketch": sketch, "seen": torch.ones(4, dtype=torch.int64)}
+    pairs = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
+    assert graph.whole(tables).weights.toarray() == pytest.approx(pairs)
+    assert graph.directed(tables).weights.toarray() == pytest.approx(pairs)
 
 
 def test_parts_of_a_sketch_share_its_numbers_and_have_at_least_32() -> None:

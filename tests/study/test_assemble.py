@@ -16,7 +16,8 @@ from fedmira.errors import ConfigError, DataError, MethodError
 from fedmira.graphs.graph import group_graph
 from fedmira.methods.base import Cohort
 from fedmira.names import ClientNames
-from fedmira.study.assemble import Intake, lonely_notes, prepare, take_in
+from fedmira.study.assemble import Intake, prepare, take_in
+from fedmira.study.notes import lonely_notes
 
 ONE = {"partitioner": {"name": "iid", "num_partitions": 1}}
 KINDS = ("red", "green", "blue")
@@ -285,3 +286,25 @@ def test_of_a_learned_graph_only_clients_that_took_part_are_looked_at() -> None:
     assert note.endswith("have no neighbour in the graph and learn alone: '東京 (c)'")
     assert "joins nobody" in lonely_notes("mira", graph, cohort, of=[2, 3])[0]
     assert lonely_notes("local", None, cohort) == []
+
+
+@pytest.mark.parametrize(
+    ("participation", "mira", "said"),
+    [
+        (0.34, {"lambda": 0.1}, True),
+        (0.34, {"lambda": 0.0}, True),
+        (0.34, {"lambda": 0.1, "neighbours": "stored"}, False),
+        (0.67, {"lambda": 0.1}, False),
+        (1.0, {"lambda": 0.0}, False),
+    ],
+)
+def test_rounds_in_which_no_two_joined_clients_meet_are_said(
+    participation: float, mira: dict[str, Any], said: bool, base: Path, rows: Path
+) -> None:
+    entry = {"name": "mira", "graph": {"kind": "uniform"}, **mira}
+    federation = {"rounds": 3, "participation": participation}
+    raw = small_study.settings(base, rows, rows.parent / "study", methods=[entry], federation=federation)
+    raw["data"] = {"path": str(rows), "max_length": 12, "clients": {"by": "kind"}}
+    (built,) = prepare(check_config(raw), silent).built.values()
+    expected = "mira: no round has two clients that the graph joins (1 of 3 clients in a round)"
+    assert [note.startswith(expected) for note in built.notes] == [True] * said

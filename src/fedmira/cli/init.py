@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from fedmira.data.owners import FIRST, LAST, Owner, find_owners
 from fedmira.data.splits import find_splits, read_splits
 from fedmira.data.templates import PLAIN
 from fedmira.disk.files import write_atomic
-from fedmira.errors import ConfigError, StoreError
+from fedmira.errors import ConfigError, DataError, StoreError
 from fedmira.methods import entry_faults
 from fedmira.names import shown_name
 
@@ -124,8 +125,8 @@ def _read(config: Config, file: Path, *, decided: bool) -> Draft:
     except UnreadRows as error:
         try:
             reading = _records(data, on_bad_row="skip")
-        except UnreadRows:
-            _remark_unread(draft, str(error), file)
+        except DataError:  # all rows are bad, or where the next one begins is not known
+            _remark_unread(draft, str(error), file, data.path)
             return draft
         draft.notes.append(f"{error}\n(with data.on_bad_row=skip, bad rows are left out and counted)")
     draft.values["data", "format"] = reading.format
@@ -148,14 +149,22 @@ def _records(data: DataConfig, **changes: Any) -> Reading:
     return read_records(bundled.resolve(data.path), **{**data.reading, **changes})
 
 
-def _remark_unread(draft: Draft, error: str, file: Path) -> None:
-    """Say in the file and on the terminal why the data cannot be read yet."""
+def _remark_unread(draft: Draft, error: str, file: Path, path: str) -> None:
+    """Say in the file and on the terminal why the data cannot be read yet, and what init can be given instead."""
     head, _, faults = error.partition("\n")
     first = visible(faults.strip().splitlines()[0].removeprefix("- ")) if faults else visible(head)
     draft.remarks["data", "format"] = f"the data cannot be read as it is: {first}"
+    if said := re.search(r"data\.(encoding|delimiter): ('.+?'|[\w-]+)", first):
+        missing = f"data.{said[1]}={said[2]}".replace("'\\t'", "tab")
+    elif "data.columns" in first:
+        missing = "data.columns={prompt: ..., completion: ...}"
+    else:
+        draft.notes.append(f"{error}\nthe file is written, with a comment there; correct the data")
+        return
+    command = shlex.join(["fedmira", "init", str(file), "--data", path, missing])
     draft.notes.append(
-        f"{error}\nthe file is written, with a comment there; complete it, or remove it and give what is missing to "
-        f"init: fedmira init {file} --data ... 'data.columns={{prompt: ..., completion: ...}}'"
+        f"{error}\nthe file is written, with a comment there; complete it, or remove it and give init what is missing: "
+        f"{command}"
     )
 
 
@@ -184,6 +193,15 @@ def _find_clients(draft: Draft, reading: Reading) -> None:
         partitions = min(MOST_PARTITIONS, max(1, len(reading.records) // PARTITION_SIZE))
         draft.values[by] = "task"
         draft.values[(*CLIENTS, "partitioner")] = {"name": "iid", "num_partitions": partitions}
+        if owners.partial:
+            column = owners.partial[0].column
+            without = sum(not record.columns.get(column, "").strip() for record in reading.records)
+            draft.remarks[by] = f"may name the clients, if every example had a value: {_listed(owners.partial)}"
+            draft.notes.append(
+                f"'{shown_name(column)}' ({owners.partial[0].values} values) may name the clients, but {without} of "
+                f"{len(reading.records)} examples have none, so examples are dealt at random; fill it in and write "
+                f"{override('data.clients.by', column)} data.clients.partitioner=null"
+            )
 
 
 def _listed(owners: Sequence[Owner]) -> str:

@@ -39,10 +39,14 @@ class Owner(NamedTuple):
 
 
 class Owners(NamedTuple):
-    """chosen: the column that names the clients, None if none or several fit; fitting: all that fit, best first."""
+    """chosen: the column that names the clients, None if none or several fit; fitting: all that fit, best first.
+
+    partial: columns with the name of an owner that would fit, if every example had a value.
+    """
 
     chosen: str | None
     fitting: list[Owner]
+    partial: Sequence[Owner] = ()
 
 
 def find_owners(records: Sequence[Record]) -> Owners:
@@ -70,7 +74,10 @@ def find_owners(records: Sequence[Record]) -> Owners:
     for name in LAST:
         if name in spelled and spelled[name] not in used:
             return Owners(spelled[name], fitting)
-    return Owners(fitting[0].column if len(fitting) == 1 else None, fitting)
+    if fitting:
+        return Owners(fitting[0].column if len(fitting) == 1 else None, fitting)
+    counts = {name: _count(records, name, partial=True) for name in likely if is_named(name)}
+    return Owners(None, fitting, [Owner(name, count) for name, count in counts.items() if count])
 
 
 def is_named(column: str) -> bool:
@@ -91,12 +98,15 @@ def _words(column: str) -> set[str]:
     return set("".join(letter.lower() if letter.isalnum() else " " for letter in column).split())
 
 
-def _count(records: Sequence[Record], column: str) -> int:
+def _count(records: Sequence[Record], column: str, *, partial: bool = False) -> int:
     """Return the number of a column's values, 0 if it cannot name clients.
 
-    It can if every record has a short value, there are two values at least and on average LEAST_ROWS records of each,
-    and it does not repeat a text of the example.
+    It can if every record has a short value (partial: half of them or more), there are two values at least and on
+    average LEAST_ROWS records of each, and it does not repeat a text of the example.
     """
+    if partial:
+        having = [record for record in records if record.columns.get(column, "").strip()]
+        return _count(having, column) if 2 * len(having) >= len(records) else 0
     values: set[str] = set()
     most = min(MOST_VALUES, len(records) // LEAST_ROWS)
     for record in records:

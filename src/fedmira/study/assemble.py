@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedmira import bundled
 from fedmira.adapters import Alpha, Layout, lora_layout, scales
-from fedmira.adapters.ranks import by_ending, client_ranks, is_mixed, shown
+from fedmira.adapters.ranks import by_ending, client_ranks
 from fedmira.config.sections import Config, TrainingConfig
 from fedmira.data.batches import ClientData
 from fedmira.data.partition import client_key
@@ -31,7 +31,6 @@ from fedmira.errors import MethodError, ModelError, StoreError, nearest
 from fedmira.evaluation.embed import embed_prompts
 from fedmira.export.asking import Asking, find_asking
 from fedmira.export.peft_folder import check_targets, short_targets
-from fedmira.graphs.graph import Graph
 from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort, Method
 from fedmira.model.base.load import Base, choose_device, load_base
@@ -40,6 +39,7 @@ from fedmira.model.quantised import check_installed
 from fedmira.study.adapting import alpha_of, quantisation_of, ranks_by_module, start_of, wanted_of
 from fedmira.study.events import StudyPrepared
 from fedmira.study.intake import Intake, check_examples, take_in
+from fedmira.study.notes import apart_notes, lonely_notes, rank_notes
 from fedmira.study.passes import shape_of_passes
 from fedmira.study.privacy import check_privacy, check_profile, held_back, study_notes
 from fedmira.study.starts import read_start
@@ -48,7 +48,6 @@ from fedmira.study.training import check_least_rate, check_optimizer, check_vali
 # Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
 # more than it brings (the demo, 0.26 M: 44 s on one thread, 59 s on two).
 SMALL_BASE = 1_000_000
-LONELY_NAMED = 5  # clients without a neighbour, in a warning
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,39 +283,10 @@ def build(recipe: Recipe, place: int, cohorts: Mapping[int, Cohort], ranks: Tens
             except MethodError as error:
                 raise MethodError(f"methods.{place} ({label}): {error}") from error
         notes = [str(warning.message) for warning in caught] + rank_notes(label, methods[seed], ranks)
-        notes += lonely_notes(label, methods[seed].facts.graph, cohort)
+        notes += lonely_notes(label, methods[seed].facts.graph, cohort) + apart_notes(label, methods[seed], cohort)
         check_least_rate(methods[seed], training, f"methods.{place} ({label})")
         check_optimizer(methods[seed], training, f"methods.{place} ({label})")
     return Built(recipe, methods, notes, training)
-
-
-def rank_notes(label: str, method: Method, ranks: Tensor) -> list[str]:
-    """Say where a method takes factors of different ranks together, as if those of smaller rank were padded."""
-    mixes = method.regime.trainees == "sampled" and not method.sends_nothing
-    padded = mixes and method.facts.compare == "factors" and method.layout is None
-    if not padded or not is_mixed(ranks):
-        return []
-    return [
-        f"{label}: clients have ranks {shown(ranks)}, and their factors are mixed as if padded with zeros, and "
-        "cut to each client's rank; flexlora, and mira with space: product, mix the updates themselves"
-    ]
-
-
-def lonely_notes(label: str, graph: Graph | None, cohort: Cohort, *, of: Sequence[int] | None = None) -> list[str]:
-    """Say which clients a graph joins to nobody. of: look at these clients only; None = at all."""
-    lonely = [] if graph is None else [int(k) for k in graph.lonely if of is None or int(k) in of]
-    if not lonely:
-        return []
-    if len(lonely) == len(cohort if of is None else of):
-        return [
-            f"{label}: the graph joins nobody, no client has a neighbour, so nothing is shared: the results are those "
-            "of training alone; give clients that belong together the same value, or take another graph"
-        ]
-    named = ", ".join(f"'{cohort.names.shown(cohort.ids[k])}'" for k in lonely[:LONELY_NAMED])
-    more = ", ..." if len(lonely) > LONELY_NAMED else ""
-    return [
-        f"{label}: {len(lonely)} of {len(cohort)} clients have no neighbour in the graph and learn alone: {named}{more}"
-    ]
 
 
 def count_threads(base: Base, saved: RunFacts | None) -> int:

@@ -24,8 +24,9 @@ from fedmira.engine.run import Ended, run_rounds
 from fedmira.errors import FedMiraError, MethodError, Stopped, StoreError, WireError
 from fedmira.graphs.graph import Graph
 from fedmira.methods.base import Cohort
-from fedmira.study.assemble import Built, lonely_notes
+from fedmira.study.assemble import Built
 from fedmira.study.events import RunBegun, RunDone
+from fedmira.study.notes import lonely_notes
 from fedmira.study.passes import PassShape
 from fedmira.study.training import course_of, schedule_of
 
