@@ -19,18 +19,17 @@ from fedmira.adapters.added import BaseVersions, join_pairs
 from fedmira.adapters.columns import lay_over, pack
 from fedmira.disk.table import Table
 from fedmira.engine.clients import Asked, Reply, Scores, Send, Tuned, everybody
+from fedmira.engine.executor import Serve
 from fedmira.engine.federation import Federation
 from fedmira.engine.gate import MAX_NORM, Header
 from fedmira.engine.memory import ASIDE_FILE, Aside, ClientMemory, Staged
-from fedmira.engine.phase import PhaseResult, local_phase
+from fedmira.engine.phase import Inputs, PhaseResult
 from fedmira.engine.scoring import score_loss, score_test_split
 from fedmira.engine.tools import Moments, Toolbox, Training
 from fedmira.engine.workplace import Workplace
 from fedmira.errors import MethodError
 from fedmira.methods.base import Clock, Memory, Message, Method, use_what_was_sent
 from fedmira.privacy.budget import Budget
-
-Serve = Callable[[Tensor], Adapters]  # client positions [n] -> their adapters, in that order
 
 
 class Simulated:
@@ -164,20 +163,10 @@ class Simulated:
         clock: Clock,
         plans: Sequence[Sequence[np.ndarray]] | None,
     ) -> PhaseResult:
-        """Train on the clients' data; arguments as of phase.local_phase, which does it."""
-        return local_phase(
-            self.workplace.base,
-            self.method,
-            [self.workplace.clients[k] for k in ids.tolist()],
-            start,
-            given,
-            memory,
-            moments,
-            training=training,
-            clock=clock,
-            cohort=self.workplace.cohort,
-            plans=plans,
-            reports=self.workplace.reports,
+        """Train on the clients' data; arguments as of phase.local_phase."""
+        inputs = Inputs(start, given, memory, moments)
+        return self.workplace.executor.train(
+            self.workplace, self.method, ids, inputs, training=training, clock=clock, plans=plans
         )
 
     def losses(self, ids: Tensor, send: Send) -> list[float | None]:
