@@ -27,7 +27,12 @@ Scored = dict[str, float | None]  # metric -> mean over a client's answers
 
 
 class Executor(Protocol):
-    """Carries out passes. Clients are positions in the workplace's; gate: of the adapters in use, if there is one."""
+    """Carries out passes. Clients are positions in the workplace's; gate: of the adapters in use, if there is one.
+
+    width: passes that are computed at the same time.
+    """
+
+    width: int
 
     def train(
         self,
@@ -69,6 +74,8 @@ class Executor(Protocol):
 
 class InProcess:
     """Computes in this process, one pass after another."""
+
+    width = 1
 
     def train(
         self,

@@ -231,17 +231,20 @@ class Simulated:
         )
 
     def tune(self, send: Send, progress: Callable[[int], None]) -> Tuned:
-        """Fine-tune in passes of clients with about as many examples."""
+        """Fine-tune in passes of clients with about as many examples, as many passes at a time as can be computed.
+
+        In descending order of steps, which phase.cut_into_passes keeps: so who shares a pass does not depend on that.
+        """
         rows, kinds = self.federation.start_rows(self.training.seed)
         tuned = Table(rows, kinds, self.memory.scratch)
         tokens = 0
         refused: dict[int, str] = {}
         figures: dict[int, Mapping[str, float]] = {}
         self.tuned = None
-        alike = sorted(range(len(self.federation)), key=lambda k: len(self.workplace.clients[k].train))
-        cohort = self.workplace.cohort
-        for first in range(0, len(alike), cohort):
-            ids = torch.tensor(alike[first : first + cohort])
+        alike = sorted(range(len(self.federation)), key=lambda k: -len(self.workplace.clients[k].train))
+        width = self.workplace.cohort * self.workplace.executor.width
+        for first in range(0, len(alike), width):
+            ids = torch.tensor(alike[first : first + width])
             trained, phase, unfit = self._tune_together(ids, send)
             tuned.write(ids, trained)
             tokens += phase.tokens
