@@ -8,17 +8,21 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
 from fedmira.errors import ConfigError
 
 HINT = "federation.engine: ray needs Ray, which is not installed; pip install 'fedmira[ray]'"
+LOOPBACK = "127.0.0.1"  # what is started here listens to this machine alone
+ANSWER_S = 10  # within which a cluster answers
 SHORT = 40  # letters of a folder for temporary files: the path of a Unix socket below it has at most 107
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -72,9 +76,10 @@ def _start(ray: Any, address: str | None, folder: str | None, cpus: int) -> None
     if folder is not None:
         # not a cluster of someone else on this machine, and not one that RAY_ADDRESS names
         here = {"address": "local", "num_cpus": cpus, "num_gpus": torch.cuda.device_count()}
-        ray.init(**here, include_dashboard=False, _temp_dir=folder, **quiet)
+        ray.init(**here, include_dashboard=False, _node_ip_address=LOOPBACK, _temp_dir=folder, **quiet)
         return
     try:
+        _reach(str(address))
         ray.init(address=address, **quiet)
     except Exception as error:  # of several kinds, by the form of the address
         raise ConfigError(
@@ -83,6 +88,16 @@ def _start(ray: Any, address: str | None, folder: str | None, cpus: int) -> None
                 "'ray start --head' and give its address, or auto on a machine of the cluster; null starts Ray here"
             ]
         ) from error
+
+
+def _reach(address: str) -> None:
+    """Raise OSError or ValueError if nobody listens at an address: Ray itself would try for more than ten minutes."""
+    if address == "auto":
+        return
+    place = urlsplit(address if "://" in address else f"//{address}")
+    if place.hostname is None or place.port is None:
+        raise ValueError("an address is auto, host:port or ray://host:port")
+    socket.create_connection((place.hostname, place.port), timeout=ANSWER_S).close()
 
 
 @contextmanager

@@ -211,7 +211,9 @@ def _taken_apart(value: Tensor) -> tuple[Any, torch.dtype, Sequence[int]]:
 def _put_together(parts: tuple[Any, torch.dtype, Sequence[int]]) -> Tensor:
     """Copy: what is in the store cannot be written."""
     numbers, dtype, shape = parts
-    return torch.from_numpy(numbers.copy()).view(dtype).reshape(shape)
+    return (torch.from_numpy(numbers.copy()).view(dtype) if len(numbers) else torch.empty(0, dtype=dtype)).reshape(
+        shape
+    )
 
 
 def shown(resources: Any) -> str:

@@ -15,7 +15,6 @@ from fedmira.engine.tools import Training
 from fedmira.engine.workplace import Evaluation, Workplace
 from fedmira.evaluation.measure import ANSWER_ROWS, chunks, examples_in
 from fedmira.methods.base import Clock, Method
-from fedmira.methods.means import change_nothing
 
 
 class Spread:
@@ -38,7 +37,7 @@ class Spread:
         clients = [workplace.clients[k] for k in ids.tolist()]
         drawn = [plan_steps(client, training, clock.round) for client in clients] if plans is None else plans
         passes = cut_into_passes(drawn, workplace.cohort)
-        half = self.crew.put(method, lambda: clients_half(method))
+        half = self.crew.put(method, lambda: method)
         how = self.crew.put(training, lambda: training)
 
         def order(chosen: Sequence[int]) -> TrainOrder:
@@ -119,11 +118,6 @@ class Spread:
     def _rows(self, adapters: Adapters) -> Rows:
         added = adapters.added
         return Rows.of(adapters, self.crew.put(added, lambda: added) if added else None)
-
-
-def clients_half(method: Method) -> Method:
-    """Return what an actor needs of a method: the rest may hold what is about all clients, such as a graph."""
-    return Method(method.name, change_nothing, client=method.client, travels=method.travels, trained=method.trained)
 
 
 def _passes(
