@@ -102,7 +102,7 @@ def watch_orders(sent: list[tuple[str, int, int, int]]) -> None:
             sent.append((tasks[number].what, *orders[number], len(cloudpickle.dumps(answer))))
             yield number, answer
 
-    Crew.carry_out = watched  # type: ignore[method-assign]
+    Crew.carry_out = watched  # type: ignore[assignment, method-assign]
 
 
 def measure_orders(base: str) -> dict[str, float]:

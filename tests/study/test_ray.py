@@ -104,6 +104,8 @@ def carry(tmp_path_factory: pytest.TempPathFactory) -> Carry:
 
     def carried_out(name: str, *, observer: Callable[[Event], None] = silent, **changes: Any) -> Study:
         raw = small_study.settings(base, data, here / name, **changes)
+        if "ranks" in raw["lora"]:
+            del raw["lora"]["r"]
         return fedmira.run(check_config(raw), observer=observer)
 
     return carried_out

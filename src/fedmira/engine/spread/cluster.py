@@ -76,7 +76,8 @@ def _start(ray: Any, address: str | None, folder: str | None, cpus: int) -> None
     if folder is not None:
         # not a cluster of someone else on this machine, and not one that RAY_ADDRESS names
         here = {"address": "local", "num_cpus": cpus, "num_gpus": torch.cuda.device_count()}
-        ray.init(**here, include_dashboard=False, _node_ip_address=LOOPBACK, _temp_dir=folder, **quiet)
+        inner = f"{folder}/ray"  # Ray opens its folder to everybody
+        ray.init(**here, include_dashboard=False, _node_ip_address=LOOPBACK, _temp_dir=inner, **quiet)
         return
     try:
         _reach(str(address))

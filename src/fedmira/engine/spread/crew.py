@@ -68,6 +68,7 @@ class Crew:
         self.actors = [kind.remote(load, blocks, threads=post.threads) for _ in range(post.workers)]
         self.free: list[Any] = []
         self.coming = {self._ask(actor): actor for actor in self.actors}  # ready() -> whose
+        self.started = False  # has one been up?
         self.lost = 0  # orders whose actor ended
         self.versions: set[tuple[tuple[str, str], ...]] = set()
 
@@ -87,9 +88,10 @@ class Crew:
                     ]
                 )
             self._welcome(done[0])
+        self.started = True
 
     def _welcome(self, reference: Any) -> None:
-        """Take up an actor that says that it is ready. One that cannot be is left out, unless it is the last."""
+        """Take up an actor that says that it is ready. One that cannot be is left out once others are, or were, up."""
         actor = self.coming.pop(reference)
         try:
             found = self.ray.get(reference)
@@ -105,8 +107,10 @@ class Crew:
         if isinstance(found, Failed):
             self.actors.remove(actor)
             self.ray.kill(actor)
-            if not self.actors or (isinstance(found.error(), FedMiraError) and not self.free and not self.lost):
+            if not self.started:
                 raise found.error()
+            if not self.actors:
+                raise Stopped(f"no actor is left: {found.error()}; finished rounds are saved")
             log.warning("an actor is left out: %s; %d go on", found.error(), len(self.actors))
             return
         self.versions.add(tuple(sorted(found.versions.items())))
@@ -161,10 +165,10 @@ class Crew:
                 continue
             self.free.append(actor)
             if isinstance(answer, Failed):
-                error = answer.error()
-                if not isinstance(error, FedMiraError | MemoryError | torch.OutOfMemoryError):
+                failure = answer.error()
+                if not isinstance(failure, FedMiraError | MemoryError | torch.OutOfMemoryError):
                     log.error("an error in an actor, at\n%s", answer.frames)
-                raise error
+                raise failure
             yield number, answer
 
     def _next(self, running: dict[Any, tuple[int, Any]]) -> Any:
