@@ -64,8 +64,8 @@ class Crew:
         share_tensors(ray)
         self._shared: list[tuple[Any, Any]] = []  # a value, and its reference
         kind = ray.remote(Trainer).options(num_cpus=post.cpus, num_gpus=post.gpus, max_restarts=-1)
-        blocks = blocks_of(clients, ray.put)
-        self.actors = [kind.remote(load, blocks, threads=post.threads) for _ in range(post.workers)]
+        self._blocks = blocks_of(clients, ray.put)  # held here: else they end with an actor, which comes back
+        self.actors = [kind.remote(load, self._blocks, threads=post.threads) for _ in range(post.workers)]
         self.free: list[Any] = []
         self.coming = {self._ask(actor): actor for actor in self.actors}  # ready() -> whose
         self.started = False  # has one been up?
