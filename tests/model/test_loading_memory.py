@@ -1,4 +1,4 @@
-"""What loading takes of memory, at its worst moment, beside the weights in their final form: in a process of its own."""
+"""What loading takes of memory at its worst moment, beside the weights in their final form; in a process of its own."""
 
 import json
 import subprocess

@@ -252,6 +252,7 @@ class Watch:
         self.say(
             f"base: {prepared.config.model.base_model}, {str(base.dtype).removeprefix('torch.')} on {base.device}; "
             f"adapters: {adapters}; {prepared.sampled} clients a round, {workplace.cohort} in one pass"
+            f"{'' if prepared.workers is None else f', computed by {prepared.workers} actors of Ray'}"
             f"{', whose blocks are recomputed in backward' if workplace.recompute else ''}"
             f"{'' if workplace.at_once is None else f', {workplace.at_once} examples of each at once'}"
         )

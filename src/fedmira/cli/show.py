@@ -70,7 +70,8 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     if plan.speeds.answer:
         speeds.append(f"{1 / plan.speeds.answer:,.1f} answers/s written")
     lines = {
-        "clients": f"{plan.clients}, {plan.sampled} in each of {plan.rounds} rounds, {plan.cohort} in one pass",
+        "clients": f"{plan.clients}, {plan.sampled} in each of {plan.rounds} rounds, {plan.cohort} in one pass"
+        f"{'' if plan.workers is None else f', computed by {plan.workers} actors of Ray (time: by one)'}",
         "examples": f"{plan.examples:,} to train on, {plan.tokens:,} tokens, loss on {plan.trained_tokens:,} of them",
         "truncation": f"{cut['prompts_cut']} prompts and {cut['answers_cut']} answers cut, {cut['questions_cut']} "
         f"prompts cut where answers are written, {cut['dropped']} of {cut['examples']} examples dropped",

@@ -39,6 +39,9 @@ MEANINGS: Mapping[str, str] = {
     "participation": "fraction fraction_fit client_fraction clients_per_round sample_rate participation_rate "
     "join_ratio c frac sampled",
     "cohort": "clients_at_once parallel num_parallel",
+    "engine": "backend executor runner simulator",
+    "workers": "num_workers actors num_actors gpus num_gpus processes nproc",
+    "address": "ray_address cluster host",
     "local_epochs": "epochs num_epochs num_train_epochs e local_ep epoch",
     "local_steps": "steps max_steps num_steps iterations iters local_iters inner_steps",
     "batch_size": "bs batch per_device_train_batch_size train_batch_size micro_batch_size local_bs b",

@@ -157,6 +157,9 @@ class EarlyStoppingConfig(Strict):
     threshold: Annotated[float, Field(ge=0)] = 0.0  # nats by which the mean validation loss must be below the lowest
 
 
+PLACES = ("engine", "workers", "address")  # keys of `federation` that say where passes are computed: no result changes
+
+
 class FederationConfig(Strict):
     """Rounds and who takes part."""
 
@@ -164,6 +167,16 @@ class FederationConfig(Strict):
     early_stopping: EarlyStoppingConfig | None = None  # null: every run has all its rounds
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0  # fraction of clients per round, at least one
     cohort: Count | Literal["auto"] = "auto"  # clients trained in one pass
+    engine: Literal["local", "ray"] = "local"  # ray: passes are computed by Ray's actors (extra ray); docs/scale.md
+    workers: Count | None = None  # of ray: actors, a base each; null = one for each GPU, else cores / threads
+    address: Annotated[str, Field(min_length=1)] | None = None  # of ray: a cluster, such as auto; null = started here
+
+    @model_validator(mode="after")
+    def _of_ray(self) -> "FederationConfig":
+        given = [name for name in ("workers", "address") if getattr(self, name) is not None]
+        if self.engine == "local" and given:
+            raise ValueError(f"{' and '.join(given)}: of engine: ray, and the engine is local; set engine: ray")
+        return self
 
 
 class SchedulerKwargs(Strict):

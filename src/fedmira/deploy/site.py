@@ -14,9 +14,10 @@ from fedmira.errors import ConfigError, ModelError
 from fedmira.evaluation.embed import embed_prompts
 from fedmira.methods import recipe_of
 from fedmira.model.base.load import Base
-from fedmira.study.assemble import Materials, count_threads, keep_positions
+from fedmira.study.assemble import Materials, keep_positions
 from fedmira.study.intake import take_in
 from fedmira.study.loading import load_config
+from fedmira.study.threads import count_threads
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,6 +88,8 @@ def list_unfit(config: Config, recipes: Sequence[Recipe], sites: Sequence[str]) 
         yield "lora.start: a federation begins with factors that are drawn; leave it out"
     if config.privacy is not None:
         yield "privacy: sites do not keep an account of their own yet; found one in the study, leave it out"
+    if config.federation.engine != "local":
+        yield "federation.engine: each site computes for itself, and Ray is for one study's passes; leave it out"
     if config.data.template not in ("auto", *NAMES):
         yield (
             f"data.template: found '{config.data.template}', a file of this machine; allowed in a federation are auto, "

@@ -56,13 +56,15 @@ def plan_cohort(
     sampled: int,
     rows: int = 5,
     recompute: bool | None = None,
+    actors: int = 0,
 ) -> CohortPlan:
     """Measure one client's training pass on the longest examples and return how many clients fit in one pass.
 
     The bytes that autograd keeps for the backward pass are counted exactly by hooks, of a large base in two short
     passes, from which those of a longer one follow; rows, gradient and moments are `rows` x P x 4 bytes. sampled:
     clients of a round, the most a cohort can use. recompute: of decoder blocks; None = where not all clients fit
-    without, and more do with it. A batch that does not fit by itself is cut into passes.
+    without, and more do with it. A batch that does not fit by itself is cut into passes. actors: with a base each,
+    among which this memory is divided; 0 = passes are computed here, with the base that is loaded.
 
     No pass is made that would not fit: one over the beginning of one example says what to expect of longer ones.
     Raises ModelError if the longest example does not fit, with the tokens that would.
@@ -72,7 +74,11 @@ def plan_cohort(
     adapters = start_adapters(layout, torch.tensor([layout.parts[0].rank]), 1.0, torch.Generator().manual_seed(0))
     adapters = adapters.with_rows(adapters.rows.to(base.device))
     own = rows * layout.size * 4
-    room = int(SHARE * (_free_bytes(base.device) - 2 * CHUNK_BYTES))
+    free = _free_bytes(base.device)
+    if actors:
+        weights = sum(value.numel() * value.element_size() for value in base.model.parameters())
+        free = max(0, free // actors - weights)
+    room = int(SHARE * (free - 2 * CHUNK_BYTES))
 
     def needed(examples: Sequence[Encoded]) -> dict[bool, int]:
         """Bytes of one client whose pass holds these examples, without and with recomputation."""
@@ -259,5 +265,6 @@ class Plan:
     runs: int  # methods x seeds
     total_seconds: float  # if the machine stays as busy as it was while the speeds were measured
     cpu_seconds: float  # of these, in which this process computes, all threads together
+    workers: int | None = None  # actors of Ray; seconds are of one of them, as measured here. None = this process
     client_privacy: dict[str, str] = field(default_factory=dict)  # label -> what noise on uploads promises; if any
     training: dict[str, dict[str, Any]] = field(default_factory=dict)  # label -> keys that differ from the study's

@@ -75,30 +75,56 @@ def local_phase(
 
     Raises ShapeError if rows and clients disagree.
     """
-    moments = moments or {}
     if plans is None:
         plans = [plan_steps(client, training, clock.round) for client in clients]
-    order = sorted(range(len(clients)), key=lambda position: -len(plans[position]))
-    pieces: list[PhaseResult] = []
-    for first in range(0, len(order), cohort):
-        chosen = order[first : first + cohort]
-        index = torch.tensor(chosen)
-        given_here = given.take(index)
-        pieces.append(
-            _train_together(
-                base,
-                method,
-                [clients[position] for position in chosen],
-                [plans[position] for position in chosen],
-                start.take(index, rows=given_here.rows),
-                given_here,
-                {name: value[index] for name, value in memory.items()},
-                {of: {name: value[index] for name, value in some.items()} for of, some in moments.items()},
-                training=training,
-                clock=clock,
-                reports=reports,
-            )
+    inputs = Inputs(start, given, memory, moments or {})
+    passes = cut_into_passes(plans, cohort)
+    pieces = [
+        _train_together(
+            base,
+            method,
+            [clients[position] for position in chosen],
+            [plans[position] for position in chosen],
+            inputs.take(chosen),
+            training=training,
+            clock=clock,
+            reports=reports,
         )
+        for chosen in passes
+    ]
+    return join_pieces(pieces, passes)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What clients begin a phase with: arguments of local_phase."""
+
+    start: Adapters
+    given: Message
+    memory: Memory
+    moments: Moments
+
+    def take(self, chosen: Sequence[int]) -> "Inputs":
+        """Return copies of those of some clients, by position; what was sent are their rows."""
+        index = torch.tensor(chosen)
+        given = self.given.take(index)
+        return Inputs(
+            self.start.take(index, rows=given.rows),
+            given,
+            {name: value[index] for name, value in self.memory.items()},
+            {of: {name: value[index] for name, value in some.items()} for of, some in self.moments.items()},
+        )
+
+
+def cut_into_passes(plans: Sequence[Sequence[np.ndarray]], cohort: int) -> list[list[int]]:
+    """Return the positions of the clients that train in one pass, at most `cohort`, in the order of their steps."""
+    order = sorted(range(len(plans)), key=lambda position: -len(plans[position]))
+    return [order[first : first + cohort] for first in range(0, len(order), cohort)]
+
+
+def join_pieces(pieces: Sequence[PhaseResult], passes: Sequence[Sequence[int]]) -> PhaseResult:
+    """Return what the passes gave as one, in the order of the clients. passes: as cut_into_passes gives them."""
+    order = [position for chosen in passes for position in chosen]
     back = torch.argsort(torch.tensor(order))
     in_order = len(pieces) == 1 and order == sorted(order)
 
@@ -130,21 +156,18 @@ def _train_together(
     method: Method,
     clients: Sequence[ClientData],
     plans: Sequence[Sequence[np.ndarray]],
-    start: Adapters,
-    given: Message,
-    memory: Memory,
-    moments: Moments,
+    inputs: Inputs,
     *,
     training: Training,
     clock: Clock,
     reports: bool,
 ) -> PhaseResult:
     """One pass per step for clients in descending order of their number of steps."""
-    device = base.device
-    adapters = start.with_rows(given.rows.to(device, copy=True)).mask_()
+    device, given = base.device, inputs.given
+    adapters = inputs.start.with_rows(given.rows.to(device, copy=True)).mask_()
     given = _at_own_ranks(given, adapters)
-    memory = {name: value.to(device) for name, value in memory.items()}
-    moments = {of: {name: value.to(device) for name, value in some.items()} for of, some in moments.items()}
+    memory = {name: value.to(device) for name, value in inputs.memory.items()}
+    moments = {of: {name: value.to(device) for name, value in some.items()} for of, some in inputs.moments.items()}
     moments.setdefault("main", training.optimizer.start(adapters.rows))
     steps = torch.tensor([len(plan) for plan in plans])
     trained = method.trained(adapters.layout, clock).to(device)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,17 +11,15 @@ from fedmira.adapters import Adapters
 from fedmira.adapters.parts import Gate
 from fedmira.disk.folders import Result, View
 from fedmira.engine.clients import Clients, Scores, Send
+from fedmira.engine.executor import Serve
 from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger
 from fedmira.engine.workplace import Workplace
-from fedmira.evaluation.gated import gated_answers, gated_loss
-from fedmira.evaluation.measure import PASS_TOKENS, measure_answers, measure_loss
+from fedmira.evaluation.measure import PASS_TOKENS
 from fedmira.methods.base import Method
 
 EXAMPLES_KEPT = 3  # of each client, with report.examples
 START_BYTES = 64 << 20  # of rows in one pass that scores the untouched base
-
-Serve = Callable[[Tensor], Adapters]  # client positions [n] -> their adapters, in that order
 
 
 def score_start(workplace: Workplace, federation: Federation, progress: Callable[[int], None]) -> Scores:
@@ -38,7 +35,7 @@ def score_start(workplace: Workplace, federation: Federation, progress: Callable
     # everyone has the same row, so that a pass is limited by its tokens alone
     longest = max((len(example.ids) for client in workplace.clients for example in client.validation), default=1)
     cohort = max(workplace.cohort, min(PASS_TOKENS // longest, START_BYTES // (4 * federation.layout.size)))
-    validation = measure_loss(workplace.base, serve, workplace.clients, everyone, split="validation", cohort=cohort)
+    validation = score_loss(replace(workplace, cohort=cohort), serve, everyone, None, split="validation")
     return replace(score_test_split(workplace, serve, everyone, progress), validation=validation)
 
 
@@ -102,10 +99,7 @@ def score_loss(
     workplace: Workplace, serve: Serve, ids: Sequence[int], gate: Gate | None, *, split: str
 ) -> list[float | None]:
     """Return the loss of the clients `ids` on one of their splits. gate: of the adapters in use, if there is one."""
-    base, clients, cohort = workplace.base, workplace.clients, workplace.cohort
-    if gate is not None:
-        return gated_loss(gate, base, serve, clients, ids, split=split, cohort=cohort)
-    return measure_loss(base, serve, clients, ids, split=split, cohort=cohort)
+    return workplace.executor.loss(workplace, serve, ids, gate, split=split)
 
 
 def score_test_split(
@@ -130,16 +124,11 @@ def score_test_split(
             texts[k, place] = text
 
     if evaluation.metrics or evaluation.examples:
-        measured = measure_answers if gate is None else partial(gated_answers, gate)
-        answers = measured(
-            workplace.base,
+        answers = workplace.executor.answers(
+            workplace,
             serve,
-            workplace.clients,
             ids,
-            split="test",
-            cohort=workplace.cohort,
-            metrics=evaluation.metrics,
-            max_new_tokens=evaluation.max_new_tokens,
+            gate,
             max_examples=evaluation.max_examples if evaluation.metrics else EXAMPLES_KEPT,
             progress=progress,
             written=written,

@@ -19,10 +19,11 @@ from fedmira.adapters.added import BaseVersions, join_pairs
 from fedmira.adapters.columns import lay_over, pack
 from fedmira.disk.table import Table
 from fedmira.engine.clients import Asked, Reply, Scores, Send, Tuned, everybody
+from fedmira.engine.executor import Serve
 from fedmira.engine.federation import Federation
 from fedmira.engine.gate import MAX_NORM, Header
 from fedmira.engine.memory import ASIDE_FILE, Aside, ClientMemory, Staged
-from fedmira.engine.phase import PhaseResult, local_phase
+from fedmira.engine.phase import Inputs, PhaseResult
 from fedmira.engine.scoring import score_loss, score_test_split
 from fedmira.engine.tools import Moments, Toolbox, Training
 from fedmira.engine.workplace import Workplace
@@ -30,8 +31,6 @@ from fedmira.errors import MethodError
 from fedmira.methods.base import Clock, Memory, Message, Method, use_what_was_sent
 from fedmira.privacy.budget import Budget
 from fedmira.privacy.uploads import UploadNoise, Uploads
-
-Serve = Callable[[Tensor], Adapters]  # client positions [n] -> their adapters, in that order
 
 
 class Simulated:
@@ -186,20 +185,10 @@ class Simulated:
         clock: Clock,
         plans: Sequence[Sequence[np.ndarray]] | None,
     ) -> PhaseResult:
-        """Train on the clients' data; arguments as of phase.local_phase, which does it."""
-        return local_phase(
-            self.workplace.base,
-            self.method,
-            [self.workplace.clients[k] for k in ids.tolist()],
-            start,
-            given,
-            memory,
-            moments,
-            training=training,
-            clock=clock,
-            cohort=self.workplace.cohort,
-            plans=plans,
-            reports=self.workplace.reports,
+        """Train on the clients' data; arguments as of phase.local_phase."""
+        inputs = Inputs(start, given, memory, moments)
+        return self.workplace.executor.train(
+            self.workplace, self.method, ids, inputs, training=training, clock=clock, plans=plans
         )
 
     def losses(self, ids: Tensor, send: Send) -> list[float | None]:
@@ -264,17 +253,20 @@ class Simulated:
         )
 
     def tune(self, send: Send, progress: Callable[[int], None]) -> Tuned:
-        """Fine-tune in passes of clients with about as many examples."""
+        """Fine-tune in passes of clients with about as many examples, as many passes at a time as can be computed.
+
+        In descending order of steps, which phase.cut_into_passes keeps: so who shares a pass does not depend on that.
+        """
         rows, kinds = self.federation.start_rows(self.training.seed)
         tuned = Table(rows, kinds, self.memory.scratch)
         tokens = 0
         refused: dict[int, str] = {}
         figures: dict[int, Mapping[str, float]] = {}
         self.tuned = None
-        alike = sorted(range(len(self.federation)), key=lambda k: len(self.workplace.clients[k].train))
-        cohort = self.workplace.cohort
-        for first in range(0, len(alike), cohort):
-            ids = torch.tensor(alike[first : first + cohort])
+        alike = sorted(range(len(self.federation)), key=lambda k: -len(self.workplace.clients[k].train))
+        width = self.workplace.cohort * self.workplace.executor.width
+        for first in range(0, len(alike), width):
+            ids = torch.tensor(alike[first : first + width])
             trained, phase, unfit = self._tune_together(ids, send)
             tuned.write(ids, trained)
             tokens += phase.tokens

@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from fedmira.data.batches import ClientData, Truncation
+from fedmira.engine.executor import IN_PROCESS, Executor
 from fedmira.model.base.load import Base
 
 POOL = "*"  # names all clients' data together; no client is called so
@@ -25,6 +26,7 @@ class Workplace:
 
     reports: may clients' losses leave them within a method's messages? recompute: decoder blocks in backward, where a
     training does not say so itself. at_once: examples of a client in one pass, where a whole batch does not fit.
+    executor: computes the passes.
     """
 
     base: Base
@@ -34,12 +36,17 @@ class Workplace:
     reports: bool = True
     recompute: bool = False
     at_once: int | None = None
+    executor: Executor = IN_PROCESS
 
     def __len__(self) -> int:
         return len(self.clients)
 
     @functools.cached_property
     def pool(self) -> "Workplace":
-        """All clients' training data as one client's, for methods that train on the pool; nothing to score it on."""
+        """All clients' training data as one client's, for methods that train on the pool; nothing to score it on.
+
+        One client after all has one pass at a time, which is computed here.
+        """
         everything = tuple(example for client in self.clients for example in client.train)
-        return replace(self, clients=(ClientData(POOL, POOL, None, {}, everything, (), (), Truncation()),), cohort=1)
+        alone = (ClientData(POOL, POOL, None, {}, everything, (), (), Truncation()),)
+        return replace(self, clients=alone, cohort=1, executor=IN_PROCESS)

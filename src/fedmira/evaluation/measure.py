@@ -13,7 +13,7 @@ from fedmira.model.answers.generate import ANSWER_ROWS, answers
 from fedmira.model.base.load import Base
 from fedmira.model.passes import example_losses, losses
 
-__all__ = ["ANSWER_ROWS", "measure_answers", "measure_examples", "measure_loss"]
+__all__ = ["ANSWER_ROWS", "chunks", "measure_answers", "measure_examples", "measure_loss"]
 
 Serve = Callable[[Tensor], Adapters]  # client positions [n] -> their adapters, in that order
 
@@ -29,7 +29,7 @@ def measure_loss(
     where it has diverged. Clients of similar length share a pass; the result does not depend on the grouping.
     """
     scores: dict[int, float | None] = dict.fromkeys(ids)
-    for chunk in _chunks(clients, ids, split=split, cohort=cohort):
+    for chunk in chunks(clients, ids, split=split, cohort=cohort):
         adapters = serve(torch.tensor(chunk))
         queues = [sorted(examples_in(clients[k], split), key=lambda example: -len(example.ids)) for k in chunk]
         nats = torch.zeros(len(chunk), dtype=torch.float64)
@@ -86,7 +86,7 @@ def measure_answers(
     """
     means: dict[int, dict[str, float | None]] = {k: dict.fromkeys(metrics) for k in ids}
     finished = len([k for k in ids if not examples_in(clients[k], split)])
-    for chunk in _chunks(clients, ids, split=split, cohort=min(cohort, ANSWER_ROWS)):
+    for chunk in chunks(clients, ids, split=split, cohort=min(cohort, ANSWER_ROWS)):
         queries = [examples_in(clients[k], split)[:max_examples] for k in chunk]
         texts = answers(
             base,
@@ -146,7 +146,7 @@ def _deal(queues: Sequence[Sequence[Encoded]], *, padded: bool, ahead: int) -> I
         yield parts
 
 
-def _chunks(clients: Sequence[ClientData], ids: Sequence[int], *, split: str, cohort: int) -> list[list[int]]:
+def chunks(clients: Sequence[ClientData], ids: Sequence[int], *, split: str, cohort: int) -> list[list[int]]:
     """Deal clients that have examples into chunks of similar length, so that padding is small."""
     having = [k for k in ids if examples_in(clients[k], split)]
     having.sort(key=lambda k: sum(len(example.ids) for example in examples_in(clients[k], split)))

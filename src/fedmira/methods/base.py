@@ -396,6 +396,12 @@ class Method:
         if wrong := [rule for rule, broken in faults.items() if broken]:
             raise MethodError(f"method '{self.name}': {'; '.join(wrong)}")
 
+    def __reduce__(self) -> tuple[type[Method], tuple[object, ...]]:
+        """Travel to another process as the client's half: the rest may hold what is about all clients."""
+        from fedmira.methods.means import change_nothing as no_merge
+
+        return Method, (self.name, no_merge, "one", start_state, None, self.client, None, self.travels, self.trained)
+
     @property
     def personal(self) -> bool:
         """Does each client use a separate adapter in the end?"""

@@ -36,10 +36,11 @@ from fedmira.engine.trainees import make_clients
 from fedmira.errors import ConfigError, MethodError, StoreError
 from fedmira.methods import recipe_of
 from fedmira.methods.base import Clock, Method, begin_from_what_was_sent
-from fedmira.study.assemble import Built, Materials, Prepared, client_table, prepare, using_threads
+from fedmira.study.assemble import Built, Materials, Prepared, client_table, prepare
 from fedmira.study.events import StepBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.intake import take_in
+from fedmira.study.threads import using_threads
 from fedmira.study.training import training_of
 
 FACTS = "adapt.json"  # beside the adapter

@@ -6,13 +6,11 @@ A pipe: recipes -> intake -> base -> ranks -> cohorts of clients -> methods -> w
 import hashlib
 import warnings
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedmira import bundled
@@ -42,12 +40,10 @@ from fedmira.study.intake import Intake, check_examples, take_in
 from fedmira.study.notes import apart_notes, lonely_notes, rank_notes
 from fedmira.study.passes import shape_of_passes
 from fedmira.study.privacy import check_privacy, check_profile, held_back, study_notes
+from fedmira.study.spreading import check_spread, count_workers
 from fedmira.study.starts import read_start
+from fedmira.study.threads import count_threads
 from fedmira.study.training import check_least_rate, check_optimizer, check_validation
-
-# Parameters below which a base runs on one thread: its products are so small that waiting for a second thread costs
-# more than it brings (the demo, 0.26 M: 44 s on one thread, 59 s on two).
-SMALL_BASE = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +109,7 @@ class Prepared:
     targets: Sequence[str]  # the adapted modules, as exported adapters name them
     asking: Asking  # how exported adapters are asked
     threads: int
+    workers: int | None = None  # actors of Ray that compute the passes; None = this process does
     plans: Sequence[CohortPlan] = ()  # of the kinds of training pass, where they were measured
 
     @property
@@ -153,6 +150,7 @@ def prepare(
     """
     choose_device(config.model.device)  # refused now if it is not there, and not after minutes of reading
     check_privacy(config)
+    check_spread(config)
     if quantisation_of(config.model) is not None:
         check_installed()
     recipes = [recipe_of(entry) for entry in config.methods]
@@ -188,7 +186,8 @@ def prepare(
         more = study_notes(config, label, one.methods, one.training, clients, cohorts, one.recipe.wrappers)
         built[label] = replace(one, notes=[*one.notes, *more])
     base = materials.load(config, dtype)
-    threads = count_threads(base, saved)
+    threads = count_threads(base, saved, spread_over=config.federation.workers)
+    workers = count_workers(config, base, threads)
     check_base(config, base, saved)
     federation = Federation(
         names=tuple(client.id for client in clients),
@@ -206,12 +205,12 @@ def prepare(
     workplace = Workplace(base, tuple(clients), sampled, evaluation_of(config))
     targets = targets_of(base)
     asking = find_asking(materials.intake.template, materials.tokenizer)
-    prepared = Prepared(config, federation, workplace, materials, cohorts, built, targets, asking, threads)
+    prepared = Prepared(config, federation, workplace, materials, cohorts, built, targets, asking, threads, workers)
     kinds = prepared.kinds()
     check_virtual_tokens(config, prepared, kinds)
     if not all(layout.virtual_tokens for layout in kinds):
         check_targets(base.model, [name for name, _, _ in base.shapes], targets)
-    shape = shape_of_passes(config, workplace, prepared.passes(), sampled, saved)
+    shape = shape_of_passes(config, workplace, prepared.passes(), sampled, saved, workers=workers)
     prepared = replace(prepared, workplace=shape.laid_on(workplace), plans=shape.plans)
     observer(StudyPrepared(prepared))
     return prepared
@@ -287,14 +286,6 @@ def build(recipe: Recipe, place: int, cohorts: Mapping[int, Cohort], ranks: Tens
         check_least_rate(methods[seed], training, f"methods.{place} ({label})")
         check_optimizer(methods[seed], training, f"methods.{place} ({label})")
     return Built(recipe, methods, notes, training)
-
-
-def count_threads(base: Base, saved: RunFacts | None) -> int:
-    """Return how many threads a study computes on: those it began with, one for a small base, else torch's."""
-    if saved is not None:
-        return saved.threads
-    small = sum(parameter.numel() for parameter in base.model.parameters()) < SMALL_BASE
-    return 1 if small else torch.get_num_threads()
 
 
 def check_base(config: Config, base: Base, saved: RunFacts | None) -> None:
@@ -406,14 +397,3 @@ def _fingerprint(client: ClientData) -> str:
             if example.own_question is not None:
                 digest.update(array("q", [-1, *example.own_question]).tobytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def using_threads(count: int) -> Iterator[None]:
-    """Compute on `count` threads; restore the caller's number afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

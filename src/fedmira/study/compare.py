@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedmira.config.sections import Config, MethodEntry
+from fedmira.config.sections import PLACES, Config, MethodEntry
 from fedmira.disk.files import make_folder, write_json
 from fedmira.disk.folders import StudyFolder
 from fedmira.engine.events import Observer
@@ -26,7 +26,7 @@ from fedmira.reports.record import read_study
 from fedmira.study.assemble import keep_positions
 from fedmira.study.matrix import check_matrix, write_matrices
 from fedmira.study.privacy import EACH_SPENDS
-from fedmira.study.run import Common, go_on, saved_facts, start
+from fedmira.study.run import Common, go_on, lasting, saved_facts, start
 from fedmira.study.trackers import check_trackers
 from fedmira.study.tuning import Candidate, Tuned, best_of, choose, first_candidates, second_candidates
 
@@ -52,20 +52,20 @@ def compare(config: Config, *, budget: int, observer: Observer, overwrite: bool 
     config = keep_positions(config, [recipe_of(entry) for entry in config.methods])
     output = Path(config.output_dir)
     check_container(output)
-    common = Common()
-    if matrix:  # said before anything is trained
-        check_matrix(len(common.prepare(config, observer).federation))
-    tried = _tune(config, output, budget, common, observer, overwrite=overwrite)
-    tuned = choose(config, tried)
-    if budget > 1:
-        _write_tuning(output, config, budget, tuned)
-    final = with_methods(config, [one.entry for one in tuned], output / COMPARISON)
-    carry_on(final, common, observer, overwrite=overwrite)
-    if matrix:
-        folder = StudyFolder(output / COMPARISON)
-        write_matrices(folder, common.prepare(folder.config(), observer, saved_facts(folder)), observer)
-        write_crossings(read_study(folder.path), output / MATRICES)
-    return output / COMPARISON
+    with lasting(None) as common:
+        if matrix:  # said before anything is trained
+            check_matrix(len(common.prepare(config, observer).federation))
+        tried = _tune(config, output, budget, common, observer, overwrite=overwrite)
+        tuned = choose(config, tried)
+        if budget > 1:
+            _write_tuning(output, config, budget, tuned)
+        final = with_methods(config, [one.entry for one in tuned], output / COMPARISON)
+        carry_on(final, common, observer, overwrite=overwrite)
+        if matrix:
+            folder = StudyFolder(output / COMPARISON)
+            write_matrices(folder, common.prepare(folder.config(), observer, saved_facts(folder)), observer)
+            write_crossings(read_study(folder.path), output / MATRICES)
+        return output / COMPARISON
 
 
 def _tune(
@@ -127,6 +127,9 @@ def carry_on(config: Config, common: Common, observer: Observer, *, overwrite: b
 def _differences(stored: Config, config: Config) -> list[str]:
     """Name what differs between a stored study and one that would go on with it; new methods and seeds do not count."""
     mine, theirs = (one.model_dump(mode="json", by_alias=True) for one in (config, stored))
+    for section in (mine["federation"], theirs["federation"]):
+        for key in PLACES:  # where it is computed changes no result
+            section.pop(key)
     free = ("methods", "seeds", "output_dir", "report_to")
     for one in (mine, theirs):  # grows with a method of virtual tokens; if that cuts texts, data differs: see run.go_on
         del one["data"]["positions_ahead"]

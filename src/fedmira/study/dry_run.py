@@ -25,11 +25,12 @@ from fedmira.export.peft_folder import count_exported
 from fedmira.methods import build, recipe_of
 from fedmira.methods.base import Clock
 from fedmira.study import handover
-from fedmira.study.assemble import Built, Prepared, keep_positions, prepare, using_threads
+from fedmira.study.assemble import Built, Prepared, keep_positions, prepare
 from fedmira.study.client_privacy import told
 from fedmira.study.events import StepBegun
 from fedmira.study.intake import take_in
 from fedmira.study.passes import plan_passes
+from fedmira.study.threads import using_threads
 from fedmira.study.trackers import check_trackers
 from fedmira.study.training import training_of
 
@@ -110,7 +111,7 @@ def _plan(prepared: Prepared) -> Plan:
     schedule = prepared.cohorts[seed].schedule
     sampled = prepared.sampled
     kinds = prepared.kinds()  # few have rows of their own
-    passes = prepared.plans or plan_passes(workplace, prepared.passes(), sampled)
+    passes = prepared.plans or plan_passes(workplace, prepared.passes(), sampled, workers=prepared.workers)
     probe = _Probe(prepared, torch.from_numpy(schedule[0]))
     speeds = probe.measure(prepared.federation, training_of(config, seed))  # the untouched base is scored with these
     writes = bool(workplace.evaluation.metrics)
@@ -125,6 +126,7 @@ def _plan(prepared: Prepared) -> Plan:
         sampled=sampled,
         rounds=config.federation.rounds,
         cohort=workplace.cohort,
+        workers=prepared.workers,
         examples=sum(len(client.train) for client in clients),
         tokens=sum(client.tokens for client in clients),
         trained_tokens=sum(client.trained_tokens for client in clients),

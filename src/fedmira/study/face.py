@@ -113,14 +113,16 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observe
     """Go on with a study, or with only one of its runs, where the newest intact checkpoints are.
 
     overrides: `federation.rounds=N`, only upwards; runs that were complete then go on too. `federation.cohort=N`, only
-    downwards, after a run that was out of memory: other last digits from there on. Raises StoreError if there is
-    nothing to resume, ConfigError for any other override.
+    downwards, after a run that was out of memory: other last digits from there on. `federation.engine`, `workers` and
+    `address`: it goes on elsewhere. Raises StoreError if there is nothing to resume, ConfigError for any other
+    override.
     """
     folder, only = find_study(Path(path))
     from fedmira.study.loading import check
 
     config = check(folder.config().model_dump(by_alias=True), str(folder.path / "config.yaml"))
-    for override in overrides:
+    config, overrides_left = _elsewhere(config, overrides)
+    for override in overrides_left:
         key, _, value = override.partition("=")
         number = int(value) if value.isdecimal() else -1
         at_most = min((run.facts.cohort for run in folder.runs()), default=1)
@@ -130,7 +132,8 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observe
             raise ConfigError(
                 [
                     f"'{override}': on resume only federation.rounds may change, from {config.federation.rounds} up, "
-                    f"and federation.cohort, from {at_most} down; anything else is a new study"
+                    f"federation.cohort, from {at_most} down, and federation.engine, workers and address; anything "
+                    "else is a new study"
                 ],
                 "overrides",
             )
@@ -143,6 +146,23 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, observer: Observe
 
     go_on(folder, config, observer, only=only, rewrite=bool(overrides))
     return Study(folder.path)
+
+
+def _elsewhere(config: Config, overrides: Sequence[str]) -> tuple[Config, Sequence[str]]:
+    """Return a config with the overrides of where it is computed, and the other overrides."""
+    from fedmira.config.sections import PLACES
+    from fedmira.config.yaml_text import apply_overrides
+    from fedmira.study.loading import check
+
+    keys = tuple(f"federation.{key}=" for key in PLACES)
+    places = [override for override in overrides if override.startswith(keys)]
+    if not places:
+        return config, overrides
+    raw = config.model_dump(by_alias=True)
+    if "federation.engine=local" in places:
+        raw["federation"] |= dict.fromkeys(PLACES[1:])  # which are Ray's
+    apply_overrides(raw, places)
+    return check(raw, "overrides"), [override for override in overrides if override not in places]
 
 
 def load_run(path: str | Path) -> Run:

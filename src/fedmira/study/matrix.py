@@ -18,9 +18,10 @@ from fedmira.errors import ConfigError
 from fedmira.evaluation.measure import measure_loss
 from fedmira.export.adapter_config import check_adapter
 from fedmira.export.panels import read_panels
-from fedmira.study.assemble import Prepared, using_threads
+from fedmira.study.assemble import Prepared
 from fedmira.study.carry_out import is_complete
 from fedmira.study.events import StepBegun
+from fedmira.study.threads import using_threads
 
 MOST_CLIENTS = 100
 

@@ -39,8 +39,13 @@ def shape_of_passes(
     passes: Sequence[tuple[Layout, TrainingConfig]],
     sampled: int,
     saved: RunFacts | None,
+    *,
+    workers: int | None = None,
 ) -> PassShape:
     """Return the shape of a study's training passes: as saved, as the config says, or what fits.
+
+    workers: actors that compute passes at the same time, None = this process does. Where the config leaves the number
+    open, there is a pass for each.
 
     A number of clients in the config goes before the saved one: it was made smaller after a run was out of memory.
 
@@ -58,16 +63,20 @@ def shape_of_passes(
     auto = any(section.gradient_checkpointing == "auto" for _, section in passes)
     if given is not None and not auto:
         return PassShape(given)
-    plans = plan_passes(workplace, passes, sampled if given is None else given)
+    most = -(-sampled // (workers or 1))
+    plans = plan_passes(workplace, passes, most if given is None else given, workers=workers)
     cohort = given or min(plan.cohort for plan in plans)
     at_once = min((plan.examples for plan in plans if plan.examples is not None), default=None)
     return PassShape(cohort, any(plan.recompute for plan in plans), at_once, plans)
 
 
 def plan_passes(
-    workplace: Workplace, passes: Sequence[tuple[Layout, TrainingConfig]], sampled: int
+    workplace: Workplace, passes: Sequence[tuple[Layout, TrainingConfig]], sampled: int, *, workers: int | None = None
 ) -> list[CohortPlan]:
-    """Measure every kind of training pass. One that is accumulated has a second gradient for each client."""
+    """Measure every kind of training pass. One that is accumulated has a second gradient for each client.
+
+    workers: as of shape_of_passes. They share this machine's memory as if all were here; of GPUs each has its own.
+    """
     kinds = dict.fromkeys(
         (
             layout,
@@ -79,7 +88,14 @@ def plan_passes(
     )
     return [
         plan_cohort(
-            workplace.base, layout, workplace.clients, batch_size=batch, sampled=sampled, rows=rows, recompute=recompute
+            workplace.base,
+            layout,
+            workplace.clients,
+            batch_size=batch,
+            sampled=sampled,
+            rows=rows,
+            recompute=recompute,
+            actors=min(workers or 0, 1) if workplace.base.device.type == "cuda" else workers or 0,
         )
         for layout, batch, rows, recompute in kinds
     ]

@@ -4,8 +4,9 @@ import importlib.metadata
 import importlib.util
 import logging
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fedmira.disk.folders import RunFolder, StudyFolder
 from fedmira.disk.run_facts import SCHEMA, RunFacts
 from fedmira.engine.clients import AtHand, Scores
 from fedmira.engine.events import AnswersWritten, Observer
+from fedmira.engine.executor import Executor
 from fedmira.engine.federation import Federation
 from fedmira.engine.run import Ended
 from fedmira.engine.scoring import examples_of, score_start
@@ -24,13 +26,15 @@ from fedmira.errors import StoreError
 from fedmira.methods.base import Cohort
 from fedmira.names import ClientNames
 from fedmira.reports.render import write_report
-from fedmira.study.assemble import Built, Materials, Prepared, client_table, prepare, using_threads
+from fedmira.study.assemble import Built, Materials, Prepared, client_table, prepare
 from fedmira.study.carry_out import Job, carry_out, describe_run, is_complete
 from fedmira.study.client_privacy import key_of_noise, upload_account, uploads_of
 from fedmira.study.events import ReportBegun, StepBegun, StudyBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.passes import PassShape
 from fedmira.study.privacy import account, budget_of, forget_key
+from fedmira.study.spreading import spread
+from fedmira.study.threads import using_threads
 from fedmira.study.trackers import tracking
 from fedmira.study.training import training_of
 
@@ -67,18 +71,35 @@ def in_this_process(prepared: Prepared, built: Built, seed: int, federation: Fed
 class Common:
     """What studies of the same data, base and evaluation share, so that it is loaded and scored once.
 
-    start: scores of the untouched base; wanted: metrics that a later study needs of it, beside its own.
+    start: scores of the untouched base; wanted: metrics that a later study needs of it, beside its own. executor: the
+    actors that compute, where a study is spread; they end with `close`.
     """
 
     materials: Materials | None = None
     start: Scores | None = None
     wanted: Sequence[str] = ()
+    executor: Executor | None = None
+    opened: ExitStack = field(default_factory=ExitStack)
 
     def prepare(self, config: Config, observer: Observer, saved: RunFacts | None = None) -> Prepared:
         """Check a study, with the data and the base of an earlier one."""
         prepared = prepare(config, observer, saved, materials=self.materials)
         self.materials = prepared.materials
         return prepared
+
+    def place(self, prepared: Prepared, observer: Observer) -> Prepared:
+        """Let actors compute the passes of a study that is to be spread."""
+        if prepared.workers is None:
+            return prepared
+        if self.executor is None:
+            observer(StepBegun(f"starting {prepared.workers} actors of Ray"))
+            self.executor = self.opened.enter_context(spread(prepared))
+        return replace(prepared, workplace=replace(prepared.workplace, executor=self.executor))
+
+    def close(self) -> None:
+        """End what was started for these studies; a later one starts it anew."""
+        self.executor = None
+        self.opened.close()
 
     def score_start(self, prepared: Prepared, observer: Observer) -> Scores:
         """Return the scores of the untouched base, in the metrics that this study evaluates."""
@@ -98,6 +119,19 @@ class Common:
         return replace(self.start, test={metric: self.start.test[metric] for metric in metrics})
 
 
+@contextmanager
+def lasting(common: Common | None) -> Iterator[Common]:
+    """Yield what studies share: what is there and outlasts the block, or a new one that ends with it."""
+    if common is not None:
+        yield common
+        return
+    common = Common()
+    try:
+        yield common
+    finally:
+        common.close()
+
+
 def start(
     folder: StudyFolder,
     config: Config,
@@ -111,14 +145,14 @@ def start(
 
     common: what earlier studies have loaded and scored.
     """
-    common = Common() if common is None else common
-    prepared = common.prepare(config, observer)
-    if overwrite and folder.path.is_dir():
-        with folder.held():
-            folder.clear()
-    folder.create(config)
-    with folder.held(), tracking(config.report_to, folder.path, observer) as watched:
-        _run_all(folder, prepared, watched, where, common)
+    with lasting(common) as common:
+        prepared = common.place(common.prepare(config, observer), observer)
+        if overwrite and folder.path.is_dir():
+            with folder.held():
+                folder.clear()
+        folder.create(config)
+        with folder.held(), tracking(config.report_to, folder.path, observer) as watched:
+            _run_all(folder, prepared, watched, where, common)
 
 
 def go_on(
@@ -135,11 +169,11 @@ def go_on(
 
     common: what earlier studies have loaded and scored.
     """
-    common = Common() if common is None else common
-    with folder.held(), tracking(config.report_to, folder.path, observer) as watched:
+    with lasting(common) as common, folder.held(), tracking(config.report_to, folder.path, observer) as watched:
         _check_schema(folder, config)
         prepared = common.prepare(config, observer, saved_facts(folder))
         _check_clients(folder, prepared)
+        prepared = common.place(prepared, observer)
         if rewrite:
             folder.rewrite(config)
         _run_all(folder, prepared, watched, where, common, only=only)

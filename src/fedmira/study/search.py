@@ -9,6 +9,7 @@ trials, finds its studies again and goes on.
 import importlib.util
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,19 +66,22 @@ def search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=SEED, n_startup_trials=FIRST))
     space = {axis.key: _distribution(optuna.distributions, axis.values) for axis in axes}
-    commons, found = Commons(), dict[str, tuple[Point, float]]()
-    for _ in range(trials):
-        trial = study.ask(space)
-        values = [_rounded(trial.params[axis.key], axis.values) for axis in axes]
-        (point,) = points_of(config, [_only(axis, value) for axis, value in zip(axes, values, strict=True)], str(path))
-        if point.name not in found:
-            commons.carry_on(point, observer, overwrite=overwrite)
-            found[point.name] = point, _loss(point, judged[0])
-        loss = found[point.name][1]
-        if math.isfinite(loss):
-            study.tell(trial, loss)
-        else:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    found = dict[str, tuple[Point, float]]()
+    with closing(Commons()) as commons:
+        for _ in range(trials):
+            trial = study.ask(space)
+            values = [_rounded(trial.params[axis.key], axis.values) for axis in axes]
+            (point,) = points_of(
+                config, [_only(axis, value) for axis, value in zip(axes, values, strict=True)], str(path)
+            )
+            if point.name not in found:
+                commons.carry_on(point, observer, overwrite=overwrite)
+                found[point.name] = point, _loss(point, judged[0])
+            loss = found[point.name][1]
+            if math.isfinite(loss):
+                study.tell(trial, loss)
+            else:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
     points = [point for point, _ in found.values()]
     best = min(found.values(), key=lambda one: one[1])[0]
     return write_table(points), best

@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,16 +207,25 @@ class Commons:
 
     def carry_on(self, point: Point, observer: Observer, *, overwrite: bool) -> None:
         """Begin the study of a point, or go on with it."""
-        carry_on(point.config, self._by.setdefault(_shared(point.config), Common()), observer, overwrite=overwrite)
+        common = self._by.setdefault(_shared(point.config), Common())
+        for other in self._by.values():
+            if other is not common:
+                other.close()  # its actors would hold what this one needs to start
+        carry_on(point.config, common, observer, overwrite=overwrite)
+
+    def close(self) -> None:
+        """End what was started for the studies."""
+        for common in self._by.values():
+            common.close()
 
 
 def sweep(points: Sequence[Point], observer: Observer, *, overwrite: bool = False) -> list[dict[str, Any]]:
     """Carry out every point; return the lines of the table, which are written beside the studies."""
     check_trackers(points[0].config.report_to)
     check_container(Path(points[0].config.output_dir).parent)
-    commons = Commons()
-    for point in points:
-        commons.carry_on(point, observer, overwrite=overwrite)
+    with closing(Commons()) as commons:
+        for point in points:
+            commons.carry_on(point, observer, overwrite=overwrite)
     return write_table(points)
 
 
