@@ -15,7 +15,7 @@ from torch import Tensor
 from fedmira.errors import MethodError, StoreError
 from fedmira.methods.base import Clock, Message, Tools
 from fedmira.privacy.accountant import gaussian_epsilon
-from fedmira.privacy.uploads import FILE, UploadNoise, Uploads
+from fedmira.privacy.uploads import FILE, Hidden, UploadNoise, Uploads, signal_to_noise
 from fedmira.study.client_privacy import Promise, rounded_up
 
 pytest.importorskip("dp_accounting", reason="the extra dp is not installed")
@@ -34,11 +34,12 @@ def sent_of(rows: Tensor, draw: Draw | None, *, given: Tensor | None = None, sig
     return method.client.finish(hand.adapters(rows), {}, Message(start), tools)[0].rows
 
 
-def secret(noise: UploadNoise, *, number: int = 1, prefix: str = "c") -> Draw:
-    """Noise as the engine gives it."""
+def secret(noise: UploadNoise, *, number: int = 1, prefix: str = "c", hidden: list[Hidden] | None = None) -> Draw:
+    """Noise as the engine gives it. hidden: gets what it hides."""
 
     def draw(updates: Tensor, deviations: Tensor) -> Tensor:
-        noise.measure(updates, deviations)
+        if hidden is not None:
+            hidden.append(Hidden.of(updates, deviations))
         clients = [f"{prefix}{k}" for k in range(len(updates))]
         return noise.draw(updates, clients=clients, round_number=number) * deviations
 
@@ -175,22 +176,23 @@ def test_a_row_that_is_not_finite_is_sent_as_it_came() -> None:
 
 def test_the_ratio_is_that_of_the_mean_update_to_the_noise_on_it() -> None:
     """Updates (0.6, 0) and (0, 0.8) have a sum of length 1; noise of 0.25 on four numbers one of length 0.5."""
-    noise = UploadNoise()
-    sent_of(hand.rows((0.6, 0.0), (0.0, 0.8)), secret(noise), sigma=0.25)
-    assert noise.ratio == pytest.approx(2.0)
-    noise.forget()
-    assert noise.ratio is None
-    sent_of(hand.rows((30.0, 0.0)), secret(noise), sigma=0.5)  # cut to 1; noise on two numbers
-    assert noise.ratio == pytest.approx(1 / math.sqrt(0.5))
+    noise, hidden = UploadNoise(), list[Hidden]()
+    assert signal_to_noise(hidden) is None
+    sent_of(hand.rows((0.6, 0.0), (0.0, 0.8)), secret(noise, hidden=hidden), sigma=0.25)
+    assert signal_to_noise(hidden) == pytest.approx(2.0)
+    hidden.clear()
+    sent_of(hand.rows((30.0, 0.0)), secret(noise, hidden=hidden), sigma=0.5)  # cut to 1; noise on two numbers
+    assert signal_to_noise(hidden) == pytest.approx(1 / math.sqrt(0.5))
 
 
 def test_clients_of_several_passes_are_one_round() -> None:
     rows = torch.from_numpy(np.random.default_rng(1).normal(size=(6, 2)))
-    whole, parts = UploadNoise(), UploadNoise()
-    sent_of(hand.rows(*rows.tolist()), secret(whole))
+    whole, parts = list[Hidden](), list[Hidden]()
+    sent_of(hand.rows(*rows.tolist()), secret(UploadNoise(), hidden=whole))
     for some in (rows[:2], rows[2:]):
-        sent_of(hand.rows(*some.tolist()), secret(parts))
-    assert parts.ratio == pytest.approx(whole.ratio)
+        sent_of(hand.rows(*some.tolist()), secret(UploadNoise(), hidden=parts))
+    assert (len(whole), len(parts)) == (1, 2)
+    assert signal_to_noise(parts) == pytest.approx(signal_to_noise(whole))
 
 
 # ---------------------------------------------------------------- the account

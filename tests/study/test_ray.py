@@ -80,7 +80,7 @@ METHODS: list[Mapping[str, Any]] = [
     {"name": "flora"},
     {"name": "pooled"},
     {"name": "untouched"},
-    {"name": "fedavg", "with": [{"name": "noised", "sigma": 0.01}]},
+    {"name": "fedavg", "with": [{"name": "noised", "sigma": 0.01, "secret": False}]},
 ]
 CHANGES: Mapping[str, Any] = {
     "lora": {"ranks": [1, 2, 2, 1, 2, 2], "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]},

@@ -18,6 +18,7 @@ from fedmira.engine.tools import Moments, Toolbox, Training
 from fedmira.errors import MethodError
 from fedmira.methods.base import Clock, Memory, Message, Method
 from fedmira.model.base.load import Base
+from fedmira.privacy.uploads import Hidden
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class PhaseResult:
 
     rows [S, P]: each client's own, as its last step left it; returned: what it sends, whole rows. memory: of the
     method; moments: of the optimizer. losses [S]: mean over each client's own steps. scored: tokens of validation that
-    the method asked losses of.
+    the method asked losses of. hidden: by the noise on what is sent, of each pass.
     """
 
     rows: Tensor
@@ -37,6 +38,7 @@ class PhaseResult:
     steps: Tensor
     tokens: int
     scored: int = 0
+    hidden: Sequence[Hidden] = ()
 
 
 def plan_steps(client: ClientData, training: Training, round_number: int) -> list[np.ndarray]:
@@ -148,6 +150,7 @@ def join_pieces(pieces: Sequence[PhaseResult], passes: Sequence[Sequence[int]]) 
         steps=join([piece.steps for piece in pieces]),
         tokens=sum(piece.tokens for piece in pieces),
         scored=sum(piece.scored for piece in pieces),
+        hidden=[one for piece in pieces for one in piece.hidden],
     )
 
 
@@ -207,6 +210,7 @@ def _train_together(
         steps=steps,
         tokens=tokens,
         scored=box.scored,
+        hidden=box.hidden,
     )
 
 

@@ -30,7 +30,7 @@ from fedmira.engine.workplace import Workplace
 from fedmira.errors import MethodError
 from fedmira.methods.base import Clock, Memory, Message, Method, use_what_was_sent
 from fedmira.privacy.budget import Budget
-from fedmira.privacy.uploads import UploadNoise, Uploads
+from fedmira.privacy.uploads import Hidden, Uploads, signal_to_noise
 
 
 class Simulated:
@@ -48,7 +48,7 @@ class Simulated:
         """scratch: a folder for what clients keep if it is too large for RAM."""
         if training.recompute is None:
             training = replace(training, recompute=workplace.recompute)
-        training = replace(training, at_once=workplace.at_once, noise=UploadNoise())
+        training = replace(training, at_once=workplace.at_once)
         self.workplace, self.federation, self.method, self.training = workplace, federation, method, training
         self.budget: Budget | None = None  # of their examples' privacy; None: they train without
         self.uploads: Uploads | None = None  # account of what they have sent with noise; None: nobody counts
@@ -76,7 +76,6 @@ class Simulated:
         """Train, as in `train`. plans: the training examples of each step of each client; None: as they are drawn."""
         method, layout, clock = self.method, self.federation.layout, send.clock
         given = send(ids)
-        self.training.noise.forget()
         if self.uploads is not None:
             self.uploads.book(self._ids(ids), clock.round)
         whole, phase = self.local_phase(ids, given, clock, plans=plans)
@@ -119,7 +118,7 @@ class Simulated:
             tokens=phase.tokens if self.budget is None else self._tokens(ids),
             scored=phase.scored,
             silent=silent,
-            notes=self._notes(),
+            notes=self._notes(phase.hidden),
         )
 
     def _check_rows_alone(self, given: Message, returned: Message) -> None:
@@ -131,9 +130,9 @@ class Simulated:
             "no epsilon holds: let Facts.uploads be 'more'"
         )
 
-    def _notes(self) -> dict[str, float]:
+    def _notes(self, hidden: Sequence[Hidden]) -> dict[str, float]:
         """What only a simulation can tell of a round with noise: it is computed from updates without."""
-        ratio = self.training.noise.ratio
+        ratio = signal_to_noise(hidden)
         notes = {} if ratio is None else {"signal_to_noise": ratio}
         return notes if self.uploads is None else {**notes, "epsilon": self.uploads.epsilon()}
 

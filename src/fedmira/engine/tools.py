@@ -22,7 +22,7 @@ from fedmira.model.base.load import Base
 from fedmira.model.packed.lora import Dropout
 from fedmira.model.passes import count_labelled, gradients, losses
 from fedmira.privacy.steps import PrivateSteps
-from fedmira.privacy.uploads import UploadNoise
+from fedmira.privacy.uploads import Hidden, UploadNoise
 
 Moments = dict[str, dict[str, Tensor]]  # whose ("main", or a second trained row) -> name -> [S, ...]
 
@@ -79,6 +79,7 @@ class Toolbox:
     moments: Moments = field(default_factory=dict)
     reports: bool = True
     scored: int = 0
+    hidden: list[Hidden] = field(default_factory=list)  # by the noise on what is sent
 
     @functools.cached_property
     def losses(self) -> Tensor:
@@ -153,12 +154,11 @@ class _Call:
         ]
 
     def noise(self, updates: Tensor, deviations: Tensor, streams: Sequence[np.random.Generator] | None) -> Tensor:
-        noise = self.box.training.noise
-        noise.measure(updates, deviations)
+        self.box.hidden.append(Hidden.of(updates, deviations))
         if streams is not None:
             return from_streams(updates, deviations, streams)
         clients = [client.id for client in self.box.clients[: len(self.moments)]]
-        return noise.draw(updates, clients=clients, round_number=self.box.clock.round) * deviations
+        return self.box.training.noise.draw(updates, clients=clients, round_number=self.box.clock.round) * deviations
 
     def dropout(self, part: int) -> Dropout | None:
         """The masks of one pass of the step."""

@@ -22,7 +22,7 @@ from fedmira.engine.workplace import POOL, Workplace
 from fedmira.errors import MethodError
 from fedmira.methods.base import Method
 from fedmira.privacy.budget import Budget
-from fedmira.privacy.uploads import Uploads
+from fedmira.privacy.uploads import UploadNoise, Uploads
 
 
 class Pool:
@@ -118,6 +118,8 @@ def make_clients(
     """
     if method.regime.learning_rate is not None:
         training = replace(training, learning_rate=method.regime.learning_rate)
+    if key is not None:
+        training = replace(training, noise=UploadNoise(key))
     clients = KINDS[method.regime.trainees](workplace, federation, method, training, scratch=scratch)
     if isinstance(clients, Pool):
         if budget is not None:
@@ -125,8 +127,6 @@ def make_clients(
                 f"method '{method.name}' trains on all data in one place, of which no client has a budget"
             )
         return clients
-    if key is not None:
-        clients.training.noise.key = key
     clients.budget, clients.uploads = budget, uploads
     return clients
 

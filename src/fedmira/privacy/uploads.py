@@ -6,6 +6,7 @@ differ by at most 2 C: an upload is a Gaussian answer with noise multiplier sigm
 of uploads is post-processing.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -13,7 +14,6 @@ import secrets
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -33,14 +33,33 @@ SAMPLING = "none: who takes part is known"
 LONGER = 1 + 1e-4  # an update in float32 may be longer than its limit, by its last digits
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
+class Hidden:
+    """What noise hides of some clients' updates. total [P]: their sum, in float64; variance: of all noise on it."""
+
+    total: Tensor
+    variance: float
+
+    @classmethod
+    def of(cls, updates: Tensor, deviations: Tensor) -> "Hidden":
+        """Measure the updates [S, P] of some clients, and the noise on them by its standard deviations [S, P]."""
+        return cls(updates.double().sum(dim=0).cpu(), float(deviations.double().square().sum()))
+
+
+def signal_to_noise(hidden: Sequence[Hidden]) -> float | None:
+    """|mean of the updates| / root of the expected square of |mean of their noise|; None: there is no noise."""
+    variance = sum(one.variance for one in hidden)
+    if not variance:
+        return None
+    total = functools.reduce(torch.add, (one.total for one in hidden))
+    return float(total.norm()) / math.sqrt(variance)
+
+
+@dataclass(frozen=True, eq=False)
 class UploadNoise:
-    """Draws the noise of clients' uploads, and measures what it hides. key: without it nobody can draw it again."""
+    """Draws the noise of clients' uploads. key: without it nobody can draw it again."""
 
     key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
-    total: Tensor | None = None  # [P] sum of the updates of a round, float64
-    variance: float = 0.0  # of all noise on that sum
-    clients: int = 0
 
     def draw(self, updates: Tensor, *, clients: Sequence[str], round_number: int) -> Tensor:
         """Return numbers of the standard normal distribution [S, P] for the updates [S, P] of these clients.
@@ -54,24 +73,6 @@ class UploadNoise:
             purpose = f"upload/{round_number}/{content}/{client}"
             rows.append(torch.from_numpy(gaussian(len(update), key=self.key, purpose=purpose)))
         return torch.stack(rows).to(updates)
-
-    def measure(self, updates: Tensor, deviations: Tensor) -> None:
-        """Add the updates [S, P] of some clients of a round, and the variance of their noise."""
-        total = updates.double().sum(dim=0).cpu()
-        self.total = total if self.total is None else self.total + total
-        self.variance += float(deviations.double().square().sum())
-        self.clients += len(updates)
-
-    def forget(self) -> None:
-        """Begin another round."""
-        self.total, self.variance, self.clients = None, 0.0, 0
-
-    @property
-    def ratio(self) -> float | None:
-        """|mean of the updates| / root of the expected square of |mean of their noise|; None: there is no noise."""
-        if self.total is None or not self.variance:
-            return None
-        return float(self.total.norm()) / math.sqrt(self.variance)
 
 
 @dataclass(eq=False)
@@ -87,13 +88,13 @@ class Uploads:
     noise_multiplier: float  # in units of the longest difference of two updates
     delta: float
 
-    @cached_property
+    @functools.cached_property
     def booked(self) -> set[tuple[str, int, str]]:
         """(key, round, client) of every upload, from disk."""
         lines = read_lines(self.folder / FILE)
         return {(line["key"], line["round"], client) for line in lines for client in line["clients"]}
 
-    @cached_property
+    @functools.cached_property
     def _name(self) -> str:
         """Names the key, and tells nothing of it."""
         return hashlib.sha256(b"name" + self.key).hexdigest()[:16]
