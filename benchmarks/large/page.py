@@ -51,7 +51,7 @@ def make_page(kept: Mapping[str, Kept]) -> str:
     rows = [kept[row.name] for row in ROWS if row.name in kept]
     parts = [HEAD.rstrip()]
     if not rows:
-        return "\n\n".join([*parts, "Not measured yet."]) + "\n"
+        return "\n\n".join([*parts, "## Loading", "Nothing is measured yet."]) + "\n"
     missing = [row.name for row in ROWS if row.name not in kept]
     parts += [machines(rows), passes(rows), *findings(rows)]
     if missing:
