@@ -60,7 +60,8 @@ def card_of(site: "Site") -> dict[str, Any]:
         ranks=agreement.ranks[site.settings.name],
         dtype=str(site.base.dtype).removeprefix("torch."),
         examples={"train": len(client.train), "validation": len(client.validation), "test": len(client.test)},
-        trained_tokens=client.trained_tokens,
+        # the sum with and without an example would tell its length
+        trained_tokens=client.trained_tokens if site.config.privacy is None else 0,
         columns={name: value for name, value in client.columns.items() if name in agreement.columns},
         counts={name: dict(site.client.counts.get(name, {})) for name in counted},
         embedding=site.embedding,

@@ -206,7 +206,7 @@ class Remote:
         self._ask_each("set_aside", ids.tolist(), send)
 
     def stops(self, sampled: Tensor) -> str | None:
-        return None  # a federation with privacy is refused when it is set up
+        return None  # the server has counted that budgets last to the end; each site keeps its own account
 
     def take_up(self) -> None:
         for _ in self._order("take_up", range(len(self.federation)), _no_message, Clock(self.round + 1)):

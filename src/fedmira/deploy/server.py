@@ -40,6 +40,7 @@ from fedmira.study.carry_out import Job, carry_out, describe_run, is_complete
 from fedmira.study.events import ReportBegun, StepBegun, StudyBegun
 from fedmira.study.loading import load_config
 from fedmira.study.passes import PassShape
+from fedmira.study.privacy import count_rounds
 
 RAM_BYTES = 1 << 26  # of a run's rows; larger ones are in a file: frames under way, and NVFlare's, need the memory
 Tell = Callable[[str], None]
@@ -168,7 +169,9 @@ class Server:
     def _build(self, recipe: Recipe, cohort: Cohort) -> Built:
         place = [entry.folder for entry in self.config.methods].index(recipe.entry.folder)
         assert cohort.ranks is not None
-        return build(recipe, place, {cohort.seed: cohort}, cohort.ranks, self.config.training_of(recipe.entry))
+        built = build(recipe, place, {cohort.seed: cohort}, cohort.ranks, self.config.training_of(recipe.entry))
+        check_budget(self.config, built, cohort)
+        return built
 
     def _since(self, folder: RunFolder) -> list[int]:
         """Return the first round of every member in a run: 1, or that after the newest durable one when it joined."""
@@ -256,6 +259,19 @@ def check_possible(built: Built, seed: int) -> None:
         raise MethodError(
             f"method '{built.label}' trains on all clients' data together, and a federation's data stay where they "
             "are; remove it from study.yaml, and compare with it in a simulation"
+        )
+
+
+def check_budget(config: Config, built: Built, cohort: Cohort) -> None:
+    """Raise MethodError unless every site can pay for all rounds: each keeps its account, and would drop out."""
+    examples = dict(zip(cohort.ids, cohort.examples, strict=True))
+    method = built.methods[cohort.seed]
+    rounds = count_rounds(config, built.label, method, built.training, examples, cohort.schedule)
+    if rounds is not None and rounds < len(cohort.schedule):
+        raise MethodError(
+            f"{built.label}: privacy.epsilon = {config.privacy and config.privacy.epsilon:g} pays for {rounds} of "
+            f"{len(cohort.schedule)} rounds with the sites' numbers of examples: make the federation anew with "
+            f"federation.rounds={rounds}, more noise or a larger budget"
         )
 
 

@@ -17,6 +17,7 @@ from fedmira.model.base.load import Base
 from fedmira.study.assemble import Materials, keep_positions
 from fedmira.study.intake import take_in
 from fedmira.study.loading import load_config
+from fedmira.study.privacy import check_privacy, held_back
 from fedmira.study.threads import count_threads
 
 
@@ -58,6 +59,7 @@ def settings_of(folder: SiteFolder) -> tuple[SiteSettings, Agreement, Config]:
 def open_site(folder: SiteFolder) -> Site:
     """Read a site's data and load the base. Raises ModelError if the base is not the federation's."""
     settings, agreement, config = settings_of(folder)
+    check_privacy(config)
     tokenizer, intake = take_in(config, silent, whole=settings.name)
     base = Materials(tokenizer, intake).load(config, config.model.dtype)
     if base.fingerprint != agreement.base_fingerprint:
@@ -72,7 +74,7 @@ def open_site(folder: SiteFolder) -> Site:
             f"the adapted modules here are {len(shapes)}, agreed are {len(agreement.shapes)}, or their sizes differ: "
             "another version of transformers names them differently; install the server's versions"
         )
-    (client,) = intake.clients
+    (client,) = held_back(config, intake.clients)
     threads = settings.threads or count_threads(base, None)
     embedding = (
         embed_prompts(base, [client])[0].tolist() if None in agreement.profiles and settings.share_profile else ()

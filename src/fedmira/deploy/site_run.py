@@ -1,5 +1,6 @@
 """One run at a site: the client's half of a method, and what it remembers, durable by round."""
 
+import logging
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 from fedmira.adapters import lora_layout
 from fedmira.adapters.added import fold
 from fedmira.config.lora import LoraConfig
+from fedmira.config.sections import MethodEntry
 from fedmira.deploy.settings import Agreement
 from fedmira.deploy.site import Site
 from fedmira.deploy.wire import Frame, pack_message
@@ -20,15 +22,20 @@ from fedmira.engine.federation import Federation
 from fedmira.engine.simulated import Simulated
 from fedmira.engine.trainees import make_clients
 from fedmira.engine.workplace import Workplace
-from fedmira.errors import WireError
+from fedmira.errors import MethodError, WireError
 from fedmira.evaluation.gated import at_mean
+from fedmira.export.card import Card
 from fedmira.export.peft_folder import depth_of, export_adapter
+from fedmira.methods import recipe_of
 from fedmira.methods.base import Clock, Message, Method, remember_nothing
 from fedmira.study.adapting import alpha_of, start_of
-from fedmira.study.assemble import evaluation_of, targets_of
+from fedmira.study.assemble import evaluation_of, fingerprint, targets_of
+from fedmira.study.client_privacy import EVERYTHING, key_of_noise, upload_account, uploads_of
 from fedmira.study.passes import plan_passes
+from fedmira.study.privacy import account, budget_of
 from fedmira.study.training import training_of
 
+log = logging.getLogger(__name__)
 ME = torch.zeros(1, dtype=torch.int64)
 
 
@@ -79,21 +86,44 @@ class SiteRun:
     digest: str = ""  # of the order that led to `staged`
     answer: Frame | None = None
     received: tuple[str, Message] | None = None  # digest and message that came last
+    notes: dict[str, float] = field(default_factory=dict)  # of the round of `staged`, for the site alone
 
     def __post_init__(self) -> None:
         make_folder(self.state)
         self._begin()
 
+    @property
+    def entry(self) -> MethodEntry:
+        """The method's entry in the study."""
+        return next(entry for entry in self.site.config.methods if entry.folder == self.label)
+
     def _begin(self) -> None:
         """Start from nothing."""
         config, site = self.site.config, self.site
-        entry = next(entry for entry in config.methods if entry.folder == self.label)
-        section = config.training_of(entry)
+        section = config.training_of(self.entry)
         training = training_of(config, self.seed, section)
         workplace = Workplace(site.base, (site.client,), 1, evaluation_of(config), site.settings.share_metrics)
         (plan,) = plan_passes(workplace, [(self.federation.layout, section)], 1)
         workplace = replace(workplace, recompute=plan.recompute, at_once=plan.examples)
-        clients = make_clients(workplace, self.federation, self.method, training)
+        wrappers = recipe_of(self.entry).wrappers
+        budget = budget_of(
+            config,
+            self.method,
+            section,
+            workplace,
+            self.state,
+            threads=site.threads,
+            data=lambda: [fingerprint(site.client)],
+        )
+        clients = make_clients(
+            workplace,
+            self.federation,
+            self.method,
+            training,
+            budget=budget,
+            key=key_of_noise(wrappers, self.state),
+            uploads=uploads_of(config, self.method, wrappers, self.state),
+        )
         assert isinstance(clients, Simulated)
         self.clients = clients
         self.at, self.staged_round, self.staged, self.digest, self.answer = 0, 0, None, "", None
@@ -134,9 +164,19 @@ class SiteRun:
         return Frame(checkpoint.facts["header"], checkpoint.files.get("answer", {}).get("rows"))
 
     def train(self, message: Message, clock: Clock, digest: str) -> Frame:
-        """Carry out a round, make it durable, and return its answer."""
-        reply = self.clients.train(ME, Fixed(message, clock))
-        metrics = {"train_loss": float(reply.losses[0]) if len(reply.ids) else None}
+        """Carry out a round, make it durable, and return its answer. One that is beyond the budget is not."""
+        try:
+            reply = self.clients.train(ME, Fixed(message, clock))
+        except MethodError as error:
+            if self.clients.stops(ME) is None:
+                raise
+            log.error("round %d: %s", clock.round, error)
+            return Frame({"answer": "failed", "kind": "budget"})
+        self.notes = dict(reply.notes)
+        if (paid := account(self.site.config, self.method, [self.site.client], self.state)) is not None:
+            self.notes["epsilon_of_examples"] = paid["epsilon"]
+        trained = bool(len(reply.ids)) and not bool(reply.losses[0].isnan())  # not: with privacy
+        metrics = {"train_loss": float(reply.losses[0]) if trained else None}
         if len(reply.ids) and reply.validation[0] is not None:
             metrics["validation_loss"] = reply.validation[0]
         if len(reply.ids):
@@ -179,6 +219,17 @@ class SiteRun:
         if self.at:
             save_checkpoint(self.state, self.at, dict(kept.files(full=True)), full=True, facts={})
 
+    def _card(self) -> Card:
+        """Return what the adapter's card says of the run, and of privacy so far."""
+        config, client, wrappers = self.site.config, self.site.client, recipe_of(self.entry).wrappers
+        card: Card = {"client": client.id, "method": self.method.name, "seed": self.seed, "rounds": self.at}
+        if (of_examples := account(config, self.method, [client], self.state)) is not None:
+            card["privacy"] = of_examples
+        of_uploads = upload_account(config, self.method, wrappers, self.state)
+        if of_uploads is not None and of_uploads.get("covers") == EVERYTHING:
+            card["client_privacy"] = of_uploads
+        return card
+
     def write_adapter(self, message: Message, clock: Clock) -> None:
         """Write the adapter that the site uses now as a PEFT folder."""
         adapters, gate = self.clients.adapters(ME, Fixed(message, clock)), self.method.client.gate
@@ -194,7 +245,7 @@ class SiteRun:
             target_modules=targets_of(site.base),
             fan_in_fan_out=site.base.transposed,
             depth=depth_of(site.base.model.config) if prompts else None,
-            card={"client": site.client.id, "method": self.method.name, "seed": self.seed, "rounds": self.at},
+            card=self._card(),
         )
 
 

@@ -25,6 +25,7 @@ from fedmira.methods import Recipe, recipe_of
 from fedmira.methods.base import Cohort
 from fedmira.study.adapting import ranks_by_module
 from fedmira.study.assemble import base_of
+from fedmira.study.privacy import check_method, check_privacy, check_profile
 from fedmira.study.training import check_optimizer
 
 AT_EACH_SITE = "AT-EACH-SITE"  # data.path of the study that all sites get
@@ -44,6 +45,7 @@ def settle(config: Config, *, federation: str, sites: Sequence[str]) -> Terms:
 
     Raises ConfigError that lists what a federation cannot have, ModelError if the base cannot be used.
     """
+    check_privacy(config)
     recipes = [recipe_of(entry) for entry in config.methods]
     if faults := list(list_unfit(config, recipes, sites)):
         raise ConfigError(faults, "federation")
@@ -86,8 +88,6 @@ def list_unfit(config: Config, recipes: Sequence[Recipe], sites: Sequence[str]) 
         return
     if config.lora.start is not None:
         yield "lora.start: a federation begins with factors that are drawn; leave it out"
-    if config.privacy is not None:
-        yield "privacy: sites do not keep an account of their own yet; found one in the study, leave it out"
     if config.federation.engine != "local":
         yield "federation.engine: each site computes for itself, and Ray is for one study's passes; leave it out"
     if config.data.template not in ("auto", *NAMES):
@@ -115,6 +115,9 @@ def list_unfit(config: Config, recipes: Sequence[Recipe], sites: Sequence[str]) 
             continue
         try:
             check_optimizer(method, config.training_of(recipe.entry), where)
+            check_method(config, method, where)
+            if profiles_of([recipe]):
+                check_profile(config)
         except MethodError as error:
             yield str(error)
         if method.regime.trainees == "pool":

@@ -33,6 +33,7 @@ from fedmira.engine.scoring import score_start
 from fedmira.errors import WireError
 from fedmira.methods import recipe_of
 from fedmira.methods.base import Clock, Cohort, Message
+from fedmira.study.privacy import forget_key
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,8 @@ class Worker:
             return Frame({"answer": "done"})
         if what == "end":
             mark_end(self.folder)
+            for state in self.folder.state.glob("*/seed-*"):
+                forget_key(state)
             self.ended = True
             return Frame({"answer": "done"})
         self.refused = ""
@@ -201,7 +204,7 @@ class Worker:
         answer = run.recall(clock.round, told)
         if answer is None:
             answer = run.train(message, clock, told)
-            self._note(run, clock.round, "train", answer.header.get("metrics", {}))
+            self._note(run, clock.round, "train", {**answer.header.get("metrics", {}), **run.notes})
         return answer
 
     def _losses(self, run: SiteRun, message: Message, clock: Clock) -> Frame:

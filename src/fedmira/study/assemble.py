@@ -374,7 +374,7 @@ def client_table(workplace: Workplace, federation: Federation) -> dict[str, Any]
                 "validation": len(client.validation),
                 "test": len(client.test),
             },
-            "sha256": _fingerprint(client),
+            "sha256": fingerprint(client),
             "trained_tokens": client.trained_tokens,
             "prompts_cut": client.truncation.prompts_cut,
             "answers_cut": client.truncation.answers_cut,
@@ -385,7 +385,7 @@ def client_table(workplace: Workplace, federation: Federation) -> dict[str, Any]
     }
 
 
-def _fingerprint(client: ClientData) -> str:
+def fingerprint(client: ClientData) -> str:
     """sha256 over a client's token ids and answers, so that a resumed study can tell that its data has changed."""
     digest = hashlib.sha256()
     for part in (client.train, client.validation, client.test):

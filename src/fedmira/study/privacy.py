@@ -80,15 +80,19 @@ def check_profile(config: Config) -> None:
         raise MethodError("privacy: a profile of the clients' data is not private; take another graph than knn")
 
 
-def shares_of(clients: Sequence[ClientData], training: TrainingConfig) -> dict[str, Share]:
-    """Return how each client trains in a round."""
+def shares_of(examples: Mapping[str, int], training: TrainingConfig) -> dict[str, Share]:
+    """Return how each client trains in a round. examples: to train on, of each."""
     shares = {}
-    for client in clients:
-        count = len(client.train)
+    for client, count in examples.items():
         per_step = min(training.batch_size * training.gradient_accumulation_steps, count)
         steps = training.local_steps or (training.local_epochs or 0) * -(-count // per_step)
-        shares[client.id] = Share(count, per_step, steps)
+        shares[client] = Share(count, per_step, steps)
     return shares
+
+
+def counts_of(clients: Sequence[ClientData]) -> dict[str, int]:
+    """Return how many examples each client trains on."""
+    return {client.id: len(client.train) for client in clients}
 
 
 def terms_of(section: PrivacyConfig, method: Method) -> Terms:
@@ -108,7 +112,8 @@ def study_notes(
 ) -> list[str]:
     """Return the notes of all seeds' runs of a method, each once; raises as privacy_notes does."""
     schedules = ((method, cohorts[seed].schedule) for seed, method in methods.items())
-    notes = (privacy_notes(config, label, method, training, clients, schedule) for method, schedule in schedules)
+    counts = counts_of(clients)
+    notes = (privacy_notes(config, label, method, training, counts, schedule) for method, schedule in schedules)
     schedules_of = {seed: cohort.schedule for seed, cohort in cohorts.items()}
     uploads = upload_notes(config, label, methods, wrappers, schedules_of)
     return [*dict.fromkeys(note for some in notes for note in some), *uploads]
@@ -119,36 +124,57 @@ def privacy_notes(
     label: str,
     method: Method,
     training: TrainingConfig,
-    clients: Sequence[ClientData],
+    examples: Mapping[str, int],
     schedule: Sequence[np.ndarray],
 ) -> list[str]:
-    """Say how far the budget of a run reaches, where not to the last round.
+    """Say how far the budget of a run reaches, where not to the last round. examples: to train on, of each client.
 
-    Raises MethodError if it does not reach the first, or the method looks at examples in ways that it does not pay for.
+    Raises MethodError as count_rounds does.
     """
-    check_method(config, method, label)
     section = config.privacy
-    if section is None or method.regime.trainees == "nobody":
+    affordable = count_rounds(config, label, method, training, examples, schedule)
+    if section is None or affordable is None:
         return []
-    named = [[clients[k].id for k in ids.tolist()] for ids in schedule]
-    affordable, first = count_affordable(terms_of(section, method), shares_of(clients, training), named)
-    if not affordable:
-        raise MethodError(
-            f"{label}: one round takes a client's epsilon to {first:.3g} at delta = {section.delta:g}, above "
-            f"privacy.epsilon = {section.epsilon:g}; raise noise_multiplier, take fewer local steps or smaller batches"
-        )
     notes = []
     if affordable < len(schedule):
         notes.append(
             f"{label}: the privacy budget is spent after round {affordable} of {len(schedule)}; the run ends there"
         )
-    most = max(len(client.train) for client in clients)
+    most = max(examples.values())
     if section.delta * most >= 1:
         notes.append(
             f"{label}: privacy.delta = {section.delta:g} is not below 1 / {most}, one over the examples of the largest "
             "client: it would allow to publish a whole example"
         )
     return notes
+
+
+def count_rounds(
+    config: Config,
+    label: str,
+    method: Method,
+    training: TrainingConfig,
+    examples: Mapping[str, int],
+    schedule: Sequence[np.ndarray],
+) -> int | None:
+    """Return how many rounds of a schedule the budget pays for; None where there is none to pay.
+
+    examples: to train on, of each client, in the order of the schedule's positions. Raises MethodError if it does not
+    pay for one, or the method looks at examples in ways that it does not pay for.
+    """
+    check_method(config, method, label)
+    section = config.privacy
+    if section is None or method.regime.trainees == "nobody":
+        return None
+    ids = tuple(examples)
+    named = [[ids[k] for k in sampled.tolist()] for sampled in schedule]
+    affordable, first = count_affordable(terms_of(section, method), shares_of(examples, training), named)
+    if not affordable:
+        raise MethodError(
+            f"{label}: one round takes a client's epsilon to {first:.3g} at delta = {section.delta:g}, above "
+            f"privacy.epsilon = {section.epsilon:g}; raise noise_multiplier, take fewer local steps or smaller batches"
+        )
+    return affordable
 
 
 def budget_of(
@@ -177,7 +203,9 @@ def budget_of(
     ]
     if base.device.type != "cpu":  # where sums may come out otherwise every time
         conditions.append(secrets.token_hex(16))
-    return Budget(folder, terms_of(config.privacy, method), shares_of(workplace.clients, training), conditions)
+    return Budget(
+        folder, terms_of(config.privacy, method), shares_of(counts_of(workplace.clients), training), conditions
+    )
 
 
 def account(config: Config, method: Method, clients: Sequence[ClientData], folder: Path) -> Mapping[str, Any] | None:
