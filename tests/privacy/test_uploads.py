@@ -41,7 +41,7 @@ def secret(noise: UploadNoise, *, number: int = 1, prefix: str = "c", hidden: li
         if hidden is not None:
             hidden.append(Hidden.of(updates, deviations))
         clients = [f"{prefix}{k}" for k in range(len(updates))]
-        return noise.draw(updates, clients=clients, round_number=number) * deviations
+        return noise.draw(updates, clients=clients, round_number=number)[0] * deviations
 
     return draw
 
@@ -198,35 +198,43 @@ def test_clients_of_several_passes_are_one_round() -> None:
 # ---------------------------------------------------------------- the account
 
 
-def account(folder: Path, key: bytes = bytes(32)) -> Uploads:
-    return Uploads(folder, key, 1.0, 1e-5)
+def account(folder: Path) -> Uploads:
+    return Uploads(folder, 1.0, 1e-5)
+
+
+def marks(*clients: str, number: int = 1, key: bytes = bytes(32), update: float = 0.0) -> dict[str, str]:
+    """The marks of these clients' uploads in a round."""
+    rows = torch.full((len(clients), 2), update)
+    return UploadNoise(key).draw(rows, clients=clients, round_number=number)[1]
 
 
 def test_the_client_that_sends_most_counts(tmp_path: Path) -> None:
     uploads = account(tmp_path)
     for number, clients in enumerate((["a", "b"], ["b", "c"], ["b"]), 1):
-        uploads.book(clients, number)
+        uploads.book(marks(*clients, number=number), number)
     assert (uploads.most, account(tmp_path).most) == (3, 3)
     assert uploads.epsilon() == gaussian_epsilon(1.0, 3, 1e-5)
     assert account(tmp_path / "nothing").epsilon() == 0
 
 
-def test_a_round_again_is_free_with_its_key_alone(tmp_path: Path) -> None:
+def test_an_upload_again_is_free_with_its_key_and_its_update_alone(tmp_path: Path) -> None:
     for _ in range(3):
-        account(tmp_path).book(["a"], 1)
+        account(tmp_path).book(marks("a"), 1)
     assert account(tmp_path).most == 1
-    account(tmp_path, key=bytes([1] * 32)).book(["a"], 1)
+    account(tmp_path).book(marks("a", key=bytes([1] * 32)), 1)
     assert account(tmp_path).most == 2
-    assert len((tmp_path / FILE).read_text().splitlines()) == 2
+    account(tmp_path).book(marks("a", update=1e-7), 1)
+    assert account(tmp_path).most == 3, "the server sent something else"
+    assert len((tmp_path / FILE).read_text().splitlines()) == 3
     assert bytes(32).hex()[:16] not in (tmp_path / FILE).read_text()
 
 
 def test_half_a_line_counts_for_nothing_and_a_damaged_account_is_refused(tmp_path: Path) -> None:
-    account(tmp_path).book(["a"], 1)
+    account(tmp_path).book(marks("a"), 1)
     whole = (tmp_path / FILE).read_text()
     (tmp_path / FILE).write_text(whole + whole[:20])
     assert account(tmp_path).most == 1
     (tmp_path / FILE).write_text("{" + whole)
     with pytest.raises(StoreError, match="can no longer be counted"):
         _ = account(tmp_path).most
-    assert json.loads(whole)["clients"] == ["a"]
+    assert [*json.loads(whole)["clients"]] == ["a"]

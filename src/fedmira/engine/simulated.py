@@ -76,10 +76,10 @@ class Simulated:
         """Train, as in `train`. plans: the training examples of each step of each client; None: as they are drawn."""
         method, layout, clock = self.method, self.federation.layout, send.clock
         given = send(ids)
-        if self.uploads is not None:
-            self.uploads.book(self._ids(ids), clock.round)
         whole, phase = self.local_phase(ids, given, clock, plans=plans)
         self._check_rows_alone(given, phase.returned)
+        if self.uploads is not None:
+            self.uploads.book({k: mark for one in phase.hidden for k, mark in one.marks.items()}, clock.round)
         travels = method.travels(layout, clock)
         sent = travels & method.trained(layout, clock)
         values: dict[str, Tensor] = {f"method/{name}": value for name, value in phase.memory.items()}

@@ -154,11 +154,13 @@ class _Call:
         ]
 
     def noise(self, updates: Tensor, deviations: Tensor, streams: Sequence[np.random.Generator] | None) -> Tensor:
-        self.box.hidden.append(Hidden.of(updates, deviations))
         if streams is not None:
+            self.box.hidden.append(Hidden.of(updates, deviations))
             return from_streams(updates, deviations, streams)
         clients = [client.id for client in self.box.clients[: len(self.moments)]]
-        return self.box.training.noise.draw(updates, clients=clients, round_number=self.box.clock.round) * deviations
+        numbers, marks = self.box.training.noise.draw(updates, clients=clients, round_number=self.box.clock.round)
+        self.box.hidden.append(Hidden.of(updates, deviations, marks))
+        return numbers * deviations
 
     def dropout(self, part: int) -> Dropout | None:
         """The masks of one pass of the step."""

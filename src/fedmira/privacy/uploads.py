@@ -12,7 +12,7 @@ import json
 import math
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,15 +35,20 @@ LONGER = 1 + 1e-4  # an update in float32 may be longer than its limit, by its l
 
 @dataclass(frozen=True, eq=False)
 class Hidden:
-    """What noise hides of some clients' updates. total [P]: their sum, in float64; variance: of all noise on it."""
+    """What noise hides of some clients' updates. total [P]: their sum, in float64; variance: of all noise on it.
+
+    marks: client -> a name of what it sends, which tells nothing of it; none where the noise is not secret.
+    """
 
     total: Tensor
     variance: float
+    marks: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, updates: Tensor, deviations: Tensor) -> "Hidden":
+    def of(cls, updates: Tensor, deviations: Tensor, marks: Mapping[str, str] | None = None) -> "Hidden":
         """Measure the updates [S, P] of some clients, and the noise on them by its standard deviations [S, P]."""
-        return cls(updates.double().sum(dim=0).cpu(), float(deviations.double().square().sum()))
+        total, variance = updates.double().sum(dim=0).cpu(), float(deviations.double().square().sum())
+        return cls(total, variance, marks or {})
 
 
 def signal_to_noise(hidden: Sequence[Hidden]) -> float | None:
@@ -61,56 +66,52 @@ class UploadNoise:
 
     key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
 
-    def draw(self, updates: Tensor, *, clients: Sequence[str], round_number: int) -> Tensor:
-        """Return numbers of the standard normal distribution [S, P] for the updates [S, P] of these clients.
+    def draw(self, updates: Tensor, *, clients: Sequence[str], round_number: int) -> tuple[Tensor, dict[str, str]]:
+        """Return numbers of the standard normal distribution [S, P] for the updates [S, P] of clients, and their marks.
 
-        The same update in the same round has the same noise, so that a round that is carried out again after a stop is
-        the same release. Another update has other noise: the same one on both would give their difference away.
+        The same update in the same round has the same noise and mark, so that a round that is carried out again after a
+        stop is the same release. Another update has others: the same noise on both would give their difference away.
         """
-        rows = []
+        rows, marks = [], {}
         for client, update in zip(clients, updates.detach().cpu(), strict=True):
-            content = hashlib.sha256(update.contiguous().view(torch.uint8).numpy().data).hexdigest()
-            purpose = f"upload/{round_number}/{content}/{client}"
+            digest = hashlib.blake2b(key=self.key, digest_size=16)
+            digest.update(f"{round_number}/{client}/".encode())
+            digest.update(update.contiguous().view(torch.uint8).numpy().data)
+            marks[client] = digest.hexdigest()
+            purpose = f"upload/{round_number}/{marks[client]}/{client}"
             rows.append(torch.from_numpy(gaussian(len(update), key=self.key, purpose=purpose)))
-        return torch.stack(rows).to(updates)
+        return torch.stack(rows).to(updates), marks
 
 
 @dataclass(eq=False)
 class Uploads:
-    """The account of a run: in which rounds each client has sent an upload.
+    """The account of a run: what each client has sent.
 
-    uploads.jsonl has a line for every round, before it is carried out. One that is carried out again with the same key
-    is the same release; with another key (the run had ended, and rounds were added) it is a new one.
+    uploads.jsonl has a line for every round, on disk before the uploads leave. An upload that is made again, with the
+    same key from the same update, is the same release; with another key (the run had ended, and rounds were added) or
+    from another update (the server sent something else) it is a new one.
     """
 
     folder: Path
-    key: bytes
     noise_multiplier: float  # in units of the longest difference of two updates
     delta: float
 
     @functools.cached_property
-    def booked(self) -> set[tuple[str, int, str]]:
-        """(key, round, client) of every upload, from disk."""
-        lines = read_lines(self.folder / FILE)
-        return {(line["key"], line["round"], client) for line in lines for client in line["clients"]}
+    def booked(self) -> set[tuple[str, str]]:
+        """(client, mark) of every upload, from disk."""
+        return {(client, mark) for line in read_lines(self.folder / FILE) for client, mark in line["clients"].items()}
 
-    @functools.cached_property
-    def _name(self) -> str:
-        """Names the key, and tells nothing of it."""
-        return hashlib.sha256(b"name" + self.key).hexdigest()[:16]
-
-    def book(self, clients: Sequence[str], round_number: int) -> None:
-        """Write down that these clients send an upload in this round."""
-        new = {(self._name, round_number, client) for client in clients} - self.booked
+    def book(self, marks: Mapping[str, str], round_number: int) -> None:
+        """Write down what these clients send in a round. marks: client -> the mark of its upload."""
+        new = {*marks.items()} - self.booked
         if new:
-            line = {"key": self._name, "round": round_number, "clients": [client for _, _, client in sorted(new)]}
-            append_lines(self.folder / FILE, [json.dumps(line)])
+            append_lines(self.folder / FILE, [json.dumps({"round": round_number, "clients": dict(sorted(new))})])
             self.booked.update(new)
 
     @property
     def most(self) -> int:
         """Uploads of the client that has sent most."""
-        return max(Counter(client for _, _, client in self.booked).values(), default=0)
+        return max(Counter(client for client, _ in self.booked).values(), default=0)
 
     def epsilon(self) -> float:
         """Return the largest epsilon of all clients so far."""

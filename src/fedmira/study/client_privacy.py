@@ -148,7 +148,7 @@ def uploads_of(config: Config, method: Method, wrappers: Wrappers, folder: Path)
     promise = promise_of(config, method, wrappers)
     if not isinstance(promise, Promise):
         return None
-    return Uploads(folder, key_of(folder), promise.noise_multiplier, promise.delta)
+    return Uploads(folder, promise.noise_multiplier, promise.delta)
 
 
 def upload_account(config: Config, method: Method, wrappers: Wrappers, folder: Path) -> Mapping[str, Any] | None:
