@@ -333,6 +333,7 @@ def test_the_servers_certificates_are_renewed_by_the_same_authority(founded: Fou
     assert sorted(path.name for path in server.kit.parent.iterdir()) == ["admin", "kit"]
 
 
+@pytest.mark.slow
 def test_a_site_makes_its_own_key_and_the_server_never_has_it(own_keys: ServerFolder, tmp_path: Path) -> None:
     server_keys = ["ca/rootCA.key", "server/admin/startup/client.key", "server/kit/startup/server.key"]
     assert private(own_keys.path) == server_keys

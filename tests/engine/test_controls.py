@@ -31,7 +31,7 @@ from fedmira.adapters import Adapters
 from fedmira.config.faults import check_config
 from fedmira.config.sections import Config
 from fedmira.disk.folders import RunFolder
-from fedmira.engine import scoring, simulated, tools
+from fedmira.engine import executor, simulated, tools
 from fedmira.engine.clients import Scores
 from fedmira.engine.cost import Work
 from fedmira.engine.events import ClientsTuned, Event, Observer, RoundDone, silent
@@ -102,7 +102,7 @@ def test_the_untouched_base_makes_no_pass_and_has_its_scores_of_the_start(
         raise AssertionError("a pass through the base")
 
     for module, names in (
-        (scoring, ("measure_loss", "measure_answers")),
+        (executor, ("measure_loss", "measure_answers")),
         (simulated, ("score_loss", "local_phase")),
         (tools, ("measure_loss", "gradients", "losses")),
     ):

@@ -73,6 +73,7 @@ def test_gains_are_sorted_in_their_data_and_each_method_has_its_own_look(tmp_pat
     assert paper.looks_of(["mira", "local"], "local")["local"] == ("#000000", "-", "o")
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_every_figure_is_there_in_three_formats_with_its_data(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", CLIENTS, graph=group_graph(list("aabbccdd")))

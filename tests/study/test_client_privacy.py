@@ -170,6 +170,7 @@ def test_a_delta_that_allows_to_publish_a_client_is_named(make: Make, tmp_path: 
     assert "is not below 1 / 6, one over the clients" in (run_of(tmp_path / "study") / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_same_noise_follows_and_nothing_is_counted_twice(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

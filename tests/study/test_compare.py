@@ -89,6 +89,7 @@ def test_the_start_is_that_of_a_study_alone(made: tuple[Path, Path], tmp_path: P
     assert start["alone"] == start["compared"]
 
 
+@pytest.mark.slow
 def test_called_again_it_does_nothing_and_with_more_it_does_only_that(made: tuple[Path, Path], tmp_path: Path) -> None:
     compare(config(made, tmp_path / "out"), budget=2, observer=lambda event: None)
     before = small_study.outcome(tmp_path / "out" / "comparison")

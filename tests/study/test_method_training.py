@@ -85,6 +85,7 @@ def test_the_report_says_that_the_comparison_is_not_at_equal_compute(study: Stud
     assert "equal compute" in (study.path / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_another_learning_rate_is_equal_compute_and_so_are_methods_that_do_not_train(make: Make) -> None:
     methods = [{"name": "untouched"}, {"name": "local"}, {"name": "fedavg", "training": {"learning_rate": 0.02}}]
     found = fedmira.run(make("rates", methods=methods, federation={"rounds": 1}))
@@ -139,6 +140,7 @@ def test_a_run_that_stops_in_between_goes_on_in_its_schedule(make: Make, tmp_pat
     assert differences(outcome(fedmira.resume(study).path), outcome(whole.path)) == []
 
 
+@pytest.mark.slow
 def test_a_schedule_that_does_not_depend_on_the_rounds_gives_the_bits_of_a_longer_run(make: Make) -> None:
     methods, training = [{"name": "fedavg"}], {"lr_scheduler_type": "linear", "lr_scheduler_over": "steps"}
     longer = fedmira.run(make("long", methods=methods, training=training, federation={"rounds": 2}))

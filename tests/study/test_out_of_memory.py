@@ -44,7 +44,7 @@ def test_it_goes_on_with_fewer_clients_in_a_pass_and_says_what_that_changes(
     only = RunFolder(tmp_path / "short" / "fedavg" / "seed-3")
     assert (only.facts.state, only.facts.cohort, len(only.records())) == ("interrupted", 6, 1)
     for words in ("federation.cohort=7", "federation.cohort=0", "federation.cohort=auto"):
-        with pytest.raises(ConfigError, match=r"and federation\.cohort, from 6 down"):
+        with pytest.raises(ConfigError, match=r"federation\.cohort, from 6 down"):
             resume(tmp_path / "short", [words])
     caplog.clear()
     done = resume(tmp_path / "short", ["federation.cohort=2"])

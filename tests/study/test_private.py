@@ -153,6 +153,7 @@ def test_a_round_that_is_carried_out_again_with_a_new_key_is_paid_for_again(
     assert facts(study)["privacy"]["epsilon"] == epsilon({Release(BATCH / SMALLEST, 1, 1.0): 4 * STEPS}, 1e-5)
 
 
+@pytest.mark.slow
 def test_rounds_that_are_added_are_paid_for_and_newcomers_are_refused(
     inputs: tuple[Path, Path], make: Make, tmp_path: Path
 ) -> None:

@@ -43,9 +43,10 @@ def actors() -> list[psutil.Process]:
     return found
 
 
-# ---------------------------------------------------------------- every test run
+# ---------------------------------------------------------------- slow: every actor imports torch and loads the base
 
 
+@pytest.mark.slow
 def test_two_actors_give_the_bits_of_one_process(tmp_path: Path) -> None:
     """With the bundled base, and a method whose clients keep an adapter to themselves."""
     changes = [
@@ -67,9 +68,6 @@ def test_two_actors_give_the_bits_of_one_process(tmp_path: Path) -> None:
         found[engine] = outcome(fedmira.run(config).path)
     assert differences(found["local"], found["ray"]) == []
     assert actors() == []
-
-
-# ---------------------------------------------------------------- slow
 
 
 METHODS: list[Mapping[str, Any]] = [

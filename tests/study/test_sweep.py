@@ -108,6 +108,7 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_run(
     assert words in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_table_for_each_metric(written: Path, tmp_path: Path) -> None:
     words = ("sweep", written, "lambda=0.1,0.6", f"output_dir={tmp_path / 'out'}", "-q")
     ended = small_study.command(*words)

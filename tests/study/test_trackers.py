@@ -263,6 +263,7 @@ def test_of_a_round_the_means_are_tracked_and_no_client() -> None:
     assert set(measures(diverged)) == NAMES - {"train_loss", "validation_loss"}
 
 
+@pytest.mark.slow
 def test_trackio_gets_every_round_of_every_run_as_metrics_jsonl_has_it(
     raw: dict[str, Any], tmp_path: Path, stand_in: None, capfd: pytest.CaptureFixture[str]
 ) -> None:

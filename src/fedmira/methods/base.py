@@ -42,8 +42,7 @@ class Clock:
 
     steps [S]: how many local steps each client takes in this round; None outside a local phase. learning_rate: of this
     step; in `begin` of the first, in `finish` the mean over a client's steps of the round, so that steps x
-    learning_rate is their sum; elsewhere of the round. A number, or [S, 1] where a schedule has clients of one pass at
-    different rates.
+    learning_rate is their sum; elsewhere of the round. A number, or [S, 1] where clients of a pass have different ones.
     """
 
     round: int
@@ -189,8 +188,7 @@ class Tools:
     curvature: like grad, but labelled tokens [S] and gradient rows [S, P] of the mean cross-entropy with labels
     y ~ softmax(f(x)) at every position that has a label, in a separate buffer. `begin`, `finish` and `use` have no
     batch: there grad, curvature and loss on a batch cannot be called. each: like loss on validation, by example.
-    reports: may losses, and what follows from them, leave the client? noise: as wrappers.from_streams, and without
-    streams from a secret key; it measures the updates that it hides. None: there is no key.
+    reports: may losses, and what follows from them, leave the client? noise: as wrappers.from_streams; None: no key.
     """
 
     clock: Clock
@@ -300,8 +298,7 @@ class Facts:
     counts enter the merge. compare: what "equal" means for this method's adapters. graph: who is pulled to whom;
     learned: that graph of a State, where it is learned in the rounds. pull: ids [S] -> fraction by which a merge moves
     each. figures: scalars of an upload that go into the record of its round, and of what clients do after the last;
-    -1 = not told. rows_down: ids [S] -> rows that each is sent in a round, at most [S]; None = one. uploads: a row of
-    what was sent plus what was learned, or more: scalars, further rows, or a row that began with the client.
+    -1 = not told. rows_down: ids [S] -> rows that each is sent in a round, at most [S]; None = one.
     """
 
     needs: Literal["each", "sum", "relay"] = "sum"
@@ -312,7 +309,7 @@ class Facts:
     pull: Callable[[Tensor], Tensor] | None = None
     figures: tuple[str, ...] = ()
     rows_down: Callable[[Tensor], Tensor] | None = None
-    uploads: Literal["row", "more"] = "row"
+    uploads: Literal["row", "more"] = "row"  # more: scalars, further rows, or one that began with the client
 
 
 class Init(Protocol):
@@ -442,7 +439,7 @@ class Method:
         """Return which row each of the clients `ids` [S] uses."""
         if isinstance(self.rows_of, Tensor):
             return self.rows_of[ids]
-        return ids if self.rows_of == "each" else torch.zeros_like(ids)
+        return ids if self.has_row_of_each else torch.zeros_like(ids)
 
     def message(self, state: State, ids: Tensor, clock: Clock) -> Message:
         """Return what the server sends the clients `ids` [S], whole rows."""
