@@ -102,8 +102,8 @@ def test_the_untouched_base_makes_no_pass_and_has_its_scores_of_the_start(
         raise AssertionError("a pass through the base")
 
     for module, names in (
-        (executor, ("measure_loss", "measure_answers")),
-        (simulated, ("score_loss", "local_phase")),
+        (executor, ("measure_loss", "measure_answers", "local_phase")),
+        (simulated, ("score_loss",)),
         (tools, ("measure_loss", "gradients", "losses")),
     ):
         for name in names:
