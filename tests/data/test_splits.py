@@ -212,7 +212,7 @@ def test_the_splits_and_shards_of_one_data_set_are_not_suggested_as_clients(
     for name in names:
         rows = [json.dumps({"prompt": f"p{index}", "completion": "c"}) for index in range(3)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
-    assert find_owners(read_records(tmp_path).records) [:2] == (None, [])
+    assert find_owners(read_records(tmp_path).records)[:2] == (None, [])
 
 
 def test_a_row_that_names_its_split_itself_is_believed(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Studies in Ray's actors: the bits of one process, whoever is lost on the way, and how they end.
 
-One small study is for every test run; the rest is slow, for Ray and each actor take seconds to start.
+Slow, for Ray and each actor take seconds to start; tests/engine/test_spread.py has orders and actors without Ray.
 """
 
 import importlib
-import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from tests import small_study
-from tests.small_study import Ended, command, differences, outcome
+from tests.small_study import command, differences, outcome
 
 import fedmira
 from fedmira.config.faults import check_config
@@ -207,30 +209,49 @@ def test_private_training_pays_as_in_one_process(carry: Carry, ray_here: None) -
 
 
 @pytest.mark.slow
-def test_a_lost_node_loses_no_round(carry: Carry, here: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_node_loses_no_round(carry: Carry, tmp_path: Path) -> None:
+    """In a process of its own: Ray joins a cluster at the machine's address, which this one may not reach for."""
     import ray
     from ray.cluster_utils import Cluster
 
     ray.shutdown()  # what another test has started is not this cluster
+    rounds = {"rounds": 200, "cohort": 2}
+    alone = carry("alone", methods=[{"name": "ditto"}], federation=rounds)
+    own = next(one.address for some in psutil.net_if_addrs().values() for one in some if is_outside(one))
     cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_dashboard": False},
+        initialize_head=True, head_node_args={"num_cpus": 1, "node_ip_address": own, "include_dashboard": False}
     )
     try:
-        second = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
+        second = cluster.add_node(num_cpus=1, node_ip_address=own)
         cluster.wait_for_nodes()
-        during = During(monkeypatch, lambda: cluster.remove_node(second, allow_graceful=False))
-        study = carry(
-            "node",
-            methods=[{"name": "ditto"}],
-            federation={**RAY, "address": cluster.address, "cohort": 2},
-            observer=during,
-        )
-        assert during.done
-        assert differences(here, outcome(study.path)) == []
+        raw = {**alone.config.model_dump(by_alias=True), "output_dir": str(tmp_path / "study")}
+        raw["federation"] |= {**RAY, "address": cluster.address}
+        started = begin(small_study.save_config(tmp_path / "c.yaml", raw))
+        metrics = tmp_path / "study/ditto/seed-3/metrics.jsonl"
+        for _ in range(1200):
+            if metrics.is_file() or started.poll() is not None:
+                break
+            time.sleep(0.1)
+        cluster.remove_node(second, allow_graceful=False)
+        done = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+        assert done < rounds["rounds"], "the study was over before"
+        _, said = started.communicate(timeout=600)
+        assert started.returncode == 0, said
+        assert differences(outcome(alone.path), outcome(tmp_path / "study")) == []
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def begin(config: Path) -> subprocess.Popen[str]:
+    """Start a study in a process of its own, which is not a fork: Ray has threads here."""
+    words = [sys.executable, "-m", "fedmira", "run", str(config)]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def is_outside(one: Any) -> bool:
+    """Is this an address by which other machines know this one?"""
+    return one.family == socket.AF_INET and not one.address.startswith("127.")
 
 
 @pytest.mark.slow
@@ -239,16 +260,16 @@ def test_ctrl_c_ends_with_130_and_no_actor_is_left(carry: Carry, tmp_path: Path)
     raw = {**Study(folder).config.model_dump(by_alias=True), "output_dir": str(tmp_path / "study")}
     raw["federation"] |= {**RAY, "rounds": 500}
     config = small_study.save_config(tmp_path / "c.yaml", raw)
-    started = small_study.start("run", config)
+    started = begin(config)
     for _ in range(1200):
-        if (tmp_path / "study/ditto/seed-3/metrics.jsonl").is_file():
+        if (tmp_path / "study/ditto/seed-3/metrics.jsonl").is_file() or started.poll() is not None:
             break
         time.sleep(0.2)
     assert actors()
-    os.kill(started.process, signal.SIGINT)
-    ended: Ended = started.wait()
-    assert ended.code == 130
-    assert "continue with: fedmira resume" in ended.err
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=120)
+    assert started.returncode == 130
+    assert "continue with: fedmira resume" in said
     time.sleep(1)
     assert actors() == []
 

@@ -80,25 +80,31 @@ def _start(ray: Any, address: str | None, folder: str | None, cpus: int) -> None
         ray.init(**here, include_dashboard=False, _node_ip_address=LOOPBACK, _temp_dir=inner, **quiet)
         return
     try:
-        _reach(str(address))
+        _reach(ray, str(address))
         ray.init(address=address, **quiet)
     except Exception as error:  # of several kinds, by the form of the address
         raise ConfigError(
             [
-                f"federation.address: no Ray cluster answers at '{address}' ({type(error).__name__}); start one with "
-                "'ray start --head' and give its address, or auto on a machine of the cluster; null starts Ray here"
+                f"federation.address: no Ray cluster answers at '{address}' ({type(error).__name__}: {error}); start "
+                "one with 'ray start --head' and give its address, or auto on a machine of the cluster; null starts "
+                "Ray here"
             ]
         ) from error
 
 
-def _reach(address: str) -> None:
-    """Raise OSError or ValueError if nobody listens at an address: Ray itself would try for more than ten minutes."""
+def _reach(ray: Any, address: str) -> None:
+    """Raise OSError or ValueError if nobody listens at an address: Ray itself would try for more than ten minutes.
+
+    For Ray the loopback is this machine's own address: a cluster that listens to the loopback alone has none.
+    """
     if address == "auto":
         return
     place = urlsplit(address if "://" in address else f"//{address}")
     if place.hostname is None or place.port is None:
         raise ValueError("an address is auto, host:port or ray://host:port")
-    socket.create_connection((place.hostname, place.port), timeout=ANSWER_S).close()
+    local = place.hostname in ("localhost", LOOPBACK, "::1")
+    host = ray.util.get_node_ip_address() if local and place.scheme != "ray" else place.hostname
+    socket.create_connection((host, place.port), timeout=ANSWER_S).close()
 
 
 @contextmanager
