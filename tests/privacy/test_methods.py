@@ -90,7 +90,7 @@ def test_clients_send_a_row_alone_where_a_method_says_so(variant: Variant, tmp_p
 def test_a_method_that_says_so_wrongly_is_found_out(tmp_path: Path) -> None:
     method = build("fedfomo", {}, HOUSE.cohort())
     lying = replace(method, facts=replace(method.facts, uploads="row"))
-    account = Uploads(tmp_path, bytes(32), 1.0, 1e-5)
+    account = Uploads(tmp_path, 1.0, 1e-5)
     clients = make_clients(HOUSE.workplace, HOUSE.federation, lying, HOUSE.training, uploads=account)
     state = HOUSE.federation.first_state(SEED, lying)
     ledger = Ledger(HOUSE.federation, state, torch.zeros(len(HOUSE), dtype=torch.float64))

@@ -14,14 +14,12 @@ from tests import small_study
 from tests.faults.figures import Note
 from tests.small_study import command, differences, outcome
 
-from fedmira.deploy.terms import list_unfit
 from fedmira.disk.folders import RunFolder
 from fedmira.engine import ledger
 from fedmira.privacy import budget
 from fedmira.privacy.accountant import Release, epsilon
 from fedmira.reports.facts import notices, setup_facts
 from fedmira.reports.record import read_study
-from fedmira.study.loading import load_config
 
 pytest.importorskip("dp_accounting", reason="the extra dp is not installed")
 ROUNDS, STEPS, BATCH = 3, 2, 2
@@ -210,10 +208,6 @@ def test_a_comparison_that_tunes_is_refused(make: Make, tmp_path: Path) -> None:
     ended = command("compare", make("study", privacy={"validation": True}))
     assert ended.code == 2
     assert "spends its own epsilon" in ended.err
-
-
-def test_a_federation_is_refused(make: Make, tmp_path: Path) -> None:
-    assert any(fault.startswith("privacy: sites") for fault in list_unfit(load_config(make("study")), [], ["a"]))
 
 
 def test_choosing_by_validation_examples_is_allowed_once_they_need_no_privacy(make: Make, tmp_path: Path) -> None:
