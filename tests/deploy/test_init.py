@@ -259,6 +259,7 @@ def test_a_failure_of_nvflare_leaves_nothing(study: Study, tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_site_can_be_added(founded: Founded, tmp_path: Path) -> None:
     server = ServerFolder(tmp_path / "moved")
     shutil.copytree(founded.server.path, server.path)

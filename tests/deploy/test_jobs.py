@@ -17,6 +17,8 @@ from fedmira.deploy.settings import ServerAddress
 
 pytest.importorskip("nvflare", reason="NVFlare is not installed: pip install 'fedmira[deploy]'")
 
+pytestmark = pytest.mark.slow  # the engine takes half a minute to start
+
 SITE = "a"
 SECONDS = 120.0  # far more than it takes; a busy machine is slow
 

@@ -158,6 +158,7 @@ def test_what_left_the_sites_is_listed_and_has_no_word_of_their_data(
     assert not any(word.encode() in stored for word in words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "shown"),
     [

@@ -313,6 +313,7 @@ def test_a_frame_has_the_bytes_of_its_numbers_and_a_small_header(
     assert [(record["bytes_up"], record["bytes_down"]) for record in records] == [(3 * ROW, 3 * ROW)] * ROUNDS
 
 
+@pytest.mark.slow
 def test_rows_and_frames_that_are_in_files_have_the_same_bits(
     make: Callable[..., ServerFolder], opened: Mapping[str, Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def test_means_over_seeds_and_who_would_gain(crossed: Path) -> None:
     assert one.better_elsewhere == 1  # a, with the adapter of b
 
 
+@pytest.mark.slow
 def test_files_beside_the_study(crossed: Path, tmp_path: Path) -> None:
     write_crossings(read_study(crossed), tmp_path / "matrix")
     kinds = {path.suffix for path in (tmp_path / "matrix").iterdir()}

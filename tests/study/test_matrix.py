@@ -63,6 +63,7 @@ def peft_loss(base: Path, folder: Path, examples: Any) -> float:
     return total / count
 
 
+@pytest.mark.slow
 def test_a_loss_is_that_of_peft_with_the_other_clients_folder(made: tuple[Path, Path], tmp_path: Path) -> None:
     settled = config(made, tmp_path / "out", mixed=True, methods=[METHODS[0]])
     study = compare(settled, budget=1, observer=lambda event: None, matrix=True)

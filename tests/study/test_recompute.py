@@ -70,6 +70,7 @@ def bytes_of(made: tuple[Path, Path], tmp_path: Path, key: bool) -> int:
     ).bytes_each
 
 
+@pytest.mark.slow
 def test_auto_recomputes_where_more_clients_fit_and_a_resume_does_as_before(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

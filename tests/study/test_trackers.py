@@ -353,6 +353,7 @@ def test_a_run_waits_for_the_tracker_that_a_killed_one_left_behind(
     assert steps(tmp_path / "study") == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_round_that_is_done_again_is_tracked_once(raw: dict[str, Any], tmp_path: Path, stand_in: None) -> None:
     study = fedmira.run(tracked(raw, "trackio")).path
     run = study / "local" / "seed-3"
@@ -372,6 +373,7 @@ def test_a_study_with_trackers_is_overwritten_whole(raw: dict[str, Any], tmp_pat
     assert not (study / ".trackio").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_wandb_and_mlflow_get_every_round_once_after_a_resume_and_no_secret(
     name: str,
