@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pkgutil
+import random
 import re
 import shutil
 import signal
@@ -179,6 +180,28 @@ def start(*arguments: object, folder: Path | None = None, die_at: int | None = N
 
 def command(*arguments: object, folder: Path | None = None, die_at: int | None = None) -> Ended:
     return start(*arguments, folder=folder, die_at=die_at).wait()
+
+
+def ended_well(*arguments: object) -> str:
+    """Run `fedmira ARGUMENTS`, which must succeed; return what it said on stderr."""
+    ended = command(*arguments)
+    assert ended.code == 0, ended.err
+    return ended.err
+
+
+def kill_at_random(config: Path, study: Path, *, seed: int, attempts: int, within: int) -> int:
+    """Run and resume a study, each time killed at one of its first `within` durable steps; return how often it was.
+
+    In the end it is resumed to its end.
+    """
+    dice, kills = random.Random(seed), 0
+    for _ in range(attempts):
+        begun = (study / "config.yaml").is_file()
+        ended = command(*(("resume", study) if begun else ("run", config)), die_at=dice.randrange(1, within))
+        assert ended.code in (-signal.SIGKILL, 0)
+        kills += ended.code == -signal.SIGKILL
+    ended_well("resume", study)
+    return kills
 
 
 def _die_at(count: int) -> None:

@@ -137,6 +137,8 @@ def test_a_server_that_asks_for_more_than_is_paid_for_gets_nothing(files: tuple[
     assert (answers[-1]["answer"], answers[-1]["kind"]) == ("failed", "budget")
     paid = read_payments(state(folder, SITES[0]))
     assert len(paid) == ROUNDS + len(answers) - 1
+    metrics = folder.site(SITES[0]).adapters / "fedavg" / "seed-3" / "metrics.jsonl"
+    assert "epsilon_of_examples" not in json.loads(metrics.read_text().splitlines()[-1]), "that of the round before"
     release = Release(BATCH / len(worker.site.client.train), 1, SMALL["noise_multiplier"])
     assert epsilon({release: STEPS * len(paid)}, SMALL["delta"]) <= SMALL["epsilon"]
     assert epsilon({release: STEPS * (len(paid) + 1)}, SMALL["delta"]) > SMALL["epsilon"]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 from tests import small_study
 from tests.faults.figures import Note
-from tests.small_study import command, differences, outcome
+from tests.small_study import command, differences, ended_well, kill_at_random, outcome
 
 from fedmira.disk.folders import RunFolder
 from fedmira.engine import ledger
@@ -58,12 +57,6 @@ def facts(study: Path, label: str = "mira") -> dict[str, Any]:
 
 def notes(study: Path, label: str = "mira") -> list[dict[str, float]]:
     return [record["notes"] for record in RunFolder(run_of(study, label)).records()]
-
-
-def ended_well(*arguments: object) -> str:
-    ended = command(*arguments)
-    assert ended.code == 0, ended.err
-    return ended.err
 
 
 def test_what_noise_promises_and_leaves_stands_in_every_round_and_in_the_end(make: Make, tmp_path: Path) -> None:
@@ -197,13 +190,7 @@ def test_after_a_kill_the_same_noise_follows_and_nothing_is_counted_twice(
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_two_hundred_kills_leave_a_clients_epsilon_as_it_is(seed: int, make: Make, tmp_path: Path, note: Note) -> None:
-    config, study, dice = make("study", MIRA), tmp_path / "study", random.Random(seed)
-    kills = 0
-    for _ in range(10):
-        begun = (study / "config.yaml").is_file()
-        ended = command(*(("resume", study) if begun else ("run", config)), die_at=dice.randrange(1, 100))
-        assert ended.code in (-signal.SIGKILL, 0)
-        kills += ended.code == -signal.SIGKILL
-    ended_well("resume", study)
+    study = tmp_path / "study"
+    kills = kill_at_random(make("study", MIRA), study, seed=seed, attempts=10, within=100)
     assert facts(study)["client_privacy"]["epsilon"] == SPENT
     note("kills of a study with noise on uploads", kills, {"another epsilon in the end": 0})

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 from tests import small_study
 from tests.faults.figures import Note
-from tests.small_study import command, differences, outcome
+from tests.small_study import command, differences, ended_well, kill_at_random, outcome
 
 from fedmira.disk.folders import RunFolder
 from fedmira.engine import ledger
@@ -55,11 +54,6 @@ def run_of(study: Path, label: str = "fedavg") -> Path:
 def facts(study: Path, label: str = "fedavg") -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run_of(study, label) / "run.json").read_text())
     return found
-
-
-def ended_well(*arguments: object) -> None:
-    ended = command(*arguments)
-    assert ended.code == 0, ended.err
 
 
 def test_a_run_says_what_it_has_spent_and_tells_no_loss(make: Make, tmp_path: Path) -> None:
@@ -167,14 +161,8 @@ def test_rounds_that_are_added_are_paid_for_and_newcomers_are_refused(
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_two_hundred_kills_leave_epsilon_as_it_is(seed: int, make: Make, tmp_path: Path, note: Note) -> None:
-    config, study, dice = make("study"), tmp_path / "study", random.Random(seed)
-    kills = 0
-    for _ in range(10):
-        begun = (study / "config.yaml").is_file()
-        ended = command(*(("resume", study) if begun else ("run", config)), die_at=dice.randrange(1, 100))
-        assert ended.code in (-signal.SIGKILL, 0)
-        kills += ended.code == -signal.SIGKILL
-    ended_well("resume", study)
+    study = tmp_path / "study"
+    kills = kill_at_random(make("study"), study, seed=seed, attempts=10, within=100)
     assert facts(study)["privacy"]["epsilon"] == SPENT
     note("kills of a study with private gradients", kills, {"another epsilon in the end": 0})
 

@@ -264,12 +264,14 @@ def check_possible(built: Built, seed: int) -> None:
 
 def check_budget(config: Config, built: Built, cohort: Cohort) -> None:
     """Raise MethodError unless every site can pay for all rounds: each keeps its account, and would drop out."""
+    if config.privacy is None:
+        return
     examples = dict(zip(cohort.ids, cohort.examples, strict=True))
     method = built.methods[cohort.seed]
     rounds = count_rounds(config, built.label, method, built.training, examples, cohort.schedule)
     if rounds is not None and rounds < len(cohort.schedule):
         raise MethodError(
-            f"{built.label}: privacy.epsilon = {config.privacy and config.privacy.epsilon:g} pays for {rounds} of "
+            f"{built.label}: privacy.epsilon = {config.privacy.epsilon:g} pays for {rounds} of "
             f"{len(cohort.schedule)} rounds with the sites' numbers of examples: make the federation anew with "
             f"federation.rounds={rounds}, more noise or a larger budget"
         )

@@ -20,7 +20,6 @@ from fedmira.disk.files import make_folder
 from fedmira.engine.clients import Kept
 from fedmira.engine.federation import Federation
 from fedmira.engine.simulated import Simulated
-from fedmira.engine.trainees import make_clients
 from fedmira.engine.workplace import Workplace
 from fedmira.errors import MethodError, WireError
 from fedmira.evaluation.gated import at_mean
@@ -30,10 +29,10 @@ from fedmira.methods import recipe_of
 from fedmira.methods.base import Clock, Message, Method, remember_nothing
 from fedmira.study.adapting import alpha_of, start_of
 from fedmira.study.assemble import evaluation_of, fingerprint, targets_of
-from fedmira.study.client_privacy import EVERYTHING, key_of_noise, upload_account, uploads_of
+from fedmira.study.client_privacy import of_adapters, upload_account
+from fedmira.study.clients import clients_of
 from fedmira.study.passes import plan_passes
-from fedmira.study.privacy import account, budget_of
-from fedmira.study.training import training_of
+from fedmira.study.privacy import account
 
 log = logging.getLogger(__name__)
 ME = torch.zeros(1, dtype=torch.int64)
@@ -101,28 +100,20 @@ class SiteRun:
         """Start from nothing."""
         config, site = self.site.config, self.site
         section = config.training_of(self.entry)
-        training = training_of(config, self.seed, section)
         workplace = Workplace(site.base, (site.client,), 1, evaluation_of(config), site.settings.share_metrics)
         (plan,) = plan_passes(workplace, [(self.federation.layout, section)], 1)
         workplace = replace(workplace, recompute=plan.recompute, at_once=plan.examples)
-        wrappers = recipe_of(self.entry).wrappers
-        budget = budget_of(
+        clients = clients_of(
             config,
             self.method,
+            recipe_of(self.entry).wrappers,
             section,
             workplace,
+            self.federation,
             self.state,
+            seed=self.seed,
             threads=site.threads,
             data=lambda: [fingerprint(site.client)],
-        )
-        clients = make_clients(
-            workplace,
-            self.federation,
-            self.method,
-            training,
-            budget=budget,
-            key=key_of_noise(wrappers, self.state),
-            uploads=uploads_of(config, self.method, wrappers, self.state),
         )
         assert isinstance(clients, Simulated)
         self.clients = clients
@@ -165,6 +156,7 @@ class SiteRun:
 
     def train(self, message: Message, clock: Clock, digest: str) -> Frame:
         """Carry out a round, make it durable, and return its answer. One that is beyond the budget is not."""
+        self.notes = {}
         try:
             reply = self.clients.train(ME, Fixed(message, clock))
         except MethodError as error:
@@ -225,9 +217,8 @@ class SiteRun:
         card: Card = {"client": client.id, "method": self.method.name, "seed": self.seed, "rounds": self.at}
         if (of_examples := account(config, self.method, [client], self.state)) is not None:
             card["privacy"] = of_examples
-        of_uploads = upload_account(config, self.method, wrappers, self.state)
-        if of_uploads is not None and of_uploads.get("covers") == EVERYTHING:
-            card["client_privacy"] = of_uploads
+        if (of_client := of_adapters(upload_account(config, self.method, wrappers, self.state))) is not None:
+            card["client_privacy"] = of_client
         return card
 
     def write_adapter(self, message: Message, clock: Clock) -> None:

@@ -44,8 +44,8 @@ class Reply:
     message: rows [n, Q] of the columns that travel, scalars, further rows. headers: what each upload says of itself.
     losses [n]: mean over a client's local steps; steps [n]; validation [n]: its loss with the adapter it would use if
     the server changed nothing, None = no such split or not shared. tokens: trained on; scored: of validation, in the
-    method's own half. silent: client -> why it sends nothing. notes: numbers for the round's record, which only a
-    simulation knows.
+    method's own half. silent: client -> why it sends nothing. notes: numbers for the round's record, for whoever
+    has the clients: they are computed from what is not sent.
     """
 
     ids: Tensor

@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from torch import Tensor
 
-from fedmira.adapters import Adapters
 from fedmira.adapters.parts import Gate
 from fedmira.engine.phase import Inputs, PhaseResult, local_phase
 from fedmira.engine.tools import Training
 from fedmira.evaluation.gated import gated_answers, gated_loss
-from fedmira.evaluation.measure import measure_answers, measure_loss
+from fedmira.evaluation.measure import Serve, measure_answers, measure_loss
 from fedmira.methods.base import Clock, Method
 
 if TYPE_CHECKING:
     from fedmira.engine.workplace import Workplace
 
-Serve = Callable[[Tensor], Adapters]  # client positions [n] -> their adapters, in that order
 Plans = Sequence[Sequence[np.ndarray]]  # of each client: the training examples of each step
 Scored = dict[str, float | None]  # metric -> mean over a client's answers
 

@@ -11,11 +11,10 @@ from fedmira.adapters import Adapters
 from fedmira.adapters.parts import Gate
 from fedmira.disk.folders import Result, View
 from fedmira.engine.clients import Clients, Scores, Send
-from fedmira.engine.executor import Serve
 from fedmira.engine.federation import Federation
 from fedmira.engine.ledger import Ledger
 from fedmira.engine.workplace import Workplace
-from fedmira.evaluation.measure import PASS_TOKENS
+from fedmira.evaluation.measure import PASS_TOKENS, Serve
 from fedmira.methods.base import Method
 
 EXAMPLES_KEPT = 3  # of each client, with report.examples

@@ -19,7 +19,6 @@ from fedmira.adapters.added import BaseVersions, join_pairs
 from fedmira.adapters.columns import lay_over, pack
 from fedmira.disk.table import Table
 from fedmira.engine.clients import Asked, Reply, Scores, Send, Tuned, everybody
-from fedmira.engine.executor import Serve
 from fedmira.engine.federation import Federation
 from fedmira.engine.gate import MAX_NORM, Header
 from fedmira.engine.memory import ASIDE_FILE, Aside, ClientMemory, Staged
@@ -28,6 +27,7 @@ from fedmira.engine.scoring import score_loss, score_test_split
 from fedmira.engine.tools import Moments, Toolbox, Training
 from fedmira.engine.workplace import Workplace
 from fedmira.errors import MethodError
+from fedmira.evaluation.measure import Serve
 from fedmira.methods.base import Clock, Memory, Message, Method, use_what_was_sent
 from fedmira.privacy.budget import Budget
 from fedmira.privacy.uploads import Hidden, Uploads, signal_to_noise
@@ -131,7 +131,7 @@ class Simulated:
         )
 
     def _notes(self, hidden: Sequence[Hidden]) -> dict[str, float]:
-        """What only a simulation can tell of a round with noise: it is computed from updates without."""
+        """What whoever has the clients can tell of a round with noise: it is computed from updates without."""
         ratio = signal_to_noise(hidden)
         notes = {} if ratio is None else {"signal_to_noise": ratio}
         return notes if self.uploads is None else {**notes, "epsilon": self.uploads.epsilon()}

@@ -172,3 +172,8 @@ def upload_account(config: Config, method: Method, wrappers: Wrappers, folder: P
         "accountant": f"{ACCOUNTANT}, dp-accounting {importlib.metadata.version('dp-accounting')}",
         "covers": promise.covers,
     }
+
+
+def of_adapters(account: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return an account that upload_account gives if its promise covers adapters, else None."""
+    return account if account is not None and account.get("covers") == EVERYTHING else None

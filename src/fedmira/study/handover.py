@@ -26,7 +26,7 @@ from fedmira.export.gate_file import write_gate
 from fedmira.export.peft_folder import count_exported, depth_of, describe, export_adapter
 from fedmira.methods.base import Method
 from fedmira.study.assemble import Prepared
-from fedmira.study.client_privacy import EVERYTHING
+from fedmira.study.client_privacy import of_adapters
 from fedmira.study.events import AdaptersWritten
 
 LINK_BYTES = 1 << 30  # adapters that are more than this together share one file where they are equal
@@ -109,8 +109,8 @@ def write_adapters(
         if facts.privacy is not None:
             card.pop("trained_tokens", None)  # the sum with and without an example would tell its length
             card["privacy"] = facts.privacy
-        if facts.client_privacy is not None and facts.client_privacy.get("covers") == EVERYTHING:
-            card["client_privacy"] = facts.client_privacy
+        if (of_client := of_adapters(facts.client_privacy)) is not None:
+            card["client_privacy"] = of_client
         card["personal"] = own
         if method.client.gate is not None:
             card["gated"] = True

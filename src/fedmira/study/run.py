@@ -21,22 +21,21 @@ from fedmira.engine.executor import Executor
 from fedmira.engine.federation import Federation
 from fedmira.engine.run import Ended
 from fedmira.engine.scoring import examples_of, score_start
-from fedmira.engine.trainees import make_clients
 from fedmira.errors import StoreError
 from fedmira.methods.base import Cohort
 from fedmira.names import ClientNames
 from fedmira.reports.render import write_report
 from fedmira.study.assemble import Built, Materials, Prepared, client_table, prepare
 from fedmira.study.carry_out import Job, carry_out, describe_run, is_complete
-from fedmira.study.client_privacy import key_of_noise, upload_account, uploads_of
+from fedmira.study.client_privacy import upload_account
+from fedmira.study.clients import clients_of
 from fedmira.study.events import ReportBegun, StepBegun, StudyBegun
 from fedmira.study.handover import write_adapters
 from fedmira.study.passes import PassShape
-from fedmira.study.privacy import account, budget_of, forget_key
+from fedmira.study.privacy import account, forget_key
 from fedmira.study.spreading import spread
 from fedmira.study.threads import using_threads
 from fedmira.study.trackers import tracking
-from fedmira.study.training import training_of
 
 log = logging.getLogger(__name__)
 
@@ -49,21 +48,18 @@ Where = Callable[[Prepared, Built, int, Federation, Path], AtHand]
 
 def in_this_process(prepared: Prepared, built: Built, seed: int, federation: Federation, folder: Path) -> AtHand:
     """Simulate the clients of one run here; what is too large for RAM goes to `folder`."""
-    training, method = training_of(prepared.config, seed, built.training), built.methods[seed]
-    workplace = prepared.workplace
-    budget = budget_of(
+    return clients_of(
         prepared.config,
-        method,
+        built.methods[seed],
+        built.recipe.wrappers,
         built.training,
-        workplace,
+        prepared.workplace,
+        federation,
         folder,
+        seed=seed,
         threads=prepared.threads,
-        data=lambda: [client["sha256"] for client in client_table(workplace, federation).values()],
-    )
-    wrappers = built.recipe.wrappers
-    key, uploads = key_of_noise(wrappers, folder), uploads_of(prepared.config, method, wrappers, folder)
-    return make_clients(
-        workplace, federation, method, training, scratch=folder, budget=budget, key=key, uploads=uploads
+        data=lambda: [client["sha256"] for client in client_table(prepared.workplace, federation).values()],
+        scratch=folder,
     )
 
 

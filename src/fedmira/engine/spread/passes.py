@@ -7,13 +7,13 @@ from torch import Tensor
 
 from fedmira.adapters import Adapters
 from fedmira.adapters.parts import Gate
-from fedmira.engine.executor import Plans, Scored, Serve
+from fedmira.engine.executor import Plans, Scored
 from fedmira.engine.phase import Inputs, PhaseResult, cut_into_passes, join_pieces, plan_steps
 from fedmira.engine.spread.actor import Answered, Rows, ScoreOrder, TrainOrder
 from fedmira.engine.spread.crew import Crew, Task
 from fedmira.engine.tools import Training
 from fedmira.engine.workplace import Evaluation, Workplace
-from fedmira.evaluation.measure import ANSWER_ROWS, chunks, examples_in
+from fedmira.evaluation.measure import ANSWER_ROWS, Serve, chunks, examples_in
 from fedmira.methods.base import Clock, Method
 
 
