@@ -15,8 +15,9 @@ from machine import describe
 
 from fedmira.disk.folders import RunFolder, StudyFolder
 from fedmira.engine.events import Event
+from fedmira.reports.record import read_object
 from fedmira.reports.results import Results, Row, read_results
-from fedmira.reports.stats import client_values
+from fedmira.reports.stats import client_values, curve
 from fedmira.study.compare import TUNING_FILE, compare
 from fedmira.study.events import RunBegun
 from fedmira.study.loading import load_compared
@@ -65,12 +66,14 @@ def keep(study: Path, path: Path, *, labels: Sequence[str], seeds: Sequence[int]
     kept, folder, results = read(path), StudyFolder(study), read_results(study)
     runs = {(run.facts.label, run.facts.seed): run for run in folder.runs()}
     some = next(iter(runs.values()))
-    config = folder.config()
+    config, facts = folder.config(), read_object(some.path / "clients.json")
     metrics = list(dict.fromkeys(("loss", *config.evaluation.metrics)))
     setting = {
         "base": Path(config.model.base_model).name,
         "dtype": some.facts.dtype,
         "clients": results.clients,
+        "groups": [facts[client].get("group") for client in results.clients],
+        "examples": [facts[client]["examples"]["train"] for client in results.clients],
         "sampled": some.facts.sampled,
         "rounds": config.federation.rounds,
         "metrics": metrics,
@@ -102,7 +105,12 @@ def keep(study: Path, path: Path, *, labels: Sequence[str], seeds: Sequence[int]
                 metric: [rounded(one) for one in client_values(of_seed, metric=metric)[label].values()]
                 for metric in metrics
             }
-            entry["runs"][str(seed)] = {**costs(runs[label, seed]), **values}
+            curves = (
+                {"curves": curves_of(runs[label, seed], of_seed)}
+                if config.evaluation.every < config.federation.rounds
+                else {}
+            )
+            entry["runs"][str(seed)] = {**costs(runs[label, seed]), **curves, **values}
         kept["methods"][label] = entry
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**setting, "methods": kept["methods"]}, indent=1)
@@ -120,7 +128,19 @@ def costs(run: RunFolder) -> Kept:
         "seconds": round(run.facts.seconds or 0.0, 1),
         "tokens": sum(record["tokens"] for record in records),
         "scored": sum(record.get("scored", 0) for record in records),
+        **({} if run.facts.privacy is None else {"epsilon": run.facts.privacy["epsilon"]}),
         **({"choices": choices(run)} if run.facts.figures is not None and "alpha" in run.facts.figures else {}),
+    }
+
+
+def curves_of(run: RunFolder, results: Results) -> Kept:
+    """Return [round, loss] of a run: `train` of its sampled clients, `validation` of all, where it was scored."""
+    label = run.facts.label
+    train = [(record["round"], math.fsum(record["train_loss"]) / len(record["train_loss"])) for record in run.records()]
+    validation = curve(results).get(label, [])
+    return {
+        name: [[turn, rounded(loss)] for turn, loss in points]
+        for name, points in (("train", train), ("validation", validation))
     }
 
 

@@ -3,7 +3,6 @@
 import sys
 from typing import Any
 
-import pytest
 from tests.pages import ROOT, load_script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -31,21 +30,45 @@ def stored() -> dict[str, Any]:
 
 
 def test_figures_are_of_the_seeds_that_every_method_has() -> None:
-    found = choosing.read(stored(), "ni-8x4")
-    methods = found["methods"]
-    assert (found["seeds"], found["clients"]) == (2, 6)
-    assert methods["local"]["loss"]["mean"] == 3.5
-    assert methods["fedavg"]["loss"]["against_local"]["difference"] == pytest.approx(4 / 6)
-    assert (methods["fedavg"]["worst"], methods["fedavg"]["always_worse"]) == (4.0, 1)
-    assert (methods["auto"]["worst"], methods["auto"]["always_worse"]) == (0.5, 1)
-    assert methods["auto"]["loss"]["against_local"]["wins"] == 1
-    assert found["choices"] == [{"alpha": 0.5, "learned": 0.25}, {"alpha": 0.75, "learned": 1.0}]
+    found = stored()
+    seeds = choosing.evidence.seeds_of(found, ["local", "fedavg", "auto"])
+    assert seeds == [0, 1]
+    assert (choosing.worst(found, "fedavg", seeds), choosing.always_worse(found, "fedavg", seeds)) == (4.0, 1)
+    assert (choosing.worst(found, "auto", seeds), choosing.always_worse(found, "auto", seeds)) == (0.5, 1)
+    assert choosing.choices([found["methods"]["auto"]["runs"][str(seed)] for seed in seeds]) == [
+        {"alpha": 0.5, "learned": 0.25},
+        {"alpha": 0.75, "learned": 1.0},
+    ]
 
 
 def test_the_page_says_what_was_chosen_scored_and_sent() -> None:
-    text = choosing.page([choosing.read(stored(), "ni-8x4")], None)
+    text = choosing.page({"ni-8x4": stored()}, None)
     assert "fast, 2 cores, commit abc" in text
     assert "6 clients, 1 rounds, 2 seeds." in text
     assert "0.50 (25 %), 0.75 (100 %)." in text
-    assert "- auto: 2.50 tokens scored for each one trained on, 2.00 times the bytes of fedavg." in text
+    assert "`auto`: 2.50 tokens scored for each one trained on, 2.00 times the bytes of fedavg." in text
+    assert "| training alone | 3.500 ± " in text
     assert "| one adapter for all | 4.167 ± " in text
+    assert "What of the choice is needed" not in text
+
+
+def test_ablations_are_a_table_of_their_own_with_the_seeds_that_they_have() -> None:
+    found = stored()
+    found["methods"]["auto-global"] = entry([1.5, *[2.0] * 5])
+    text = choosing.page({"ni-8x4": found}, None)
+    main, ablations = text.split("### What of the choice is needed")
+    assert "auto, global only" in ablations
+    assert "auto, global only" not in main
+    assert "2 seeds" in main
+    assert "1 seed." in ablations
+
+
+def test_auto_is_said_to_be_lower_only_where_a_test_tells() -> None:
+    found = stored()
+    found["clients"], found["metrics"] = [str(number) for number in range(20)], ["loss"]
+    for label, shift in (("local", 1.0), ("fedavg", 0.0), ("auto", 0.0)):
+        found["methods"][label]["runs"] = {
+            "0": {**found["methods"][label]["runs"]["0"], "loss": [number + shift for number in range(20)]}
+        }
+    text = choosing.finding(found, ["local", "fedavg", "auto"])
+    assert text == "At p < 0.01 the loss of `auto` is lower than `local`; not told apart from `fedavg`."

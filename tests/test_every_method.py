@@ -31,6 +31,7 @@ kept = load_script("benchmarks/kept.py")
 every = load_script("benchmarks/methods/measure.py")
 written = load_script("benchmarks/methods/page.py")
 made = load_script("docs/make_methods.py")
+evidence = sys.modules["evidence"]  # as the scripts have it
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +166,9 @@ def test_a_setting_has_every_method_and_its_config_is_right(
 def test_the_tasks_are_three_of_each_of_four_categories(
     tmp_path: Path, shared_file: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(every, "SHARED", shared_file("data/natural_instructions/tasks.jsonl.gz").parents[2])
-    tasks = [json.loads(line) for line in every.save_tasks(tmp_path).read_text(encoding="utf-8").splitlines()]
+    monkeypatch.setattr(evidence, "SHARED", shared_file("data/natural_instructions/tasks.jsonl.gz").parents[2])
+    every.words_of("ni", tmp_path)
+    tasks = [json.loads(line) for line in (tmp_path / "tasks.jsonl").read_text(encoding="utf-8").splitlines()]
     kinds = [task["category"] for task in tasks]
     assert [kinds.count(kind) for kind in dict.fromkeys(kinds)] == [3, 3, 3, 3]
     assert len({task["task"] for task in tasks}) == 12
@@ -175,9 +177,9 @@ def test_the_tasks_are_three_of_each_of_four_categories(
 def test_without_the_shared_data_it_is_said_where_they_were_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(every, "SHARED", tmp_path)
+    monkeypatch.setattr(evidence, "SHARED", tmp_path)
     with pytest.raises(SystemExit, match=r"no Natural Instructions at '.*tasks\.jsonl\.gz': set FEDMIRA_TEST_DATA"):
-        every.save_tasks(tmp_path)
+        every.words_of("ni", tmp_path)
 
 
 # ---------------------------------------------------------------- what is kept

@@ -9,49 +9,28 @@ base, nano, are looked for in FEDMIRA_TEST_DATA (default: ../shared).
 """
 
 import argparse
-import gzip
-import json
-import os
 import sys
-from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import kept
+from evidence import ROOT, SHARED, save_tasks
 
 import fedmira
 from fedmira.config.sections import Config
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-SHARED = Path(os.environ.get("FEDMIRA_TEST_DATA") or ROOT.parent / "shared")
 SETTINGS = ("demo", "ni")
 CATEGORIES, TASKS = 4, 3  # of Natural Instructions: the first categories, a client for each of their first tasks
 BUDGET = 3
-
-
-def save_tasks(folder: Path) -> Path:
-    """Write the tasks of the first categories to one file, as they are in the shared data."""
-    source = SHARED / "data/natural_instructions/tasks.jsonl.gz"
-    if not source.is_file():
-        raise SystemExit(f"no Natural Instructions at '{source}': set FEDMIRA_TEST_DATA to the folder of shared data")
-    with gzip.open(source, "rt", encoding="utf-8") as file:
-        tasks = [(json.loads(line)["category"], line) for line in file]
-    chosen: list[str] = []
-    for place, (_, lines) in enumerate(groupby(tasks, key=lambda task: task[0])):
-        if place < CATEGORIES:
-            chosen += [line for _, line in lines][:TASKS]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "tasks.jsonl"
-    path.write_text("".join(chosen), encoding="utf-8")
-    return path
 
 
 def words_of(name: str, folder: Path) -> list[str]:
     """Return what is changed in a setting's config: where its data and base are."""
     if name == "demo":
         return []
-    return [f"data.path={save_tasks(folder)}", f"model.base_model={SHARED / 'models/nano'}"]
+    tasks = save_tasks(folder / "tasks.jsonl", categories=CATEGORIES, tasks=TASKS, in_turn=False)
+    return [f"data.path={tasks}", f"model.base_model={SHARED / 'models/nano'}"]
 
 
 def load(name: str, folder: Path) -> Config:

@@ -1,0 +1,118 @@
+"""Test loss against epsilon, by method: does stronger noise make clients want more of their neighbours?
+
+    python benchmarks/privacy/write.py [--only none 0.5 1 2] [--seeds 3] [--methods LABEL ...]
+                                       [--only-page] [--folder FOLDER] [--page FILE] [--json FOLDER]
+
+A study of ni.yaml for each noise multiplier, `none` without privacy. Runs are kept in
+benchmarks/results/loss-and-epsilon-NOISE.json; what is kept there is not run again. Writes
+docs/results/loss-and-epsilon.md.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import evidence
+import kept
+from evidence import Study, chance, number
+from stored import table
+
+CONFIG = Path(__file__).with_name("ni.yaml")
+NOISES = ("none", "0.5", "1", "2")
+METHODS = {
+    "local": "training alone",
+    "fedavg": "FedAvg",
+    "mira-01": "MIRA, pull 0.1 to the client of the same category",
+    "mira-05": "MIRA, pull 0.5 to the client of the same category",
+    "mira-uniform": "MIRA, pull 0.5 to the mean of all others",
+}
+PULLS = ("mira-01", "mira-05", "mira-uniform", "fedavg")  # from little of the others to nothing but all of them
+STUDIES = tuple(
+    Study(noise, CONFIG, ("privacy=null" if noise == "none" else f"privacy.noise_multiplier={noise}",), seeds=3)
+    for noise in NOISES
+)
+HEAD = """\
+# Loss against epsilon
+
+Made by `python benchmarks/privacy/write.py`; {machines}.
+
+Record-level DP-SGD in each client's phase ([privacy](../privacy.md)): gradients of each example clipped to norm 1,
+Gaussian noise of the multiplier in the first column, Poisson sampling; epsilon by the PLD accountant, add-or-remove one
+example, delta 1e-4, of a client that takes part in all {rounds} rounds of {steps} steps of about {batch} of its {train}
+examples. The base is `nano` (6.9 M parameters) in float32, rank 8 on all linear layers; {clients} tasks of Natural
+Instructions, two of each of four categories, a client each; {seeds} seeds. Nothing was tuned: learning rate {rate:g}
+everywhere, the same for every noise.
+
+Test loss in nats: means over clients of each client's mean over seeds. Better / equal / worse, p: against training
+alone with the same noise, Wilcoxon's signed-rank test over {clients} clients (its smallest p is {least:.2g}), with
+Holm's correction.
+"""
+
+
+def epsilon_of(found: kept.Kept) -> str:
+    """Return the epsilon of all clients of a study, which took part equally."""
+    spent = {run.get("epsilon") for entry in found["methods"].values() for run in entry["runs"].values()}
+    values = sorted(value for value in spent if value is not None)
+    return "\N{INFINITY}" if not values else " to ".join(dict.fromkeys(f"{one:.2f}" for one in (values[0], values[-1])))
+
+
+def rows(noise: str, found: kept.Kept) -> list[list[str]]:
+    """Return the lines of one noise multiplier."""
+    labels = [label for label in METHODS if label in found["methods"]]
+    items = evidence.summaries(found, labels)
+    lines = []
+    for label in labels:
+        against = items[label].against
+        difference = "" if against is None else number(against.difference)
+        place = [noise, epsilon_of(found)] if label == labels[0] else ["", ""]
+        lines.append([*place, METHODS[label], evidence.interval(items[label]), difference, *evidence.against(against)])
+    return lines
+
+
+def finding(found: Mapping[str, kept.Kept]) -> str:
+    """Say which pull is best at each noise, and how the gain over training alone changes with it."""
+    said = []
+    for noise, one in found.items():
+        items = evidence.summaries(one, [label for label in PULLS if label in one["methods"]])
+        best = min((item for label, item in items.items() if label in PULLS), key=lambda item: item.mean or 0.0)
+        against = best.against
+        assert against is not None
+        p = chance(against.p_holm)
+        said.append(
+            f"- noise {noise}: {METHODS[best.method]}, {number(against.difference)} nats against training alone (p {p})"
+        )
+    return "\n".join(["Lowest loss among those that take something of others:", "", *said])
+
+
+def page(found: Mapping[str, kept.Kept]) -> str:
+    """Write the page from what is kept."""
+    one = next(iter(found.values()))
+    training, clients = one["training"], len(one["clients"])
+    text = HEAD.format(
+        machines=evidence.machines(found),
+        rounds=one["rounds"],
+        steps=training["local_steps"],
+        batch=training["batch_size"],
+        train=" to ".join(dict.fromkeys(str(pick(one["examples"])) for pick in (min, max))),
+        clients=clients,
+        seeds=len(evidence.seeds_of(one, list(one["methods"]))),
+        rate=training["learning_rate"],
+        least=2 / 2**clients,
+    )
+    head = ["noise multiplier", "epsilon", "", "test loss, nats", "minus alone", "better / equal / worse", "p"]
+    lines = [line for noise, one in found.items() for line in rows(noise, one)]
+    return "\n".join([text, table(head, lines), "", finding(found), ""])
+
+
+def main() -> None:
+    options = evidence.options(__doc__ or "", "loss-and-epsilon", STUDIES)
+    folder = options.folder
+    path = evidence.save_tasks(folder / "tasks.jsonl", categories=4, tasks=2)
+    places = [f"data.path={path}", f"model.base_model={evidence.SHARED / 'models/nano'}"]
+    evidence.measure(STUDIES, options, places)
+    options.file.write_text(page(evidence.read(STUDIES, options)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
