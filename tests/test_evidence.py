@@ -57,6 +57,13 @@ def test_every_study_of_a_page_loads_with_its_methods(name: str) -> None:
         assert (study.labels or labels)[0] == "local"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*/full*.yaml")), ids=lambda path: path.stem)
+def test_the_full_settings_load(path: Path) -> None:
+    config = fedmira.load_config(path)
+    assert config.methods[0].name == "local"
+    assert not Path(config.model.base_model).exists()  # a name on the hub
+
+
 def test_the_page_of_losses_says_from_when_on_one_curve_is_below_another() -> None:
     losses = PAGES["paper/losses"]
     found = stored(fedit=0.5, mira_paper=0.25, mira_strong=0.75)
