@@ -110,16 +110,21 @@ def keep(study: Path, path: Path, *, labels: Sequence[str], seeds: Sequence[int]
                 if config.evaluation.every < config.federation.rounds
                 else {}
             )
-            entry["runs"][str(seed)] = {**costs(runs[label, seed]), **curves, **values}
+            entry["runs"][str(seed)] = {**costs(runs[label, seed], results.clients), **curves, **values}
         kept["methods"][label] = entry
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**setting, "methods": kept["methods"]}, indent=1)
     path.write_text(flattened(text) + "\n", encoding="utf-8")
 
 
-def costs(run: RunFolder) -> Kept:
-    """Return what a run took, and on what machine; bytes_up and _down: of a client in a round, the least and most."""
+def costs(run: RunFolder, clients: Sequence[str]) -> Kept:
+    """Return what a run took, and on what machine; bytes_up and _down: of a client in a round, the least and most.
+
+    never: places of the clients that no round sampled, if there are any.
+    """
     records, where = run.records(), describe()
+    seen = {client for record in records for client in record["clients"]}
+    never = [place for place, client in enumerate(clients) if client not in seen]
     sent = {key: [record[key] // len(record["clients"]) for record in records] for key in ("bytes_up", "bytes_down")}
     return {
         "machine": {key: where[key] for key in ("cpu", "cores", "threads", "commit", "date")},
@@ -128,6 +133,7 @@ def costs(run: RunFolder) -> Kept:
         "seconds": round(run.facts.seconds or 0.0, 1),
         "tokens": sum(record["tokens"] for record in records),
         "scored": sum(record.get("scored", 0) for record in records),
+        **({"never": never} if never and records else {}),
         **({} if run.facts.privacy is None else {"epsilon": run.facts.privacy["epsilon"]}),
         **({"choices": choices(run)} if run.facts.figures is not None and "alpha" in run.facts.figures else {}),
     }

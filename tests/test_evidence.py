@@ -93,11 +93,14 @@ def test_questions_compare_a_graph_with_its_permutation_and_list_where_it_hurts(
         "rank-8": stored(task=-0.5, pull_001=0.0, pull_01=-0.1, pull_1=0.5),
         "clients-10": stored(fedavg=1.0, auto=-0.25),
     }
+    for one in found["clients-10"]["methods"].values():
+        one["runs"]["1"]["never"] = [0, 7]
     text = questions.page(found)
     assert f"- the same task (the truth): {MINUS}0.750 nats against its own permutation, better for 8 of 8" in text
     assert "| 8 | 4.500 | 4.500 | 4.400 * | 4.000 * | 5.000 * |" in text
     assert "| graphs | fedavg | 100 % | 1.000 |" in text
     assert "10 clients: 8 clients, 2 seeds." in text
+    assert "| 10 | 2 | 4.500 | 5.500 | 4.250 |  |" in text  # never sampled
 
 
 def test_loss_and_epsilon_are_by_noise() -> None:
@@ -128,3 +131,17 @@ def test_tasks_are_taken_in_turn_from_each_category(tmp_path: Path, monkeypatch:
     assert names(categories=2, tasks=2) == ["a0", "b0", "a1", "b1"]
     assert names(categories=2, tasks=2, in_turn=False) == ["a0", "a1", "b0", "b1"]
     assert names(categories=3, tasks=2, most=4) == ["a0", "b0", "c0", "a1"]
+
+
+def test_newcomers_are_compared_with_training_alone_each_by_its_mean_over_seeds() -> None:
+    newcomers = load_script("benchmarks/questions/newcomers.py")
+    rows = [
+        {"method": "auto", "seed": seed, "client": client, "examples": 20, "steps": 8}
+        | {"losses": {"untouched base": 4.0, "start": 3.0, "alone": 2.0 + seed, "adapted": 1.5 + seed + shift}}
+        for seed in (0, 1)
+        for client, shift in (("a", 0.0), ("b", 1.0), ("c", 0.1))
+    ]
+    text = newcomers.page({"machine": WHERE, "rows": rows})
+    assert "| `lambda: auto`: its own choice of the means | 4.000 | 3.000 | 2.500 | 2.367 | 2 of 3 | " in text
+    assert "with 20 training examples" in text
+    assert "3\nnewcomers" in text

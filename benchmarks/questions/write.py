@@ -7,6 +7,7 @@ Studies of ni.yaml beside this file, each with the methods that its question nee
 benchmarks/results/questions-STUDY.json; what is kept there is not run again. Writes docs/results/questions.md.
 """
 
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -160,7 +161,30 @@ def counts(found: Mapping[str, kept.Kept]) -> list[str]:
     for count in COUNTS:
         if (one := found.get(f"clients-{count}")) is not None:
             parts += [f"{count} clients: {seeds(one)}", compared(one, OTHERS)]
-    return parts
+    return [*parts, *unseen(found)]
+
+
+def unseen(found: Mapping[str, kept.Kept]) -> list[str]:
+    """What those get whom no round sampled: the common start, or their own choice at the end."""
+    words = {"local": "training alone: the base", **OTHERS}
+    rows = []
+    for count in COUNTS:
+        one = found.get(f"clients-{count}", {"methods": {}})
+        shared = {label: entry["runs"] for label, entry in one["methods"].items() if label in words}
+        pairs = {
+            label: [run["loss"][place] for run in runs.values() for place in run.get("never", ())]
+            for label, runs in shared.items()
+        }
+        if pairs.get("local"):
+            cells = (number(statistics.fmean(pairs[label])) if pairs.get(label) else "" for label in words)
+            rows.append([str(count), str(len(pairs["local"])), *cells])
+    return [
+        "## Clients that were never sampled",
+        "With a tenth of the clients in each of 20 rounds some are never drawn. Along a graph such a client ends with "
+        "its neighbours' mean, with `lambda: auto` with its own choice after the last round. Mean test loss of these "
+        "clients, over seeds:",
+        table(["clients", "never sampled, all seeds", *words.values()], rows),
+    ]
 
 
 def mixtures(found: Mapping[str, kept.Kept]) -> list[str]:
