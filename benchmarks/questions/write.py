@@ -38,7 +38,7 @@ FORMS = {
 }
 PULLS = {"pull-001": "0.01", "pull-01": "0.1", "task": "0.5", "pull-1": "1"}
 OTHERS = {"fedavg": "one adapter for all", "auto": "`lambda: auto`", "task": "true groups, pull 1/2"}
-RANKS, COUNTS, ALPHAS = (4, 8, 16, 32), (10, 50, 150, 550), ("0.1", "1", "10")
+RANKS, COUNTS, ALPHAS = (4, 8, 16, 32), (10, 50, 150, 550), ("0.3", "1", "10")
 TASKS_A_CLIENT = 5  # clients that share a task, whatever their number
 
 
@@ -51,8 +51,8 @@ def of_clients(count: int) -> Study:
 
 def of_dirichlet(alpha: str) -> Study:
     """A study of the same examples, dealt to 24 clients by a Dirichlet distribution over tasks."""
-    dealt = f"{{name: dirichlet, num_partitions: 24, partition_by: task, alpha: {alpha}, min_partition_size: 8}}"
-    words = (f"data.clients={{partitioner: {dealt}}}",)
+    dealt = f"{{name: dirichlet, num_partitions: 24, partition_by: task, alpha: {alpha}, min_partition_size: 10}}"
+    words = (f"data.clients={{partitioner: {dealt}}}", "data.subsample=1.0")
     return Study(f"dirichlet-{alpha}", CONFIG, words, ("local", "fedavg", "auto", "learned", "all"), seeds=3)
 
 
@@ -193,8 +193,8 @@ def mixtures(found: Mapping[str, kept.Kept]) -> list[str]:
              "all": "everybody alike, pull 1/2"}  # fmt: skip
     parts = [
         "## From unlike to alike clients",
-        "The same examples dealt to 24 clients by a Dirichlet distribution over the 8 tasks: alpha 0.1, nearly one "
-        "task a client; alpha 10, nearly the same mixture for all.",
+        "The same examples dealt to 24 clients by a Dirichlet distribution over the 8 tasks: alpha 0.3, few tasks "
+        "a client; alpha 10, nearly the same mixture for all.",
     ]
     for alpha in ALPHAS:
         if (one := found.get(f"dirichlet-{alpha}")) is not None:

@@ -159,7 +159,7 @@ def test_rounds_that_are_added_are_paid_for_and_newcomers_are_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(21))
 def test_two_hundred_kills_leave_epsilon_as_it_is(seed: int, make: Make, tmp_path: Path, note: Note) -> None:
     study = tmp_path / "study"
     kills = kill_at_random(make("study"), study, seed=seed, attempts=10, within=100)
