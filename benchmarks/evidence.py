@@ -102,7 +102,7 @@ def measure(studies: Sequence[Study], options: Options, words: Sequence[str] = (
                     path=options.path(study),
                 )
             found = kept.read(options.path(study))
-            if not tuned and all(kept.is_kept(found, label, [seed]) for label in wanted):
+            if not tuned and all(kept.is_kept(found, label, [seed]) for label in of_study):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
