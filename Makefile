@@ -45,7 +45,7 @@ check:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy $(MYPY_FLAGS)
+	MYPY_NUM_WORKERS=2 $(BIN)/mypy $(MYPY_FLAGS)
 	$(QUIET_HUB) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test:

@@ -21,7 +21,8 @@ BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = sorted(
     str(path.relative_to(BENCHMARKS))
     for path in BENCHMARKS.glob("**/*.py")
-    if "ArgumentParser(" in path.read_text(encoding="utf-8")
+    if "__main__" in (text := path.read_text(encoding="utf-8"))
+    and ("ArgumentParser(" in text or "evidence.options(" in text)
 )
 SVG = "{http://www.w3.org/2000/svg}"
 DEFAULT_NOTES = (BENCHMARKS / "notes.md").read_text(encoding="utf-8")
@@ -68,7 +69,7 @@ def test_every_script_says_how_it_is_called(
 
 def writes_a_page(script: str) -> bool:
     """Does a script write a page that is its alone?"""
-    pages = ("choosing/", "methods/", "paper/", "federation/", "privacy/", "large/")
+    pages = ("choosing/", "methods/", "paper/", "federation/", "privacy/", "large/", "ranks/", "questions/")
     return script.startswith(pages) or script in (
         "startup.py",
         "reliability.py",

@@ -174,6 +174,7 @@ def _save_rows(folder: Path, shown: Sequence[str]) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_commands_and_the_code_of_the_readme_run(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "readme" / "base")
     assert run_readme(read("README.md"), tmp_path / "readme") > 0

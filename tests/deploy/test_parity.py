@@ -59,6 +59,7 @@ def test_adapters_and_figures_are_those_of_the_simulation(
     check_same(label, simulation, there, lambda label, site: link.folders[site].adapters / label / f"seed-{SEED}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", LABELS)
 def test_a_batched_simulation_has_the_same_to_a_tolerance(
     label: str, batched: Path, studies: tuple[Path, Loopback]

@@ -351,6 +351,7 @@ def test_the_server_makes_the_message_of_one_site_at_a_time_and_once_for_each_or
     assert all(len(ids) == 1 for _, ids in asked)
 
 
+@pytest.mark.slow
 def test_a_site_that_was_restarted_answers_with_what_is_on_its_disk(make: Callable[..., ServerFolder]) -> None:
     """After every answer the site's process is replaced by a new one: the bits are those of one that lived on."""
 

@@ -260,6 +260,7 @@ def in_child(name: str, sizes: int) -> str:
         return pool.apply(judge_within, (name, sizes))
 
 
+@pytest.mark.slow
 def test_no_message_takes_more_than_twice_the_largest_one(note: Note) -> None:
     found = {name: in_child(name, 2) for name in bombs(8)}
     assert Counter(found.values()) == {"not_finite": 2, "norm": 1, "schema": 4, "duplicate": 1}

@@ -482,6 +482,7 @@ def test_resume_refuses_data_with_other_clients_or_counts(make: Make, data: Path
         fedmira.resume(done.path, ["federation.rounds=9"])
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_costs_one_round_and_not_the_result(
     make: Make, study: Study, caplog: pytest.LogCaptureFixture
 ) -> None:
