@@ -160,6 +160,11 @@ def against(item: Comparison | None) -> list[str]:
     return ["", ""] if item is None else [f"{item.wins} / {item.ties} / {item.losses}", chance(item.p_holm)]
 
 
+def places(data: Path) -> list[str]:
+    """Return what changes in a config: its data, and the base nano where the shared models are."""
+    return [f"data.path={data}", f"model.base_model={SHARED / 'models/nano'}"]
+
+
 def save_tasks(path: Path, *, categories: int, tasks: int, in_turn: bool = True, most: int | None = None) -> Path:
     """Write Natural Instructions' first tasks of its first categories to one file, as they are in the shared data.
 

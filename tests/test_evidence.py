@@ -99,7 +99,7 @@ def test_questions_compare_a_graph_with_its_permutation_and_list_where_it_hurts(
     assert f"- the same task (the truth): {MINUS}0.750 nats against its own permutation, better for 8 of 8" in text
     assert "| 8 | 4.500 | 4.500 | 4.400 * | 4.000 * | 5.000 * |" in text
     assert "| graphs | fedavg | 100 % | 1.000 |" in text
-    assert "10 clients: 8 clients, 2 seeds." in text
+    assert "clients 10: 8 clients, 2 seeds." in text
     assert "| 10 | 2 | 4.500 | 5.500 | 4.250 |  |" in text  # never sampled
 
 

@@ -137,7 +137,7 @@ def methods_table(found: kept.Kept, labels: Sequence[str]) -> str:
 
 
 def finding(found: kept.Kept, labels: Sequence[str]) -> str:
-    """Say whether `auto` has a lower loss than each other method, and than training alone client by client."""
+    """Say whether `auto` has a lower loss than each other method."""
     items = evidence.summaries(found, labels, baseline="auto")
     lower: dict[str, list[str]] = {"lower than": [], "not told apart from": [], "higher than": []}
     for label in [one for one in ONE_KNOB if one in items]:
@@ -207,13 +207,9 @@ the order of the methods on the same clients, not their losses.
 
 def page(found: Mapping[str, kept.Kept], spent: Mapping[str, Any] | None) -> str:
     """Write the page from what is kept. spent: of cost.py."""
-    parts = [section(name, one) for name, one in found.items()]
-    return (
-        "\n\n".join(
-            [HEAD.format(machines=evidence.machines(found)).rstrip(), *parts, *([costs(spent)] if spent else [])]
-        )
-        + "\n"
-    )
+    head = HEAD.format(machines=evidence.machines(found)).rstrip()
+    parts = [head, *(section(name, one) for name, one in found.items()), *([costs(spent)] if spent else [])]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:

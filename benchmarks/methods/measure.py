@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import kept
-from evidence import ROOT, SHARED, save_tasks
+from evidence import ROOT, places, save_tasks
 
 import fedmira
 from fedmira.config.sections import Config
@@ -30,7 +30,7 @@ def words_of(name: str, folder: Path) -> list[str]:
     if name == "demo":
         return []
     tasks = save_tasks(folder / "tasks.jsonl", categories=CATEGORIES, tasks=TASKS, in_turn=False)
-    return [f"data.path={tasks}", f"model.base_model={SHARED / 'models/nano'}"]
+    return places(tasks)
 
 
 def load(name: str, folder: Path) -> Config:

@@ -135,11 +135,10 @@ def page(found: Mapping[str, kept.Kept]) -> str:
 
 def main() -> None:
     options = evidence.options(__doc__ or "", "paper-losses", STUDIES)
-    base = f"model.base_model={SHARED / 'models/nano'}"
     tasks = evidence.save_tasks(options.folder / "tasks.jsonl", categories=8, tasks=3)
     dolly = SHARED / "data/dolly/databricks-dolly-15k.jsonl.gz"
     for study, path in zip(STUDIES, (tasks, dolly), strict=True):
-        evidence.measure([study], options, [base, f"data.path={path}"])
+        evidence.measure([study], options, evidence.places(path))
     options.file.write_text(page(evidence.read(STUDIES, options)), encoding="utf-8")
 
 

@@ -107,10 +107,8 @@ def page(found: Mapping[str, kept.Kept]) -> str:
 
 def main() -> None:
     options = evidence.options(__doc__ or "", "loss-and-epsilon", STUDIES)
-    folder = options.folder
-    path = evidence.save_tasks(folder / "tasks.jsonl", categories=4, tasks=1)
-    places = [f"data.path={path}", f"model.base_model={evidence.SHARED / 'models/nano'}"]
-    evidence.measure(STUDIES, options, places)
+    tasks = evidence.save_tasks(options.folder / "tasks.jsonl", categories=4, tasks=1)
+    evidence.measure(STUDIES, options, evidence.places(tasks))
     options.file.write_text(page(evidence.read(STUDIES, options)), encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import evidence
-from evidence import ROOT, SHARED, number
+from evidence import ROOT, number
 from machine import describe
 from stored import table
 
@@ -57,8 +57,7 @@ def measure(folder: Path, seeds: int, path: Path) -> None:
     """Run the study, and adapt every newcomer to every run of it; what is in the file already is not done again."""
     known, new = split_tasks(folder)
     study = folder / "study"
-    words = [*WORDS, f"data.path={known}", f"model.base_model={SHARED / 'models/nano'}", f"output_dir={study}",
-             f"seeds={list(range(seeds))}", "evaluation.every=8"]  # fmt: skip
+    words = [*WORDS, *evidence.places(known), f"output_dir={study}", f"seeds={list(range(seeds))}"]
     config = fedmira.load_config(CONFIG, words)
     methods = tuple(entry for entry in config.methods if entry.folder in METHODS)
     if (study / "config.yaml").is_file():

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import evidence
 import kept
-from evidence import SHARED, Options, Study, number
+from evidence import Options, Study, number
 from stored import table
 
 CONFIG = Path(__file__).with_name("ni.yaml")
@@ -78,14 +78,12 @@ correction over the rows of a table.
 """
 
 
-def compared(found: kept.Kept, words: Mapping[str, str], *, baseline: str = "local", first: str = "") -> str:
-    """Write a line for each method: its loss, and how it compares with the baseline."""
+def compared(found: kept.Kept, words: Mapping[str, str]) -> str:
+    """Write a line for each method: its loss, and how it compares with training alone."""
     labels = [label for label in words if label in found["methods"]]
-    items = evidence.summaries(found, labels, baseline=baseline)
-    rows = [
-        ["training alone" if baseline == "local" else words[baseline], evidence.interval(items[baseline]), *[""] * 4]
-    ]
-    for label in [one for one in labels if one != baseline]:
+    items = evidence.summaries(found, labels)
+    rows = [["training alone", evidence.interval(items["local"]), *[""] * 4]]
+    for label in labels:
         against = items[label].against
         assert against is not None
         rows.append(
@@ -97,7 +95,7 @@ def compared(found: kept.Kept, words: Mapping[str, str], *, baseline: str = "loc
                 number(against.effect, 2),
             ]
         )
-    return table([first, "test loss", "minus the first", "better / equal / worse", "p", "effect size"], rows)
+    return table(["", "test loss", "minus alone", "better / equal / worse", "p", "effect size"], rows)
 
 
 def seeds(found: kept.Kept) -> str:
@@ -158,10 +156,18 @@ def counts(found: Mapping[str, kept.Kept]) -> list[str]:
         "Five clients share a task of 120 examples, whatever their number: what grows is the number of strangers. A "
         "tenth of the clients in a round, 20 rounds of 2 steps: each client takes part about twice.",
     ]
-    for count in COUNTS:
-        if (one := found.get(f"clients-{count}")) is not None:
-            parts += [f"{count} clients: {seeds(one)}", compared(one, OTHERS)]
-    return [*parts, *unseen(found)]
+    return [*parts, *in_turn(found, "clients", COUNTS, OTHERS), *unseen(found)]
+
+
+def in_turn(
+    found: Mapping[str, kept.Kept], kind: str, values: Sequence[float | str], words: Mapping[str, str]
+) -> list[str]:
+    """A table for each study of a kind that there is."""
+    parts = []
+    for value in values:
+        if (one := found.get(f"{kind}-{value}")) is not None:
+            parts += [f"{kind} {value}: {seeds(one)}", compared(one, words)]
+    return parts
 
 
 def unseen(found: Mapping[str, kept.Kept]) -> list[str]:
@@ -180,9 +186,9 @@ def unseen(found: Mapping[str, kept.Kept]) -> list[str]:
             rows.append([str(count), str(len(pairs["local"])), *cells])
     return [
         "## Clients that were never sampled",
-        "With a tenth of the clients in each of 20 rounds some are never drawn. Along a graph such a client ends with "
-        "its neighbours' mean, with `lambda: auto` with its own choice after the last round. Mean test loss of these "
-        "clients, over seeds:",
+        "With a tenth of the clients in each of 20 rounds some are never drawn. Along a graph such a client keeps the "
+        "common start, by (9); with `lambda: auto` it ends with its own choice after the last round. Mean test loss of "
+        "these clients, over seeds:",
         table(["clients", "never sampled, all seeds", *words.values()], rows),
     ]
 
@@ -196,10 +202,7 @@ def mixtures(found: Mapping[str, kept.Kept]) -> list[str]:
         "The same examples dealt to 24 clients by a Dirichlet distribution over the 8 tasks: alpha 0.3, few tasks "
         "a client; alpha 10, nearly the same mixture for all.",
     ]
-    for alpha in ALPHAS:
-        if (one := found.get(f"dirichlet-{alpha}")) is not None:
-            parts += [f"alpha {alpha}: {seeds(one)}", compared(one, words)]
-    return parts
+    return [*parts, *in_turn(found, "dirichlet", ALPHAS, words)]
 
 
 def hurt(found: Mapping[str, kept.Kept]) -> list[str]:
@@ -240,7 +243,7 @@ def places(study: Study, options: Options) -> Sequence[str]:
         evidence.save_tasks(path, categories=11, tasks=-(-count // 11), most=count)
     else:
         path = evidence.save_tasks(options.folder / "tasks.jsonl", categories=4, tasks=2)
-    return [f"data.path={path}", f"model.base_model={SHARED / 'models/nano'}"]
+    return evidence.places(path)
 
 
 def main() -> None:

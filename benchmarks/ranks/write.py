@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import evidence
 import kept
-from evidence import SHARED, Study, chance, number
+from evidence import Study, chance, number
 from stored import table
 
 from fedmira.reports.averages import holm, mean, signed_rank_p
@@ -97,7 +97,7 @@ def page(found: Mapping[str, kept.Kept]) -> str:
 def main() -> None:
     options = evidence.options(__doc__ or "", "mixed-ranks", STUDIES)
     tasks = evidence.save_tasks(options.folder / "tasks.jsonl", categories=8, tasks=3)
-    evidence.measure(STUDIES, options, [f"data.path={tasks}", f"model.base_model={SHARED / 'models/nano'}"])
+    evidence.measure(STUDIES, options, evidence.places(tasks))
     options.file.write_text(page(evidence.read(STUDIES, options)), encoding="utf-8")
 
 

@@ -222,7 +222,7 @@ def write_rows(path: Path, names: Sequence[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [220, pytest.param(COUNT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [220, COUNT])
 def test_a_real_study_of_hostile_names_writes_into_its_folder_only_and_nothing_obeys_them(
     count: int, tmp_path: Path
 ) -> None:
