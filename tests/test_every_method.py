@@ -156,7 +156,7 @@ def test_a_setting_has_every_method_and_its_config_is_right(
     name: str, tmp_path: Path, shared_file: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "ni":
-        monkeypatch.setattr(every, "SHARED", shared_file("data/natural_instructions/tasks.jsonl.gz").parents[2])
+        monkeypatch.setattr(evidence, "SHARED", shared_file("data/natural_instructions/tasks.jsonl.gz").parents[2])
     config = every.load(name, tmp_path)
     assert {entry.id for entry in config.methods} == set(fedmira.method_names())
     assert config.methods[0].id == "local"
