@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -77,17 +78,22 @@ def options(description: str, page: str, studies: Sequence[Study]) -> Options:
 
 
 def measure(studies: Sequence[Study], options: Options, words: Sequence[str] = ()) -> None:
-    """Measure what is not kept yet, seed by seed, so that every study has some seeds early. words: of all configs."""
+    """Measure what is not kept yet, seed by seed, so that every study has some seeds early; `more` comes last.
+
+    words: of all configs.
+    """
     if options.only_page:
         return
-    for seed in range(options.seeds):
-        for study in [one for one in studies if one.name in options.only]:
-            if study.seeds is not None and seed >= study.seeds:
+    chosen = [one for one in studies if one.name in options.only]
+    for last in (False, True):
+        for seed, study in product(range(options.seeds), chosen):
+            if seed >= (FEW if last else study.seeds or options.seeds):
                 continue
             overrides = [*words, *study.words]
             labels = [entry.folder for entry in fedmira.load_config(study.config, overrides).methods]
             of_study = [*(study.labels or labels), *(study.more if seed < FEW else ())]
-            wanted = [one for one in of_study if one in (options.methods or of_study)]
+            part = study.more if last else study.labels or labels
+            wanted = [one for one in part if one in (options.methods or part)]
             tuned = study.tuned > 1  # tuning is of the first seed: later seeds need the folder that it is in
             folder = options.folder / study.name / ("all" if tuned else f"seed-{seed}")
             seeds = list(range(seed + 1)) if tuned else [seed]

@@ -33,11 +33,9 @@ WORDS = {
     "known-groups": "MIRA's step (8), pull 1/2 at upload, true groups, stored neighbours",
     "known-shuffled": "the same, groups of permuted clients",
     "learned-half": "half of the learned neighbours' mean at every fetch, no choice",
-    "ditto": "Ditto (two gradients a step)",
-    "apfl": "APFL (two gradients a step)",
-    "fedamp": "FedAMP",
     "auto": "`lambda: auto`: learned and global",
 }
+PERSONAL = {"ditto": "Ditto (two gradients a step)", "pftt": "PFTT", "fedbone": "FedBone"}
 ABLATIONS = {
     "auto-known": "auto, true groups and global",
     "auto-learned": "auto, learned only",
@@ -50,10 +48,9 @@ ABLATIONS = {
 }
 MAIN = tuple(WORDS)
 STUDIES = (
-    Study("ni-8x4", HERE / "ni-8x4.yaml", labels=MAIN, more=tuple(ABLATIONS)),
-    *(Study(name, HERE / f"{name}.yaml", labels=MAIN) for name in ("ni-28", "dolly-8x4")),
+    Study("ni-8x4", HERE / "ni-8x4.yaml", labels=MAIN, more=(*PERSONAL, *ABLATIONS)),
+    *(Study(name, HERE / f"{name}.yaml", labels=MAIN, more=tuple(PERSONAL)) for name in ("ni-28", "dolly-8x4")),
 )
-ONE_KNOB = ("local", "fedavg", "fedavg_ft", "known-groups", "known-shuffled", "learned-half", "ditto", "apfl", "fedamp")
 
 
 def worst(found: kept.Kept, label: str, seeds: Sequence[int]) -> float:
@@ -95,13 +92,13 @@ def section(name: str, found: kept.Kept) -> str:
         ", ".join(pulls) + ".",
         traffic(found, seeds),
     ]
-    if ablations := [label for label in ABLATIONS if label in found["methods"]]:
-        labels = ["local", "auto", *ablations]
-        parts += [
-            "### What of the choice is needed",
-            f"The same setting, {counted(evidence.seeds_of(found, labels))}.",
-            methods_table(found, labels),
-        ]
+    for title, more in (("Other personal methods", PERSONAL), ("What of the choice is needed", ABLATIONS)):
+        if some := [label for label in more if label in found["methods"]]:
+            labels = ["local", "auto", *some]
+            said = f"The same setting, {counted(evidence.seeds_of(found, labels))}."
+            parts += [f"### {title}", said, methods_table(found, labels)]
+            if more is PERSONAL:
+                parts.append(finding(found, labels))
     return "\n\n".join(parts)
 
 
@@ -111,7 +108,7 @@ def counted(seeds: Sequence[int]) -> str:
 
 def methods_table(found: kept.Kept, labels: Sequence[str]) -> str:
     """Write a line for each method: its loss, against training alone and against `auto`."""
-    words, seeds = {**WORDS, **ABLATIONS}, evidence.seeds_of(found, labels)
+    words, seeds = {**WORDS, **PERSONAL, **ABLATIONS}, evidence.seeds_of(found, labels)
     extra = next(metric for metric in ("exact_match", "rouge_l") if metric in found["metrics"])
     alone, auto = (evidence.summaries(found, labels, baseline=one) for one in ("local", "auto"))
     scores = evidence.summaries(found, labels, metric=extra)
@@ -140,7 +137,7 @@ def finding(found: kept.Kept, labels: Sequence[str]) -> str:
     """Say whether `auto` has a lower loss than each other method."""
     items = evidence.summaries(found, labels, baseline="auto")
     lower: dict[str, list[str]] = {"lower than": [], "not told apart from": [], "higher than": []}
-    for label in [one for one in ONE_KNOB if one in items]:
+    for label in [one for one in labels if one != "auto"]:
         against = items[label].against
         assert against is not None
         clear = against.p_holm is not None and against.p_holm < 0.01
