@@ -64,7 +64,7 @@ def test_the_example_in_python_ends_with_mira_ahead_of_training_alone(
     assert example.scores_of(study, "word_accuracy").shape == (8, 3)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "own_data"])
+@pytest.mark.parametrize("name", [pytest.param("quickstart", marks=pytest.mark.slow), "own_data"])
 def test_an_example_config_runs_to_a_report_and_an_adapter_per_client(name: str, tmp_path: Path) -> None:
     length = "training.local_steps=1" if name == "quickstart" else "training.local_epochs=1"
     short = ["federation.rounds=2", length]

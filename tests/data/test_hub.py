@@ -164,6 +164,7 @@ def test_rows_of_mixed_kinds_are_skipped_like_any_others(hub: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_module_in_the_current_folder_is_not_run(hub: Path) -> None:
     Path("datasets.py").write_text("raise SystemExit('run')")
     Path("json.py").write_text("raise SystemExit('run')")
@@ -205,6 +206,7 @@ def test_a_refusal_of_the_hub_is_one_line_and_leaves_nothing(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_one_line_at_once(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     message = fault("org/one")

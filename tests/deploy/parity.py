@@ -43,6 +43,7 @@ METHODS: list[Mapping[str, Any]] = [
 ]
 LABELS = tuple(str(method.get("label", method["name"])) for method in METHODS)
 ROUNDED = ("prompts",)  # similarities of embeddings: passes of one site have other last digits than those of all
+QUICK = ("mira", "auto", "fedsa", "fedptuning", "flexlora", "fedex", "prompts", "ditto", "scaffold", "feddpa")
 SEED = 3
 
 # Of a batched simulation from a federation: of the largest number of an adapter, and of a figure. Measured: 2e-6.

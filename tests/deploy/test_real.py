@@ -1,4 +1,4 @@
-"""A real federation: processes, mutual TLS, a server that is killed in the middle; the bits of the simulation."""
+"""A real federation: processes, mutual TLS, the bits of the simulation; slow: a server that is killed in the middle."""
 
 import importlib.util
 import json
@@ -72,11 +72,13 @@ def wait_for(records: RunFolder, rounds: int) -> None:
     raise AssertionError(f"no {rounds} rounds in {SECONDS:.0f} s")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["whole", pytest.param("killed", marks=pytest.mark.slow)])
 def ended(
-    tmp_path_factory: pytest.TempPathFactory, processes: list[subprocess.Popen[str] | Forked]
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    processes: list[subprocess.Popen[str] | Forked],
 ) -> tuple[ServerFolder, Path, list[str]]:
-    """Carry out a study in a simulation and in a federation whose server is killed after two rounds."""
+    """Carry out a study in a simulation and in a federation, whose server is killed after two rounds if so asked."""
     here = tmp_path_factory.mktemp("real")
     base, data = small_study.save_base(here / "base"), small_study.save_data(here / "all.jsonl")
     rows = [row for line in data.read_text().splitlines() if (row := json.loads(line))["client"] in SITES]
@@ -93,22 +95,25 @@ def ended(
     terms = ("--deadline", "100", "--quorum", "1")
     founded = small_study.command(*arguments(INIT, folder.path, *terms, **changes))
     assert founded.code == 0, founded.err
+    sites = []
     for name in SITES:
         own = here / f"{name}.jsonl"
         own.write_text("".join(json.dumps(row) + "\n" for row in rows if row["client"] == name))
         fill_in(folder.site(name), data=own, base=base)
         log = here / f"{name}.txt"
-        processes.append(fork(arguments(SITE, folder.path, **{"bank-a": name}), log))
+        sites.append(fork(arguments(SITE, folder.path, **{"bank-a": name}), log))
+        processes.append(sites[-1])
     log = here / "server.txt"
+    if request.param == "killed":
+        first = fork(arguments(SERVER, folder.path), log)
+        processes.append(first)
+        wait_for(StudyFolder(folder.study).run("mira", 3), 2)
+        first.kill()
+        first.wait(60)
     server = fork(arguments(SERVER, folder.path), log)
     processes.append(server)
-    wait_for(StudyFolder(folder.study).run("mira", 3), 2)
-    server.kill()
-    server.wait(60)
-    last = fork(arguments(SERVER, folder.path), log)
-    processes.append(last)
-    assert last.wait(SECONDS) == 0, log.read_text()
-    for process in processes[: len(SITES)]:
+    assert server.wait(SECONDS) == 0, log.read_text()
+    for process in sites:
         assert process.wait(60) == 0
     return folder, here, [(here / f"{name}.txt").read_text() for name in SITES]
 
@@ -125,11 +130,12 @@ def test_adapters_and_figures_are_those_of_the_simulation(ended: tuple[ServerFol
         assert all(bool((found[name] == expected[name]).all()) for name in expected)
 
 
-def test_the_kill_fell_into_the_run_and_the_sites_kept_their_base(
-    ended: tuple[ServerFolder, Path, list[str]],
+def test_a_kill_fell_into_the_run_and_the_sites_kept_their_base(
+    ended: tuple[ServerFolder, Path, list[str]], request: pytest.FixtureRequest
 ) -> None:
     folder, _, said = ended
-    assert len(StudyFolder(folder.study).run("mira", 3).facts.resumed) == 1
+    killed = "killed" in request.node.callspec.id
+    assert len(StudyFolder(folder.study).run("mira", 3).facts.resumed) == killed
     for text in said:
         assert len(re.findall(r"base loaded by process \d+", text)) == 1
         assert "the study is complete" in text

@@ -230,7 +230,7 @@ def test_what_a_crash_left_half_written_goes_and_other_files_stay(tmp_path: Path
 @pytest.mark.parametrize(
     "place", ["/proc/none/study", "/sys/study", "file", "file/study", "link", "n" * 300, "a/" + "n" * 300]
 )
-@pytest.mark.parametrize("options", [(), ("--dry-run",), ("--overwrite",)])
+@pytest.mark.parametrize("options", [(), pytest.param(("--dry-run",), marks=pytest.mark.slow), ("--overwrite",)])
 def test_a_folder_that_cannot_be_made_is_refused_before_the_base_is_loaded(
     place: str, options: tuple[str, ...], tmp_path: Path
 ) -> None:

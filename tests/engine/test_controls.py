@@ -406,10 +406,8 @@ def undisturbed(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
     return study
 
 
-SLOW = [pytest.param(count, marks=pytest.mark.slow) for count in (20, 240, 360, 440)]
-
-
-@pytest.mark.parametrize("count", [120, *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [20, 120, 240, 360, 440])
 def test_controls_that_are_killed_go_on_to_the_same_bits(
     count: int, inputs: tuple[Path, Path], tmp_path: Path, undisturbed: Path
 ) -> None:

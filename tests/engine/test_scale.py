@@ -64,6 +64,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Table]:
     return tables
 
 
+@pytest.mark.slow
 def test_rows_in_a_file_give_the_bits_of_rows_in_memory_and_the_file_is_gone(
     inputs: tuple[Path, Path], tmp_path: Path, in_memory: dict[str, Any], made: list[Table]
 ) -> None:

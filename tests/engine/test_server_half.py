@@ -4,6 +4,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 SERVER = """
 import sys
 
@@ -68,6 +70,7 @@ print("played", "transformers" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_the_servers_half_needs_no_base_no_data_and_no_config(tmp_path: Any) -> None:
     done = subprocess.run([sys.executable, "-c", SERVER, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

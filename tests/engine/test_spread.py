@@ -133,7 +133,7 @@ def test_an_error_that_cannot_travel_keeps_its_name() -> None:
     assert str(Failed.of(Odd(object())).error()) == "Odd"
 
 
-METHODS: list[tuple[str, dict[str, Any]]] = [
+METHODS: list[tuple[str, dict[str, Any]]] = [  # the first five are quick
     ("ditto", {}),  # memory
     ("feddpa", {"weights": "uniform"}),  # a gate
     ("fedptuning", {}),  # virtual tokens
@@ -148,7 +148,10 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "settings"), METHODS, ids=[name for name, _ in METHODS])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [pytest.param(*case, id=case[0], marks=[pytest.mark.slow] * (number >= 5)) for number, case in enumerate(METHODS)],
+)
 def test_orders_give_the_bits_of_the_same_passes_in_this_process(
     name: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:

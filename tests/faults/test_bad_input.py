@@ -16,6 +16,7 @@ import pytest
 import torch
 from tests import small_study, tiny
 from tests.data.bad_rows import BAD_LINES, SECRET
+from tests.marks import one_in
 from tests.small_study import Ended, command, has_traceback
 
 from fedmira.disk.folders import RunFolder
@@ -366,7 +367,7 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize("name", [*NAMES, "tokenizer.pickle", "model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("name", one_in(3, [*NAMES, "tokenizer.pickle", "model.safetensors", "adapter_model.bin"]))
 @pytest.mark.parametrize("save_pickle", [pytest.param(pickle.dump, marks=pytest.mark.slow), torch.save])
 def test_a_base_with_a_pickle_is_refused_and_the_pickle_never_opened(
     name: str, save_pickle: Callable[..., object], inputs: tuple[Path, Path], config: Config, tmp_path: Path

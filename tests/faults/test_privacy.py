@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from tests import small_study
+from tests.marks import one_in
 from tests.small_study import Ended, command
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -292,7 +293,7 @@ TEMPLATES = [
 ]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", one_in(2, TEMPLATES))
 def test_a_template_that_fails_is_a_bad_input_and_tells_nothing_of_the_text(
     template: str, planted: Mapping[Plant, tuple[Path, dict[str, Any]]], base: Path, tmp_path: Path
 ) -> None:

@@ -86,16 +86,15 @@ print(json.dumps(found))
 """
 
 
+pytestmark = pytest.mark.slow  # every other test is refused the network (conftest.py)
+
 Traces = tuple[Path, dict[str, Any], dict[str, Any]]
 LOCAL = ("dry run", "show", "run", "resume", "report", "export", "methods", "doctor", "init", "bundled")
 HUB = ("hub base", "hub data")
-FEW = ("run", "report", "bad", "hub base")
 
 
-@pytest.fixture(
-    scope="module", params=[FEW, pytest.param((*LOCAL, "bad", *HUB), marks=pytest.mark.slow)], ids=["few", "all"]
-)
-def traces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Traces:
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
     """Run commands; return their folder, what each did, and what a process leaves that does it all."""
     folder = tmp_path_factory.mktemp("traces")
     watch, here = folder / "watch", folder / "here"
@@ -136,7 +135,7 @@ def traces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     asked = {"NOTES": folder / "notes", "CACHES": json.dumps([str(path) for path in caches.values()])}
     settings: Mapping[str, Any] = {**kept, **caches, **asked, "TRACKERS": json.dumps(TRACKERS), "HF_TOKEN": TOKEN}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps([(name, commands[name]) for name in request.param])],
+        [sys.executable, "-c", PROGRAM, json.dumps(list(commands.items()))],
         cwd=here,
         env={**{name: str(value) for name, value in settings.items()}, "PYTHONPATH": str(watch)},
         capture_output=True,

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from tests import tiny
+from tests.marks import one_in
 from tests.parity.pairing import EXAMPLES, FLOAT32, RANKS, Pairing, pair, real_numbers, stacked_logits
 from torch import Tensor
 
@@ -231,7 +232,7 @@ def test_an_exported_adapter_reloads_in_peft_with_equal_logits(family: str, targ
         assert torch.equal(read_adapter(folder, pairing.stack.layout), own.rows * real_numbers(own))
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", one_in(2, tiny.FAMILIES))
 def test_greedy_answers_are_what_peft_generates_client_by_client(family: str) -> None:
     dtype = tiny.DTYPES.get(family, torch.float64)
     pairing = pair(family, "all-linear", dtype, packs=family not in tiny.PADDED)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import optimize, stats
+from tests.marks import one_in
 from tests.methods import hand
 from torch import Tensor
 
@@ -66,7 +67,7 @@ POINTS = [
 ]
 
 
-@pytest.mark.parametrize(("clip", "sigma", "uploads"), POINTS)
+@pytest.mark.parametrize(("clip", "sigma", "uploads"), one_in(7, POINTS))
 def test_epsilon_of_a_client_meets_the_closed_form_from_above(clip: float, sigma: float, uploads: int) -> None:
     """An update may be anywhere within C of nothing, so that two of them differ by 2 C."""
     exact = exact_epsilon(2 * clip * math.sqrt(uploads) / sigma, 1e-5)

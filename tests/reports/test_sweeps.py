@@ -57,7 +57,7 @@ def test_two_settings_make_a_heat_map_of_each_method_that_has_them_and_three_mak
 @pytest.mark.parametrize(
     "values",
     [
-        (0.01, 0.1, 1.0),
+        pytest.param((0.01, 0.1, 1.0), marks=pytest.mark.slow),
         pytest.param((1, 2, 3), marks=pytest.mark.slow),
         ("adamw", "sgd", "$x$"),
         pytest.param((0.1, "auto", None), marks=pytest.mark.slow),

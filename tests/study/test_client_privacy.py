@@ -133,7 +133,14 @@ UNFIT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("why", "method", "changes"), UNFIT, ids=[f"{why}-{n}" for n, (why, _, _) in enumerate(UNFIT)])
+REASONS = [why for why, _, _ in UNFIT]
+CASES = [
+    pytest.param(*case, id=f"{case[0]}-{number}", marks=[pytest.mark.slow] * (REASONS.index(case[0]) < number))
+    for number, case in enumerate(UNFIT)
+]  # one for each reason is quick
+
+
+@pytest.mark.parametrize(("why", "method", "changes"), CASES)
 def test_where_nothing_is_promised_the_dry_run_says_why_and_has_no_epsilon(
     why: str, method: dict[str, Any], changes: dict[str, Any], make: Make, tmp_path: Path
 ) -> None:

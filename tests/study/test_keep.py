@@ -103,7 +103,8 @@ def test_the_report_shows_what_is_kept_and_beside_it_the_last_round(study: Path)
 
 
 # 75: in the first run, which keeps the rows of an earlier round; 120: in the second
-@pytest.mark.parametrize("count", [75, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [75, 120])
 def test_a_kill_changes_neither_what_is_kept_nor_when_the_run_stops(
     count: int, inputs: tuple[Path, Path], tmp_path: Path, study: Path
 ) -> None:
