@@ -8,6 +8,7 @@ import resource
 import struct
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -245,14 +246,17 @@ def data_bytes() -> int:
 
 
 def use_up(size: int) -> list[bytearray]:
-    """Take all blocks of that size that this process has freed and kept: the kernel does not count them again."""
+    """Take all blocks of that size that this process has freed and kept: the kernel does not count them again.
+
+    While no more is allowed, for malloc looks into other threads' arenas where it gets no more from the kernel.
+    """
     held: list[bytearray] = []
-    while True:
-        before = data_bytes()
-        block = bytearray(size)
-        if data_bytes() >= before + size:
-            return held
-        held.append(block)
+    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes(), resource.RLIM_INFINITY))
+    with suppress(MemoryError):
+        while True:
+            held.append(bytearray(size))
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return held
 
 
 def in_child(name: str, sizes: int) -> str:
