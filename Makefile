@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 # Compiled modules are kept: the tests start some hundred processes, which would compile the package again.
 QUIET_HUB := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
-.PHONY: install install-base demo demo-federation check test test-slow test-newest test-oldest pretrain docs bench bench-full bench-large clean
+.PHONY: install install-base demo demo-federation check test test-slow test-pythons test-newest test-oldest pretrain docs bench bench-full bench-large clean
 
 install: .venv/.installed-dev
 
@@ -51,6 +51,16 @@ check:
 test:
 	@$(MAKE) --no-print-directory install
 	@$(MAKE) --no-print-directory check
+
+# The other versions of Python that pyproject.toml names, with the pinned versions, each in an environment made anew.
+# There pip takes torch with CUDA, gigabytes; for its CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+PYTHONS ?= 3.12 3.13
+test-pythons:
+	@for version in $(PYTHONS); do \
+	  rm -rf .venv-$$version && PYENV_VERSION=$$version python$$version -m venv .venv-$$version && \
+	  .venv-$$version/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]" && \
+	  $(MAKE) --no-print-directory check BIN=.venv-$$version/bin MYPY_FLAGS=--no-warn-unused-ignores || exit 1; \
+	done
 
 # The newest Python at hand with the newest versions that pip finds, in a separate environment that is made anew each
 # time: what a seed decides must be the same there (tests/data/test_seeds.py). torch comes with CUDA and takes gigabytes; for its CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-newest
