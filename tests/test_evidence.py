@@ -109,10 +109,13 @@ def test_loss_and_epsilon_are_by_noise() -> None:
     for one in found["none"]["methods"].values():
         for run in one["runs"].values():
             del run["epsilon"]
+    for run in found["1"]["methods"]["fedavg"]["runs"].values():
+        run["epsilon"] = 0.0  # of one that trains nobody
     text = privacy.page(found)
     assert "| none | \N{INFINITY} | training alone | 4.500 ± " in text
     assert "| 1 | 2.50 | training alone | " in text
     assert f"- noise 1: FedAvg, {MINUS}0.500 nats against training alone" in text
+    assert "the others bring as much as without any: 0.500 nats beside 0.500." in text
     assert "of its 12\nexamples" in text
 
 

@@ -51,9 +51,9 @@ Holm's correction.
 
 
 def epsilon_of(found: kept.Kept) -> str:
-    """Return the epsilon of all clients of a study, which took part equally."""
+    """Return the epsilon of all clients of a study that train, which took part equally."""
     spent = {run.get("epsilon") for entry in found["methods"].values() for run in entry["runs"].values()}
-    values = sorted(value for value in spent if value is not None)
+    values = sorted(value for value in spent if value)  # where nobody trains nothing is spent
     return "\N{INFINITY}" if not values else " to ".join(dict.fromkeys(f"{one:.2f}" for one in (values[0], values[-1])))
 
 
@@ -72,17 +72,28 @@ def rows(noise: str, found: kept.Kept) -> list[list[str]]:
 
 def finding(found: Mapping[str, kept.Kept]) -> str:
     """Say which pull is best at each noise, and how the gain over training alone changes with it."""
-    said = []
+    said, gains = [], []
     for noise, one in found.items():
         items = evidence.summaries(one, [label for label in PULLS if label in one["methods"]])
         best = min((item for label, item in items.items() if label in PULLS), key=lambda item: item.mean or 0.0)
         against = best.against
         assert against is not None
         p = chance(against.p_holm)
+        gains.append(-(against.difference or 0.0))
         said.append(
             f"- noise {noise}: {METHODS[best.method]}, {number(against.difference)} nats against training alone (p {p})"
         )
-    return "\n".join(["Lowest loss among those that take something of others:", "", *said])
+    change = "as much as" if gains[-1] == gains[0] else "more than" if gains[-1] > gains[0] else "less than"
+    return "\n".join(
+        [
+            "Lowest loss among those that take something of others:",
+            "",
+            *said,
+            "",
+            f"With the strongest noise the others bring {change} without any: {number(gains[-1])} nats beside "
+            f"{number(gains[0])}.",
+        ]
+    )
 
 
 def page(found: Mapping[str, kept.Kept]) -> str:
