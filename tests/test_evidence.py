@@ -117,6 +117,9 @@ def test_loss_and_epsilon_are_by_noise() -> None:
     assert f"- noise 1: FedAvg, {MINUS}0.500 nats against training alone" in text
     assert "the others bring as much as without any: 0.500 nats beside 0.500." in text
     assert "of its 12\nexamples" in text
+    row = {"unit": "c", "title": "many", "parameters": 1024, "steps": 5, "seconds_plain": [1.0, 2.0], "ratio": 3.5}
+    spent = {"machine": {"cpu": "fast", "cores": 2, "commit": "abc"}, "rows": [{**row, "spread": [3.0, 4.0]}]}
+    assert "| (c) many | 1,024 | 5 | 2 | 3.50 | 3.00 to 4.00 |" in privacy.page(found, spent)
 
 
 def test_tasks_are_taken_in_turn_from_each_category(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,11 @@ benchmarks/results/loss-and-epsilon-NOISE.json; what is kept there is not run ag
 docs/results/loss-and-epsilon.md.
 """
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import evidence
@@ -96,8 +98,37 @@ def finding(found: Mapping[str, kept.Kept]) -> str:
     )
 
 
-def page(found: Mapping[str, kept.Kept]) -> str:
-    """Write the page from what is kept."""
+def costs(spent: Mapping[str, Any]) -> str:
+    """Say what a private step takes, as benchmarks/speed/private.py has measured it."""
+    head = ["unit", "numbers of an adapter", "steps", "pairs", "private / plain, median", "from to"]
+    rows = [
+        [
+            f"({row['unit']}) {row['title']}",
+            f"{row['parameters']:,}",
+            str(row["steps"]),
+            str(len(row["seconds_plain"])),
+            number(row["ratio"], 2),
+            " to ".join(number(one, 2) for one in row["spread"]),
+        ]
+        for row in spent["rows"]
+    ]
+    where = spent["machine"]
+    return "\n".join(
+        [
+            "## What a private step costs",
+            "",
+            "Seconds of a local phase with private gradients, each example a row of its own, over those of the plain",
+            "one on the same batches, one after the other in pairs, by `python benchmarks/speed/private.py`;",
+            f"{where['cpu']}, {where['cores']} cores, commit {where['commit']}. Wanted: at most 4.",
+            "",
+            table(head, rows),
+            "",
+        ]
+    )
+
+
+def page(found: Mapping[str, kept.Kept], spent: Mapping[str, Any] | None = None) -> str:
+    """Write the page from what is kept. spent: of benchmarks/speed/private.py."""
     one = next(iter(found.values()))
     training, clients = one["training"], len(one["clients"])
     text = HEAD.format(
@@ -113,14 +144,16 @@ def page(found: Mapping[str, kept.Kept]) -> str:
     )
     head = ["noise multiplier", "epsilon", "", "test loss, nats", "minus alone", "better / equal / worse", "p"]
     lines = [line for noise, one in found.items() for line in rows(noise, one)]
-    return "\n".join([text, table(head, lines), "", finding(found), ""])
+    return "\n".join([text, table(head, lines), "", finding(found), "", *([costs(spent)] if spent else [])])
 
 
 def main() -> None:
     options = evidence.options(__doc__ or "", "loss-and-epsilon", STUDIES)
     tasks = evidence.save_tasks(options.folder / "tasks.jsonl", categories=4, tasks=1)
     evidence.measure(STUDIES, options, evidence.places(tasks))
-    options.file.write_text(page(evidence.read(STUDIES, options)), encoding="utf-8")
+    cost = options.results / "private.json"
+    spent = json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else None
+    options.file.write_text(page(evidence.read(STUDIES, options), spent), encoding="utf-8")
 
 
 if __name__ == "__main__":
