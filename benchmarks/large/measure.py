@@ -41,7 +41,10 @@ def measure(row: Row, *, pairs: int, device: str, folder: Path) -> dict[str, Any
     sides = {
         side: {
             "seconds": [second for one in results for second in one["seconds"]],
-            **{key: min(one[key] for one in results) for key in ("weights", "loading", "files", "kept", "peak")},
+            **{
+                key: min(one[key] for one in results)
+                for key in ("weights", "loading", "files", "kept", "above", "peak")
+            },
             "loss": results[0]["loss"],
         }
         for side, results in found.items()

@@ -1,13 +1,16 @@
 """What a process holds, in MiB: memory that the system cannot take back, and pages of files, which it can."""
 
+import ctypes
 import re
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 STATUS = Path("/proc/self/status")
 EVERY = 0.002  # seconds between two looks
@@ -60,3 +63,36 @@ def watched(device: str) -> Iterator[Peak]:
         ended.set()
         thread.join()
         peak.most = max(peak.most, held())
+
+
+@contextmanager
+def saved_for_backward(device: str) -> Iterator[list[float]]:
+    """Note for each backward pass the MiB that are there when it begins, above those when its forward pass began.
+
+    That is what a pass keeps: not the base, rows and moments, which were there before, nor what comes and goes in either
+    pass. A forward pass begins at the embeddings. Freed memory goes back to the system before each look.
+    """
+    notes: list[float] = []
+    began: list[float] = []
+    backward = torch.autograd.backward
+
+    def look() -> float:
+        if device == "cpu":
+            ctypes.CDLL(None).malloc_trim(0)
+        return now(device)
+
+    def forward_begins(module: nn.Module, _: Any) -> None:
+        if isinstance(module, nn.Embedding) and not began:
+            began.append(look())
+
+    def backward_begins(*arguments: Any, **options: Any) -> None:
+        notes.append(look() - began.pop())
+        backward(*arguments, **options)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(forward_begins)
+    torch.autograd.backward = backward_begins
+    try:
+        yield notes
+    finally:
+        hook.remove()
+        torch.autograd.backward = backward

@@ -3,7 +3,8 @@
     python benchmarks/large/one.py --base 0.5B --side fedmira --clients 8 [--tokens 256] [--nf4] [--recompute]
 
 Prints one line of JSON: seconds of a step of every client (the first pass is left out), MiB of the weights, held when
-they are loaded (loading), held by a pass above that (kept), the most of all (peak), and the last loss. `--side peft` is
+they are loaded (loading), kept by a pass for its backward pass (kept), the most that training holds above the loaded
+base (above), the most of all (peak), and the last loss. `--side peft` is
 the loop that everybody writes: one resident model, one client after another, `gradient_checkpointing_enable()` with
 --recompute; of more clients than one only the first two are trained, for the third takes as long as the second.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import held, now, watched
+from memory import held, now, saved_for_backward, watched
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from shapes import SHAPES, make_base, make_clients
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -111,17 +112,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     step_seconds = []
     loaded = now(options.device)
     with watched(options.device) as passes:
-        for number in range(options.repeats + 1):
+        with saved_for_backward(options.device) as saved:
+            loss = step()
+        for _ in range(options.repeats):
             began = time.perf_counter()
             loss = step()
-            if number:
-                step_seconds.append((time.perf_counter() - began) * len(clients) / len(few))
+            step_seconds.append((time.perf_counter() - began) * len(clients) / len(few))
     return {
         "seconds": step_seconds,
         "weights": weights,
         "loading": loading.above,
         "files": files,
-        "kept": passes.most - loaded,
+        "kept": max(saved),
+        "above": passes.most - loaded,
         "peak": passes.most,
         "loss": loss,
     }

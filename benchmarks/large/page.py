@@ -30,9 +30,10 @@ local step of every client, one text each; its last fifth is the response. Besid
 everybody writes with PEFT, one client after another, its adapter swapped in, with `gradient_checkpointing_enable()`
 where FedMira recomputes and bitsandbytes' nf4 where FedMira has it. Each side has a process of its own.
 
-Kept: the most that a pass holds above what was held when the base was loaded. Peak: the most of the whole process.
-Both are memory that the system cannot take back (anonymous). Weights in the type that the files have are mapped from
-them, shared by all processes of a machine, and not in it.
+Kept: what a pass keeps for its backward pass, which is there when that begins and was not when the forward pass began;
+so without rows, moments, and what comes and goes in between. Peak: the most of the whole process. Both are memory that
+the system cannot take back (anonymous). Weights in the type that the files have are mapped from them, shared by all
+processes of a machine, and not in it.
 """
 PAPER = """## What fits, on paper
 
@@ -139,7 +140,19 @@ def findings(rows: Sequence[Kept]) -> list[str]:
                 f"- Eight clients, {what}, both sides recomputing: {times:.2f} times the loop's speed (aim 2), "
                 f"{peaks:.2f} of its peak (aim at most 1.5)."
             )
+    few = [one for one in rows if one["recompute"] and not one["nf4"] and (one["base"], one["tokens"]) == ("0.5B", 256)]
+    if few:
+        said = [f"{one['fedmira']['kept']:,.0f} MiB of {one['clients']} ({stream(one):,.0f})" for one in few]
+        lines.append(
+            f"- Kept where it recomputes, and in brackets the residual stream alone, S n L d numbers: {', '.join(said)}."
+        )
     return ["\n".join(lines)] if lines else []
+
+
+def stream(row: Kept) -> float:
+    """MiB of the residual stream: what each block is given."""
+    shape, size = SHAPES[row["base"]], 4 if row["dtype"] == "float32" else 2
+    return float(row["clients"] * row["tokens"] * shape.layers * shape.width * size / 2**20)
 
 
 def loading(rows: Sequence[Kept]) -> str:
@@ -183,7 +196,7 @@ def block_constant(rows: Sequence[Kept]) -> float | None:
     if not {512, 2048} <= one.keys():
         return None
     shape, size = SHAPES[one[512]["base"]], 4 if one[512]["dtype"] == "float32" else 2
-    each = (one[2048]["fedmira"]["kept"] - one[512]["fedmira"]["kept"]) * 2**20 / (2048 - 512)
+    each = (one[2048]["fedmira"]["above"] - one[512]["fedmira"]["above"]) * 2**20 / (2048 - 512)
     return (each / size - shape.layers * shape.width) / (shape.width + shape.inner)
 
 
