@@ -69,8 +69,8 @@ def watched(device: str) -> Iterator[Peak]:
 def saved_for_backward(device: str) -> Iterator[list[float]]:
     """Note for each backward pass the MiB that are there when it begins, above those when its forward pass began.
 
-    That is what a pass keeps: not the base, rows and moments, which were there before, nor what comes and goes in either
-    pass. A forward pass begins at the embeddings. Freed memory goes back to the system before each look.
+    That is what a pass keeps: not the base, rows and moments, which were there before, nor what comes and goes in
+    either pass. A forward pass begins at the embeddings. Freed memory goes back to the system before each look.
     """
     notes: list[float] = []
     began: list[float] = []

@@ -144,7 +144,7 @@ def findings(rows: Sequence[Kept]) -> list[str]:
     if few:
         said = [f"{one['fedmira']['kept']:,.0f} MiB of {one['clients']} ({stream(one):,.0f})" for one in few]
         lines.append(
-            f"- Kept where it recomputes, and in brackets the residual stream alone, S n L d numbers: {', '.join(said)}."
+            f"- Kept where it recomputes, in brackets the residual stream alone, S n L d numbers: {', '.join(said)}."
         )
     return ["\n".join(lines)] if lines else []
 
