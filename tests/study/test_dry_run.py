@@ -79,7 +79,9 @@ def test_the_plan_adds_up_and_measured_what_it_says(config: Path) -> None:
     assert plan.speeds.trained > 0
     assert (plan.speeds.scored or 0) > 0
     assert (plan.speeds.answer or 0) > 0
-    assert plan.total_seconds == pytest.approx(plan.start_seconds + sum(plan.run_seconds.values()))
+    whole = plan.prepare_seconds + plan.start_seconds + sum(plan.run_seconds.values())
+    assert plan.total_seconds == pytest.approx(whole)
+    assert 0 < plan.prepare_seconds < plan.total_seconds
     assert plan.runs == 3
     shares = [plan.work[label].trained for label in ("local", "fedavg", "mira")]
     assert shares[0] == shares[1] == shares[2]

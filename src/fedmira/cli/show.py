@@ -83,7 +83,8 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         "travels": f"per round, up and down: {travels}",
         "speed": f"{', '.join(speeds)} (measured just now)",
         "time": f"about {time_of(plan.total_seconds)}, of which {time_of(plan.cpu_seconds)} CPU time, for {plan.runs} "
-        f"runs (each: {each}; scoring the untouched base {time_of(plan.start_seconds)})",
+        f"runs (each: {each}; reading data and base {time_of(plan.prepare_seconds)}; scoring the untouched base "
+        f"{time_of(plan.start_seconds)})",
         "assumed": "the machine stays as busy as in these seconds. Counted are training, scoring and answers; merges, "
         "checkpoints and files of adapters come on top. A running study says how long it will still take",
     }

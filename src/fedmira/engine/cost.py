@@ -259,6 +259,7 @@ class Plan:
     disk: dict[str, int]  # adapters | rows (memory-mapped while a run lasts) | checkpoints (at most) | free
     bytes_per_round: dict[str, int]  # method -> up and down together
     speeds: Speeds
+    prepare_seconds: float  # reading the data, loading and checking the base: as long as it took just now
     start_seconds: float  # scoring the untouched base, once
     work: dict[str, Work]  # label -> what one run passes through the base
     run_seconds: dict[str, float]  # label -> one run
