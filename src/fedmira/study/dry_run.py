@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -100,31 +99,16 @@ def plan_study(config: Config, *, overwrite: bool = False, observer: Observer = 
     folder.check_place()
     if folder.is_begun and not overwrite:  # not an error: nothing is written
         log.warning("output_dir '%s' is not empty: 'run' needs another one, or --overwrite for a study", folder.path)
-    began = Spent.now()
+    began, began_cpu = time.monotonic(), time.process_time()
     prepared = prepare(config, observer)
-    spent = Spent.now() - began
+    seconds, cpu_seconds = time.monotonic() - began, time.process_time() - began_cpu
     observer(StepBegun("measuring a few passes"))
     with using_threads(prepared.threads):
-        return _plan(prepared, spent)
+        return _plan(prepared, seconds, cpu_seconds)
 
 
-@dataclass(frozen=True)
-class Spent:
-    """Seconds by the clock, and those in which this process computed, all threads together."""
-
-    seconds: float
-    cpu: float
-
-    @classmethod
-    def now(cls) -> Self:
-        return cls(time.monotonic(), time.process_time())
-
-    def __sub__(self, other: Self) -> Self:
-        return replace(self, seconds=self.seconds - other.seconds, cpu=self.cpu - other.cpu)
-
-
-def _plan(prepared: Prepared, spent: Spent) -> Plan:
-    """spent: on what a study prepares too, before its first pass."""
+def _plan(prepared: Prepared, prepare_seconds: float, prepare_cpu: float) -> Plan:
+    """prepare_seconds, prepare_cpu: spent on what a study prepares too, before its first pass."""
     config, workplace = prepared.config, prepared.workplace
     clients, base = workplace.clients, workplace.base
     seed = config.seeds[0]
@@ -181,7 +165,7 @@ def _plan(prepared: Prepared, spent: Spent) -> Plan:
         },
         bytes_per_round={label: cost.travels for label, cost in costs.items()},
         speeds=speeds,
-        prepare_seconds=spent.seconds,
+        prepare_seconds=prepare_seconds,
         start_seconds=speeds.seconds(start_work),
         training={
             label: given.given
@@ -191,8 +175,8 @@ def _plan(prepared: Prepared, spent: Spent) -> Plan:
         work={label: cost.work for label, cost in costs.items()},
         run_seconds=seconds,
         runs=runs,
-        total_seconds=spent.seconds + total,
-        cpu_seconds=spent.cpu + total * speeds.cpu,
+        total_seconds=prepare_seconds + total,
+        cpu_seconds=prepare_cpu + total * speeds.cpu,
     )
 
 
