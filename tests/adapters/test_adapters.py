@@ -152,6 +152,15 @@ def test_norms_are_of_rows_and_do_not_overflow() -> None:
     assert found.tolist() == pytest.approx([5, 5e30])
 
 
+def test_norms_of_a_few_rows_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(7, 1000, generator=torch.Generator().manual_seed(0))
+    at_once = norms(rows)
+    for numbers in (1, 2500):
+        monkeypatch.setattr("fedmira.adapters.NORM_NUMBERS", numbers)
+        assert torch.equal(norms(rows), at_once)
+    assert norms(rows[:0]).shape == (0,)
+
+
 # ---------------------------------------------------------------- ranks by module
 
 UNEVEN = lora_layout([("attn", 3, 2), ("mlp", 2, 2)], (1, 3))  # A [1, 3], B [2, 1], A [3, 2], B [2, 3]: 3 + 2 + 6 + 6

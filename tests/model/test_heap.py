@@ -12,7 +12,7 @@ from fedmira.model.base.memory import keep_freed_memory, return_freed_memory
 # Each measurement has a process of its own, forked from one that has imported torch, which takes seconds.
 PROGRAM = """
 import json, os, resource, torch
-from fedmira.model.base.memory import keep_freed_memory, return_freed_memory
+from fedmira.model.base.memory import keep_freed_memory, return_freed_memory, return_what_is_free
 
 def touch():
     blocks = [torch.ones(20 * 2**18) for _ in range(10)]  # of 20 MiB
@@ -40,6 +40,18 @@ def freed(choose):
     touch()
     return resident() - before
 
+def left_between():
+    assert keep_freed_memory()
+    before = resident()
+    used, freed = [], []
+    for _ in range(100):
+        freed.append(torch.ones(2**18))  # of 1 MiB
+        used.append(torch.ones(2**10))
+    freed.clear()
+    held = resident() - before
+    return_what_is_free()
+    return (held - (resident() - before)) // (1024 * 1024)
+
 def measure(work, *arguments):
     reading, writing = os.pipe()
     if not os.fork():
@@ -50,7 +62,7 @@ def measure(work, *arguments):
     return int(os.read(reading, 100))
 
 torch.set_num_threads(1)
-found = {"faults": measure(touch_twice)}
+found = {"faults": measure(touch_twice), "returned": measure(left_between)}
 for choose in (keep_freed_memory, return_freed_memory):
     found[choose.__name__] = measure(freed, choose)
 print(json.dumps(found))
@@ -74,6 +86,10 @@ def test_pages_that_were_used_once_are_not_allocated_again(found: dict[str, int]
 def test_what_was_freed_stays_with_the_process_or_goes(program: str, found: dict[str, int]) -> None:
     kept = found[program] / (200 * 2**20)
     assert kept < 0.2 if program == "return_freed_memory" else kept > 0.5
+
+
+def test_what_is_free_between_blocks_in_use_is_returned(found: dict[str, int]) -> None:
+    assert found["returned"] > 80  # of 100 MiB
 
 
 def test_the_users_thresholds_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,30 @@ def test_activations_are_gone_before_backward_begins(monkeypatch: pytest.MonkeyP
     assert alive == [True, False]
 
 
+def test_freed_memory_is_returned_before_large_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny.base("llama", targets="all-linear", dtype=torch.float32)
+    returned: list[None] = []
+    monkeypatch.setattr("fedmira.model.packed.recompute.return_what_is_free", lambda: returned.append(None))
+    both(base, texts())
+    assert not returned
+    monkeypatch.setattr("fedmira.model.packed.recompute.LARGE_BYTES", 1)
+    both(base, texts())
+    assert len(returned) == 2 * len(base.blocks)  # of the recomputed pass: forward, and again
+
+
+def test_factors_are_copied_at_each_use_where_blocks_are_computed_again() -> None:
+    """A plain pass has all factors beside the rows while it runs; a recomputed one reads the rows themselves."""
+    base = tiny.base("llama", targets="all-linear", dtype=torch.float32)
+    stack = tiny.adapters(tiny.layout(base, 2), (2, 2, 2), dtype=base.dtype)
+    rows = stack.rows.untyped_storage().data_ptr()
+    for frugal in (False, True):
+        with base.stack.filled(stack, dtype=base.dtype, device=base.device, frugal=frugal):
+            pairs = [pair for found in base.stack.pairs.values() for pair in found]
+            assert pairs
+            assert all((pair.a.untyped_storage().data_ptr() == rows) == frugal for pair in pairs)
+            assert all((pair.b.untyped_storage().data_ptr() == rows) == frugal for pair in pairs)
+
+
 def test_what_is_kept_is_counted_block_by_block() -> None:
     """Two blocks of one linear layer that keeps its input, 3 x 4 floats each."""
     stem, first, second = (torch.nn.Linear(4, 4, bias=False) for _ in range(3))

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 from fedmira.adapters.lazy import Tensor, torch
 from fedmira.errors import ShapeError
 
+NORM_NUMBERS = 2**22  # that norms are taken of at once
 ALIGN = 16  # floats: 64 bytes, so that parts and rows start on a cache line
 
 
@@ -394,4 +395,5 @@ def _drawn_pair(first: Leaf, second: Leaf, start: Start, generator: torch.Genera
 
 def norms(rows: Tensor) -> Tensor:
     """Return the 2-norm of every row [K] in float64, so that large rows do not overflow."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    some = max(1, NORM_NUMBERS // max(1, rows.shape[1]))  # rows at once: torch makes them float64 first
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in rows.split(some)])

@@ -107,9 +107,12 @@ class Inputs:
     moments: Moments
 
     def take(self, chosen: Sequence[int]) -> "Inputs":
-        """Return copies of those of some clients, by position; what was sent are their rows."""
-        index = torch.tensor(chosen)
-        given = self.given.take(index)
+        """Return those of some clients, by position; what was sent are their rows, and is not copied where it need not.
+
+        Memory and moments are copies.
+        """
+        index, in_line = torch.tensor(chosen), list(chosen) == list(range(chosen[0], chosen[0] + len(chosen)))
+        given = self.given.take(slice(chosen[0], chosen[-1] + 1) if in_line else index)
         return Inputs(
             self.start.take(index, rows=given.rows),
             given,

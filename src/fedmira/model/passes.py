@@ -108,7 +108,8 @@ def running(
     adapters [K]: those of the pass, None for the base alone. clients [S]: the row of `adapters` of each client of the
     batch, None for row s of client s. into [K, P]: takes the gradients of what is differentiated inside the block, 0
     for clients without tokens; only then the states are differentiable. keys_values: takes the keys and values
-    [1, H', N, D] of every layer in turn, where the pass is packed. recompute: blocks are computed again in backward.
+    [1, H', N, D] of every layer in turn, where the pass is packed. recompute: blocks are computed again in
+    backward, and factors copied again at each use.
     """
     if adapters is None:
         with torch.no_grad(), _open(base, plan, keys_values):
@@ -128,6 +129,7 @@ def running(
         segments=plan.segments,
         gradient=gradient,
         dropout=dropout,
+        frugal=recompute,
     )
     again = recomputing(base.blocks) if recompute and into is not None else nullcontext()
     with filled, _open(base, plan, keys_values), again, torch.set_grad_enabled(into is not None):

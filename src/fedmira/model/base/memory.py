@@ -29,6 +29,16 @@ def return_freed_memory() -> bool:
     return _set({_M_MMAP_THRESHOLD: RETURNED_BYTES})
 
 
+def return_what_is_free() -> None:
+    """Let the system have all that is free now, between blocks in use too; the next allocations get new pages.
+
+    Where a block has been, one of the same size often finds no room: glibc before 2.38 looks for more than it takes of
+    aligned memory. So a pass of large tensors, each freed soon, would come to hold many times what it uses.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
 def _set(thresholds: Mapping[int, int]) -> bool:
     users = {"GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
     if sys.platform != "linux" or users & os.environ.keys():

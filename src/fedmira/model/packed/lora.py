@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from fedmira.adapters import Adapters, Leaf
+from fedmira.adapters import Adapters
 from fedmira.model.packed.packing import Segment
 from fedmira.model.packed.virtual import VirtualTokens, make_virtual_tokens
 from fedmira.model.quantised import QuantisedLinear
@@ -50,7 +50,10 @@ class Dropout:
 
 @dataclass
 class Pair:
-    """The factors of one module for all clients: a [S, r, in], b [S, out, r], scale [S, 1, 1] and gradient views."""
+    """The factors of one module for all clients: a [S, r, in], b [S, out, r], scale [S, 1, 1] and gradient views.
+
+    a and b may be views of rows, in the rows' type: `of` makes them what products take.
+    """
 
     a: Tensor
     b: Tensor
@@ -62,7 +65,8 @@ class Pair:
     def of(self, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
         """Return A, B and scale of a segment's clients."""
         clients = slice(segment.first, segment.stop)
-        return self.a[clients], self.b[clients], self.scale[clients]
+        scale = self.scale[clients]
+        return _factor(self.a[clients], scale.dtype), _factor(self.b[clients], scale.dtype), scale
 
     def clear_unwritten(self) -> None:
         """Set the gradient of a module that took no part in the pass to 0: it may be that of an earlier pass."""
@@ -107,8 +111,12 @@ class Stack:
         segments: tuple[Segment, ...] | None = None,
         gradient: Tensor | None = None,
         dropout: Dropout | None = None,
+        frugal: bool = False,
     ) -> Iterator[None]:
-        """Point every layer at its leaves for one pass; `gradient` [S, P] receives what backward computes."""
+        """Point every layer at its leaves for one pass; `gradient` [S, P] receives what backward computes.
+
+        frugal: factors are copied out of the rows at each use and not once for the pass, so that one layer's are there.
+        """
         local = adapters.with_rows(adapters.rows.to(device))
         device = local.rows.device
         scale = adapters.scale.to(device=device, dtype=dtype)[..., None, None]  # [S, 1, 1] or [S, modules, 1, 1]
@@ -121,7 +129,8 @@ class Stack:
         for part in adapters.layout.parts:
             for number, (first, second) in enumerate(part.pairs()):
                 pair_scale = scale if scale.ndim == 3 else scale[:, number]
-                pair = Pair(_factor(local, first, dtype), _factor(local, second, dtype), pair_scale)
+                a, b = local.leaf(first), local.leaf(second)
+                pair = Pair(a, b, pair_scale) if frugal else Pair(_factor(a, dtype), _factor(b, dtype), pair_scale)
                 if into is not None:
                     pair.grad_a, pair.grad_b = into.leaf(first), into.leaf(second)
                 self.pairs.setdefault(first.module, []).append(pair)
@@ -156,9 +165,9 @@ class Stack:
         return (Segment(0, self.clients, 0, each, (slice(0, each),) * self.clients),)
 
 
-def _factor(adapters: Adapters, leaf: Leaf, dtype: torch.dtype) -> Tensor:
-    """Return a factor of all clients [S, ...] in separate memory: every product with a view of rows would copy it."""
-    return adapters.leaf(leaf).to(dtype).contiguous()
+def _factor(of_rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a factor of some clients [S, ...] in separate memory: every product with a view of rows would copy it."""
+    return of_rows.to(dtype).contiguous()
 
 
 class StackedLinear(nn.Module):

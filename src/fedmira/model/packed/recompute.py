@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fedmira.model.base.memory import return_what_is_free
+
+LARGE_BYTES = 2**19  # of the residual stream; where it is smaller, new pages would take longer than they are worth
+
 Forward = Callable[..., object]
 
 
@@ -47,11 +51,19 @@ def _wrapped(blocks: Sequence[nn.Module], wrap: Callable[[Forward], Forward]) ->
 
 @contextmanager
 def recomputing(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Compute the activations of these blocks again in the backward passes of what is computed inside."""
+    """Compute the activations of these blocks again in the backward passes of what is computed inside.
+
+    On the host the memory that passes through large blocks have freed is returned before each.
+    """
 
     def wrap(forward: Forward) -> Forward:
+        def frugal(*args: Any, **options: Any) -> object:
+            if any(isinstance(x, Tensor) and x.device.type == "cpu" and x.nbytes >= LARGE_BYTES for x in args):
+                return_what_is_free()
+            return forward(*args, **options)
+
         def again(*args: Any, **options: Any) -> object:
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options)
+            return checkpoint(frugal, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
         return again
 
