@@ -12,7 +12,7 @@ from fedmira.model.base.memory import keep_freed_memory, return_freed_memory
 # Each measurement has a process of its own, forked from one that has imported torch, which takes seconds.
 PROGRAM = """
 import json, os, resource, torch
-from fedmira.model.base.memory import keep_freed_memory, return_freed_memory, return_what_is_free
+from fedmira.model.base.memory import Garbage, keep_freed_memory, return_freed_memory
 
 def touch():
     blocks = [torch.ones(20 * 2**18) for _ in range(10)]  # of 20 MiB
@@ -42,15 +42,19 @@ def freed(choose):
 
 def left_between():
     assert keep_freed_memory()
-    before = resident()
-    used, freed = [], []
-    for _ in range(100):
-        freed.append(torch.ones(2**18))  # of 1 MiB
-        used.append(torch.ones(2**10))
-    freed.clear()
-    held = resident() - before
-    return_what_is_free()
-    return (held - (resident() - before)) // (1024 * 1024)
+    garbage = Garbage()
+    garbage.limit()  # from here on
+    found, before = [], resident()
+    for size in (400, 800):  # MiB, freed between blocks that are used
+        used, freed = [], []
+        for _ in range(size):
+            freed.append(torch.ones(2**18))
+            used.append(torch.ones(2**10))
+        freed.clear()
+        assert resident() - before > 0.9 * size * 2**20
+        found.append(garbage.limit())
+    assert found == [False, True], found
+    return (resident() - before) // 2**20
 
 def measure(work, *arguments):
     reading, writing = os.pipe()
@@ -62,7 +66,7 @@ def measure(work, *arguments):
     return int(os.read(reading, 100))
 
 torch.set_num_threads(1)
-found = {"faults": measure(touch_twice), "returned": measure(left_between)}
+found = {"faults": measure(touch_twice), "left": measure(left_between)}
 for choose in (keep_freed_memory, return_freed_memory):
     found[choose.__name__] = measure(freed, choose)
 print(json.dumps(found))
@@ -88,8 +92,8 @@ def test_what_was_freed_stays_with_the_process_or_goes(program: str, found: dict
     assert kept < 0.2 if program == "return_freed_memory" else kept > 0.5
 
 
-def test_what_is_free_between_blocks_in_use_is_returned(found: dict[str, int]) -> None:
-    assert found["returned"] > 80  # of 100 MiB
+def test_garbage_between_blocks_in_use_is_returned_where_there_is_much(found: dict[str, int]) -> None:
+    assert found["left"] < 100  # of 800 MiB
 
 
 def test_the_users_thresholds_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,15 +126,15 @@ def test_activations_are_gone_before_backward_begins(monkeypatch: pytest.MonkeyP
     assert alive == [True, False]
 
 
-def test_freed_memory_is_returned_before_large_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freed_memory_is_limited_before_large_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny.base("llama", targets="all-linear", dtype=torch.float32)
-    returned: list[None] = []
-    monkeypatch.setattr("fedmira.model.packed.recompute.return_what_is_free", lambda: returned.append(None))
+    looked: list[None] = []
+    monkeypatch.setattr("fedmira.model.packed.recompute._garbage.limit", lambda: looked.append(None))
     both(base, texts())
-    assert not returned
+    assert not looked
     monkeypatch.setattr("fedmira.model.packed.recompute.LARGE_BYTES", 1)
     both(base, texts())
-    assert len(returned) == 2 * len(base.blocks)  # of the recomputed pass: forward, and again
+    assert len(looked) == 2 * len(base.blocks)  # of the recomputed pass: forward, and again
 
 
 def test_factors_are_copied_at_each_use_where_blocks_are_computed_again() -> None:

@@ -6,9 +6,12 @@ TRIM_BYTES at most.
 """
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 TRIM_BYTES = 512 * 2**20  # bytes at the top of the heap
 MMAP_BYTES = 32 * 2**20  # blocks from this size on are returned nevertheless; also glibc's own upper limit
@@ -29,14 +32,34 @@ def return_freed_memory() -> bool:
     return _set({_M_MMAP_THRESHOLD: RETURNED_BYTES})
 
 
-def return_what_is_free() -> None:
-    """Let the system have all that is free now, between blocks in use too; the next allocations get new pages.
+@dataclass
+class Garbage:
+    """Freed memory that the C library holds, between blocks in use too.
 
     Where a block has been, one of the same size often finds no room: glibc before 2.38 looks for more than it takes of
-    aligned memory. So a pass of large tensors, each freed soon, would come to hold many times what it uses.
+    aligned memory. So a pass of large tensors, each freed soon, would come to hold many times what it uses. lowest:
+    bytes of this process that were resident since freed memory was returned.
     """
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
+
+    lowest: float = -math.inf
+
+    def limit(self) -> bool:
+        """Return what is free to the system where more than TRIM_BYTES may be; say whether it was returned."""
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        if trim is None:
+            return False
+        if returned := _resident() - self.lowest > TRIM_BYTES:
+            trim(0)
+            self.lowest = _resident()
+        else:
+            self.lowest = min(self.lowest, _resident())
+        return returned
+
+
+def _resident() -> int:
+    """Return the bytes of this process in memory, those of mapped files left out."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _set(thresholds: Mapping[int, int]) -> bool:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fedmira.model.base.memory import return_what_is_free
+from fedmira.model.base.memory import Garbage
 
-LARGE_BYTES = 2**19  # of the residual stream; where it is smaller, new pages would take longer than they are worth
+LARGE_BYTES = 2**19  # of the residual stream; what smaller blocks leave behind is not worth a look
 
 Forward = Callable[..., object]
+
+_garbage = Garbage()
 
 
 def find_blocks(decoder: nn.Module) -> tuple[nn.Module, ...]:
@@ -53,13 +55,13 @@ def _wrapped(blocks: Sequence[nn.Module], wrap: Callable[[Forward], Forward]) ->
 def recomputing(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Compute the activations of these blocks again in the backward passes of what is computed inside.
 
-    On the host the memory that passes through large blocks have freed is returned before each.
+    On the host freed memory is limited before each block of a large pass.
     """
 
     def wrap(forward: Forward) -> Forward:
         def frugal(*args: Any, **options: Any) -> object:
             if any(isinstance(x, Tensor) and x.device.type == "cpu" and x.nbytes >= LARGE_BYTES for x in args):
-                return_what_is_free()
+                _garbage.limit()
             return forward(*args, **options)
 
         def again(*args: Any, **options: Any) -> object:
