@@ -223,6 +223,7 @@ def describe(facts: MethodFacts) -> dict[str, str]:
         "example counts": "are used" if facts.weighs else "are not used",
         "what is sent": facts.sends,
         "bytes that travel per round": facts.bytes,
+        "with `lora.start` a client begins with": facts.starts,
     }
 
 

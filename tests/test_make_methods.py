@@ -134,6 +134,7 @@ def test_the_facts_are_those_of_the_method_that_is_built() -> None:
         "are used",
         "the LoRA factors",
         "S x P x 4 up, S x P x 4 down",
+        "the mean of all clients'",
     ]
     assert list(described("local").values()) == [
         "none",
@@ -142,6 +143,7 @@ def test_the_facts_are_those_of_the_method_that_is_built() -> None:
         "are not used",
         "nothing",
         "nothing",
+        "its own",
     ]
     assert described("fedptuning")["what is sent"] == "the prompt encoder"
     assert described("fedavg", facts=Facts(needs="each"))["the server must see"] == "each upload"

@@ -57,6 +57,7 @@ def test_a_run_ends_with_0_and_prints_results_to_the_one_stream_and_progress_to_
     assert "untouched base" in ended.out
     assert str(study / "report.html") in ended.out
     assert "round 4/4" in ended.err
+    assert " left\n" in ended.err  # after each round but the last, what is left of the study
     assert "round 4/4" not in ended.out
     assert "report.html" not in ended.err
 

@@ -10,15 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fedmira
+from fedmira.adapters import lora_layout, start_adapters
 from fedmira.adapters.ranks import client_ranks
 from fedmira.bundled.languages import make_tasks
 from fedmira.data import partitioners
-from fedmira.data.partition import client_key
+from fedmira.data.batches import local_batches
+from fedmira.data.partition import Client, client_key, form_clients
 from fedmira.data.partitioners import dirichlet
+from fedmira.data.records import Record
 from fedmira.engine.schedule import draw_schedule
 from fedmira.graphs.graph import random_graph
 
@@ -28,11 +32,14 @@ GOLDEN = json.loads((Path(__file__).parent / "flwr_partitions.json").read_text(e
 SEEDED = (
     *("data/partition.py", "data/partitioners.py", "data/batches.py", "engine/schedule.py", "adapters/ranks.py"),
     *("graphs/graph.py", "graphs/learned.py", "graphs/settings.py", "graphs/step.py", "bundled/languages.py"),
+    *("engine/phase.py", "engine/trainees.py", "data/splits.py"),
 )
 # Calls of `sum` there: all of whole numbers, which no Python rounds.
 WHOLE = {
     *("sum(partition_sizes)", "sum(map(len, parts))", "sum(sizes)", "sum(map(len, classes))"),
     *("sum((stop - start for start, stop in self.labelled))", "sum((example.labels for example in self.train))"),
+    *("sum((int(batch.lengths.sum()) for batch in batches))", "sum((piece.tokens for piece in pieces))"),
+    "sum((piece.scored for piece in pieces))",
     *("sum((len(example.ids) for example in self.train))", "sum((len(part.leaves) // 2 for part in layout.parts))"),
 }
 
@@ -105,8 +112,12 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
+def parts_of(client: Client) -> tuple[tuple[Record, ...], ...]:
+    return client.train, client.validation, client.test
+
+
 def recorded() -> dict[str, str]:
-    """What seeds decide; recorded on Python 3.11.7 with numpy 2.4."""
+    """What seeds decide; recorded on Python 3.11.7 with numpy 2.4 and torch 2.13."""
     labels = [f"c{place % 7}" for place in range(400)]
     balanced = dirichlet(labels, num_partitions=9, alpha=0.3, self_balancing=True, seed=11)
     draws = {"num_partitions": 9, "alpha": 0.3}
@@ -120,6 +131,13 @@ def recorded() -> dict[str, str]:
         seed=3,
         modules=lambda: ["attn", "mlp"],
     )
+    records = [Record(f"q{k}", "", (f"a{k}",), {"task": f"t{k % 3}"}, f"data:{k}") for k in range(90)]
+    clients = form_clients(records, per_group=3, subsample=0.5, validation=0.2, test=0.2, seed=5)
+    splits = [[client.id, *([one.instruction for one in part] for part in parts_of(client))] for client in clients]
+    batches = local_batches(50, seed=1, round=2, key=client_key("a"), batch_size=8, steps=None, epochs=2)
+    start = start_adapters(
+        lora_layout([("m", 6, 4)], 2), torch.tensor([2]), 2.0, torch.Generator().manual_seed(6)
+    ).rows.tolist()
     schedule = draw_schedule(40, rounds=5, participation=0.3, seed=2)
     return {
         "balanced": digest([part.tolist() for part in balanced]),
@@ -128,6 +146,9 @@ def recorded() -> dict[str, str]:
         "graph": random_graph(30, seed=4).fingerprint[:16],
         "tasks": digest(make_tasks(5)),
         "ranks": digest(ranks.tolist()),
+        "splits": digest(splits),
+        "batches": digest([batch.tolist() for batch in batches]),
+        "start": digest(start),
     }
 
 
@@ -142,4 +163,7 @@ RECORDED = {
     "graph": "6973e659659ba78c",
     "tasks": "718ebc742ba3c974",
     "ranks": "8d24a5e0a5d12e55",
+    "splits": "332261d5ac16c880",
+    "batches": "615bc76f8822ace6",
+    "start": "8cf014d03e8f5fb6",
 }

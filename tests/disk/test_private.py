@@ -153,6 +153,14 @@ def test_a_log_that_is_a_link_is_refused_and_not_followed(tmp_path: Path) -> Non
     assert kept.read_text() == SECRET
 
 
+def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path) -> None:
+    kept = victim(tmp_path)
+    (tmp_path / ".lock").symlink_to(kept)
+    with pytest.raises(StoreError, match=r"\.lock' is a link to .*; remove the link"), StudyFolder(tmp_path).held():
+        pass
+    assert kept.read_text() == SECRET
+
+
 # ---------------------------------------------------------------- --overwrite
 
 

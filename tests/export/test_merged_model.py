@@ -263,6 +263,21 @@ def test_a_merge_with_different_logits_is_removed(run: Run, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_merge_that_is_not_saved_as_it_was_is_removed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = transformers.PreTrainedModel.save_pretrained
+
+    def damaged(model: Any, *arguments: Any, **options: Any) -> None:
+        next(value for value in model.parameters() if value.ndim == 2).data.zero_()
+        save(model, *arguments, **options)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", damaged)
+    with pytest.raises(ModelError, match=r"logits differ by .* the saved model; 1e-04 is allowed\. It was removed"):
+        study.merge(run, client="007", out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_adapter_that_is_not_finite_is_not_merged(here: Path, tmp_path: Path) -> None:
     facts = make_adapter(here / "base", tmp_path / "ada")
     path = tmp_path / "ada" / "adapter_model.safetensors"

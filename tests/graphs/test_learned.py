@@ -122,6 +122,13 @@ def test_nobody_gets_more_neighbours_than_the_degree_and_all_is_symmetric() -> N
     assert set(joined[joined > 0]) <= set(similar.flatten())
 
 
+def test_among_equals_the_earlier_clients_are_joined() -> None:
+    everyone = np.arange(5)
+    assert set(nearest_pairs(np.ones((1, 5)), everyone[:1], everyone, degree=2)) == {(0, 1), (0, 2)}
+    similar = np.array([[0.5, 0.9, 0.5, 0.2, 0.5]])
+    assert set(nearest_pairs(similar, everyone[3:4], everyone, degree=3)) == {(1, 3), (0, 3), (2, 3)}
+
+
 def test_a_few_rows_are_joined_to_other_clients_by_their_numbers() -> None:
     similar = np.array([[1.0, 0.2, 0.9], [0.2, 1.0, 0.0]])
     joined = join(nearest_pairs(similar, np.array([4, 1]), np.array([4, 1, 3]), degree=5), clients=6, degree=5)

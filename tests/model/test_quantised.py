@@ -1,6 +1,11 @@
 """Bases in 4 and 8 bits: losses, gradients and answers of PEFT on the same weights; studies, folders, refusals."""
 
+import gc
 import json
+import shutil
+import weakref
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,7 @@ import torch
 from peft import PeftModel
 from tests import small_study, tiny
 from tests.parity.pairing import EXAMPLES, RANKS, Pairing
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import fedmira
 from fedmira.config.faults import check_config
@@ -18,7 +23,8 @@ from fedmira.errors import ConfigError, ModelError
 from fedmira.model import quantised
 from fedmira.model.answers.generate import answers
 from fedmira.model.base.load import load_base
-from fedmira.model.quantised import Quantisation, make_dense, take_over
+from fedmira.model.passes import gradients
+from fedmira.model.quantised import Quantisation, QuantisedLinear, base_fingerprint, make_dense, take_over
 from fedmira.study import face
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (an extra of fedmira)")
@@ -26,8 +32,8 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (an ex
 NF4 = Quantisation(4)
 FOUR_BITS = (NF4, Quantisation(4, "fp4"), Quantisation(4, "nf4", True))
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-FAST = ("llama", "qwen2", "gpt2")
-FAMILIES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "gemma2", "phi3"))]
+FAST = ("llama", "qwen2", "gpt2", "mistral")
+FAMILIES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "phi3"))]
 
 
 def loaded(folder: Path, how: Quantisation) -> Any:
@@ -44,8 +50,11 @@ def save(family: str, folder: Path) -> Path:
 
 
 def pair(family: str, folder: Path, how: Quantisation, *, dense: bool = False) -> Pairing:
-    """dense: PEFT gets plain layers with the numbers that the bits stand for."""
-    save(family, folder)
+    """Of a tiny base. dense: PEFT gets plain layers with the numbers that the bits stand for."""
+    return pair_of(save(family, folder), how, dense=dense)
+
+
+def pair_of(folder: Path, how: Quantisation, *, dense: bool = False) -> Pairing:
     base = load_base(str(folder), dtype="float32", device="cpu", targets="all-linear", quantisation=how)
     plain = loaded(folder, how)
     if dense:
@@ -57,7 +66,7 @@ def pair(family: str, folder: Path, how: Quantisation, *, dense: bool = False) -
     return Pairing(base, plain, stack, texts, TOLERANCE)
 
 
-def check(pairing: Pairing) -> None:
+def check(pairing: Pairing, *, gradients_within: float = 1e-5) -> None:
     """Assert that losses, gradients and answers of every client are PEFT's."""
     assert all(pairing.base.model.get_submodule(name).quantised is not None for name, _, _ in pairing.base.shapes)
     found, rows = pairing.own
@@ -70,7 +79,7 @@ def check(pairing: Pairing) -> None:
         torch.testing.assert_close(found[k].to(loss.dtype), loss.detach(), **pairing.tolerance)
         gradient = tiny.peft_row(made, pairing.stack.layout, gradient=True)
         largest = float(gradient.abs().max())
-        torch.testing.assert_close(rows[k] / largest, gradient / largest, **pairing.tolerance)
+        torch.testing.assert_close(rows[k] / largest, gradient / largest, rtol=1e-5, atol=gradients_within)
         for question, text in zip(questions[k], written[k], strict=True):
             ids = made.generate(input_ids=torch.tensor([question]), max_new_tokens=4, do_sample=False)[
                 0, len(question) :
@@ -81,6 +90,15 @@ def check(pairing: Pairing) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_4_bits_losses_gradients_and_answers_are_those_of_peft(family: str, tmp_path: Path) -> None:
     check(pair(family, tmp_path, NF4))
+
+
+@pytest.mark.parametrize("name", ["nano", "stories260K"])
+def test_so_they_are_of_small_trained_models(name: str, shared_file: Callable[[str], Path]) -> None:
+    """Of stories260K rows of 172 numbers are cut into blocks of 64 across their ends.
+
+    Random texts surprise a trained model: against float64, PEFT's own gradients are off by 3e-4 of the largest there.
+    """
+    check(pair_of(shared_file(f"models/{name}"), NF4), gradients_within=5e-4)
 
 
 @pytest.mark.parametrize("how", FOUR_BITS[1:], ids=lambda how: how.name)
@@ -107,6 +125,39 @@ def test_a_pass_keeps_no_dense_weight(tmp_path: Path) -> None:
         pairing.gradients()
     assert kept
     assert not dense & set(kept)
+
+
+def test_weights_are_unpacked_once_for_all_clients_and_one_is_there_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each layer once in the forward pass and once on the way back, and once more where blocks are recomputed."""
+    pairing = pair("llama", tmp_path, NF4)
+    dense, made = QuantisedLinear.dense, []
+
+    def watched(layer: QuantisedLinear) -> torch.Tensor:
+        gc.collect()
+        assert not [weight for _, weight in made if weight() is not None], "another layer's weight is still there"
+        weight = dense(layer)
+        made.append((layer, weakref.ref(weight)))
+        return weight
+
+    monkeypatch.setattr(QuantisedLinear, "dense", watched)
+    rows = []
+    for again in (False, True):
+        made.clear()
+        rows.append(torch.empty_like(pairing.stack.rows))
+        gradients(pairing.base, pairing.stack, pairing.batch, into=rows[-1], recompute=again)
+        counts = Counter(id(layer) for layer, _ in made)
+        assert len(counts) == len(pairing.base.shapes)
+        assert set(counts.values()) <= {1 + again, 2 + again}, "the first block's input has no gradient"
+        assert max(counts.values()) == 2 + again
+    assert torch.equal(*rows)
+
+
+def test_every_way_of_quantising_has_a_fingerprint_of_its_own() -> None:
+    ways = [*FOUR_BITS, Quantisation(8)]
+    found = [base_fingerprint("f" * 64, object(), how) for how in (None, *ways)]
+    assert len(set(found)) == len(found)
 
 
 def test_a_folder_that_was_quantised_before_is_read_as_it_is(tmp_path: Path) -> None:
@@ -162,6 +213,18 @@ def test_a_folder_of_a_run_has_its_test_loss_in_peft_on_the_same_bits(made: tupl
             assert float(tiny.peft_loss(joined, clients[name].test)) == pytest.approx(rows[name], rel=1e-4)
 
 
+def test_the_card_says_how_to_load_the_base_with_its_bits(made: tuple[Path, Path, fedmira.Study]) -> None:
+    (run,) = made[2].runs
+    card = (run.adapters("ada") / "README.md").read_text(encoding="utf-8")
+    keys = "load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True"
+    assert f"- base weights: trained on with `{keys}` (bitsandbytes)" in card
+    (line,) = [line for line in card.splitlines() if line.startswith("base = ")]
+    names = {"AutoModelForCausalLM": AutoModelForCausalLM, "BitsAndBytesConfig": BitsAndBytesConfig}
+    found: dict[str, Any] = {}
+    exec(line.replace("path/to/base", str(made[0])), names, found)
+    assert found["base"].is_loaded_in_4bit
+
+
 def test_merged_models_have_the_rounded_weights_and_are_plain(
     made: tuple[Path, Path, fedmira.Study], tmp_path: Path
 ) -> None:
@@ -169,6 +232,30 @@ def test_merged_models_have_the_rounded_weights_and_are_plain(
     (merged,) = face.merge(run, client="ada", out=tmp_path)
     assert merged.difference < 1e-4 < merged.effect
     assert "quantization_config" not in json.loads((merged.path / "config.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("said", [False, True], ids=["not said", "said in the config too"])
+def test_a_run_on_a_folder_quantised_before_is_merged(said: bool, tmp_path: Path) -> None:
+    plain, data = small_study.save_base(tmp_path / "plain"), small_study.save_data(tmp_path / "data.jsonl")
+    loaded(plain, NF4).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    raw = small_study.settings(tmp_path / "base", data, tmp_path / "study", methods=[{"name": "local"}])
+    raw["model"] |= {"load_in_4bit": True} if said else {}
+    (run,) = fedmira.run(check_config(raw)).runs
+    (merged,) = face.merge(run, client="ada", out=tmp_path / "merged")
+    assert merged.difference < 1e-4 < merged.effect
+    assert "quantization_config" not in json.loads((merged.path / "config.json").read_text(encoding="utf-8"))
+
+
+def test_a_run_is_not_resumed_with_other_bits(made: tuple[Path, Path, fedmira.Study], tmp_path: Path) -> None:
+    shutil.copytree(made[2].path, tmp_path / "study")
+    path = tmp_path / "study" / "config.yaml"
+    text = path.read_text(encoding="utf-8")
+    assert "bnb_4bit_use_double_quant: true" in text
+    path.write_text(text.replace("bnb_4bit_use_double_quant: true", "bnb_4bit_use_double_quant: false"), "utf-8")
+    ended = small_study.command("resume", tmp_path / "study", "federation.rounds=3", "-q")
+    assert ended.code == 2
+    assert "is not the base this study began with" in ended.err
 
 
 def test_chat_and_resume_know_the_bits(made: tuple[Path, Path, fedmira.Study]) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fedmira.data.batches import Batch, Encoded, collate
 from fedmira.model.packed.lora import Dropout
+from fedmira.model.packed.packing import PREFIX_TOKENS
 from fedmira.model.packed.recompute import counting, find_blocks
-from fedmira.model.passes import gradients, losses
+from fedmira.model.passes import gradients, losses, plan_pass
 
 RANKS = (2, 1, 2)
 
@@ -21,11 +22,13 @@ RANKS = (2, 1, 2)
 def texts(*, alike: bool = False) -> Batch:
     """Three clients with examples of several lengths; alike: those of a client begin with the same tokens."""
     stream = np.random.default_rng(2)
-    own = [[tiny.example(stream, size, answer=2) for size in sizes] for sizes in ((9, 11), (12, 9, 10), (8,))]
+    longer = PREFIX_TOKENS if alike else 0
+    sizes = ((9, 11), (12, 9, 10), (8,))
+    own = [[tiny.example(stream, size + longer, answer=2) for size in of_client] for of_client in sizes]
     if alike:
-        heads = [client[0].ids[:6] for client in own]
+        heads = [client[0].ids[:longer] for client in own]
         own = [
-            [Encoded((*head, *example.ids[6:]), example.prompt_length, ()) for example in client]
+            [Encoded((*head, *example.ids[longer:]), example.prompt_length, ()) for example in client]
             for head, client in zip(heads, own, strict=True)
         ]
     return collate(own, pad_id=0)
@@ -57,6 +60,8 @@ def test_every_family_has_blocks_and_the_same_bits(family: str) -> None:
 def test_dropout_shared_beginnings_and_drawn_labels_have_the_same_bits(family: str, packs: bool) -> None:
     base = replace(tiny.base(family, targets="all-linear", dtype=torch.float32), packs=packs)
     streams = lambda: [np.random.default_rng(k) for k in range(3)]  # noqa: E731
+    if packs:
+        assert plan_pass(base, texts(alike=True)).ids.shape[1] < int(texts(alike=True).lengths.sum())
     for options in ({"dropout": Dropout(0.4, [1, 2, 3])}, {}):
         (_, once), (_, twice) = both(base, texts(alike=True), **options)
         assert torch.equal(once, twice)

@@ -82,6 +82,7 @@ def test_the_plan_adds_up_and_measured_what_it_says(config: Path) -> None:
     whole = plan.prepare_seconds + plan.start_seconds + sum(plan.run_seconds.values())
     assert plan.total_seconds == pytest.approx(whole)
     assert 0 < plan.prepare_seconds < plan.total_seconds
+    assert plan.cpu_seconds >= plan.speeds.cpu * (plan.total_seconds - plan.prepare_seconds) > 0
     assert plan.runs == 3
     shares = [plan.work[label].trained for label in ("local", "fedavg", "mira")]
     assert shares[0] == shares[1] == shares[2]
@@ -119,7 +120,8 @@ def test_the_plan_counts_rows_where_they_will_lie(
 def test_a_dry_run_prints_the_plan_and_writes_nothing(config: Path, tmp_path: Path) -> None:
     ended = command("run", config, "--dry-run")
     assert ended.code == 0, ended.err
-    for word in ("clients", "tokens", "truncation", "in one pass", "memory", "disk", "per round", "about", "tokens/s"):
+    words = ("clients", "tokens", "truncation", "in one pass", "memory", "disk", "per round", "about", "tokens/s")
+    for word in (*words, "CPU time", "assumed"):
         assert word in ended.out, word
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 

@@ -12,10 +12,11 @@ from tests import small_study
 from torch import Tensor
 
 from fedmira.adapters import Adapters, lora_layout
+from fedmira.cli.method_facts import build_default, method_facts
 from fedmira.engine.federation import Federation, Given
 from fedmira.errors import ConfigError, FedMiraError, MethodError, StoreError
-from fedmira.methods import build
-from fedmira.methods.base import Cohort
+from fedmira.methods import build, load, names
+from fedmira.methods.base import Clock, Cohort
 from fedmira.study.face import resume, run
 from fedmira.study.loading import check
 from fedmira.study.run import Common
@@ -67,7 +68,11 @@ def begun(config: Any, label: str, seed: int = 3) -> tuple[Any, Adapters]:
     return prepared, federation.adapters(ids, state.adapters.rows[method.row_of(ids)]).mask_()
 
 
-@pytest.mark.parametrize("lora", [{}, {"r": 5, "lora_alpha": 7}, {"use_rslora": True, "r": 4}], ids=str)
+@pytest.mark.parametrize(
+    "lora",
+    [{}, {"r": 5, "lora_alpha": 7}, {"use_rslora": True, "r": 4}, {"init_lora_weights": "orthogonal", "r": 4}],
+    ids=str,
+)
 def test_each_client_begins_with_its_own_exactly_at_any_larger_rank_and_other_scale(
     made: tuple[Path, Path], first: Path, tmp_path: Path, lora: dict[str, Any]
 ) -> None:
@@ -230,3 +235,38 @@ def test_shared_rows_by_hand() -> None:
     assert local[1, :4].tolist() == [3, 3, 5, 5]
     drawn = Federation(("a", "b", "c"), layout, torch.tensor([1, 2, 2]), 2.0).start_rows(0)[0][-1]
     assert torch.equal(local[2], drawn)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_method_begins_as_its_page_says(name: str) -> None:
+    """Four clients with an adapter each: what the server has, and the columns that stay with a client."""
+    method, said = build_default(load(name)), method_facts(load(name)).starts
+    layout, everyone = lora_layout([("m", 6, 4)], 2), torch.arange(4)
+    mask = layout.rank_mask(torch.tensor([2]))[0]
+    rows = torch.randn(4, layout.size, generator=torch.Generator().manual_seed(1)) * mask
+    ids = tuple("abcd")
+
+    def with_starts(of: Tensor) -> Federation:
+        given = Given(rows, mask.expand(4, -1), of)
+        return Federation(ids, layout, torch.full((4,), 2), 2.0, given=given).under(method, 6)
+
+    if "refused" in said:
+        with pytest.raises(MethodError, match=r"lora\.start"):
+            with_starts(everyone)
+        if "one adapter for all is taken" not in said:
+            return
+        federation, own = with_starts(torch.zeros(4, dtype=torch.int64)), rows[:1].expand(4, -1)
+    else:
+        federation, own = with_starts(everyone), rows
+    server = federation.first_state(0, method).adapters.rows[method.row_of(everyone)][:, : layout.size]
+    drawn, kinds = federation.start_rows(0)
+    client = drawn[kinds][:, : layout.size]
+    travels = (method.travels(federation.layout, Clock(1)) | method.travels(federation.layout, Clock(2)))[: layout.size]
+    begun = torch.where(travels, server, client)[:, mask]
+    if said.startswith("its own"):
+        torch.testing.assert_close(begun, own[:, mask])
+    elif not said.startswith("the mean of its group's"):  # there are no groups here
+        stay = ~travels[mask]
+        assert ("its own in the rest" in said) == bool(stay.any()) or "one adapter" in said
+        expected = torch.where(stay, own[:, mask], own[:, mask].mean(dim=0))
+        torch.testing.assert_close(begun, expected)

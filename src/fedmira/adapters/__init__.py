@@ -396,4 +396,4 @@ def _drawn_pair(first: Leaf, second: Leaf, start: Start, generator: torch.Genera
 def norms(rows: Tensor) -> Tensor:
     """Return the 2-norm of every row [K] in float64, so that large rows do not overflow."""
     some = max(1, NORM_NUMBERS // max(1, rows.shape[1]))  # rows at once: torch makes them float64 first
-    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in rows.split(some)])
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in torch.split(rows, some)])

@@ -10,7 +10,10 @@ FILE = Path(__file__).with_name("method_list.json")
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """What a method with default settings is, needs and sends. bytes: a formula in S and P; empty: nothing."""
+    """What a method with default settings is, needs and sends. bytes: a formula in S and P; empty: nothing.
+
+    starts: what a client with an adapter to begin with (`lora.start`) begins with.
+    """
 
     about: str
     papers: list[str]
@@ -20,6 +23,7 @@ class MethodFacts:
     sends: str
     bytes_up: str
     bytes_down: str
+    starts: str
 
     @property
     def bytes(self) -> str:
@@ -30,7 +34,8 @@ class MethodFacts:
         """All facts but `about`, on one line."""
         travels = f"sends {self.sends}, {self.bytes}" if self.bytes_up else "sends nothing"
         server = "server forwards each" if self.needs == "relay" else f"server sees {self.needs}"
-        return f"{self.view}; {server}; {travels}; {', '.join(self.papers) or 'no paper'}"
+        papers = ", ".join(self.papers) or "no paper"
+        return f"{self.view}; {server}; {travels}; lora.start: {self.starts}; {papers}"
 
 
 def stored_facts() -> dict[str, MethodFacts]:

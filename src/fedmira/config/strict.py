@@ -28,7 +28,10 @@ class Strict(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _nothing_is_read_as_something_else(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic reads true as 1, "3" as 3 and "no" as false; in a config each of them is a mistake."""
+        """pydantic reads true as 1, "3" as 3 and "no" as false; in a config each of them is a mistake.
+
+        Its own strict mode would refuse more: a list of YAML where a tuple is kept, a mapping where a section is.
+        """
         key = str(info.field_name)
         annotation = cls.model_fields[key].annotation
         if annotation is bool and not isinstance(value, bool):

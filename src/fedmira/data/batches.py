@@ -164,4 +164,4 @@ def count_examples(count: int, *, batch_size: int, steps: int | None, epochs: in
         return epochs * count
     per_epoch = -(-count // batch_size)
     full_epochs, remaining_steps = divmod(steps or 0, per_epoch)
-    return full_epochs * count + min(remaining_steps * batch_size, count)
+    return full_epochs * count + remaining_steps * batch_size  # fewer batches than make an epoch: all are full

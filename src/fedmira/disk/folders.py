@@ -256,6 +256,8 @@ def held(folder: Path) -> Iterator[None]:
     """
     import filelock  # takes as long to import as the rest of a refusal
 
+    if (folder / LOCK).is_symlink():
+        raise StoreError(f"{describe_link(folder / LOCK)}, and the lock of a study is a file; remove the link")
     lock = filelock.FileLock(folder / LOCK, mode=FILE_MODE, timeout=0)
     try:
         lock.acquire()

@@ -70,6 +70,8 @@ class Federation:
 
         width: of the base's embeddings. Raises MethodError for rows that no pass or export could take apart.
         """
+        if self.given is not None:
+            self._check_start(method)
         if method.layout is None:
             return self
         layout = method.layout(self.layout, width)
@@ -86,6 +88,20 @@ class Federation:
             return replace(self, layout=layout, ranks=ranks, alpha=1.0)
         given = None if self.given is None else self.given.within(layout)
         return replace(self, layout=layout, ranks=ranks, given=given)
+
+    def _check_start(self, method: Method) -> None:
+        """Raise MethodError where a method cannot begin with these adapters."""
+        assert self.given is not None
+        if method.regime.starts == "none":
+            raise MethodError(
+                f"method '{method.name}' begins every round with new factors, and lora.start would be lost: merge that "
+                "adapter into the base (fedmira export --merge), or take another method"
+            )
+        if method.regime.starts == "alike" and len(torch.unique(self.given.of)) > 1:
+            raise MethodError(
+                f"method '{method.name}' has one A for all clients, and lora.start gives them several; give one "
+                "adapter for all (lora.start: FOLDER), or take another method"
+            )
 
     def joining(self, number: int) -> Tensor:
         """Return the clients [n] whose first round this is, if it is not the first of all."""
@@ -122,6 +138,7 @@ class Federation:
         pairs, kinds = torch.unique(torch.stack([kinds, self.given.of], dim=1), dim=0, return_inverse=True)
         rows = rows[pairs[:, 0]]
         has = pairs[:, 1] >= 0
+        rows[has] = self._without_b(rows[has])
         own = self.given.rows[pairs[has, 1]].to(self.dtype)
         rows[has] = torch.where(self.given.columns[pairs[has, 1]], own, rows[has])
         return rows, kinds
@@ -133,6 +150,7 @@ class Federation:
         count = method.count_rows(len(self))
         if self.given is None:
             return drawn.expand(count, -1)
+        rest = self._without_b(drawn)[0]
         own, kinds = self.start_rows(seed)
         has = (self.given.of >= 0).nonzero().flatten()
         groups = method.row_of(torch.arange(len(self)))
@@ -141,8 +159,15 @@ class Federation:
             members = has[groups[has] == number]
             mean = own[kinds[members]].mean(dim=0)
             least = self.given.columns[self.given.of[members]].any(dim=0)
-            rows[number] = torch.where(least, mean, drawn[0])
+            rows[number] = torch.where(least, mean, rest)
         return rows
+
+    def _without_b(self, rows: Tensor) -> Tensor:
+        """Return rows [n, P] whose pairs of LoRA add nothing each: a start that is drawn may add nothing as a whole."""
+        emptied = rows.clone()
+        for _, second in self.layout.parts[0].pairs():
+            emptied[:, second.start : second.stop] = 0
+        return emptied
 
     def start(self, seed: int, method: Method, scratch: Path | None = None, *, ram_bytes: int | None = None) -> Stored:
         """Return the common start as the rows that the server has: of each client, of each group, or one.

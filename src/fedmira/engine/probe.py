@@ -62,7 +62,7 @@ class _Measure:
     def of(cls, base: Base) -> "_Measure":
         config = base.model.config.get_text_config()
         embeddings = base.model.get_input_embeddings().weight
-        weights = sum(weight.numel() for weight in base.model.parameters() if weight is not embeddings)
+        weights = sum(_count(weight) for weight in base.model.parameters() if weight is not embeddings)
         layers = getattr(config, "num_hidden_layers", None)
         return cls(weights / (layers * base.width) if layers else float("inf"))
 
@@ -88,6 +88,12 @@ class _Measure:
             some.append(example)
         short = max(PROBE, self.tokens(work + self.work(len(examples[0].ids)))) if not some else 0
         return some or [beginning(examples[0], short)]
+
+
+def _count(weight: Tensor) -> int:
+    """Count a weight's numbers; of one in 4 bits a tensor has two in each of its own."""
+    packed = getattr(weight, "quant_state", None)
+    return weight.numel() if packed is None else torch.Size(packed.shape).numel()
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,6 +51,7 @@ class Card(TypedDict, total=False):
     drawn: int  # rounds in which this client trained
     seed: int
     base_sha256: str
+    bits: Mapping[str, str | bool]  # keys of a base whose weights were quantised when it was loaded
     targets: Sequence[str]
     layers: int
     rank: int
@@ -164,7 +165,10 @@ def _facts(base: str, card: Card) -> dict[str, str]:
         facts["seed"] = str(card["seed"])
     facts["base"] = f"`{_quoted(base)}`"
     if "base_sha256" in card:
-        facts["base sha256"] = f"{card['base_sha256']} (config.json, tokenizer and weights)"
+        of = "config.json, tokenizer and weights" + (", with the words for its bits" if "bits" in card else "")
+        facts["base sha256"] = f"{card['base_sha256']} ({of})"
+    if "bits" in card:
+        facts["base weights"] = f"trained on with `{_keywords(card['bits'])}` (bitsandbytes)"
     if "rank" in card:
         layers = f" on {card['layers']} layers ({', '.join(sorted(card['targets']))})" if "layers" in card else ""
         added = f"; up to {card['added']} of the rank is what the method added to the base" if "added" in card else ""
@@ -294,6 +298,7 @@ def _use(base_model: str, revision: str | None, card: Card) -> list[str]:
     elif shown_base(base_model) != base_model:
         load, comment = repr(f"path/to/{shown_base(base_model)}"), "  # the folder with the sha256 above"
     at = "" if revision is None else f", revision={revision!r}"
+    bits = f", quantization_config=BitsAndBytesConfig({_keywords(card['bits'])})" if "bits" in card else ""
     ahead = f"  # {card['virtual_tokens']} logits precede those of the text" if "virtual_tokens" in card else ""
     return [
         USE,
@@ -301,9 +306,9 @@ def _use(base_model: str, revision: str | None, card: Card) -> list[str]:
         "```python",
         *(["import fedmira.bundled"] if base_model.startswith(bundled.PREFIX) else []),
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import AutoModelForCausalLM{', BitsAndBytesConfig' if bits else ''}",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({load}{at}){comment}",
+        f"base = AutoModelForCausalLM.from_pretrained({load}{at}{bits}){comment}",
         f'model = PeftModel.from_pretrained(base, "path/to/this/folder"){ahead}',
         "```",
         "",
@@ -331,6 +336,10 @@ def _licence(stated: str | None) -> dict[str, str]:
         return {}
     known = re.sub(r"[\s_]+", "-", stated.strip().lower())
     return {"license": known} if known in LICENCES else {"license": "other", "license_name": shown_name(stated)}
+
+
+def _keywords(settings: Mapping[str, str | bool]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in settings.items())
 
 
 def _number(value: float | None) -> str:

@@ -30,7 +30,14 @@ from fedmira.export.peft_folder import check_adapters, check_free, new_folder
 from fedmira.model.base.load import quiet
 from fedmira.model.base.source import digest, find_folder, first_line, load_config, positions
 from fedmira.model.base.vocabulary import count_known_ids
-from fedmira.model.quantised import Quantisation, loading, make_dense, take_over
+from fedmira.model.quantised import (
+    Quantisation,
+    base_fingerprint,
+    loading,
+    make_dense,
+    stored_quantisation,
+    take_over,
+)
 
 # Largest difference of logits, as a fraction of the largest logit, that a merge may make. Measured with random adapters
 # of several sizes on three small trained Llamas (2 to 6 layers) and on random Llamas and GPT-2 of 2 to 32 layers:
@@ -85,11 +92,11 @@ def merge_adapters(
     check_free(targets)
     name = facts.base_model
     folder = find_folder(bundled.resolve(name), revision=revision, weights=True)
-    size = _count_parameters(folder) * getattr(torch, kind).itemsize
+    config = load_config(str(folder), folder)
+    packed = stored_quantisation(getattr(config, "quantization_config", None)) is not None
+    size = (_count_dense(folder) if packed else _count_parameters(folder)) * getattr(torch, kind).itemsize
     _check_room(targets, size + sum(path.stat().st_size for path in tokenizer_files(folder)))
-    base_sha256 = digest(folder)
-    if quantisation is not None:
-        base_sha256 = quantisation.fingerprint(base_sha256)
+    base_sha256 = base_fingerprint(digest(folder), config, quantisation)
     if base_sha256 != facts.base_fingerprint:
         raise ModelError(
             f"model.base_model '{name}' is not the base this run was trained on (sha256 {base_sha256[:12]}, trained on "
@@ -240,6 +247,15 @@ def _count_parameters(folder: Path) -> int:
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise ModelError(f"the base in '{folder}' cannot be read: {first_line(error)}") from None
     return total
+
+
+def _count_dense(folder: Path) -> int:
+    """Count the parameters of a base by its config; files in 4 bits have two of them in one number."""
+    config = load_config(str(folder), folder)
+    del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(value.numel() for value in model.parameters())
 
 
 def _check_room(targets: Sequence[Path], each: int) -> None:

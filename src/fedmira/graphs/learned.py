@@ -183,6 +183,14 @@ def agreement(first: Array, second: Array) -> float | None:
 Pairs = dict[tuple[int, int], float]  # (smaller, larger client) -> similarity
 
 
+def _largest(values: Array, count: int) -> Array:
+    """Mark the `count` largest of each row of values [n, N]; among equals the earlier ones."""
+    count = min(count, values.shape[1])
+    least = -np.partition(-values, count - 1, axis=1)[:, count - 1, None]
+    above, equal = values > least, values == least
+    return above | (equal & (np.cumsum(equal, axis=1) <= count - above.sum(axis=1, keepdims=True)))
+
+
 def nearest_pairs(similarities: Array, rows: Array, columns: Array, *, degree: int) -> Pairs:
     """List each client of `rows` [n] with its `degree` most similar among `columns` [N]; similarities [n, N].
 
@@ -190,11 +198,7 @@ def nearest_pairs(similarities: Array, rows: Array, columns: Array, *, degree: i
     """
     pairs: Pairs = {}
     to_others = np.where(rows[:, None] == columns[None, :], 0.0, similarities)
-    degree = min(degree, len(columns))
-    least = -np.partition(-to_others, degree - 1, axis=1)[:, degree - 1, None]  # the last similarity that is joined
-    above, equal = to_others > least, to_others == least
-    equal &= np.cumsum(equal, axis=1) <= degree - above.sum(axis=1, keepdims=True)
-    for row, column in zip(*np.nonzero((above | equal) & (to_others > 0)), strict=True):
+    for row, column in zip(*np.nonzero(_largest(to_others, degree) & (to_others > 0)), strict=True):
         client, other = int(rows[row]), int(columns[column])
         pairs[min(client, other), max(client, other)] = float(to_others[row, column])
     return pairs
@@ -369,8 +373,7 @@ class LearnedGraph:
         places = places[had]
         similar = self._compare(profiles[places], profiles, profiles)
         similar[np.arange(len(had)), places] = 0.0
-        order = np.argsort(-similar, axis=1, kind="stable")[:, : self.degree]
-        weights[had[:, None], order] = np.take_along_axis(similar, order, axis=1)
+        weights[had] = np.where(_largest(similar, self.degree), similar, 0.0)
         return others, weights
 
     def directed(self, tables: Mapping[str, Tensor]) -> Graph:

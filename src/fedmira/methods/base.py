@@ -277,6 +277,7 @@ class Regime:
     trains alone after the last round: its half with so many steps, which may be none, or epochs. scorings: of its
     validation split before its local steps, at most. gradients: that one local step asks for, at most; None: it asks
     for more than gradients, of which none can be private. optimizer: that its clients need; sgd: without momentum.
+    starts: adapters that its clients may begin with (lora.start): any, one for all (alike), none.
     """
 
     trainees: Literal["sampled", "pool", "nobody"] = "sampled"
@@ -288,6 +289,7 @@ class Regime:
     scorings: int = 0
     optimizer: Literal["any", "sgd"] = "any"
     gradients: int | None = 1
+    starts: Literal["any", "alike", "none"] = "any"
 
 
 @dataclass(frozen=True, eq=False)
@@ -431,15 +433,13 @@ class Method:
 
     def count_rows(self, clients: int) -> int:
         """Return how many rows the server has."""
-        if isinstance(self.rows_of, Tensor):
-            return int(self.rows_of.max()) + 1
-        return clients if self.rows_of == "each" else 1
+        groups = int(self.rows_of.max()) + 1 if isinstance(self.rows_of, Tensor) else 1
+        return clients if self.has_row_of_each else groups
 
     def row_of(self, ids: Tensor) -> Tensor:
         """Return which row each of the clients `ids` [S] uses."""
-        if isinstance(self.rows_of, Tensor):
-            return self.rows_of[ids]
-        return ids if self.has_row_of_each else torch.zeros_like(ids)
+        without = ids if self.has_row_of_each else torch.zeros_like(ids)
+        return self.rows_of[ids] if isinstance(self.rows_of, Tensor) else without
 
     def message(self, state: State, ids: Tensor, clock: Clock) -> Message:
         """Return what the server sends the clients `ids` [S], whole rows."""

@@ -8,7 +8,8 @@ is trained: half of FedAvg's bytes where a module is square, d / (d + v) of them
 is the common start, which everybody draws from the seed of the run. What an adapter can learn is limited to the rows of
 A_0: with the same rank it has half of the freedom.
 
-The exact mean needs clients of one rank: alpha / r_k and the cut of A differ with the rank.
+The exact mean needs clients of one rank: alpha / r_k and the cut of A differ with the rank. It needs one A: of adapters
+to begin with (`lora.start`) one for all is taken, and one for each client refused.
 
 Source: Sun et al. 2024 (arXiv:2403.12313, ICLR 2024).
 
@@ -19,7 +20,7 @@ The paper's own code and its section on the scaling factor alpha were not at han
 
 from typing import Literal
 
-from fedmira.methods.base import Cohort, Facts, Method, Settings
+from fedmira.methods.base import Cohort, Facts, Method, Regime, Settings
 from fedmira.methods.means import merge_mean
 from fedmira.methods.wrappers import only
 
@@ -32,5 +33,6 @@ class Config(Settings):
 
 def build(config: Config, cohort: Cohort) -> Method:
     """Return FFA-LoRA as a Method."""
-    fedavg = Method("ffa_lora", merge_mean(config.weights), facts=Facts(weighs=config.weights == "examples"))
+    facts, regime = Facts(weighs=config.weights == "examples"), Regime(starts="alike")
+    fedavg = Method("ffa_lora", merge_mean(config.weights), facts=facts, regime=regime)
     return only(fedavg, trained="B", travels="B")

@@ -11,7 +11,7 @@ an exported adapter is the sum of all rounds.
 
 With B = 0 the gradient of A is 0 in the first local step of every round. Moments of the optimizer that go on
 (`keep_optimizer`) would be those of factors that are no more: leave them off. `start: common` begins every round with
-the first round's A instead of a new one.
+the first round's A instead of a new one. Adapters to begin with (`lora.start`) are refused: they would be lost.
 
 Not specified in the paper: the scale; the authors' code has alpha = 2 r, so that s_k is 2 for every client. There each
 client draws an A of its own; here the server draws one for all, which is in the bytes down. `weights: uniform` is ours.
@@ -31,7 +31,7 @@ from typing import Literal
 from fedmira.adapters import start_adapters
 from fedmira.adapters.added import stack_products
 from fedmira.adapters.lazy import Tensor, np, torch
-from fedmira.methods.base import Change, Clock, Cohort, Facts, Message, Method, Settings, State
+from fedmira.methods.base import Change, Clock, Cohort, Facts, Message, Method, Regime, Settings, State
 from fedmira.methods.means import at_own_ranks, replace_shared, shares_of
 
 STREAM = 0x464C6F5241  # of the starts, apart from what else is drawn from the run's seed
@@ -63,5 +63,6 @@ def build(config: Config, cohort: Cohort) -> Method:
         "flora",
         merge,
         send=None if config.start == "common" else send,
+        regime=Regime(starts="none"),
         facts=Facts(needs="each", weighs=config.weights == "examples", compare="products"),
     )

@@ -42,6 +42,17 @@ class Quantisation:
             return "int8"
         return f"{self.kind}-double" if self.double else self.kind
 
+    @property
+    def keys(self) -> dict[str, str | bool]:
+        """As a config has it, ours and transformers'."""
+        if self.bits == 8:
+            return {"load_in_8bit": True}
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.kind,
+            "bnb_4bit_use_double_quant": self.double,
+        }
+
     def config(self, dtype: torch.dtype) -> Any:
         """Return what transformers asks for. Raises ModelError if bitsandbytes is not installed, or dtype is double."""
         check_installed()
@@ -49,18 +60,20 @@ class Quantisation:
             raise ModelError("model.dtype float64: weights in 4 or 8 bits are computed with in float32 or bfloat16")
         from transformers import BitsAndBytesConfig
 
-        if self.bits == 8:
-            return BitsAndBytesConfig(load_in_8bit=True)
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=self.kind,
-            bnb_4bit_use_double_quant=self.double,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        return BitsAndBytesConfig(**self.keys, **({"bnb_4bit_compute_dtype": dtype} if self.bits == 4 else {}))
 
     def fingerprint(self, of_folder: str) -> str:
         """Return the sha256 of a base that is quantised when it is loaded, from that of its folder."""
         return hashlib.sha256(f"{of_folder} {self.name}".encode()).hexdigest()
+
+
+def base_fingerprint(of_folder: str, config: Any, asked: Quantisation | None) -> str:
+    """Return the sha256 of a base from that of its folder: the folder's own where the weights are plain or stored so.
+
+    config: of the base, which says how its weights are stored; asked: how they are quantised when they are loaded.
+    """
+    plain = stored_quantisation(getattr(config, "quantization_config", None)) is None
+    return asked.fingerprint(of_folder) if asked is not None and plain else of_folder
 
 
 def check_installed() -> None:

@@ -25,6 +25,7 @@ from fedmira.export.card import Card, licence_of, model_card
 from fedmira.export.gate_file import write_gate
 from fedmira.export.peft_folder import count_exported, depth_of, describe, export_adapter
 from fedmira.methods.base import Method
+from fedmira.study.adapting import quantisation_of
 from fedmira.study.assemble import Prepared
 from fedmira.study.client_privacy import of_adapters
 from fedmira.study.events import AdaptersWritten
@@ -67,6 +68,7 @@ def write_adapters(
     links = only is None and len(federation) * count_exported(federation.layout) * 4 > LINK_BYTES
     pool = (sum(len(client.train) for client in clients), sum(client.trained_tokens for client in clients))
     model, asking = prepared.config.model, prepared.asking
+    bits = quantisation_of(model)
     local = Path(model.base_model).is_dir()
     tokenizer: list[Path] = []  # the files of the first client's folder, which the others share
     common: dict[tuple[tuple[int, ...], str], Path] = {}  # ranks and sha256 of a row that others may have -> its folder
@@ -96,6 +98,8 @@ def write_adapters(
             "special_text": prepared.config.data.special_tokens == "text",
             "local": local,
         }
+        if bits is not None:
+            card["bits"] = bits.keys
         if ended.chosen[position]:
             card["round"] = ended.chosen[position]
         if not prompts:

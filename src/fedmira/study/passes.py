@@ -60,9 +60,6 @@ def shape_of_passes(
                 saved.cohort,
             )
         return PassShape(saved.cohort if given is None else min(given, saved.cohort), saved.recompute, saved.at_once)
-    auto = any(section.gradient_checkpointing == "auto" for _, section in passes)
-    if given is not None and not auto:
-        return PassShape(given)
     most = -(-sampled // (workers or 1))
     plans = plan_passes(workplace, passes, most if given is None else given, workers=workers)
     cohort = given or min(plan.cohort for plan in plans)

@@ -40,7 +40,7 @@ from fedmira.model.packed.loss import Head
 from fedmira.model.packed.recompute import find_blocks
 from fedmira.model.packed.tail import Tail, find_tail
 from fedmira.model.packed.virtual import VirtualIndex
-from fedmira.model.quantised import Quantisation, loading, stored_quantisation, take_over
+from fedmira.model.quantised import Quantisation, base_fingerprint, loading, stored_quantisation, take_over
 
 __all__ = ["Base", "choose_device", "choose_dtype", "fingerprint", "load_base", "load_tokenizer"]
 __all__ += ["quiet", "wrap"]
@@ -142,10 +142,9 @@ def load_base(
         model = model if how else model.to(on)
     except torch.OutOfMemoryError as error:
         raise refuse(name, f"does not fit on {on} in {kind}: {first_line(error)}") from None
-    sha256 = digest(folder)
+    sha256 = base_fingerprint(digest(folder), config, quantisation)
     if how:
         take_over(model, kind)
-        sha256 = sha256 if stored is not None or quantisation is None else quantisation.fingerprint(sha256)
     return wrap(model, tokenizer, name=name, targets=targets, fingerprint=sha256)
 
 
