@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 Kept = Mapping[str, Any]
 RANK, CLIENTS, TOKENS = 16, 8, 2048  # of the count on paper
 STATE = 16  # bytes of a trained number: itself, its gradient, two moments of AdamW
+RESPONSE = 0.2  # of a text
 NF4 = 0.5 + 4 / 64  # bytes of a weight: 4 bits, and a scale for 64 of them
 HEAD = """# Bases of 0.5 billion parameters and more
 
@@ -140,6 +141,16 @@ def findings(rows: Sequence[Kept]) -> list[str]:
                 f"- Eight clients, {what}, both sides recomputing: {times:.2f} times the loop's speed (aim 2), "
                 f"{peaks:.2f} of its peak (aim at most 1.5)."
             )
+    if eight := [one for one in rows if one["clients"] == 8 and one["recompute"]]:
+        counts = [products(one, RESPONSE) for one in eight]
+        less = [products(one, 1.0) / count for one, count in zip(eight, counts, strict=True)]
+        rates = [speed(one, one["fedmira"]) * count / one["matmul"] for one, count in zip(eight, counts, strict=True)]
+        lines.append(
+            f"- By count of matrix products the loop, which takes logits of every token, computes {min(less):.2f} to "
+            f"{max(less):.2f} times as much there; what is above that is what it spends outside of products. FedMira's "
+            f"passes reach {min(rates):.2f} to {max(rates):.2f} of the rate of products measured after the row, so "
+            "that 2 times is not to be had where they are the limit: a GPU has a higher one, and is not measured yet."
+        )
     few = [one for one in rows if one["recompute"] and not one["nf4"] and (one["base"], one["tokens"]) == ("0.5B", 256)]
     if few:
         said = [f"{one['fedmira']['kept']:,.0f} MiB of {one['clients']} ({stream(one):,.0f})" for one in few]
@@ -147,6 +158,12 @@ def findings(rows: Sequence[Kept]) -> list[str]:
             f"- Kept where it recomputes, in brackets the residual stream alone, S n L d numbers: {', '.join(said)}."
         )
     return ["\n".join(lines)] if lines else []
+
+
+def products(row: Kept, labelled: float) -> float:
+    """Operations of matrix products for a token, of which this share has logits; the frozen weights get no gradient."""
+    shape = SHAPES[row["base"]]
+    return 2.0 * (3 * shape.linear + 2 * labelled * shape.vocabulary * shape.width)
 
 
 def stream(row: Kept) -> float:

@@ -234,7 +234,7 @@ def test_merged_models_have_the_rounded_weights_and_are_plain(
     assert "quantization_config" not in json.loads((merged.path / "config.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("said", [False, True], ids=["not said", "said in the config too"])
+@pytest.mark.parametrize("said", [pytest.param(False, marks=pytest.mark.slow), True], ids=["not said", "said too"])
 def test_a_run_on_a_folder_quantised_before_is_merged(said: bool, tmp_path: Path) -> None:
     plain, data = small_study.save_base(tmp_path / "plain"), small_study.save_data(tmp_path / "data.jsonl")
     loaded(plain, NF4).save_pretrained(tmp_path / "base")
