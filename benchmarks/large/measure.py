@@ -43,7 +43,7 @@ def measure(row: Row, *, pairs: int, device: str, folder: Path) -> dict[str, Any
             "seconds": [second for one in results for second in one["seconds"]],
             **{
                 key: min(one[key] for one in results)
-                for key in ("weights", "loading", "files", "kept", "above", "peak")
+                for key in ("weights", "loading", "files", "kept", "above", "used", "peak")
             },
             "loss": results[0]["loss"],
         }

@@ -23,16 +23,40 @@ def held(kind: str = "RssAnon") -> float:
     return int(found[1]) / 1024
 
 
+class _Mallinfo2(ctypes.Structure):
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]  # malloc.h
+
+
+def used(device: str) -> float:
+    """Return MiB of the blocks in use, without freed ones that the C library keeps."""
+    if device != "cpu":
+        return torch.cuda.memory_allocated() / 2**20
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _Mallinfo2
+    found = mallinfo2()
+    return float(found.hblkhd + found.uordblks) / 2**20
+
+
 class Peak:
-    """The most that was held while it was watched; on a GPU what torch had allocated there."""
+    """The most that was held, and in use, while it was watched; on a GPU what torch had allocated there."""
 
     def __init__(self, device: str) -> None:
         self.device, self.before, self.most = device, now(device), 0.0
+        self.used_before, self.most_used = used(device), 0.0
 
     @property
     def above(self) -> float:
         """MiB above what was held before."""
         return self.most - self.before
+
+    @property
+    def used(self) -> float:
+        """MiB in use above those before."""
+        return self.most_used - self.used_before
+
+    def look(self) -> None:
+        self.most, self.most_used = max(self.most, now(self.device)), max(self.most_used, used(self.device))
 
 
 def now(device: str) -> float:
@@ -47,12 +71,12 @@ def watched(device: str) -> Iterator[Peak]:
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         yield peak
-        peak.most = torch.cuda.max_memory_allocated() / 2**20
+        peak.most = peak.most_used = torch.cuda.max_memory_allocated() / 2**20
         return
 
     def watch() -> None:
         while not ended.is_set():
-            peak.most = max(peak.most, held())
+            peak.look()
             time.sleep(EVERY)
 
     thread = threading.Thread(target=watch)
@@ -62,7 +86,7 @@ def watched(device: str) -> Iterator[Peak]:
     finally:
         ended.set()
         thread.join()
-        peak.most = max(peak.most, held())
+        peak.look()
 
 
 @contextmanager

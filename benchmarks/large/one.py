@@ -4,7 +4,7 @@
 
 Prints one line of JSON: seconds of a step of every client (the first pass is left out), MiB of the weights, held when
 they are loaded (loading), kept by a pass for its backward pass (kept), the most that training holds above the loaded
-base (above), the most of all (peak), and the last loss. `--side peft` is
+base (above), the same of blocks in use alone (used), the most of all (peak), and the last loss. `--side peft` is
 the loop that everybody writes: one resident model, one client after another, `gradient_checkpointing_enable()` with
 --recompute; of more clients than one only the first two are trained, for the third takes as long as the second.
 """
@@ -125,6 +125,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "files": files,
         "kept": max(saved),
         "above": passes.most - loaded,
+        "used": passes.used,
         "peak": passes.most,
         "loss": loss,
     }

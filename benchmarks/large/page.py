@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from large_rows import ROWS, STUDY
-from shapes import SHAPES, Shape
+from shapes import RESPONSE, SHAPES, Shape
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from stored import table
@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 Kept = Mapping[str, Any]
 RANK, CLIENTS, TOKENS = 16, 8, 2048  # of the count on paper
 STATE = 16  # bytes of a trained number: itself, its gradient, two moments of AdamW
-RESPONSE = 0.2  # of a text
 NF4 = 0.5 + 4 / 64  # bytes of a weight: 4 bits, and a scale for 64 of them
 HEAD = """# Bases of 0.5 billion parameters and more
 
@@ -44,7 +43,7 @@ Bytes of one GPU for S clients of n tokens, with recomputation:
 
 P: adapter parameters of rank 16, with gradient and two moments of AdamW in float32; L layers of width d, inner width f,
 b bytes of a number: 2 in bfloat16, the weights 2 or, in nf4, 0.5625. c is measured: of one client at 512 and 2,048
-tokens above, {constant}. Here S = {clients} and n = {tokens:,}.
+tokens, by the blocks of memory in use, {constant}. Here S = {clients} and n = {tokens:,}.
 """
 
 
@@ -142,7 +141,7 @@ def findings(rows: Sequence[Kept]) -> list[str]:
                 f"{peaks:.2f} of its peak (aim at most 1.5)."
             )
     if eight := [one for one in rows if one["clients"] == 8 and one["recompute"]]:
-        counts = [products(one, RESPONSE) for one in eight]
+        counts = [products(one, 1 / RESPONSE) for one in eight]
         less = [products(one, 1.0) / count for one, count in zip(eight, counts, strict=True)]
         rates = [speed(one, one["fedmira"]) * count / one["matmul"] for one, count in zip(eight, counts, strict=True)]
         lines.append(
@@ -161,7 +160,7 @@ def findings(rows: Sequence[Kept]) -> list[str]:
 
 
 def products(row: Kept, labelled: float) -> float:
-    """Operations of matrix products for a token, of which this share has logits; the frozen weights get no gradient."""
+    """Operations of matrix products for a token, forward, again and back, where this share of tokens has logits."""
     shape = SHAPES[row["base"]]
     return 2.0 * (3 * shape.linear + 2 * labelled * shape.vocabulary * shape.width)
 
@@ -210,10 +209,10 @@ def estimate(found: Kept) -> str:
 def block_constant(rows: Sequence[Kept]) -> float | None:
     """Return c: numbers that a pass holds of a token beside the residual stream, for each of d + f of a block."""
     one = {row["tokens"]: row for row in rows if row["clients"] == 1 and row["recompute"] and not row["nf4"]}
-    if not {512, 2048} <= one.keys():
+    if not {512, 2048} <= one.keys() or not all("used" in one[tokens]["fedmira"] for tokens in (512, 2048)):
         return None
     shape, size = SHAPES[one[512]["base"]], 4 if one[512]["dtype"] == "float32" else 2
-    each = (one[2048]["fedmira"]["above"] - one[512]["fedmira"]["above"]) * 2**20 / (2048 - 512)
+    each = (one[2048]["fedmira"]["used"] - one[512]["fedmira"]["used"]) * 2**20 / (2048 - 512)
     return (each / size - shape.layers * shape.width) / (shape.width + shape.inner)
 
 

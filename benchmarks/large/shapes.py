@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 
 from fedmira.data.batches import ClientData, Encoded, Truncation
 
+RESPONSE = 5  # of so many tokens of a text one has a label
 WORDS = 1000  # that the tokenizer knows; ids of texts are drawn from the whole vocabulary
 
 
@@ -75,10 +76,10 @@ def make_base(name: str, folder: Path) -> Path:
 
 
 def make_clients(vocabulary: int, *, count: int, length: int) -> tuple[ClientData, ...]:
-    """Return clients with one text each, of random ids; the last fifth of it is the response."""
+    """Return clients with one text each, of random ids; the last fifth of it (RESPONSE) has labels."""
     stream = np.random.default_rng(0)
     texts = [tuple(stream.integers(1, vocabulary, length).tolist()) for _ in range(count)]
-    examples = [Encoded(text, length - length // 5, ("",)) for text in texts]
+    examples = [Encoded(text, length - length // RESPONSE, ("",)) for text in texts]
     return tuple(
         ClientData(f"c{k}", f"c{k}", None, {}, (example,), (), (), Truncation()) for k, example in enumerate(examples)
     )

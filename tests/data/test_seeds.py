@@ -20,7 +20,7 @@ from fedmira.adapters.ranks import client_ranks
 from fedmira.bundled.languages import make_tasks
 from fedmira.data import partitioners
 from fedmira.data.batches import local_batches
-from fedmira.data.partition import Client, client_key, form_clients
+from fedmira.data.partition import client_key, form_clients
 from fedmira.data.partitioners import dirichlet
 from fedmira.data.records import Record
 from fedmira.engine.schedule import draw_schedule
@@ -112,10 +112,6 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def parts_of(client: Client) -> tuple[tuple[Record, ...], ...]:
-    return client.train, client.validation, client.test
-
-
 def recorded() -> dict[str, str]:
     """What seeds decide; recorded on Python 3.11.7 with numpy 2.4 and torch 2.13."""
     labels = [f"c{place % 7}" for place in range(400)]
@@ -133,7 +129,10 @@ def recorded() -> dict[str, str]:
     )
     records = [Record(f"q{k}", "", (f"a{k}",), {"task": f"t{k % 3}"}, f"data:{k}") for k in range(90)]
     clients = form_clients(records, per_group=3, subsample=0.5, validation=0.2, test=0.2, seed=5)
-    splits = [[client.id, *([one.instruction for one in part] for part in parts_of(client))] for client in clients]
+    splits = [
+        [one.id, *([record.instruction for record in part] for part in (one.train, one.validation, one.test))]
+        for one in clients
+    ]
     batches = local_batches(50, seed=1, round=2, key=client_key("a"), batch_size=8, steps=None, epochs=2)
     start = start_adapters(
         lora_layout([("m", 6, 4)], 2), torch.tensor([2]), 2.0, torch.Generator().manual_seed(6)

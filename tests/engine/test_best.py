@@ -26,6 +26,7 @@ from fedmira.engine.best import Best, Patience
 from fedmira.engine.clients import Scores
 from fedmira.engine.cost import Work, count_run
 from fedmira.engine.events import Event, StoppedEarly
+from fedmira.engine.scoring import view_of
 from fedmira.engine.simulated import Simulated
 from fedmira.errors import MethodError
 from fedmira.methods import build, names
@@ -99,7 +100,7 @@ def step_by_step(name: str, folder: Path, start: Scores) -> Steps:
 def best_rounds(played: Method, losses: list[list[float]]) -> list[int]:
     """By the definition: the earliest of the lowest, of each client or of the mean; 0 = the client never trained."""
     columns = [[sum(row) / len(row) for row in losses] for _ in TRAIN]
-    if played.personal and played.regime.tune is None:
+    if view_of(played) == "personal":
         columns = [list(column) for column in zip(*losses, strict=True)]
     if played.has_row_of_each:
         for k, column in enumerate(columns):
@@ -147,6 +148,18 @@ def test_every_client_keeps_the_bits_of_the_round_whose_validation_was_lowest(
         if row["split"] == "test" and row["round"] == str(ROUNDS)
     }
     assert last == pytest.approx(plain, rel=1e-6)
+
+
+def test_the_last_step_of_dfedu_starts_from_each_clients_best(tmp_path: Path, start: Scores) -> None:
+    """Chosen by what each client had before that step."""
+    of, kept = world(learning_rate=0.7), world(keep="last", learning_rate=0.7)
+    plain = run(kept, method("dfedu", kept), tmp_path / "last", schedule=SCHEDULE, start=start)
+    wanted = best_rounds(method("dfedu", of), Steps([], [], plain).losses())
+    assert set(wanted) - {0, ROUNDS}
+    ran = run(of, method("dfedu", of), tmp_path / "best", schedule=SCHEDULE, start=start)
+    assert list(ran.ended.chosen) == wanted
+    changed = [not torch.equal(one, other) for one, other in zip(ran.rows, plain.rows, strict=True)]
+    assert changed == [number not in (0, ROUNDS) for number in wanted]
 
 
 def test_what_is_fine_tuned_at_the_end_is_the_best_shared_row(tmp_path: Path, start: Scores) -> None:

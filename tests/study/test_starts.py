@@ -96,15 +96,19 @@ def test_a_study_that_learns_nothing_scores_as_the_one_before(
 ) -> None:
     still = {"training": {"learning_rate": 1e-12, "local_steps": 1, "optimizer": "sgd"}}
     start = {"study": str(first), "method": "local", "seed": 3}
+    shared = ("fedavg", "pooled", "untouched")
     methods = [{"name": "local"}, {"name": "pftt"}, {"name": "feddpa", "max_weight": 0.0}]
+    methods += [{"name": name} for name in shared]
     study = run(check(settings(made, tmp_path / "out", start, methods=methods, **still), "study.yaml"))
     table = {}
-    for path, label in ((first, "local"), (study.path, "local"), (study.path, "pftt")):
+    for path, label in ((first, "local"), *((study.path, label) for label in ("local", "pftt", *shared))):
         rows = [line.split(",") for line in (path / label / "seed-3" / "results.csv").read_text().splitlines()[1:]]
         table[path, label] = {row[0]: float(row[7]) for row in rows if row[5:7] == ["test", "loss"] and int(row[3]) > 0}
     before = table[first, "local"]
     assert table[study.path, "local"] == pytest.approx(before, rel=1e-5)
     assert table[study.path, "pftt"] == pytest.approx(before, rel=1e-5), "in the own part, beside a shared part of 0"
+    assert table[study.path, "pooled"] == pytest.approx(table[study.path, "fedavg"], rel=1e-5), "the mean of all"
+    assert table[study.path, "pooled"] != pytest.approx(table[study.path, "untouched"], rel=1e-3)
 
 
 def test_one_folder_is_everybodys_and_a_shared_row_is_the_mean_of_what_there_is(
@@ -258,6 +262,15 @@ def test_every_method_begins_as_its_page_says(name: str) -> None:
         federation, own = with_starts(torch.zeros(4, dtype=torch.int64)), rows[:1].expand(4, -1)
     else:
         federation, own = with_starts(everyone), rows
+    if method.regime.trainees == "nobody":  # what it uses is no adapter
+        assert said.startswith("nothing")
+        return
+    if method.regime.trainees == "pool":
+        federation = federation.together("pool", 0)
+        drawn, kinds = federation.start_rows(0)
+        torch.testing.assert_close(drawn[kinds][:, mask], own[:, mask].mean(dim=0, keepdim=True))
+        assert said == "the mean of all clients'"
+        return
     server = federation.first_state(0, method).adapters.rows[method.row_of(everyone)][:, : layout.size]
     drawn, kinds = federation.start_rows(0)
     client = drawn[kinds][:, : layout.size]

@@ -43,6 +43,8 @@ def _starts(method: Method) -> str:
     layout, regime = lora_layout([("layer", INPUTS, OUTPUTS)], RANK), method.regime
     if method.layout is not None and not method.layout(layout, INPUTS).low_rank:
         return "refused: it has no LoRA"
+    if regime.trainees == "nobody":
+        return "nothing: it uses no adapter"
     if regime.starts != "any":
         alike = "it has one A for all clients: one adapter for all is taken, several are refused"
         return alike if regime.starts == "alike" else "refused: its factors begin anew in every round"
@@ -50,10 +52,10 @@ def _starts(method: Method) -> str:
     leaves = [leaf for pair in layout.parts[0].pairs() for leaf in pair]  # of the part that an adapter is laid into
     given = torch.cat([torch.arange(leaf.start, leaf.stop) for leaf in leaves])
     travels = (method.travels(layout, Clock(1)) | method.travels(layout, Clock(2)))[given]
-    if method.has_row_of_each or not bool(travels.any()):
+    if method.has_row_of_each or (regime.trainees == "sampled" and not bool(travels.any())):
         return "its own" if len(layout.parts) == 1 else "its own; the part that all share is drawn"
     mean = "the mean of its group's" if isinstance(method.rows_of, torch.Tensor) else "the mean of all clients'"
-    return mean if bool(travels.all()) else f"{mean} in what travels, its own in the rest"
+    return mean if regime.trainees == "pool" or bool(travels.all()) else f"{mean} in what travels, its own in the rest"
 
 
 def build_default(module: MethodModule) -> Method:

@@ -30,7 +30,7 @@ class Strict(BaseModel):
     def _nothing_is_read_as_something_else(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic reads true as 1, "3" as 3 and "no" as false; in a config each of them is a mistake.
 
-        Its own strict mode would refuse more: a list of YAML where a tuple is kept, a mapping where a section is.
+        Its own strict mode would refuse a list of YAML where a tuple is kept.
         """
         key = str(info.field_name)
         annotation = cls.model_fields[key].annotation

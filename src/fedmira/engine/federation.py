@@ -35,6 +35,10 @@ class Given:
             digest.update(row[columns].float().numpy().tobytes())
         return digest.hexdigest()
 
+    def columns_of(self, members: Tensor) -> Tensor:
+        """Return the columns [P] that any of these clients, who all begin with an adapter, is given."""
+        return self.columns[self.of[members]].any(dim=0)
+
     def within(self, layout: Layout) -> "Given":
         """Return the same for rows whose first part is LoRA's, and more parts behind it."""
         more = (0, layout.size - self.rows.shape[1])
@@ -68,7 +72,8 @@ class Federation:
     def under(self, method: Method, width: int) -> "Federation":
         """This federation with the rows that a method carries: LoRA's, or its own, which may have no rank (0).
 
-        width: of the base's embeddings. Raises MethodError for rows that no pass or export could take apart.
+        width: of the base's embeddings. Raises MethodError for rows that no pass or export could take apart, and where
+        clients have adapters to begin with that the method cannot take.
         """
         if self.given is not None:
             self._check_start(method)
@@ -158,9 +163,18 @@ class Federation:
         for number in torch.unique(groups[has]).tolist():
             members = has[groups[has] == number]
             mean = own[kinds[members]].mean(dim=0)
-            least = self.given.columns[self.given.of[members]].any(dim=0)
-            rows[number] = torch.where(least, mean, rest)
+            rows[number] = torch.where(self.given.columns_of(members), mean, rest)
         return rows
+
+    def together(self, name: str, seed: int) -> "Federation":
+        """All clients as one of this name, at the largest ranks; it begins with the mean of their adapters."""
+        given = self.given
+        if given is not None:
+            has = (given.of >= 0).nonzero().flatten()
+            rows, kinds = self.start_rows(seed)
+            mean = rows[kinds[has]].mean(dim=0, keepdim=True)
+            given = Given(mean, given.columns_of(has)[None], torch.zeros(1, dtype=torch.int64))
+        return replace(self, names=(name,), ranks=self.largest_ranks, given=given)
 
     def _without_b(self, rows: Tensor) -> Tensor:
         """Return rows [n, P] whose pairs of LoRA add nothing each: a start that is drawn may add nothing as a whole."""

@@ -107,7 +107,7 @@ class Inputs:
     moments: Moments
 
     def take(self, chosen: Sequence[int]) -> "Inputs":
-        """Return those of some clients, by position; what was sent are their rows, and is not copied where it need not.
+        """Return those of some clients, by position; their rows are what was sent, a view where they are in line.
 
         Memory and moments are copies.
         """

@@ -37,7 +37,7 @@ class Pool:
         *,
         scratch: Path | None = None,
     ) -> None:
-        alone = replace(federation, names=(POOL,), ranks=federation.largest_ranks)
+        alone = federation.together(POOL, training.seed)
         self.workplace, self.federation = workplace, federation
         self.trainer = Simulated(workplace.pool, alone, method, training, scratch=scratch)
         self.scorer = Simulated(workplace, federation, method, training)

@@ -165,7 +165,7 @@ def _facts(base: str, card: Card) -> dict[str, str]:
         facts["seed"] = str(card["seed"])
     facts["base"] = f"`{_quoted(base)}`"
     if "base_sha256" in card:
-        of = "config.json, tokenizer and weights" + (", with the words for its bits" if "bits" in card else "")
+        of = "config.json, tokenizer and weights" + (", loaded in these bits" if "bits" in card else "")
         facts["base sha256"] = f"{card['base_sha256']} ({of})"
     if "bits" in card:
         facts["base weights"] = f"trained on with `{_keywords(card['bits'])}` (bitsandbytes)"
@@ -296,7 +296,8 @@ def _use(base_model: str, revision: str | None, card: Card) -> list[str]:
     if base_model.startswith(bundled.PREFIX):
         load = f"fedmira.bundled.resolve({base_model!r})"
     elif shown_base(base_model) != base_model:
-        load, comment = repr(f"path/to/{shown_base(base_model)}"), "  # the folder with the sha256 above"
+        load = repr(f"path/to/{shown_base(base_model)}")
+        comment = "  # the base above" if "bits" in card else "  # the folder with the sha256 above"
     at = "" if revision is None else f", revision={revision!r}"
     bits = f", quantization_config=BitsAndBytesConfig({_keywords(card['bits'])})" if "bits" in card else ""
     ahead = f"  # {card['virtual_tokens']} logits precede those of the text" if "virtual_tokens" in card else ""

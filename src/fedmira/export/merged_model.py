@@ -35,7 +35,7 @@ from fedmira.model.quantised import (
     base_fingerprint,
     loading,
     make_dense,
-    stored_quantisation,
+    quantisation_in,
     take_over,
 )
 
@@ -93,8 +93,8 @@ def merge_adapters(
     name = facts.base_model
     folder = find_folder(bundled.resolve(name), revision=revision, weights=True)
     config = load_config(str(folder), folder)
-    packed = stored_quantisation(getattr(config, "quantization_config", None)) is not None
-    size = (_count_dense(folder) if packed else _count_parameters(folder)) * getattr(torch, kind).itemsize
+    count = _count_parameters(folder) if quantisation_in(config) is None else _count_dense(config)
+    size = count * getattr(torch, kind).itemsize
     _check_room(targets, size + sum(path.stat().st_size for path in tokenizer_files(folder)))
     base_sha256 = base_fingerprint(digest(folder), config, quantisation)
     if base_sha256 != facts.base_fingerprint:
@@ -249,10 +249,8 @@ def _count_parameters(folder: Path) -> int:
     return total
 
 
-def _count_dense(folder: Path) -> int:
+def _count_dense(config: Any) -> int:
     """Count the parameters of a base by its config; files in 4 bits have two of them in one number."""
-    config = load_config(str(folder), folder)
-    del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(value.numel() for value in model.parameters())

@@ -438,8 +438,8 @@ class Method:
 
     def row_of(self, ids: Tensor) -> Tensor:
         """Return which row each of the clients `ids` [S] uses."""
-        without = ids if self.has_row_of_each else torch.zeros_like(ids)
-        return self.rows_of[ids] if isinstance(self.rows_of, Tensor) else without
+        numbers = ids if self.has_row_of_each else torch.zeros_like(ids)
+        return self.rows_of[ids] if isinstance(self.rows_of, Tensor) else numbers
 
     def message(self, state: State, ids: Tensor, clock: Clock) -> Message:
         """Return what the server sends the clients `ids` [S], whole rows."""

@@ -47,11 +47,7 @@ class Quantisation:
         """As a config has it, ours and transformers'."""
         if self.bits == 8:
             return {"load_in_8bit": True}
-        return {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": self.kind,
-            "bnb_4bit_use_double_quant": self.double,
-        }
+        return {"load_in_4bit": True, "bnb_4bit_quant_type": self.kind, "bnb_4bit_use_double_quant": self.double}
 
     def config(self, dtype: torch.dtype) -> Any:
         """Return what transformers asks for. Raises ModelError if bitsandbytes is not installed, or dtype is double."""
@@ -72,8 +68,7 @@ def base_fingerprint(of_folder: str, config: Any, asked: Quantisation | None) ->
 
     config: of the base, which says how its weights are stored; asked: how they are quantised when they are loaded.
     """
-    plain = stored_quantisation(getattr(config, "quantization_config", None)) is None
-    return asked.fingerprint(of_folder) if asked is not None and plain else of_folder
+    return of_folder if asked is None or quantisation_in(config) is not None else asked.fingerprint(of_folder)
 
 
 def check_installed() -> None:
@@ -84,7 +79,7 @@ def check_installed() -> None:
 
 def loading(config: Any, asked: Quantisation | None, *, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Return what `from_pretrained` needs for weights in 4 or 8 bits, stored so or asked for; {}: they are plain."""
-    stored = stored_quantisation(getattr(config, "quantization_config", None))
+    stored = quantisation_in(config)
     if stored is not None:
         stored.config(dtype)  # is it there, and does the type fit?
         return {"device_map": {"": device}}
@@ -102,6 +97,11 @@ def stored_quantisation(settings: Mapping[str, Any] | None) -> Quantisation | No
         return Quantisation(8)
     kind = settings.get("bnb_4bit_quant_type", "fp4")
     return Quantisation(4, "nf4" if kind == "nf4" else "fp4", bool(settings.get("bnb_4bit_use_double_quant")))
+
+
+def quantisation_in(config: Any) -> Quantisation | None:
+    """Return how the weights of a base with this config are stored; None: they are plain."""
+    return stored_quantisation(getattr(config, "quantization_config", None))
 
 
 class QuantisedLinear(nn.Linear):

@@ -40,7 +40,7 @@ from fedmira.model.packed.loss import Head
 from fedmira.model.packed.recompute import find_blocks
 from fedmira.model.packed.tail import Tail, find_tail
 from fedmira.model.packed.virtual import VirtualIndex
-from fedmira.model.quantised import Quantisation, base_fingerprint, loading, stored_quantisation, take_over
+from fedmira.model.quantised import Quantisation, base_fingerprint, loading, quantisation_in, take_over
 
 __all__ = ["Base", "choose_device", "choose_dtype", "fingerprint", "load_base", "load_tokenizer"]
 __all__ += ["quiet", "wrap"]
@@ -115,7 +115,7 @@ def load_base(
     return_freed_memory()  # pieces that stay would lie between the freed ones of other sizes, and the heap grow
     folder = find_folder(name, revision=revision, weights=True)
     config = load_config(name, folder)
-    stored = stored_quantisation(getattr(config, "quantization_config", None))
+    stored = quantisation_in(config)
     if stored is None:
         check_numbers(folder, name=name)
     elif quantisation is not None and quantisation != stored:

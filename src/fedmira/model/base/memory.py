@@ -38,7 +38,7 @@ class Garbage:
 
     Where a block has been, one of the same size often finds no room: glibc before 2.38 looks for more than it takes of
     aligned memory. So a pass of large tensors, each freed soon, would come to hold many times what it uses. lowest:
-    bytes of this process that were resident since freed memory was returned.
+    the fewest bytes of this process that were resident since freed memory was returned.
     """
 
     lowest: float = -math.inf

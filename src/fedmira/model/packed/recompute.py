@@ -59,13 +59,13 @@ def recomputing(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """
 
     def wrap(forward: Forward) -> Forward:
-        def frugal(*args: Any, **options: Any) -> object:
+        def limited(*args: Any, **options: Any) -> object:
             if any(isinstance(x, Tensor) and x.device.type == "cpu" and x.nbytes >= LARGE_BYTES for x in args):
                 _garbage.limit()
             return forward(*args, **options)
 
         def again(*args: Any, **options: Any) -> object:
-            return checkpoint(frugal, *args, use_reentrant=False, preserve_rng_state=False, **options)
+            return checkpoint(limited, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
         return again
 
