@@ -39,11 +39,11 @@ def used(device: str) -> float:
 
 
 class Peak:
-    """The most that was held, and in use, while it was watched; on a GPU what torch had allocated there."""
+    """The most that was held while it was watched, and in use if counted; on a GPU what torch had allocated there."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, *, counted: bool) -> None:
         self.device, self.before, self.most = device, now(device), 0.0
-        self.used_before, self.most_used = used(device), 0.0
+        self.counted, self.used_before, self.most_used = counted, used(device), 0.0
 
     @property
     def above(self) -> float:
@@ -56,7 +56,9 @@ class Peak:
         return self.most_used - self.used_before
 
     def look(self) -> None:
-        self.most, self.most_used = max(self.most, now(self.device)), max(self.most_used, used(self.device))
+        self.most = max(self.most, now(self.device))
+        if self.counted:
+            self.most_used = max(self.most_used, used(self.device))
 
 
 def now(device: str) -> float:
@@ -65,9 +67,9 @@ def now(device: str) -> float:
 
 
 @contextmanager
-def watched(device: str) -> Iterator[Peak]:
-    """Watch what is held until the end of the block."""
-    peak, ended = Peak(device), threading.Event()
+def watched(device: str, *, counted: bool = False) -> Iterator[Peak]:
+    """Watch what is held until the end of the block; counted: what is in use too, which slows it down."""
+    peak, ended = Peak(device, counted=counted), threading.Event()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         yield peak

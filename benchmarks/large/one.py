@@ -111,22 +111,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     weights, files = bytes_of(model) / 2**20, held("RssFile")
     step_seconds = []
     loaded = now(options.device)
+    with watched(options.device, counted=True) as first, saved_for_backward(options.device) as saved:
+        loss = step()
     with watched(options.device) as passes:
-        with saved_for_backward(options.device) as saved:
-            loss = step()
         for _ in range(options.repeats):
             began = time.perf_counter()
             loss = step()
             step_seconds.append((time.perf_counter() - began) * len(clients) / len(few))
+    most = max(first.most, passes.most)
     return {
         "seconds": step_seconds,
         "weights": weights,
         "loading": loading.above,
         "files": files,
         "kept": max(saved),
-        "above": passes.most - loaded,
-        "used": passes.used,
-        "peak": passes.most,
+        "above": most - loaded,
+        "used": first.used,
+        "peak": most,
         "loss": loss,
     }
 
