@@ -8,7 +8,6 @@ import resource
 import struct
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -231,12 +230,10 @@ def judge_within(name: str, sizes: int) -> str:
     judge(bombs(1 << 20)[name](), Message(torch.zeros(1, 1 << 20)))  # loads code
     message = bombs(CAP // 4)[name]()
     like = Message(torch.zeros(()).expand(1, CAP // 4))
-    held = use_up(CAP)
     most = data_bytes() - len(message) + sizes * CAP + SLACK
     resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
     verdict = judge(message, like)
     assert isinstance(verdict, str)
-    del held
     return verdict
 
 
@@ -245,22 +242,11 @@ def data_bytes() -> int:
     return 1024 * int(re.search(r"^VmData:\s+(\d+)", status, re.MULTILINE)[1])  # type: ignore[index]
 
 
-def use_up(size: int) -> list[bytearray]:
-    """Take all blocks of that size that this process has freed and kept: the kernel does not count them again.
-
-    While no more is allowed, for malloc looks into other threads' arenas where it gets no more from the kernel.
-    """
-    held: list[bytearray] = []
-    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes(), resource.RLIM_INFINITY))
-    with suppress(MemoryError):
-        while True:
-            held.append(bytearray(size))
-    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    return held
-
-
 def in_child(name: str, sizes: int) -> str:
-    with multiprocessing.get_context("fork").Pool(1) as pool:
+    """Judge in a process that has done nothing yet: what this one has freed and kept, the kernel counts no more."""
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload([__name__])
+    with fresh.Pool(1) as pool:
         return pool.apply(judge_within, (name, sizes))
 
 
