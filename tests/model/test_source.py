@@ -161,13 +161,21 @@ def test_a_config_that_is_not_text_is_refused(saved: Path) -> None:
 
 @pytest.mark.parametrize(
     ("found", "method"),
-    [({"quant_method": "gptq", "bits": 4}, "gptq"), ({"load_in_4bit": True}, "unknown"), ("awq", "unknown")],
+    [
+        *(({"quant_method": method, "bits": 4}, method) for method in ("gptq", "awq", "hqq", "quanto", "modelopt")),
+        ({"load_in_4bit": True}, "unknown"),
+        ("awq", "unknown"),
+    ],
 )
-def test_quantised_weights_are_refused(changed: Change, found: object, method: str) -> None:
+def test_weights_that_stay_quantised_are_refused(changed: Change, found: object, method: str) -> None:
     unread(
         changed(quantization_config=found),
-        rf"quantised \(method: {method}\); FedMira reads plain float weights, and 4 or",
+        rf"quantised \(method: {method}\); .* and compressed-tensors, fp8, mxfp4 as float weights: use the model that",
     )
+
+
+def test_the_older_entry_of_compressed_tensors_is_refused(changed: Change) -> None:
+    unread(changed(compression_config={"format": "int-quantized"}), r"quantised \(method: unknown\)")
 
 
 def test_weights_under_another_name_are_refused(changed: Change) -> None:

@@ -359,6 +359,7 @@ def main() -> None:
     logger.propagate = False  # libraries configure the root logger
     logger.addHandler(_log_to_stderr(logging.INFO if {"-v", "--verbose"} & set(sys.argv) else logging.WARNING))
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs retries; we report their outcome
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells of kernels for its own layers, which we replace
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # looking for them reads the metadata of every package
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is first asked for something

@@ -35,7 +35,6 @@ from fedmira.model.quantised import (
     base_fingerprint,
     loading,
     make_dense,
-    quantisation_in,
     take_over,
 )
 
@@ -93,7 +92,8 @@ def merge_adapters(
     name = facts.base_model
     folder = find_folder(bundled.resolve(name), revision=revision, weights=True)
     config = load_config(str(folder), folder)
-    count = _count_parameters(folder) if quantisation_in(config) is None else _count_dense(config)
+    packed = getattr(config, "quantization_config", None) is not None
+    count = _count_dense(config) if packed else _count_parameters(folder)
     size = count * getattr(torch, kind).itemsize
     _check_room(targets, size + sum(path.stat().st_size for path in tokenizer_files(folder)))
     base_sha256 = base_fingerprint(digest(folder), config, quantisation)
@@ -250,7 +250,7 @@ def _count_parameters(folder: Path) -> int:
 
 
 def _count_dense(config: Any) -> int:
-    """Count the parameters of a base by its config; files in 4 bits have two of them in one number."""
+    """Count the parameters of a base by its config; packed files have several of them in one number."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(value.numel() for value in model.parameters())

@@ -32,6 +32,7 @@ from fedmira.model.base.source import (
 )
 from fedmira.model.base.targets import Wanted, find_targets, narrow
 from fedmira.model.base.trial import check_decoder, check_prompts, list_unfit, try_packing
+from fedmira.model.base.unpacked import INPUT_SCALES, packed_by
 from fedmira.model.base.vocabulary import check_end, count_known_ids
 from fedmira.model.base.weights import check_fit, check_numbers
 from fedmira.model.packed.fused import fuse
@@ -115,8 +116,18 @@ def load_base(
     return_freed_memory()  # pieces that stay would lie between the freed ones of other sizes, and the heap grow
     folder = find_folder(name, revision=revision, weights=True)
     config = load_config(name, folder)
-    stored = quantisation_in(config)
-    if stored is None:
+    stored, packed = quantisation_in(config), packed_by(getattr(config, "quantization_config", None))
+    if packed is not None:
+        if quantisation is not None:
+            raise refuse(
+                name,
+                f"its weights are in {packed} already, and the config asks for {quantisation.name}: remove "
+                "load_in_4bit or load_in_8bit, or use the model that this one is based on",
+            )
+        log.warning(
+            "%s: its weights, in %s, are used as float weights, and no layer's inputs are rounded", name, packed
+        )
+    elif stored is None:
         check_numbers(folder, name=name)
     elif quantisation is not None and quantisation != stored:
         asked = f"the config asks for {quantisation.name}: remove load_in_4bit or load_in_8bit"
@@ -137,7 +148,7 @@ def load_base(
     except Exception as error:  # a damaged file, or a config that no model can be built from
         raise refuse(name, f"weights cannot be loaded: {type(error).__name__}: {first_line(error)}") from None
     keep_freed_memory()
-    check_fit(model, report, name=name)
+    check_fit(model, report, name=name, ignored=INPUT_SCALES if packed else None)
     try:
         model = model if how else model.to(on)
     except torch.OutOfMemoryError as error:

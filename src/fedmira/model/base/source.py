@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fedmira.errors import ModelError, nearest
+from fedmira.model.base.unpacked import METHODS, packed_by, unpacked
 from fedmira.model.quantised import stored_quantisation
 
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
@@ -87,7 +88,7 @@ def find_folder(name: str, *, revision: str | None = None, weights: bool = False
 
 
 def load_config(name: str, folder: Path) -> transformers.PretrainedConfig:
-    """Read a base's config; what it says about the form of outputs is left out.
+    """Read a base's config; what it says about the form of outputs is left out, and packed weights are to be dense.
 
     Raises ModelError with the reason if it is not a causal decoder that can be used.
     """
@@ -112,6 +113,8 @@ def load_config(name: str, folder: Path) -> transformers.PretrainedConfig:
             f"{vocabulary - 1}. Set pad_token_id to one of them, or to null",
         )
     config._attn_implementation = None  # transformers chooses
+    if packed_by(facts.get("quantization_config")) is not None:
+        config.quantization_config = unpacked(facts["quantization_config"])
     return config
 
 
@@ -135,11 +138,12 @@ def _check_facts(name: str, facts: Mapping[str, Any]) -> str:
     if facts.get("quantization_config") or facts.get("compression_config"):
         settings = facts.get("quantization_config")
         method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
-        if facts.get("compression_config") or not isinstance(settings, dict) or stored_quantisation(settings) is None:
+        if not isinstance(settings, dict) or (packed_by(settings) or stored_quantisation(settings)) is None:
             raise refuse(
                 name,
-                f"its weights are quantised (method: {method}); FedMira reads plain float weights, and 4 or 8 bits of "
-                "bitsandbytes: use the model that this one is based on, with model.load_in_4bit where it is too large",
+                f"its weights are quantised (method: {method}); FedMira reads plain float weights, 4 or 8 bits of "
+                f"bitsandbytes, and {', '.join(sorted(METHODS))} as float weights: use the model that this one is "
+                "based on, with model.load_in_4bit where it is too large",
             )
     if facts.get("transformers_weights"):
         raise refuse(name, "config.json names other weights (transformers_weights); expected model.safetensors")

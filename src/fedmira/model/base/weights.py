@@ -43,17 +43,24 @@ def check_numbers(folder: Path, *, name: str) -> None:
             )
 
 
-def check_fit(model: transformers.PreTrainedModel, report: Mapping[str, Iterable[Any]], *, name: str) -> None:
+def check_fit(
+    model: transformers.PreTrainedModel,
+    report: Mapping[str, Iterable[Any]],
+    *,
+    name: str,
+    ignored: re.Pattern[str] | None = None,
+) -> None:
     """Raise ModelError unless every tensor of a loaded base has one place, and every place a tensor.
 
-    report: what transformers returns with `output_loading_info`. Towers and heads beside a text model (vision, tokens
-    predicted ahead) are refused too, unless the model's class lists them: their names do not show that the text model
-    computes the same without them.
+    report: what transformers returns with `output_loading_info`; ignored: names of tensors that need no place. Towers
+    and heads beside a text model (vision, tokens predicted ahead) are refused too, unless the model's class lists them:
+    their names do not show that the text model computes the same without them.
     """
     unfit = sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]])
     if unfit:
         raise refuse(name, f"weights do not fit its config.json: {len(unfit)} such as {unfit[0]}")
-    extra = sorted(str(key) for key in report["unexpected_keys"] if not _CONSTANTS.search(str(key)))
+    free = [pattern for pattern in (_CONSTANTS, ignored) if pattern is not None]
+    extra = sorted({str(key) for key in report["unexpected_keys"] if not any(one.search(str(key)) for one in free)})
     if extra:
         raise refuse(
             name,
