@@ -28,6 +28,7 @@ from fedmira.export.adapter_config import (
     read_adapter_config,
 )
 from fedmira.export.peft_folder import export_adapter
+from fedmira.model.base import load
 from fedmira.study import face as study
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -126,7 +127,10 @@ def test_ranks_and_scales_are_those_that_peft_gives_each_layer(tmp_path: Path) -
         assert config.scale_of(name) == pytest.approx(layer.scaling["default"])
 
 
-def test_chat_answers_with_a_rank_for_each_layer_as_peft_does(here: Path, tmp_path: Path) -> None:
+def test_chat_answers_with_a_rank_for_each_layer_as_peft_does(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "choose_dtype", lambda dtype, device: torch.float32)  # on every machine
     model = AutoModelForCausalLM.from_pretrained(here / "base", dtype=torch.float32)
     settings = peft.LoraConfig(
         r=3,

@@ -22,7 +22,7 @@ METHODS = [dict(small_study.METHODS[1]), dict(small_study.METHODS[2])]
 # At this rate losses rise from about the second round on.
 SETTINGS: Mapping[str, Any] = {
     "methods": METHODS,
-    "training": {"learning_rate": 0.4, "keep_optimizer": True},
+    "training": {"learning_rate": 0.3, "keep_optimizer": True},
     "federation": {"rounds": 9, "early_stopping": {"patience": 3}},
     "evaluation": {"keep": "best", "metrics": ["loss"]},
 }

@@ -124,9 +124,7 @@ def load_base(
                 f"its weights are in {packed} already, and the config asks for {quantisation.name}: remove "
                 "load_in_4bit or load_in_8bit, or use the model that this one is based on",
             )
-        log.warning(
-            "%s: its weights, in %s, are used as float weights, and no layer's inputs are rounded", name, packed
-        )
+        log.warning("%s: its weights (%s) are used as float weights, and no layer's inputs are rounded", name, packed)
     elif stored is None:
         check_numbers(folder, name=name)
     elif quantisation is not None and quantisation != stored:
