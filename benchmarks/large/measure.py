@@ -3,8 +3,8 @@
     python benchmarks/large/measure.py [--pairs 1] [--only NAME ...] [--device cuda]
     python benchmarks/large/page.py
 
-Each row is measured on both sides, one process after another (one.py), and kept in benchmarks/results/large.json; what
-is kept there is not measured again. `make bench-large` does all that and writes docs/results/large.md. The bases have
+Each row is measured on both sides, one process after another (one.py), and kept in benchmarks/results/large-TYPE.json, of
+the type of numbers that this machine multiplies fast; what is kept there is not measured again. `make bench-large` does all that and writes docs/results/large.md. The bases have
 random weights, and are made in --folder: 1 and 3 GB.
 """
 
@@ -22,6 +22,8 @@ from large_rows import ROWS, STUDY, Row
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from machine import describe, matmul_rate
+
+from fedmira.model.base.load import choose_dtype
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -60,10 +62,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1, help="processes of each side")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, default=Path("runs/large"), help="of the bases")
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/large.json, large-cuda.json on a GPU")
+    parser.add_argument("--json", type=Path, help="default: large-TYPE.json in benchmarks/results, large-cuda.json")
     options = parser.parse_args()
-    kind = "" if options.device == "cpu" else "-cuda"
-    path = options.json or ROOT / "benchmarks" / "results" / f"large{kind}.json"
+    numbers = str(choose_dtype("auto", torch.device(options.device))).removeprefix("torch.")
+    kind = numbers if options.device == "cpu" else "cuda"
+    path = options.json or ROOT / "benchmarks" / "results" / f"large-{kind}.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     for name in options.only or names:
         if name in kept:

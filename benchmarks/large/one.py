@@ -30,18 +30,22 @@ from fedmira.engine.phase import local_phase
 from fedmira.engine.tools import Training
 from fedmira.methods import build
 from fedmira.methods.base import Clock, Cohort, Message
-from fedmira.model.base.load import choose_dtype, load_base
+from fedmira.model.base.load import Base, choose_dtype, load_base
 from fedmira.model.quantised import Quantisation
 
 RANK, LEARNING_RATE, CLIP = 16, 3e-4, 1.0
 Work = Callable[[], float]  # a step of every client -> the mean loss
 
 
-def ours(folder: Path, clients: Sequence[ClientData], options: argparse.Namespace) -> tuple[Work, torch.nn.Module]:
-    """Load the base as a study does; return a step of all clients in one pass."""
+def load_ours(folder: Path, options: argparse.Namespace) -> Base:
+    """Load the base as a study does, with all its trials."""
     kind = str(options.dtype).removeprefix("torch.")
     quantisation = Quantisation(4) if options.nf4 else None
-    base = load_base(str(folder), dtype=kind, device=options.device, targets="all-linear", quantisation=quantisation)
+    return load_base(str(folder), dtype=kind, device=options.device, targets="all-linear", quantisation=quantisation)
+
+
+def ours(base: Base, clients: Sequence[ClientData], options: argparse.Namespace) -> Work:
+    """Return a step of all clients in one pass."""
     layout, count = lora_layout(base.shapes, RANK), len(clients)
     start = start_adapters(layout, torch.full((count,), RANK), 2.0 * RANK, torch.Generator().manual_seed(0))
     ids = tuple(client.id for client in clients)
@@ -54,11 +58,11 @@ def ours(folder: Path, clients: Sequence[ClientData], options: argparse.Namespac
         )
         return float(done.losses.mean())
 
-    return step, base.model
+    return step
 
 
-def loop(folder: Path, clients: Sequence[ClientData], options: argparse.Namespace) -> tuple[Work, torch.nn.Module]:
-    """Load the base as PEFT's users do; return a step of one client after another."""
+def load_theirs(folder: Path, options: argparse.Namespace) -> Any:
+    """Load the base as PEFT's users do."""
     how: dict[str, Any] = {}
     if options.nf4:
         settings = BitsAndBytesConfig(
@@ -66,7 +70,11 @@ def loop(folder: Path, clients: Sequence[ClientData], options: argparse.Namespac
         )
         how = {"quantization_config": settings, "device_map": {"": options.device}}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype, **how)
-    model = model if how else model.to(options.device)
+    return model if how else model.to(options.device)
+
+
+def loop(model: Any, clients: Sequence[ClientData], options: argparse.Namespace) -> Work:
+    """Return a step of one client after another."""
     if options.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -91,7 +99,7 @@ def loop(folder: Path, clients: Sequence[ClientData], options: argparse.Namespac
             losses.append(float(loss.detach()))
         return statistics.mean(losses)
 
-    return step, peft
+    return step
 
 
 def bytes_of(model: torch.nn.Module) -> int:
@@ -107,8 +115,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     clients = make_clients(SHAPES[options.base].vocabulary, count=options.clients, length=options.tokens)
     few = clients if options.side == "fedmira" else clients[:2]
     with watched("cpu") as loading:
-        step, model = (ours if options.side == "fedmira" else loop)(folder, few, options)
-    weights, files = bytes_of(model) / 2**20, held("RssFile")
+        base = load_ours(folder, options) if options.side == "fedmira" else load_theirs(folder, options)
+    weights, files = bytes_of(base.model if isinstance(base, Base) else base) / 2**20, held("RssFile")
+    step = ours(base, few, options) if isinstance(base, Base) else loop(base, few, options)
     step_seconds = []
     loaded = now(options.device)
     with watched(options.device, counted=True) as first, saved_for_backward(options.device) as saved:

@@ -145,7 +145,6 @@ def load_base(
             )
     except Exception as error:  # a damaged file, or a config that no model can be built from
         raise refuse(name, f"weights cannot be loaded: {type(error).__name__}: {first_line(error)}") from None
-    keep_freed_memory()
     check_fit(model, report, name=name, ignored=INPUT_SCALES if packed else None)
     try:
         model = model if how else model.to(on)
@@ -154,7 +153,9 @@ def load_base(
     sha256 = base_fingerprint(digest(folder), config, quantisation)
     if how:
         take_over(model, kind)
-    return wrap(model, tokenizer, name=name, targets=targets, fingerprint=sha256)
+    base = wrap(model, tokenizer, name=name, targets=targets, fingerprint=sha256)
+    keep_freed_memory()
+    return base
 
 
 def wrap(

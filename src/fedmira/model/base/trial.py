@@ -7,7 +7,8 @@ give what each gives alone.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import transformers
@@ -63,7 +64,7 @@ def check_prompts(model: transformers.PreTrainedModel, *, vocabulary: int, name:
         do_sample=False, max_new_tokens=1, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _flat(model.get_output_embeddings()):
             padded = model.generate(ids, attention_mask=mask, generation_config=one_token).logits[0]
             alone = model.generate(ids[:1, 3:], attention_mask=mask[:1, 3:], generation_config=one_token).logits[0]
     except Exception as error:  # any architecture's own code
@@ -74,6 +75,29 @@ def check_prompts(model: transformers.PreTrainedModel, *, vocabulary: int, name:
             f"{type(model).__name__} in {model.dtype} continues a prompt differently beside a longer one, so answers "
             "would be wrong" + ("; model.dtype: float32 may do" if model.dtype == torch.float64 else ""),
         )
+
+
+@contextmanager
+def _flat(head: nn.Module) -> Iterator[None]:
+    """Give an output head its hidden states as rows.
+
+    Of states cut from longer ones torch copies a bfloat16 head for each text (2.13 on CPUs).
+    """
+    shapes: list[torch.Size] = []
+
+    def before(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        shapes.append(given[0].shape[:-1])
+        return (given[0].flatten(0, -2), *given[1:])
+
+    hooks = [
+        head.register_forward_pre_hook(before),
+        head.register_forward_hook(lambda module, given, out: out.unflatten(0, shapes.pop())),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_embeddings(decoder: nn.Module, embedding: nn.Module, *, vocabulary: int, name: str) -> None:
