@@ -3,9 +3,9 @@
     python benchmarks/large/measure.py [--pairs 1] [--only NAME ...] [--device cuda]
     python benchmarks/large/page.py
 
-Each row is measured on both sides, one process after another (one.py), and kept in benchmarks/results/large-TYPE.json, of
-the type of numbers that this machine multiplies fast; what is kept there is not measured again. `make bench-large` does all that and writes docs/results/large.md. The bases have
-random weights, and are made in --folder: 1 and 3 GB.
+Each row is measured on both sides, one process after another (one.py), and kept in benchmarks/results/large-TYPE.json:
+the type of numbers that this machine multiplies fast. What is kept there is not measured again. `make bench-large` does
+all that and writes docs/results/large.md. The bases have random weights, and are made in --folder: 1 and 3 GB.
 """
 
 import argparse

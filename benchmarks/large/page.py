@@ -1,6 +1,6 @@
 """Writes docs/results/large.md from what measure.py has kept.
 
-python benchmarks/large/page.py [--page FILE] [--json FILE]
+python benchmarks/large/page.py [--page FILE] [--json FOLDER]
 """
 
 import argparse
@@ -20,6 +20,7 @@ from stored import table
 ROOT = Path(__file__).resolve().parents[2]
 Kept = Mapping[str, Any]
 RANK, CLIENTS, TOKENS = 16, 8, 2048  # of the count on paper
+LIMIT = 0.6  # of the rate of products: from here on a loop that computes little more cannot take twice as long
 STATE = 16  # bytes of a trained number: itself, its gradient, two moments of AdamW
 NF4 = 0.5 + 4 / 64  # bytes of a weight: 4 bits, and a scale for 64 of them
 HEAD = """# Bases of 0.5 billion parameters and more
@@ -43,26 +44,32 @@ Bytes of one GPU for S clients of n tokens, with recomputation:
 
 P: adapter parameters of rank 16, with gradient and two moments of AdamW in float32; L layers of width d, inner width f,
 b bytes of a number: 2 in bfloat16, the weights 2 or, in nf4, 0.5625. c is measured: of one client at 512 and 2,048
-tokens, by the blocks of memory in use, {constant}. Here S = {clients} and n = {tokens:,}.
+tokens, by the blocks of memory in use: {measured}. Here c = {constant}, S = {clients} and n = {tokens:,}.
 """
+LOADING = """Weights in bfloat16 are mapped from the files, and not in the peak, which has bitsandbytes and torch's own
+tables, and what the trials of a base take."""
 
 
 def make_page(kept: Mapping[str, Kept]) -> str:
-    """Write the page from what is kept of each row."""
-    rows = [kept[row.name] for row in ROWS if row.name in kept]
-    parts = [HEAD.rstrip()]
-    if not rows:
+    """Write the page from what is kept of each row, by the type of numbers in large-TYPE.json."""
+    parts, found = [HEAD.rstrip()], {kind: rows for kind, rows in kept.items() if known(rows)}
+    if not found:
         return "\n\n".join([*parts, "## Loading", "Nothing is measured yet."]) + "\n"
-    missing = [row.name for row in ROWS if row.name not in kept]
-    parts += [machines(rows), passes(rows), *findings(rows)]
-    if missing:
-        parts.append(f"Not measured yet: {', '.join(missing)}.")
-    parts += ["## Loading", loading(rows)]
-    if STUDY in kept:
-        parts += ["## The estimate of a dry run", estimate(kept[STUDY])]
-    if constant := block_constant(rows):
-        parts += [on_paper(constant)]
-    return "\n\n".join(parts) + "\n"
+    for kind, of_kind in found.items():
+        rows = known(of_kind)
+        parts += [f"## Passes in {kind}", machines(rows), passes(rows), *findings(rows)]
+        if missing := [row.name for row in ROWS if row.name not in of_kind]:
+            parts.append(f"Not measured: {', '.join(missing)}.")
+    parts += ["## Loading", LOADING, loading([row for of_kind in found.values() for row in known(of_kind)])]
+    if dry_runs := [estimate(kind, of_kind[STUDY]) for kind, of_kind in found.items() if STUDY in of_kind]:
+        parts += ["## The estimate of a dry run", "\n".join(dry_runs)]
+    constants = {kind: constant for kind, rows in found.items() if (constant := block_constant(known(rows)))}
+    return "\n\n".join([*parts, *([on_paper(constants)] if constants else [])]) + "\n"
+
+
+def known(of_kind: Kept) -> list[Kept]:
+    """What is kept of rows, in their order."""
+    return [of_kind[row.name] for row in ROWS if row.name in of_kind]
 
 
 def machines(rows: Sequence[Kept]) -> str:
@@ -111,6 +118,11 @@ def passes(rows: Sequence[Kept]) -> str:
     return table(head, lines)
 
 
+def whole(side: Kept) -> float:
+    """MiB of the peak with all weights, those mapped from files too: what was not held once they were loaded."""
+    return float(side["peak"] + max(0.0, side["weights"] - side["loading"]))
+
+
 def speed(row: Kept, side: Kept) -> float:
     """Tokens a second."""
     return float(row["clients"] * row["tokens"] / statistics.median(side["seconds"]))
@@ -134,11 +146,11 @@ def findings(rows: Sequence[Kept]) -> list[str]:
             )
         if one["clients"] == 8 and one["recompute"]:
             times = speed(one, one["fedmira"]) / speed(one, one["peft"])
-            peaks = one["fedmira"]["peak"] / one["peft"]["peak"]
+            peaks = whole(one["fedmira"]) / whole(one["peft"])
             what = f"{one['base']} in {'nf4' if one['nf4'] else one['dtype']}"
             lines.append(
                 f"- Eight clients, {what}, both sides recomputing: {times:.2f} times the loop's speed (aim 2), "
-                f"{peaks:.2f} of its peak (aim at most 1.5)."
+                f"{peaks:.2f} of its peak with the weights (aim at most 1.5)."
             )
     if eight := [one for one in rows if one["clients"] == 8 and one["recompute"]]:
         counts = [products(one, 1 / RESPONSE) for one in eight]
@@ -147,8 +159,8 @@ def findings(rows: Sequence[Kept]) -> list[str]:
         lines.append(
             f"- By count of matrix products the loop, which takes logits of every token, computes {min(less):.2f} to "
             f"{max(less):.2f} times as much there; what is above that is what it spends outside of products. FedMira's "
-            f"passes reach {min(rates):.2f} to {max(rates):.2f} of the rate of products measured after the row, so "
-            "that 2 times is not to be had where they are the limit: a GPU has a higher one, and is not measured yet."
+            f"passes reach {min(rates):.2f} to {max(rates):.2f} of the rate of products measured after the row"
+            + (", so that 2 times is not to be had." if min(rates) > LIMIT else ".")
         )
     few = [one for one in rows if one["recompute"] and not one["nf4"] and (one["base"], one["tokens"]) == ("0.5B", 256)]
     if few:
@@ -173,16 +185,15 @@ def stream(row: Kept) -> float:
 
 def loading(rows: Sequence[Kept]) -> str:
     """The memory that loading takes, beside the weights in their final form."""
-    first = {(one["base"], one["nf4"]): one for one in reversed(rows)}
+    first = {(one["base"], one["dtype"], one["nf4"]): one for one in reversed(rows)}
     lines = []
-    for (base, nf4), one in sorted(first.items()):
+    for (base, dtype, nf4), one in sorted(first.items()):
         for title, side in (("FedMira", one["fedmira"]), ("PEFT", one["peft"])):
             ratio = side["loading"] / side["weights"]
-            kind = "nf4" if nf4 else one["dtype"]
             lines.append(
                 [
                     base,
-                    kind,
+                    f"nf4 and {dtype}" if nf4 else dtype,
                     title,
                     f"{side['weights']:,.0f}",
                     f"{side['loading']:,.0f}",
@@ -194,15 +205,15 @@ def loading(rows: Sequence[Kept]) -> str:
     return table(head, lines)
 
 
-def estimate(found: Kept) -> str:
+def estimate(kind: str, found: Kept) -> str:
     """The dry run's estimate beside the study."""
     ratio = found["expected"]["cpu"] / found["study"]["cpu"]
+    study, dry_run = found["study"], found["dry_run"]
     return (
-        f"A study of {found['clients']} clients and 2 rounds of mira with 0.5B took {found['study']['cpu']:,.0f} CPU "
-        f"seconds ({found['study']['seconds']:,.0f} seconds); `--dry-run` expected {found['expected']['cpu']:,.0f}, "
-        f"{ratio:.2f} of that (asked: within a factor of 1.5). The dry run itself took {found['dry_run']['cpu']:,.0f} "
-        f"CPU seconds, {found['dry_run']['cpu_of_passes']:,.0f} of them in passes after loading (asked: half a minute "
-        "on 2 cores, 60)."
+        f"- In {kind} a study of {found['clients']} clients and 2 rounds of mira, 0.5B, took {study['cpu']:,.0f} CPU "
+        f"seconds ({study['seconds']:,.0f} seconds); `--dry-run` expected {found['expected']['cpu']:,.0f}, {ratio:.2f} "
+        f"of that (asked: within a factor of 1.5). The dry run itself took {dry_run['cpu']:,.0f} CPU seconds, "
+        f"{dry_run['cpu_of_passes']:,.0f} of them in passes after loading (asked: half a minute on 2 cores, 60)."
     )
 
 
@@ -216,16 +227,17 @@ def block_constant(rows: Sequence[Kept]) -> float | None:
     return (each / size - shape.layers * shape.width) / (shape.width + shape.inner)
 
 
-def on_paper(constant: float) -> str:
+def on_paper(constants: Mapping[str, float]) -> str:
     """What fits on GPUs of 24 and 80 GB."""
-    lines = []
+    constant, lines = constants.get("bfloat16", max(constants.values())), []
     for name in ("1.5B", "3B", "8B"):
         shape = SHAPES[name]
         for kind, size in (("bfloat16", 2.0), ("nf4", NF4)):
             need = bytes_needed(shape, size, constant) / 2**30
             fits = ["yes" if need < 0.9 * room else "no" for room in (24, 80)]
             lines.append([name, kind, f"{need:.1f}", *fits])
-    text = PAPER.format(constant=f"c = {constant:.1f}", clients=CLIENTS, tokens=TOKENS).rstrip()
+    measured = ", ".join(f"{value:.1f} in {kind}" for kind, value in constants.items())
+    text = PAPER.format(measured=measured, constant=f"{constant:.1f}", clients=CLIENTS, tokens=TOKENS).rstrip()
     check = f"python benchmarks/large/one.py --base 8B --clients {CLIENTS} --tokens {TOKENS} --recompute --device cuda"
     return "\n\n".join(
         [
@@ -249,9 +261,10 @@ def bytes_needed(shape: Shape, weight: float, constant: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "large.md")
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "large.json")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results", help="of large-TYPE.json")
     options = parser.parse_args()
-    kept = json.loads(options.json.read_text()) if options.json.is_file() else {}
+    files = sorted(options.json.glob("large-*.json"))
+    kept = {path.stem.removeprefix("large-"): json.loads(path.read_text(encoding="utf-8")) for path in files}
     options.page.write_text(make_page(kept), encoding="utf-8")
 
 
