@@ -102,8 +102,9 @@ bench-full:
 	@test -e .venv/.installed-base || $(MAKE) --no-print-directory install-base
 	$(BIN)/python benchmarks/bench.py full
 
-# Bases of 0.5 and 1.5 billion parameters, which are made in runs/large (4 GB): what is not in benchmarks/results/large.json
-# yet is measured, about an hour in all, and docs/results/large.md is written. --device cuda measures on a GPU.
+# Bases of 0.5 and 1.5 billion parameters, which are made in runs/large (4 GB): what is not in
+# benchmarks/results/large-TYPE.json yet is measured, about an hour in all, and docs/results/large.md is written.
+# --device cuda measures on a GPU.
 bench-large:
 	@test -e .venv/.installed-dev || $(MAKE) --no-print-directory install
 	$(BIN)/python benchmarks/large/measure.py

@@ -101,6 +101,16 @@ def test_where_no_column_fits_examples_are_dealt(columns: dict[str, list[str]], 
     assert config.data.clients.partitioner.name == "iid"
 
 
+@pytest.mark.parametrize(("others", "by"), [({}, None), ({"clinic": cycle(4)}, "clinic")])
+def test_a_column_user_that_asks_is_not_the_owner(others: dict[str, list[str]], by: str | None, tmp_path: Path) -> None:
+    asked = {"user": texts()["prompt"], "reply": texts()["completion"], **others}
+    config, _, _ = draft(
+        tmp_path, "data.columns={prompt: user, completion: reply}", data=str(save(tmp_path / "rows.jsonl", **asked))
+    )
+    assert (config.data.clients.partitioner is None) is (by is not None)
+    assert by in {None, config.data.clients.by}
+
+
 @given(st.integers(2, 12), st.integers(2, 9), st.randoms())
 def test_a_column_of_owners_is_found_in_any_order_of_the_rows(owners: int, each: int, dice: Any) -> None:
     records = [

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from tests import small_study
 from tests.deploy.federation import SITES, Loopback, write_federation
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fedmira.deploy.audit import read_audit
 from fedmira.deploy.folders import ServerFolder
@@ -481,4 +483,17 @@ def test_another_base_is_found_out_before_anything_is_sent(make: Callable[..., S
     other = small_study.save_base(tmp_path / "other", seed=1)
     folder = make(sites={"base_model": str(other)})
     with pytest.raises(ModelError, match="is not the federation's base"):
+        open_site(folder.site("ada"))
+
+
+def test_the_same_weights_in_other_bits_are_another_base(
+    make: Callable[..., ServerFolder], files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (an extra of fedmira)")
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    packed = AutoModelForCausalLM.from_pretrained(files[0], quantization_config=bits, device_map="cpu")
+    shutil.copytree(files[0], tmp_path / "packed")
+    packed.save_pretrained(tmp_path / "packed")
+    folder = make(sites={"base_model": str(tmp_path / "packed")})
+    with pytest.raises(ModelError, match=r"in 4 bits, is not the federation's base .* other bits are another base"):
         open_site(folder.site("ada"))

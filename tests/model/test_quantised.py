@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import fedmira
 from fedmira.config.faults import check_config
+from fedmira.engine.events import silent
 from fedmira.errors import ConfigError, ModelError
-from fedmira.model import quantised
 from fedmira.model.answers.generate import answers
 from fedmira.model.base.load import load_base
 from fedmira.model.passes import gradients
 from fedmira.model.quantised import Quantisation, QuantisedLinear, base_fingerprint, make_dense, take_over
 from fedmira.study import face
+from fedmira.study.adapt import _read, adapt
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (an extra of fedmira)")
 
@@ -163,6 +164,22 @@ def test_weights_are_unpacked_once_for_all_clients_and_one_is_there_at_a_time(
     assert torch.equal(*rows)
 
 
+def test_the_trial_of_a_base_finds_a_layer_that_rounds_by_what_else_is_in_a_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As LLM.int8 does: one scale for the inputs of all tokens."""
+    folder, inner = save("llama", tmp_path), QuantisedLinear.forward
+
+    def rounded(layer: QuantisedLinear, x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().max() / 7
+        return inner(layer, (x / scale).round() * scale)
+
+    load_base(str(folder), dtype="float32", device="cpu", targets="all-linear", quantisation=NF4)
+    monkeypatch.setattr(QuantisedLinear, "forward", rounded)
+    with pytest.raises(ModelError, match="later tokens change earlier logits"):
+        load_base(str(folder), dtype="float32", device="cpu", targets="all-linear", quantisation=NF4)
+
+
 def test_every_way_of_quantising_has_a_fingerprint_of_its_own() -> None:
     ways = [*FOUR_BITS, Quantisation(8)]
     found = [base_fingerprint("f" * 64, object(), how) for how in (None, *ways)]
@@ -276,8 +293,26 @@ def test_chat_and_resume_know_the_bits(made: tuple[Path, Path, fedmira.Study]) -
     assert run.facts.rounds == 3
 
 
-def test_keys_that_do_not_fit_and_a_missing_extra_are_said_before_anything_is_read(
-    made: tuple[Path, Path, fedmira.Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_client_that_comes_later_gets_an_adapter_on_the_same_bits(
+    made: tuple[Path, Path, fedmira.Study], tmp_path: Path
+) -> None:
+    base, data, study = made
+    rows = [line for line in data.read_text(encoding="utf-8").splitlines() if json.loads(line)["client"] == "ada"]
+    (tmp_path / "zoe.jsonl").write_text("\n".join(rows).replace('"ada"', '"zoe"') + "\n", encoding="utf-8")
+    done = adapt(study.runs[0].path, tmp_path / "zoe.jsonl", output=tmp_path, observer=silent)
+    told = {scored.what: scored.test["loss"] for scored in done.scores}
+    own = _read(study.runs[0].config, tmp_path / "zoe.jsonl", "zoe", silent).test
+    joined = PeftModel.from_pretrained(
+        loaded(base, Quantisation(4, "nf4", True)), str(done.path), autocast_adapter_dtype=False
+    )
+    with torch.no_grad():
+        assert float(tiny.peft_loss(joined.eval(), own)) == pytest.approx(told["adapted"], rel=1e-4)
+    assert len(set(told.values())) == 4
+    assert "load_in_4bit=True" in (done.path / "README.md").read_text(encoding="utf-8")
+
+
+def test_keys_that_do_not_fit_are_said_before_anything_is_read(
+    made: tuple[Path, Path, fedmira.Study], tmp_path: Path
 ) -> None:
     base, data, _ = made
     raw = small_study.settings(base, data, tmp_path / "study")
@@ -289,7 +324,3 @@ def test_keys_that_do_not_fit_and_a_missing_extra_are_said_before_anything_is_re
     ):
         with pytest.raises(ConfigError, match=said):
             check_config({**raw, "model": {**raw["model"], **keys}})
-    monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"need bitsandbytes: pip install 'fedmira\[quant\]'"):
-        fedmira.run(check_config({**raw, "model": {**raw["model"], "load_in_4bit": True}}))
-    assert not (tmp_path / "study").exists()

@@ -177,14 +177,15 @@ def test_what_is_kept_is_counted_block_by_block() -> None:
 
 
 def test_a_recomputed_pass_keeps_less_than_a_third() -> None:
-    base = tiny.base("llama", targets="all-linear", dtype=torch.float32)
+    """Of eight blocks, what they are given and one of them remain."""
+    base = tiny.base("llama", targets="all-linear", dtype=torch.float32, num_hidden_layers=8)
     stack = tiny.adapters(tiny.layout(base, 2), RANKS, dtype=base.dtype)
     with counting(base.blocks, list(base.model.parameters())) as kept:
         gradients(base, stack, texts(), into=torch.zeros_like(stack.rows))
     with counting(base.blocks, list(base.model.parameters())) as again:
         gradients(base, stack, texts(), into=torch.zeros_like(stack.rows), recompute=True)
-    assert kept.recomputed < 0.7 * kept.plain
-    assert len(again.inside) >= len(kept.inside) == 2
+    assert 3 * kept.recomputed < kept.plain
+    assert len(again.inside) >= len(kept.inside) == 8
 
 
 def test_nested_blocks_are_one() -> None:

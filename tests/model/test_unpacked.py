@@ -189,16 +189,25 @@ def test_tensors_that_no_method_has_are_refused_there_too(tmp_path: Path) -> Non
         loaded(packed)
 
 
-def test_a_missing_library_is_named_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.model("llama", dtype=torch.float32).save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
-    note(tmp_path, {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {}})
-    (tmp_path / "model.safetensors").write_bytes(b"")
+@pytest.mark.parametrize(
+    ("library", "named"), [("compressed_tensors", "that library"), ("bitsandbytes", "bitsandbytes")]
+)
+def test_a_missing_library_is_named_before_weights_are_read(
+    library: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, data = small_study.save_base(tmp_path / "base"), small_study.save_data(tmp_path / "data.jsonl")
+    raw = small_study.settings(base, data, tmp_path / "study")
+    (base / "model.safetensors").write_bytes(b"")
+    if library == "bitsandbytes":
+        raw["model"] |= {"load_in_4bit": True}
+    else:
+        note(base, {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {}})
     there = importlib.util.find_spec
 
     def without(name: str, *rest: Any) -> Any:
-        return None if name == "compressed_tensors" else there(name, *rest)
+        return None if name == library else there(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    with pytest.raises(ModelError, match=r"compressed-tensors need that library: pip install 'fedmira\[quant\]'"):
-        loaded(tmp_path)
+    with pytest.raises(ModelError, match=rf"need {named}: pip install 'fedmira\[quant\]'"):
+        fedmira.run(check_config(raw))
+    assert not (tmp_path / "study").exists()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from safetensors.torch import load_file, save_file
 from tests import small_study
 from tests.study.test_matrix import peft_loss
 
+from fedmira.disk.checkpoints import load_chain
 from fedmira.disk.folders import RunFolder
 from fedmira.engine.events import silent
 from fedmira.errors import ConfigError, DataError, MethodError, StoreError
+from fedmira.evaluation.measure import measure_loss
 from fedmira.study.adapt import FACTS, Adapted, _read, adapt
 from fedmira.study.face import resume, run
 from fedmira.study.loading import check
+from fedmira.study.run import Common
 
 NEW = "eve"
 GROUPS = {"kind": "groups", "column": "group"}
@@ -68,6 +72,16 @@ def losses(done: Adapted) -> dict[str, float]:
     return {what: float(value or 0) for what, value in found.items()}
 
 
+def mean_of(folders: Sequence[Path], target: Path) -> Path:
+    """Write the mean of some adapters, factor by factor, as a PEFT folder."""
+    file = "adapter_model.safetensors"
+    some = [load_file(folder / file) for folder in folders]
+    target.mkdir()
+    save_file({key: torch.stack([one[key] for one in some]).mean(dim=0) for key in some[0]}, target / file)
+    (target / "adapter_config.json").write_bytes((folders[0] / "adapter_config.json").read_bytes())
+    return target
+
+
 def examples(made: Path) -> Any:
     config = check(settings(made), "study.yaml")
     return _read(config, made / f"{NEW}.jsonl", NEW, silent).test
@@ -90,12 +104,7 @@ def test_the_folder_has_in_peft_the_loss_that_is_told_and_the_run_is_as_it_was(
 
 def test_mira_starts_from_the_mean_of_the_neighbours(made: Path, tmp_path: Path) -> None:
     adapters = made / "study" / "mira" / "seed-3" / "adapters"
-    file = "adapter_model.safetensors"
-    near = [load_file(adapters / name / file) for name in ("bo", "007")]
-    mean = tmp_path / "mean"
-    mean.mkdir()
-    save_file({key: torch.stack([one[key] for one in near]).mean(dim=0) for key in near[0]}, mean / file)
-    (mean / "adapter_config.json").write_bytes((adapters / "bo" / "adapter_config.json").read_bytes())
+    mean = mean_of([adapters / name for name in ("bo", "007")], tmp_path / "mean")
     done = adapted(made, "mira", tmp_path)
     assert losses(done)["start"] == pytest.approx(peft_loss(made / "base", mean, examples(made)), rel=1e-5)
 
@@ -113,13 +122,30 @@ def test_training_alone_is_that_of_a_study_which_has_the_client(made: Path, tmp_
 
 
 def test_with_lambda_auto_the_client_chooses_its_start(made: Path, tmp_path: Path) -> None:
-    """By its validation loss, which the choice never raises."""
-    done = adapted(made, "auto", tmp_path)
-    by_name = {one.what: one for one in done.scores}
-    before, start = by_name["untouched base"].validation, by_name["start"].validation
-    assert before is not None
-    assert start is not None
-    assert start < before
+    """Of its neighbours' mean and everybody's, as the server has them, that which is better on its validation."""
+    choice = {"graphs": ["given", "global"], "alphas": [1.0], "prior": 0}
+    auto = {"name": "mira", "lambda": "auto", "graph": GROUPS, "choice": choice}
+    config = check(settings(made, output="chooses", methods=[auto]), "study.yaml")
+    (one,) = run(config).runs
+    prepared = Common().prepare(config, silent)
+    rows = load_chain(one.path / "checkpoints")[-1].files["state"]["rows"]
+    assert len(rows) == len(small_study.CLIENTS) - 1
+    own = _read(config, made / f"{NEW}.jsonl", NEW, silent)
+    places = [place for place, client in enumerate(prepared.workplace.clients) if client.id in ("bo", "007")]
+    found: dict[str, dict[str, float]] = {"validation": {}, "test": {}}
+    for graph, some in {"given": rows[places], "global": rows}.items():
+        mean = prepared.federation.adapters(torch.tensor([0]), some.mean(dim=0, keepdim=True))
+        for split, losses_of in found.items():
+            (loss,) = measure_loss(
+                prepared.workplace.base, lambda ids, mean=mean: mean, [own], [0], split=split, cohort=1
+            )
+            losses_of[graph] = float(loss or 0)
+    best = min(found["validation"], key=lambda graph: found["validation"][graph])
+    assert abs(found["test"]["given"] - found["test"]["global"]) > 1e-3, "a choice that cannot be told apart"
+    done = adapt(one.path, made / f"{NEW}.jsonl", output=tmp_path / "out", observer=silent)
+    (start,) = [scored for scored in done.scores if scored.what == "start"]
+    assert start.validation == pytest.approx(found["validation"][best], rel=1e-5)
+    assert start.test["loss"] == pytest.approx(found["test"][best], rel=1e-5)
 
 
 def test_steps_are_those_of_a_client_of_the_run_and_a_gate_comes_with_its_adapter(made: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """`lora:` as PEFT has it: the same layers, ranks, scales and starts, and folders that PEFT scores as the run does."""
 
 import csv
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from tests import small_study, tiny
 from tests.study.test_matrix import peft_loss
 
 from fedmira.adapters import Scaling, lora_layout, scales, start_adapters
+from fedmira.config.lora import REFUSED
+from fedmira.config.lora import LoraConfig as OurConfig
 from fedmira.errors import ConfigError, FedMiraError, ModelError, ShapeError
 from fedmira.model.base.load import wrap
 from fedmira.model.base.targets import Wanted, by_pattern
@@ -172,6 +176,14 @@ def test_what_cannot_be_is_refused_by_name_before_anything_is_run(
     assert words in str(caught.value)
     assert isinstance(caught.value, ConfigError | ModelError)
     assert not (tmp_path / "out").exists()
+
+
+def test_every_setting_of_peft_is_a_key_or_refused_by_name(made: tuple[Path, Path], tmp_path: Path) -> None:
+    theirs = {one.name for one in dataclasses.fields(LoraConfig)}
+    assert theirs == (theirs & set(OurConfig.model_fields)) | set(REFUSED)
+    for key, why in REFUSED.items():
+        with pytest.raises(ConfigError, match=re.escape(f"lora.{key}: not offered: {why}")):
+            check(settings(made, tmp_path / "x", **{key: None}), "study.yaml")
 
 
 def test_the_first_pattern_that_matches_counts_as_in_peft() -> None:

@@ -1,5 +1,6 @@
 """A run whose memory runs out saves, and goes on with fewer clients in a pass if it is told so."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ def test_it_goes_on_with_fewer_clients_in_a_pass_and_says_what_that_changes(
     for words in ("federation.cohort=7", "federation.cohort=0", "federation.cohort=auto"):
         with pytest.raises(ConfigError, match=r"federation\.cohort, from 6 down"):
             resume(tmp_path / "short", [words])
+    shutil.copytree(tmp_path / "short", tmp_path / "again")
+    again = resume(tmp_path / "again")  # not told so: passes are what they were, and so are the bits
+    assert again.runs[0].facts.cohort == 6
+    for name in small_study.CLIENTS:
+        one, other = (load_file(study.runs[0].adapters(name) / "adapter_model.safetensors") for study in (whole, again))
+        assert all(torch.equal(one[key], other[key]) for key in one)
     caplog.clear()
     done = resume(tmp_path / "short", ["federation.cohort=2"])
     assert "passes of 2 clients now, and of 6 before: results agree up to rounding, and not to the bit" in caplog.text
@@ -57,3 +64,17 @@ def test_it_goes_on_with_fewer_clients_in_a_pass_and_says_what_that_changes(
     caplog.clear()
     resume(tmp_path / "short", ["federation.rounds=4"])
     assert only.facts.cohort == 2, "it stays so"
+
+
+def test_with_one_client_in_a_pass_other_ways_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_study.save_base(tmp_path / "base")
+    small_study.save_data(tmp_path / "data.jsonl")
+
+    def short_of_memory(*arguments: Any, **options: Any) -> Any:
+        torch.empty(2**46)
+
+    monkeypatch.setattr(tools, "gradients", short_of_memory)
+    raw = settings(tmp_path, "one")
+    raw["federation"]["cohort"] = 1
+    with pytest.raises(Stopped, match=r"one client already: .* with training\.gradient_checkpointing: true, or"):
+        run(check(raw, "study.yaml"))

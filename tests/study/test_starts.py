@@ -202,6 +202,14 @@ def test_another_base_and_a_prompt_method_are_refused(made: tuple[Path, Path], f
     start = {"study": str(first), "method": "local"}
     with pytest.raises(StoreError, match="and this base is sha256"):
         Common().prepare(check(settings((other, made[1]), tmp_path / "x", start), "study.yaml"), lambda event: None)
+    for named in (tmp_path / "other", tmp_path / "elsewhere" / "base"):  # of another name, of the same
+        if named != other:
+            shutil.copytree(other, named)
+        folder = str(next(first.glob("local/seed-3/adapters/*")))
+        with pytest.raises(StoreError, match=r"the card of '.*' names another base, sha256 [0-9a-f]{64}, and this"):
+            Common().prepare(
+                check(settings((named, made[1]), tmp_path / "x", folder), "study.yaml"), lambda event: None
+            )
     methods = [{"name": "local"}, {"name": "fedptuning", "virtual_tokens": 1, "hidden": 2}]
     with pytest.raises(MethodError, match=r"has no LoRA, and lora\.start is an adapter of LoRA"):
         Common().prepare(

@@ -3,6 +3,7 @@
 The base and all LoRA adapters answer in one pass, prompts in another pass for each number of virtual tokens.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from fedmira.evaluation.embed import last_states
 from fedmira.evaluation.gated import cosines
 from fedmira.export.adapter_config import check_adapter
 from fedmira.export.asking import CHAT_TEMPLATE, takes_single_requests
+from fedmira.export.card import base_sha256_in
 from fedmira.export.gate_file import read_gate
 from fedmira.export.panels import Panel, read_panels
 from fedmira.methods import recipe_of
@@ -35,6 +37,8 @@ from fedmira.model.base.targets import Wanted
 from fedmira.model.base.vocabulary import check_ids
 from fedmira.study.adapting import quantisation_of, wanted_of
 from fedmira.study.face import Run
+
+log = logging.getLogger(__name__)
 
 BASE = "base"
 DEFAULT_NEW_TOKENS = 128
@@ -184,6 +188,15 @@ def open_chat(
             f"model.base_model '{facts.base_model}' is not the base this run was trained on (sha256 "
             f"{base.fingerprint[:12]}, trained on {facts.base_fingerprint[:12]}); restore that base"
         )
+    for folder in folders:
+        if (trained_on := base_sha256_in(folder)) not in {None, base.fingerprint}:
+            log.warning(
+                "the card of '%s' names another base, sha256 %s, and this one is %s: its answers may be worse; of one "
+                "trained in 4 or 8 bits chat with RUN --client",
+                folder,
+                trained_on,
+                base.fingerprint,
+            )
     names = [BASE, *(name for name, _ in chosen)]
     distinct = tuple(name if names.count(name) == 1 else f"{name} ({index})" for index, name in enumerate(names))
     new_tokens = _new_tokens(max_new_tokens, base.max_positions, ahead=max(config.virtual_tokens for config in configs))

@@ -65,8 +65,8 @@ def find_owners(records: Sequence[Record]) -> Owners:
     likely = [name for name in known if name not in used and (is_named(name) or not _words(name) & OTHERS)]
     fitting = [Owner(name, count) for name in likely if (count := _count(records, name))]
     fitting.sort(key=lambda owner: not is_named(owner.column))
-    for name in FIRST:
-        if name in spelled:
+    for name in FIRST:  # but `user` may be the one who asks, and its values the prompts
+        if name in spelled and not all(_is_text(record, spelled[name]) for record in records):
             return Owners(spelled[name], fitting)
     named = [owner for owner in fitting if is_named(owner.column)]
     if named:
@@ -122,5 +122,5 @@ def _count(records: Sequence[Record], column: str, *, partial: bool = False) -> 
 
 
 def _is_text(record: Record, column: str) -> bool:
-    value = record.columns[column].strip()
+    value = record.columns.get(column, "").strip()
     return value in (record.instruction.strip(), record.input.strip(), record.answers[0].strip())

@@ -36,6 +36,7 @@ def private_folder(note: Path | None = None) -> Path:
                 left.rmdir()
     made = Path(tempfile.mkdtemp(prefix=_PREFIX))
     if note is not None:
+        note.unlink(missing_ok=True)  # a link would be followed
         note.write_text(str(made), encoding="utf-8")
     return made
 

@@ -14,6 +14,7 @@ from fedmira.errors import ConfigError, ModelError
 from fedmira.evaluation.embed import embed_prompts
 from fedmira.methods import recipe_of
 from fedmira.model.base.load import Base
+from fedmira.model.quantised import stored_as
 from fedmira.study.assemble import Materials, keep_positions
 from fedmira.study.intake import take_in
 from fedmira.study.loading import load_config
@@ -64,9 +65,9 @@ def open_site(folder: SiteFolder) -> Site:
     base = Materials(tokenizer, intake).load(config, config.model.dtype)
     if base.fingerprint != agreement.base_fingerprint:
         raise ModelError(
-            f"base_model '{config.model.base_model}' is not the federation's base '{agreement.base_model}' (sha256 "
-            f"{base.fingerprint[:12]}, agreed {agreement.base_fingerprint[:12]}): set base_model in site.yaml to a "
-            "copy of that one"
+            f"base_model '{config.model.base_model}', {stored_as(base.model)}, is not the federation's base "
+            f"'{agreement.base_model}' (sha256 {base.fingerprint[:12]}, agreed {agreement.base_fingerprint[:12]}): set "
+            "base_model in site.yaml to a copy of that one; the same weights stored in other bits are another base"
         )
     shapes = [(name, int(inputs), int(outputs)) for name, inputs, outputs in base.shapes]
     if shapes != list(agreement.shapes):

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, TypedDict
 
 from fedmira import bundled
@@ -195,6 +195,16 @@ def _facts(base: str, card: Card) -> dict[str, str]:
     stated = card.get("licence")
     facts["licence of the data"] = "not stated" if stated is None else f"`{_quoted(shown_name(stated))}`"
     return facts
+
+
+def base_sha256_in(folder: Path) -> str | None:
+    """Return the fingerprint of the base that an adapter's card names; None without such a card."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = re.search(r"^- base sha256: ([0-9a-f]{64}) \(", text, re.MULTILINE)
+    return found and found[1]
 
 
 def _called(card: Card) -> str:

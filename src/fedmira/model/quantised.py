@@ -156,6 +156,12 @@ def take_over(model: nn.Module, dtype: torch.dtype) -> None:
             model.set_submodule(name, QuantisedLinear(layer, dtype))
 
 
+def stored_as(model: nn.Module) -> str:
+    """Say how a loaded model's linear layers are stored."""
+    kinds = {8 if layer.scales is not None else 4 for layer in model.modules() if isinstance(layer, QuantisedLinear)}
+    return f"in {min(kinds)} bits" if kinds else "in plain numbers"
+
+
 def make_dense(model: nn.Module) -> None:
     """Replace quantised layers in a model by plain ones with the same numbers."""
     for name, layer in list(model.named_modules()):

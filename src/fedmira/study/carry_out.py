@@ -255,9 +255,19 @@ def _marked(folder: RunFolder) -> Iterator[None]:
         with suppress(StoreError, OSError):  # a full disk: the state stays "running", which resumes as well
             folder.update(replace(folder.facts, state=state, finished=now()))
         if outside:
-            less = "; if there will be no more memory, resume with federation.cohort=N, fewer clients in a pass"
-            raise Stopped(f"{_told(error)}; finished rounds are saved{less if memory else ''}") from error
+            less = _less_memory(folder.facts.cohort) if memory else ""
+            raise Stopped(f"{_told(error)}; finished rounds are saved{less}") from error
         raise
+
+
+def _less_memory(cohort: int) -> str:
+    """Say what takes less memory than a pass of so many clients."""
+    if cohort > 1:
+        return "; if there will be no more memory, resume with federation.cohort=N, fewer clients in a pass"
+    return (
+        "; a pass has one client already: if there will be no more memory, begin a study with "
+        "training.gradient_checkpointing: true, or with a smaller training.batch_size or data.max_length"
+    )
 
 
 def _told(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from fedmira.disk.folders import StudyFolder
 from fedmira.engine.federation import Federation, Given
 from fedmira.errors import ConfigError, StoreError
 from fedmira.export.adapter_config import AdapterConfig, check_adapter
+from fedmira.export.card import base_sha256_in
 from fedmira.export.peft_folder import read_adapter
 from fedmira.model.base.load import Base
 
@@ -96,7 +97,14 @@ def _laid_out(
     """Return an adapter as a row [1, P] of a client of these ranks [modules], and which of its columns are given."""
     if config.is_prompt:
         raise StoreError(f"lora.start: '{config.folder}' is a prompt; clients begin with an adapter of LoRA")
-    if config.base_model and Path(config.base_model).name != Path(base.name).name:
+    trained_on = base_sha256_in(config.folder)
+    if trained_on not in {None, base.fingerprint}:
+        raise StoreError(
+            f"lora.start: the card of '{config.folder}' names another base, sha256 {trained_on}, and this one is "
+            f"{base.fingerprint}; use that base, in the bits that the card names, or, if you know that the adapter "
+            "fits, remove its README.md"
+        )
+    if trained_on is None and config.base_model and Path(config.base_model).name != Path(base.name).name:
         log.warning(
             "lora.start: '%s' names the base %s, and this one is %s", config.folder, config.base_model, base.name
         )

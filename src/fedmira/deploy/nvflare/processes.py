@@ -18,7 +18,7 @@ from typing import IO
 
 from fedmira.deploy import channel
 from fedmira.deploy.nvflare.kits import ORGANISATION, harden
-from fedmira.disk.files import FILE_MODE, NO_LINK
+from fedmira.disk.files import FILE_MODE, NO_LINK, write_atomic
 from fedmira.errors import StoreError
 from fedmira.model.base.memory import RETURNED_BYTES
 
@@ -73,7 +73,7 @@ class Process:
                     stderr=output,
                     start_new_session=True,
                 )
-            self._pid_file.write_text(str(self.process.pid))
+            write_atomic(self._pid_file, str(self.process.pid).encode())
             code = self.process.wait()
             if not self.stopping.is_set():
                 quick = quick + 1 if time.monotonic() - began < QUICK_SECONDS else 0
