@@ -81,6 +81,7 @@ test-oldest:
 	@$(MAKE) --no-print-directory check BIN=.venv-oldest/bin MYPY_FLAGS=--no-warn-unused-ignores
 
 test-slow:
+	@test -e .venv/.installed-dev || $(MAKE) --no-print-directory install
 	$(QUIET_HUB) $(BIN)/python -m pytest -m slow
 
 pretrain:

@@ -157,8 +157,11 @@ def test_experts_in_mxfp4_are_read_as_their_numbers(tmp_path: Path) -> None:
     same(loaded(packed), loaded(plain))
 
 
-def test_a_run_on_packed_weights_is_that_on_their_numbers_and_is_merged_into_a_plain_model(tmp_path: Path) -> None:
-    plain, packed = folders(tiny.model("llama", dtype=torch.float32), pack_fp8, tmp_path)
+@pytest.mark.parametrize("pack", [pack_fp8, pack_compressed("whole, 4 bits")], ids=["fp8", "compressed"])
+def test_a_run_on_packed_weights_is_that_on_their_numbers_and_is_merged_into_a_plain_model(
+    pack: Callable[[dict[str, Tensor]], Packed], tmp_path: Path
+) -> None:
+    plain, packed = folders(tiny.model("llama", dtype=torch.float32), pack, tmp_path)
     data, losses = small_study.save_data(tmp_path / "data.jsonl"), []
     for folder in (plain, packed):
         raw = small_study.settings(folder, data, tmp_path / f"study-{folder.name}", methods=[{"name": "fedavg"}])

@@ -39,9 +39,8 @@ def compare(
     """
     from fedmira.study.loading import load_compared
 
-    checked = load_compared(
-        config, overrides or [], methods=None if methods is None else methods.split(","), seeds=seeds, budget=budget
-    )
+    named = None if methods is None else [name.strip() for name in methods.split(",")]
+    checked = load_compared(config, overrides or [], methods=named, seeds=seeds, budget=budget)
     from fedmira.cli.ending import course
     from fedmira.cli.main import show_study
     from fedmira.cli.progress import Watch

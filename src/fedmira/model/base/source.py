@@ -138,7 +138,8 @@ def _check_facts(name: str, facts: Mapping[str, Any]) -> str:
     if facts.get("quantization_config") or facts.get("compression_config"):
         settings = facts.get("quantization_config")
         method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
-        if not isinstance(settings, dict) or (packed_by(settings) or stored_quantisation(settings)) is None:
+        known = isinstance(settings, dict) and (packed_by(settings) or stored_quantisation(settings)) is not None
+        if facts.get("compression_config") or not known:
             raise refuse(
                 name,
                 f"its weights are quantised (method: {method}); FedMira reads plain float weights, 4 or 8 bits of "
