@@ -37,7 +37,7 @@ from fedmira.methods.wrappers import only, server_optimizer, tuned_after
 SCHEDULE = ((0, 1), (1, 2), (0, 1), (0, 2), (0, 1))
 ROUNDS = len(SCHEDULE)
 RATE = 0.35
-RATES = {"flexlora": 1.0, "fedex_lora": 2.0, "scaffold": 2.0, "ffa_lora": 2.0, "rolora": 4.0}
+RATES = {"flexlora": 1.0, "fedex_lora": 2.0, "scaffold": 2.0, "ffa_lora": 2.0, "rolora": 4.0, "pooled": 1.5}
 GROUPS = [{"g": "x"}, {"g": "y"}, {"g": "x"}, {"g": "y"}]
 
 
