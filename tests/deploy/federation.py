@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from tests import small_study
 
-from fedmira.adapters.ranks import client_ranks
 from fedmira.config.faults import check_config
 from fedmira.config.yaml_text import dump_config
 from fedmira.deploy.folders import ServerFolder, SiteFolder
 from fedmira.deploy.link import Failure
 from fedmira.deploy.settings import Agreement, installed_versions
 from fedmira.deploy.site import Site, open_site
+from fedmira.deploy.terms import ranks_of
 from fedmira.deploy.worker import Worker
 from fedmira.disk.files import make_folder, write_json
 from fedmira.model.base.load import load_base
@@ -38,15 +38,6 @@ def write_federation(
     base = load_base(
         config.model.base_model, revision=None, dtype="float32", device="cpu", targets=config.lora.target_modules
     )
-    ranks = client_ranks(
-        config.lora.ranks,
-        usual=config.lora.r,
-        ids=list(SITES),
-        columns=[{} for _ in SITES],
-        keys=list(range(len(SITES))),
-        seed=config.data.seed,
-        modules=lambda: [name for name, _, _ in base.shapes],
-    )
     agreement = Agreement(
         federation="small",
         base_model=config.model.base_model,
@@ -57,7 +48,7 @@ def write_federation(
         transposed=base.transposed,
         dtype="float32",
         template="none",
-        ranks=dict(zip(SITES, ranks.tolist(), strict=True)),
+        ranks=ranks_of(config, SITES, [name for name, _, _ in base.shapes]),
         columns=list(columns),
         fedmira=installed_versions()["fedmira"],
         profiles=list(profiles),
