@@ -47,7 +47,7 @@ b bytes of a number: 2 in bfloat16, the weights 2 or, in nf4, 0.5625. c is measu
 tokens, by the blocks of memory in use: {measured}. Here c = {constant}, S = {clients} and n = {tokens:,}.
 """
 LOADING = """Weights in bfloat16 are mapped from the files, and not in the peak, which has bitsandbytes and torch's own
-tables, and what the trials of a base take."""
+tables, and what the trials of a base take. "With adapters": they are in the peaks of both sides too."""
 
 
 def make_page(kept: Mapping[str, Kept]) -> str:
@@ -188,12 +188,14 @@ def loading(rows: Sequence[Kept]) -> str:
     first = {(one["base"], one["dtype"], one["nf4"]): one for one in reversed(rows)}
     lines = []
     for (base, dtype, nf4), one in sorted(first.items()):
+        kind = f"nf4 and {dtype}" if nf4 else dtype
+        kind += ", with adapters" if one["peft"]["weights"] > one["fedmira"]["weights"] else ""
         for title, side in (("FedMira", one["fedmira"]), ("PEFT", one["peft"])):
             ratio = side["loading"] / side["weights"]
             lines.append(
                 [
                     base,
-                    f"nf4 and {dtype}" if nf4 else dtype,
+                    kind,
                     title,
                     f"{side['weights']:,.0f}",
                     f"{side['loading']:,.0f}",

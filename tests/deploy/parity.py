@@ -63,7 +63,9 @@ def save_files(here: Path) -> tuple[Path, Path]:
     return base, data
 
 
-def settings(base: Path, data: Path, output: Path, methods: Sequence[Mapping[str, Any]] = METHODS) -> dict[str, Any]:
+def settings(
+    base: Path, data: Path, output: Path, methods: Sequence[Mapping[str, Any]] = METHODS, **changes: Any
+) -> dict[str, Any]:
     chosen = json.loads(json.dumps(list(methods)).replace("graph.csv", str(data.with_name("graph.csv"))))
     return small_study.settings(
         base,
@@ -72,14 +74,21 @@ def settings(base: Path, data: Path, output: Path, methods: Sequence[Mapping[str
         federation={"rounds": 3, "participation": 0.67, "cohort": 1},
         training={"local_steps": 2, "batch_size": 2, "learning_rate": 0.3, "keep_optimizer": True},
         methods=chosen,
+        **changes,
     )
 
 
 def simulate(
-    base: Path, data: Path, output: Path, *, cohort: int | str, methods: Sequence[Mapping[str, Any]] = METHODS
+    base: Path,
+    data: Path,
+    output: Path,
+    *,
+    cohort: int | str,
+    methods: Sequence[Mapping[str, Any]] = METHODS,
+    **changes: Any,
 ) -> Path:
     """Carry out the study in a simulation; return its folder."""
-    raw = settings(base, data, output, methods)
+    raw = settings(base, data, output, methods, **changes)
     raw["federation"]["cohort"] = cohort
     run.start(StudyFolder(output), check_config(raw), silent, overwrite=False)
     return output

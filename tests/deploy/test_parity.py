@@ -11,12 +11,10 @@ from tests import small_study, tiny
 from tests.deploy.federation import SITES, Loopback, write_federation
 from tests.deploy.parity import LABELS, METHODS, QUICK, SEED, check_near, check_same, save_files, settings, simulate
 
-from fedmira.config.faults import check_config
 from fedmira.deploy.server import Server
 from fedmira.disk.folders import StudyFolder
 from fedmira.engine.events import silent
 from fedmira.methods import names
-from fedmira.study import run
 
 SOME = [method for method, label in zip(METHODS, LABELS, strict=True) if label in QUICK]
 
@@ -31,9 +29,11 @@ def studies(files: tuple[Path, Path]) -> tuple[Path, Loopback]:
     return carry_out(files, "federation", SOME)
 
 
-def carry_out(files: tuple[Path, Path], name: str, methods: Sequence[Mapping[str, Any]]) -> tuple[Path, Loopback]:
+def carry_out(
+    files: tuple[Path, Path], name: str, methods: Sequence[Mapping[str, Any]], **changes: Any
+) -> tuple[Path, Loopback]:
     """Return the study's folder at the server, and the sites behind the link."""
-    raw = settings(*files, files[1].with_name("unused"), methods)
+    raw = settings(*files, files[1].with_name("unused"), methods, **changes)
     folder = write_federation(files[1].with_name(name), raw, files[1], profiles=["group", None])
     link = Loopback({name: folder.site(name) for name in SITES})
     server = Server(folder, link, print, silent)
@@ -89,20 +89,10 @@ def test_sites_declare_weights_that_their_base_stores_transposed(tmp_path: Path)
 
 def test_scales_and_ranks_of_each_layer_are_those_of_the_simulation(files: tuple[Path, Path]) -> None:
     lora = {"use_rslora": True, "rank_pattern": {"v_proj": 1}, "alpha_pattern": {"layers.0.self_attn.q_proj": 3}}
-    raw = settings(
-        *files, files[1].with_name("unused"), [{"name": "mira", "lambda": 0.25, "graph": {"kind": "learned"}}]
-    )
-    raw["lora"] |= lora
-    folder = write_federation(files[1].with_name("scaled"), raw, files[1])
-    link = Loopback({name: folder.site(name) for name in SITES})
-    server = Server(folder, link, print, silent)
-    server.members.gather()
-    server.carry_out()
-    simulation = files[1].with_name("scaled-simulated")
-    run.start(StudyFolder(simulation), check_config({**raw, "output_dir": str(simulation)}), silent, overwrite=False)
-    check_same(
-        "mira", simulation, folder.study, lambda label, site: link.folders[site].adapters / label / f"seed-{SEED}"
-    )
+    methods = [{"name": "mira", "lambda": 0.25, "graph": {"kind": "learned"}}]
+    there, link = carry_out(files, "scaled", methods, lora=lora)
+    simulation = simulate(*files, files[1].with_name("scaled-simulated"), cohort=1, methods=methods, lora=lora)
+    check_same("mira", simulation, there, lambda label, site: link.folders[site].adapters / label / f"seed-{SEED}")
 
 
 @pytest.mark.slow

@@ -105,8 +105,8 @@ def test_in_4_bits_losses_gradients_and_answers_are_those_of_peft(family: str, t
 def test_so_they_are_of_small_trained_models(name: str, shared_file: Callable[[str], Path]) -> None:
     """Of stories260K rows of 172 numbers are cut into blocks of 64 across their ends.
 
-    Random texts surprise a trained model: against float64, PEFT's own gradients are off by 3e-4 of the largest there,
-    and ours by as much.
+    Random texts surprise a trained model: against float64 PEFT's own gradients are off by up to 3e-4 of the largest
+    there, and ours by up to 5e-4; it depends on the CPU.
     """
     check(pair_of(shared_file(f"models/{name}"), NF4), gradients_within=1e-3)
 

@@ -49,11 +49,10 @@ def pack_compressed(scheme: str) -> Callable[[dict[str, Tensor]], Packed]:
     """By the library's own compressor, whose files have scales of inputs too."""
 
     def pack(weights: dict[str, Tensor]) -> Packed:
-        library = pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (an extra)")
+        pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (an extra)")
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, fake_quantize
 
-        assert library
         form, settings = SCHEMES[scheme]
         how = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**settings), format=form)
         stored, dense = dict(weights), dict(weights)

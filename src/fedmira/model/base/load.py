@@ -117,19 +117,14 @@ def load_base(
     folder = find_folder(name, revision=revision, weights=True)
     config = load_config(name, folder)
     stored, packed = quantisation_in(config), packed_by(getattr(config, "quantization_config", None))
+    already = packed if stored is None else stored.name
+    if already is not None and quantisation is not None and quantisation != stored:
+        asked = f"the config asks for {quantisation.name}: remove load_in_4bit or load_in_8bit"
+        raise refuse(name, f"its weights are in {already} already, and {asked}")
     if packed is not None:
-        if quantisation is not None:
-            raise refuse(
-                name,
-                f"its weights are in {packed} already, and the config asks for {quantisation.name}: remove "
-                "load_in_4bit or load_in_8bit, or use the model that this one is based on",
-            )
         log.warning("%s: its weights (%s) are used as float weights, and no layer's inputs are rounded", name, packed)
     elif stored is None:
         check_numbers(folder, name=name)
-    elif quantisation is not None and quantisation != stored:
-        asked = f"the config asks for {quantisation.name}: remove load_in_4bit or load_in_8bit"
-        raise refuse(name, f"its weights are in {stored.name} already, and {asked}")
     how = loading(config, quantisation, dtype=kind, device=on)
     try:
         with quiet():

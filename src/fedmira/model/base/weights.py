@@ -60,7 +60,7 @@ def check_fit(
     if unfit:
         raise refuse(name, f"weights do not fit its config.json: {len(unfit)} such as {unfit[0]}")
     free = [pattern for pattern in (_CONSTANTS, ignored) if pattern is not None]
-    extra = sorted({str(key) for key in report["unexpected_keys"] if not any(one.search(str(key)) for one in free)})
+    extra = sorted(str(key) for key in report["unexpected_keys"] if not any(one.search(str(key)) for one in free))
     if extra:
         raise refuse(
             name,
